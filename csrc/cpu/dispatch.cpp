@@ -1,0 +1,78 @@
+// Chooses the compiled copy of the row kernels: the widest that this processor runs, or the one asked for.
+#include "row_kernels.h"
+
+namespace distil_kernels {
+namespace {
+
+#if defined(DISTIL_X86_64)
+constexpr bool kX86 = true;
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#else
+constexpr bool kX86 = false;
+bool has_avx2() { return false; }
+bool has_avx512() { return false; }
+#endif
+
+InstructionSet resolve(InstructionSet requested) {
+  if (requested != InstructionSet::kBest) return requested;
+  if (cpu_supports(InstructionSet::kAvx512)) return InstructionSet::kAvx512;
+  if (cpu_supports(InstructionSet::kAvx2)) return InstructionSet::kAvx2;
+  return InstructionSet::kPortable;
+}
+
+}  // namespace
+
+bool cpu_supports(InstructionSet instruction_set) {
+  switch (instruction_set) {
+    case InstructionSet::kAvx512:
+      return kX86 && has_avx512();
+    case InstructionSet::kAvx2:
+      return kX86 && has_avx2();
+    default:
+      return true;
+  }
+}
+
+void cpu_row_stats(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
+                   std::int64_t num_rows, std::int64_t vocab_size, float* statistics, int num_threads,
+                   InstructionSet instruction_set) {
+  const auto run = [&](auto row_stats) {
+    row_stats(student, teacher, tokens, num_rows, vocab_size, statistics, num_threads);
+  };
+  switch (resolve(instruction_set)) {
+#if defined(DISTIL_X86_64)
+    case InstructionSet::kAvx512:
+      return run(avx512::row_stats);
+    case InstructionSet::kAvx2:
+      return run(avx2::row_stats);
+#endif
+    default:
+      return run(portable::row_stats);
+  }
+}
+
+void cpu_row_grad(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
+                  const float* statistics, const float* ce_weight, const float* logprob_weight,
+                  std::int64_t num_rows, std::int64_t vocab_size, float* grad, std::int64_t grad_stride,
+                  int num_threads, InstructionSet instruction_set) {
+  const auto run = [&](auto row_grad) {
+    row_grad(student, teacher, tokens, statistics, ce_weight, logprob_weight, num_rows, vocab_size, grad, grad_stride,
+             num_threads);
+  };
+  switch (resolve(instruction_set)) {
+#if defined(DISTIL_X86_64)
+    case InstructionSet::kAvx512:
+      return run(avx512::row_grad);
+    case InstructionSet::kAvx2:
+      return run(avx2::row_grad);
+#endif
+    default:
+      return run(portable::row_grad);
+  }
+}
+
+}  // namespace distil_kernels

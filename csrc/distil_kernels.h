@@ -1,0 +1,60 @@
+// The one public header: row kernels as plain functions of pointers, sizes and enums.
+//
+// A row is one token position; its logits are V consecutive floats. Every function takes the raw output of the two
+// lm_head products and applies bias, softcap and temperature itself, so that nothing is rounded or stored in between:
+//
+//     logit = softcap * tanh((raw + bias) / softcap) / temperature        (no tanh where softcap is 0)
+//
+// Callers check; these functions trust. Nothing here knows Torch, Python or pybind11.
+#pragma once
+
+#include <cstdint>
+
+namespace distil_kernels {
+
+// Rows of the statistics matrix [kNumStatistics, num_rows]. Log-normalisers are kept relative to the row's maximum:
+// their sum can be 1e4 while the gradient needs them to 1e-7.
+enum Statistic : int {
+  kForwardCe = 0,          // H(T, S)
+  kForwardKl = 1,          // KL(T || S)
+  kReverseKl = 2,          // KL(S || T)
+  kLogprob = 3,            // log S[token]
+  kTeacherLogprob = 4,     // log T[token]
+  kEntropy = 5,            // H(S)
+  kTeacherEntropy = 6,     // H(T)
+  kAgree = 7,              // 1 where both have their largest logit at the same index, else 0
+  kMaxLogit = 8,           // max_v s_v
+  kLogNormalizer = 9,      // log sum_v exp(s_v - max)
+  kTeacherMaxLogit = 10,   // the same two of the teacher
+  kTeacherLogNormalizer = 11,
+  kNumStatistics = 12,
+};
+
+// Raw logits of one model for some rows.
+struct LogitRows {
+  const float* raw;         // row r begins at raw + r * row_stride
+  std::int64_t row_stride;  // in elements
+  const float* bias;        // [V] or nullptr
+  float softcap;            // 0 for none
+  float inverse_temperature;
+};
+
+enum class InstructionSet : int { kBest = 0, kPortable = 1, kAvx2 = 2, kAvx512 = 3 };
+
+// Whether this build has a kernel for the instruction set and this processor can run it.
+bool cpu_supports(InstructionSet instruction_set);
+
+// statistics[k * num_rows + r] for every Statistic k. tokens is [num_rows], or nullptr: the log-probs are then 0.
+void cpu_row_stats(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
+                   std::int64_t num_rows, std::int64_t vocab_size, float* statistics, int num_threads,
+                   InstructionSet instruction_set);
+
+// grad[r * grad_stride + v] = d(ce_weight * H(T, S) + logprob_weight * log S[token]) / d raw student logit.
+// grad may be the student's own raw logits (in place). A row whose two weights are 0 gets zeros whatever it holds.
+// logprob_weight is [num_rows] or nullptr.
+void cpu_row_grad(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
+                  const float* statistics, const float* ce_weight, const float* logprob_weight,
+                  std::int64_t num_rows, std::int64_t vocab_size, float* grad, std::int64_t grad_stride,
+                  int num_threads, InstructionSet instruction_set);
+
+}  // namespace distil_kernels

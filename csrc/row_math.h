@@ -1,0 +1,169 @@
+// The mathematics of one row, written once for every processor.
+//
+// With s, t the logits of student and teacher relative to their running maxima, one pass keeps six sums
+//
+//     student      = sum e^s            teacher      = sum e^t
+//     student_log  = sum e^s s          teacher_log  = sum e^t t
+//     student_gap  = sum e^s (s - t)    teacher_gap  = sum e^t (t - s)
+//
+// from which every statistic follows (`finish`). The gaps are summed as gaps: KL(T||S) of two nearly equal models is
+// a small number, and ce - entropy would leave only rounding of it.
+//
+// Functions are static: translation units built for different instruction sets must never share a definition.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "distil_kernels.h"
+
+#if defined(__CUDACC__)
+#define DISTIL_INLINE static __host__ __device__ __forceinline__
+#else
+#define DISTIL_INLINE static inline __attribute__((always_inline))
+#endif
+
+namespace distil_kernels {
+
+// Stands for minus infinity among shifted logits: e^x is 0, and 0 * x is 0 instead of NaN.
+constexpr float kFloor = -1e30f;
+
+// Smallest finite float: where a running maximum starts.
+constexpr float kLowest = -3.402823466e38f;
+
+// Written so that NaN passes through.
+DISTIL_INLINE float at_least_floor(float x) { return x < kFloor ? kFloor : x; }
+
+// e^x for x <= 0 (and a little above), within 1 ulp of a normal result; 0 below -87.3.
+// 2^n * p(r) with n = round(x / ln 2), r = x - n ln 2, p of degree 6 fitted on |r| <= ln 2 / 2.
+DISTIL_INLINE float exp_shifted(float x) {
+#if defined(__CUDA_ARCH__)
+  return __expf(x);
+#else
+  constexpr float kSmallest = -87.3f;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
+  const float clamped = x < kSmallest ? kSmallest : x;
+  const float shifted = clamped * 1.44269504f + kRound;
+  const float n = shifted - kRound;
+  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.38145966e-3f;
+  p = p * r + 8.36871731e-3f;
+  p = p * r + 4.16683881e-2f;
+  p = p * r + 1.66665206e-1f;
+  p = p * r + 4.99999934e-1f;
+  p = p * (r * r) + r + 1.0f;
+  std::int32_t bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits + 127) << 23;  // kRound's own bits shift out
+  float scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  const float result = p * scale;
+  return x < kSmallest ? 0.0f : result;
+#endif
+}
+
+// tanh within 3 ulp: an odd polynomial near 0, where 1 - e^(-2|x|) would cancel, the exponential elsewhere.
+DISTIL_INLINE float tanh_accurate(float x) {
+  const float magnitude = x < 0.0f ? -x : x;
+  const float square = x * x;
+  float p = -8.18274232e-3f + 2.14760194e-3f * square;
+  p = p * square + 2.17029937e-2f;
+  p = p * square - 5.39472089e-2f;
+  p = p * square + 1.33332098e-1f;
+  p = p * square - 3.33333309e-1f;
+  const float near_zero = x + x * square * p;
+  const float e = exp_shifted(-2.0f * magnitude);
+  const float far = (1.0f - e) / (1.0f + e);
+  return magnitude < 0.625f ? near_zero : (x < 0.0f ? -far : far);
+}
+
+// A logit after bias, softcap and temperature, and the derivative that the gradient needs.
+struct Logit {
+  float value;       // after bias, softcap and temperature
+  float derivative;  // d value / d raw
+};
+
+template <bool kSoftcap>
+DISTIL_INLINE Logit transform_logit(float raw_plus_bias, float softcap, float inverse_temperature) {
+  if (!kSoftcap) return {raw_plus_bias * inverse_temperature, inverse_temperature};
+  const float y = tanh_accurate(raw_plus_bias / softcap);
+  return {softcap * y * inverse_temperature, (1.0f - y * y) * inverse_temperature};
+}
+
+// The six sums relative to a pair of maxima. Real is double where sums of many blocks meet, float inside a block.
+template <typename Real>
+struct RowSums {
+  Real student = 0, teacher = 0;
+  Real student_log = 0, teacher_log = 0;
+  Real student_gap = 0, teacher_gap = 0;
+};
+
+// One vocabulary entry's share, its logits already relative to the maxima.
+DISTIL_INLINE RowSums<float> row_term(float s, float t) {
+  const float p = exp_shifted(s);
+  const float q = exp_shifted(t);
+  const float gap = t - s;
+  RowSums<float> term;
+  term.student = p;
+  term.teacher = q;
+  term.student_log = p * s;
+  term.teacher_log = q * t;
+  term.student_gap = -p * gap;
+  term.teacher_gap = q * gap;
+  return term;
+}
+
+// Moves sums to maxima that are higher by -student_shift, -teacher_shift (both shifts <= 0).
+template <typename Real>
+DISTIL_INLINE void shift_sums(RowSums<Real>& sums, Real student_shift, Real teacher_shift) {
+  const Real p = exp(student_shift), q = exp(teacher_shift);
+  const Real gap = teacher_shift - student_shift;
+  sums.student_log = p * (sums.student_log + student_shift * sums.student);
+  sums.teacher_log = q * (sums.teacher_log + teacher_shift * sums.teacher);
+  sums.student_gap = p * (sums.student_gap - gap * sums.student);
+  sums.teacher_gap = q * (sums.teacher_gap + gap * sums.teacher);
+  sums.student *= p;
+  sums.teacher *= q;
+}
+
+template <typename Real, typename Other>
+DISTIL_INLINE void add_sums(RowSums<Real>& sums, const RowSums<Other>& other) {
+  sums.student += other.student;
+  sums.teacher += other.teacher;
+  sums.student_log += other.student_log;
+  sums.teacher_log += other.teacher_log;
+  sums.student_gap += other.student_gap;
+  sums.teacher_gap += other.teacher_gap;
+}
+
+// The statistics that need no token and no maximum.
+template <typename Real>
+struct RowResult {
+  Real forward_ce, forward_kl, reverse_kl, entropy, teacher_entropy, log_normalizer, teacher_log_normalizer;
+};
+
+template <typename Real>
+DISTIL_INLINE RowResult<Real> finish(const RowSums<Real>& sums) {
+  RowResult<Real> result;
+  const Real log_s = log(sums.student), log_t = log(sums.teacher);
+  result.log_normalizer = log_s;
+  result.teacher_log_normalizer = log_t;
+  result.entropy = log_s - sums.student_log / sums.student;
+  result.teacher_entropy = log_t - sums.teacher_log / sums.teacher;
+  result.forward_kl = sums.teacher_gap / sums.teacher + (log_s - log_t);
+  result.reverse_kl = sums.student_gap / sums.student + (log_t - log_s);
+  result.forward_ce = result.forward_kl + result.teacher_entropy;
+  return result;
+}
+
+// d(ce_weight * H(T, S) + logprob_weight * log S[token]) / d s for an entry that is not the token;
+// the token's own entry gets logprob_weight on top. s, t are relative to the maxima.
+DISTIL_INLINE float grad_logit(float s, float t, float log_normalizer, float teacher_log_normalizer, float ce_weight,
+                               float logprob_weight) {
+  const float p = exp_shifted(s - log_normalizer);
+  const float q = exp_shifted(t - teacher_log_normalizer);
+  return ce_weight * (p - q) - logprob_weight * p;
+}
+
+}  // namespace distil_kernels

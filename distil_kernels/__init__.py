@@ -1,0 +1,1 @@
+"""distil_kernels."""

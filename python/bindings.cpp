@@ -1,0 +1,79 @@
+// Names and casts: the C++ functions of csrc/distil_kernels.h for Python. Addresses and sizes are integers, so the
+// extension depends on no tensor library. No checks, no mathematics; callers are distil_kernels/backends/.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "distil_kernels.h"
+
+namespace py = pybind11;
+namespace dk = distil_kernels;
+using Address = std::uintptr_t;  // of device or host memory; 0 for none
+
+namespace {
+
+template <typename T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+dk::LogitRows logit_rows(Address raw, std::int64_t row_stride, Address bias, float softcap,
+                         float inverse_temperature) {
+  return {pointer<const float>(raw), row_stride, pointer<const float>(bias), softcap, inverse_temperature};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Row kernels of distil_kernels (csrc/). Private: use distil_kernels.backends.";
+
+  py::enum_<dk::Statistic>(m, "Statistic")
+      .value("forward_ce", dk::kForwardCe)
+      .value("forward_kl", dk::kForwardKl)
+      .value("reverse_kl", dk::kReverseKl)
+      .value("logprob", dk::kLogprob)
+      .value("teacher_logprob", dk::kTeacherLogprob)
+      .value("entropy", dk::kEntropy)
+      .value("teacher_entropy", dk::kTeacherEntropy)
+      .value("agree", dk::kAgree)
+      .value("max_logit", dk::kMaxLogit)
+      .value("log_normalizer", dk::kLogNormalizer)
+      .value("teacher_max_logit", dk::kTeacherMaxLogit)
+      .value("teacher_log_normalizer", dk::kTeacherLogNormalizer);
+
+  py::enum_<dk::InstructionSet>(m, "InstructionSet")
+      .value("best", dk::InstructionSet::kBest)
+      .value("portable", dk::InstructionSet::kPortable)
+      .value("avx2", dk::InstructionSet::kAvx2)
+      .value("avx512", dk::InstructionSet::kAvx512);
+
+  py::class_<dk::LogitRows>(m, "LogitRows")
+      .def(py::init(&logit_rows), py::arg("raw"), py::arg("row_stride"), py::arg("bias"), py::arg("softcap"),
+           py::arg("inverse_temperature"));
+
+  m.def("cpu_supports", &dk::cpu_supports, py::arg("instruction_set"));
+
+  m.def(
+      "cpu_row_stats",
+      [](const dk::LogitRows& student, const dk::LogitRows& teacher, Address tokens, std::int64_t num_rows,
+         std::int64_t vocab_size, Address statistics, int num_threads, dk::InstructionSet instruction_set) {
+        dk::cpu_row_stats(student, teacher, pointer<const std::int64_t>(tokens), num_rows, vocab_size,
+                          pointer<float>(statistics), num_threads, instruction_set);
+      },
+      py::arg("student"), py::arg("teacher"), py::arg("tokens"), py::arg("num_rows"), py::arg("vocab_size"),
+      py::arg("statistics"), py::arg("num_threads"), py::arg("instruction_set"),
+      py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "cpu_row_grad",
+      [](const dk::LogitRows& student, const dk::LogitRows& teacher, Address tokens, Address statistics,
+         Address ce_weight, Address logprob_weight, std::int64_t num_rows, std::int64_t vocab_size, Address grad,
+         std::int64_t grad_stride, int num_threads, dk::InstructionSet instruction_set) {
+        dk::cpu_row_grad(student, teacher, pointer<const std::int64_t>(tokens), pointer<const float>(statistics),
+                         pointer<const float>(ce_weight), pointer<const float>(logprob_weight), num_rows, vocab_size,
+                         pointer<float>(grad), grad_stride, num_threads, instruction_set);
+      },
+      py::arg("student"), py::arg("teacher"), py::arg("tokens"), py::arg("statistics"), py::arg("ce_weight"),
+      py::arg("logprob_weight"), py::arg("num_rows"), py::arg("vocab_size"), py::arg("grad"), py::arg("grad_stride"),
+      py::arg("num_threads"), py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
+}
