@@ -1,0 +1,60 @@
+"""The contract between the driver and a back end.
+
+A back end is a module of this package with two row kernels and one question:
+
+    unavailable(device, dtype) -> str | None
+        why it cannot run there, or None. `dtype` is that of the student's hidden states.
+    row_stats(logits, student, teacher, tokens) -> statistics [NUM_STATISTICS, R]
+    row_grad(logits, student, teacher, tokens, statistics, ce_weight, logprob_weight, out) -> None
+
+`logits` is a `LogitPair`: the raw outputs [R, V] of the two lm_head products, float32 (float64 for float64 inputs).
+`student` and `teacher` are `LogitTransform`s, which the kernels apply on the fly. `tokens` is int64 [R] or None.
+`row_grad` writes d(ce_weight * H(T, S) + logprob_weight * log S[token]) / d raw student logit to `out` [R, V], which
+may be `logits.student` itself; a row whose two weights are 0 gets zeros whatever its logits hold.
+Nothing else of a back end is called; the matrix products belong to `distil_kernels.gemm`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Statistic(IntEnum):
+    """Rows of a statistics matrix, as in csrc/distil_kernels.h."""
+
+    FORWARD_CE = 0
+    FORWARD_KL = 1
+    REVERSE_KL = 2
+    LOGPROB = 3
+    TEACHER_LOGPROB = 4
+    ENTROPY = 5
+    TEACHER_ENTROPY = 6
+    AGREE = 7
+    MAX_LOGIT = 8
+    LOG_NORMALIZER = 9
+    TEACHER_MAX_LOGIT = 10
+    TEACHER_LOG_NORMALIZER = 11
+
+
+NUM_STATISTICS = len(Statistic)
+
+
+class LogitPair(NamedTuple):
+    """Raw logits [R, V] of the same rows, before bias, softcap and temperature."""
+
+    student: Tensor
+    teacher: Tensor
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """logit = softcap * tanh((raw + bias) / softcap) / temperature; without tanh where softcap is None."""
+
+    bias: Tensor | None
+    """[V] in the dtype of the logits, or None."""
+    softcap: float | None
+    temperature: float

@@ -1,0 +1,57 @@
+"""Chooses the back end. Pure functions that can say why; tests assert what they answer."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from distil_kernels.backends import cpu, reference
+
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+"""In order of preference."""
+
+
+class BackendChoice(NamedTuple):
+    name: str
+    reason: str
+
+    @property
+    def kernels(self) -> ModuleType:
+        """The module with `row_stats` and `row_grad`."""
+        return BACKENDS[self.name]
+
+
+def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> BackendChoice:
+    """The back end for tensors of `dtype` on `device`.
+
+    Raises:
+        ValueError: `requested` is no back end's name.
+        RuntimeError: it was asked for by name and cannot run there; the message says why.
+    """
+    if requested != "auto":
+        if requested not in BACKENDS:
+            raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {requested!r}")
+        why_not = BACKENDS[requested].unavailable(device, dtype)
+        if why_not is not None:
+            raise RuntimeError(f"backend={requested!r} cannot run here: {why_not}")
+        return BackendChoice(requested, "asked for by name")
+    refusals = []
+    for name, module in BACKENDS.items():
+        why_not = module.unavailable(device, dtype)
+        if why_not is None:
+            if name == "reference" and dtype != torch.float64:
+                _warn_once("; ".join(refusals))
+            return BackendChoice(name, "; ".join(refusals) or "first choice")
+        refusals.append(f"{name}: {why_not}")
+    raise AssertionError("the reference back end runs everywhere")
+
+
+@cache
+def _warn_once(refusals: str) -> None:
+    warnings.warn(
+        f"distil_kernels falls back to plain torch (backend='reference'): {refusals}", UserWarning, stacklevel=2
+    )

@@ -1,0 +1,94 @@
+"""Back end `reference`: the formulas of design section 2 in plain torch, for every device and dtype.
+
+Fallback where no kernel runs, float64 path for gradcheck, and the version to read first. It makes about a dozen
+temporaries of the chunk's size where the kernels make none. (The tests' oracle is another, independent text.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distil_kernels.backends import LogitPair, LogitTransform, Statistic
+
+_FLOOR = -1e30
+"""Stands for minus infinity among shifted logits, so that 0 * logit is 0."""
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def row_stats(
+    logits: LogitPair, student: LogitTransform, teacher: LogitTransform, tokens: Tensor | None
+) -> Tensor:
+    s, s_max, s_index = _shifted(logits.student, student)
+    t, t_max, t_index = _shifted(logits.teacher, teacher)
+    s_log_normalizer, t_log_normalizer = s.logsumexp(-1), t.logsumexp(-1)
+    s_probs = (s - s_log_normalizer[:, None]).exp()
+    t_probs = (t - t_log_normalizer[:, None]).exp()
+    gap = t - s
+    log_ratio = s_log_normalizer - t_log_normalizer
+
+    statistics = s.new_zeros(len(Statistic), s.shape[0])
+    forward_kl = (t_probs * gap).sum(-1) + log_ratio
+    teacher_entropy = t_log_normalizer - (t_probs * t).sum(-1)
+    statistics[Statistic.FORWARD_CE] = forward_kl + teacher_entropy
+    statistics[Statistic.FORWARD_KL] = forward_kl
+    statistics[Statistic.REVERSE_KL] = -(s_probs * gap).sum(-1) - log_ratio
+    if tokens is not None:
+        statistics[Statistic.LOGPROB] = s.gather(1, tokens[:, None])[:, 0] - s_log_normalizer
+        statistics[Statistic.TEACHER_LOGPROB] = t.gather(1, tokens[:, None])[:, 0] - t_log_normalizer
+    statistics[Statistic.ENTROPY] = s_log_normalizer - (s_probs * s).sum(-1)
+    statistics[Statistic.TEACHER_ENTROPY] = teacher_entropy
+    statistics[Statistic.AGREE] = (s_index == t_index).to(s.dtype)
+    statistics[Statistic.MAX_LOGIT] = s_max
+    statistics[Statistic.LOG_NORMALIZER] = s_log_normalizer
+    statistics[Statistic.TEACHER_MAX_LOGIT] = t_max
+    statistics[Statistic.TEACHER_LOG_NORMALIZER] = t_log_normalizer
+    return statistics
+
+
+def row_grad(
+    logits: LogitPair,
+    student: LogitTransform,
+    teacher: LogitTransform,
+    tokens: Tensor | None,
+    statistics: Tensor,
+    ce_weight: Tensor,
+    logprob_weight: Tensor | None,
+    out: Tensor,
+) -> None:
+    derivative = _derivative(logits.student, student)
+    s_log_normalizer = statistics[Statistic.LOG_NORMALIZER, :, None]
+    t_log_normalizer = statistics[Statistic.TEACHER_LOG_NORMALIZER, :, None]
+    s_probs = (_shifted(logits.student, student)[0] - s_log_normalizer).exp()
+    t_probs = (_shifted(logits.teacher, teacher)[0] - t_log_normalizer).exp()
+    grad = ce_weight[:, None] * (s_probs - t_probs)
+    used = ce_weight != 0
+    if logprob_weight is not None:
+        assert tokens is not None
+        grad -= logprob_weight[:, None] * s_probs
+        grad.scatter_add_(1, tokens[:, None], logprob_weight[:, None])
+        used = used | (logprob_weight != 0)
+    out.copy_(torch.where(used[:, None], grad * derivative, 0.0))
+
+
+def _cap(raw: Tensor, transform: LogitTransform) -> Tensor:
+    """tanh((raw + bias) / softcap), or raw + bias where there is no softcap."""
+    biased = raw if transform.bias is None else raw + transform.bias
+    return biased if transform.softcap is None else (biased / transform.softcap).tanh()
+
+
+def _shifted(raw: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits relative to their row's maximum, the maximum, and the index of its first occurrence."""
+    logits = _cap(raw, transform) * ((transform.softcap or 1.0) / transform.temperature)
+    maximum, index = logits.max(-1)
+    return (logits - maximum[:, None]).clamp(min=_FLOOR), maximum, index
+
+
+def _derivative(raw: Tensor, transform: LogitTransform) -> Tensor | float:
+    """d logit / d raw."""
+    if transform.softcap is None:
+        return 1.0 / transform.temperature
+    return (1.0 - _cap(raw, transform).square()) / transform.temperature

@@ -1,0 +1,171 @@
+"""Credit of each sampled token: cost-to-go and baselines on packed sequences, and the order that makes them cheap.
+
+The sequence-level gradient gives grad log S[y_t] the weight
+
+    a_t = scale * (G_t - b_t),     G_t = sum_{i > t} discount^(i - t) cost_i        span "future"
+                                   G_t = sum_i cost_i                               span "sequence"
+
+Rows are processed from the last position to the first, so G_t is known by a running carry per sequence when the rows
+of position t come up, and everything that a baseline over rollouts needs (the same position of its siblings) is in
+the same chunk. Inside a chunk the costs lie on a small grid [positions, sequences] on which the recurrence is a scan.
+
+Left out: whole-batch normalisation, which needs every row first.
+Source: the future-credit term of DistIL's gradient (arXiv 2606.05152); discount and baselines are ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+SPANS = ("none", "future", "sequence")
+BASELINES = ("position_mean", "leave_one_out")
+
+CreditSpan = Literal["none", "future", "sequence"]
+
+
+@dataclass(frozen=True)
+class Credit:
+    """How future cost becomes the weight of a token's log-prob gradient."""
+
+    span: str = "future"
+    discount: float = 1.0
+    baseline: str | Tensor | None = None
+    """None, a name of BASELINES, or one value per row [N]."""
+    group_size: int = 1
+    """Consecutive sequences that share a prompt (for "leave_one_out")."""
+    scale: float = 1.0
+
+
+def known_in_order(credit: Credit, num_sequences: int, num_rows: int, max_rows: int) -> bool:
+    """Whether chunks of at most `max_rows` rows, last position first, hold all that their rows' weights need."""
+    if credit.span == "none":
+        return True
+    if credit.span == "sequence":
+        return num_rows <= max_rows
+    return (num_sequences if credit.baseline == "position_mean" else credit.group_size) <= max_rows
+
+
+class Chunk(NamedTuple):
+    """Rows that are processed together: some consecutive positions of a block of sequences."""
+
+    rows: Tensor
+    """[R] int64 indices into the packed rows."""
+    sequences: Tensor
+    """[R] int64 sequence of each row, counted from `first_sequence`."""
+    positions: Tensor
+    """[R] int64 position of each row in its sequence, counted from the chunk's first."""
+    first_sequence: int
+    num_sequences: int
+    num_positions: int
+    """From the chunk's first position to the first of the chunk before it (positions without rows between included)."""
+
+
+def reverse_chunks(lengths: Tensor, counted: Tensor | None, credit: Credit, max_rows: int) -> list[Chunk]:
+    """Cuts packed rows into chunks, last position first; a position of a block of sequences is never divided.
+
+    Args:
+        lengths: [B] int64 on the CPU.
+        counted: [N] bool on the CPU, rows that exist for the loss; None for all.
+        max_rows: rows of a chunk, exceeded only where one position of one block has more.
+
+    A block is as many whole groups as leave a chunk at least eight positions (every sequence for "position_mean"),
+    so that chunks come out nearly full.
+    """
+    num_sequences = lengths.numel()
+    if credit.baseline == "position_mean":
+        block_size = num_sequences
+    else:
+        groups = max(1, max_rows // 8 // credit.group_size)
+        block_size = min(num_sequences, groups * credit.group_size)
+    sequences = torch.repeat_interleave(torch.arange(num_sequences), lengths)
+    positions = torch.arange(sequences.numel()) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+    rows = torch.arange(sequences.numel()) if counted is None else counted.nonzero()[:, 0]
+    longest = int(lengths.max())
+    key = (sequences // block_size) * longest + (longest - 1 - positions)
+    rows = rows[torch.argsort(key[rows], stable=True)]
+    key = key[rows]
+
+    # Where a chunk may end: the ends of runs of equal (block, position).
+    ends = torch.cat([(key[1:] != key[:-1]).nonzero()[:, 0] + 1, torch.tensor([key.numel()])])
+    blocks = (sequences[rows] // block_size)[ends - 1]
+    chunks: list[Chunk] = []
+    begin = previous_low = 0
+    while begin < rows.numel():
+        first = int(torch.searchsorted(ends, begin, right=True))
+        last = int(torch.searchsorted(ends, begin + max_rows, right=True)) - 1
+        last = max(first, min(last, int(torch.searchsorted(blocks, blocks[first], right=True)) - 1))
+        end = int(ends[last])
+        chunk_rows = rows[begin:end]
+        first_sequence = int(blocks[first]) * block_size
+        chunk_positions = positions[chunk_rows]
+        low = int(chunk_positions.min())
+        continues = chunks and chunks[-1].first_sequence == first_sequence
+        high = previous_low if continues else int(chunk_positions.max()) + 1
+        chunks.append(
+            Chunk(
+                chunk_rows,
+                sequences[chunk_rows] - first_sequence,
+                chunk_positions - low,
+                first_sequence,
+                min(block_size, num_sequences - first_sequence),
+                high - low,
+            )
+        )
+        begin, previous_low = end, low
+    return chunks
+
+
+class CreditScan:
+    """Turns the costs of chunks, given in `reverse_chunks` order, into the weights a_t of their rows."""
+
+    def __init__(self, credit: Credit, lengths: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+        self._credit = credit
+        self._carry = torch.zeros(lengths.numel(), dtype=dtype, device=device)
+        """Cost-to-go, its own position included, at the first position of the block's last chunk; per sequence."""
+
+    def weights(self, costs: Tensor, chunk: Chunk) -> Tensor:
+        """a_t [R] of a chunk's rows from their costs [R] (already times the token weight)."""
+        credit = self._credit
+        block = slice(chunk.first_sequence, chunk.first_sequence + chunk.num_sequences)
+        where = (chunk.positions.to(costs.device), chunk.sequences.to(costs.device))
+        grid = costs.new_zeros(chunk.num_positions + 1, chunk.num_sequences)
+        grid[where] = costs
+        if credit.span == "sequence":
+            to_go = grid.sum(0, keepdim=True).expand(chunk.num_positions, -1)
+        else:
+            grid[-1] = self._carry[block]
+            total = discounted_suffix_sum(grid, credit.discount)
+            self._carry[block] = total[0]
+            to_go = credit.discount * total[1:]
+        weights = to_go[where]
+        if credit.baseline is not None:
+            weights = weights - self._baseline(to_go, where, chunk)
+        return credit.scale * weights
+
+    def _baseline(self, to_go: Tensor, where: tuple[Tensor, Tensor], chunk: Chunk) -> Tensor:
+        credit = self._credit
+        if isinstance(credit.baseline, Tensor):
+            return credit.baseline[chunk.rows.to(to_go.device)].to(to_go.dtype)
+        if credit.baseline == "leave_one_out":
+            groups = to_go.unflatten(1, (-1, credit.group_size))
+            others = (groups.sum(-1, keepdim=True) - groups) / (credit.group_size - 1)
+            return others.flatten(1)[where]
+        alive = torch.zeros_like(to_go)
+        alive[where] = 1.0
+        mean = (to_go * alive).sum(1) / alive.sum(1).clamp(min=1.0)
+        return mean[where[0]]
+
+
+def discounted_suffix_sum(values: Tensor, discount: float) -> Tensor:
+    """out[p] = sum_{i >= p} discount^(i - p) values[i] along dimension 0, in log2(length) steps."""
+    total, step = values, 1
+    while step < values.shape[0]:
+        shifted = torch.zeros_like(total)
+        shifted[:-step] = total[step:]
+        total = total + discount**step * shifted
+        step *= 2
+    return total

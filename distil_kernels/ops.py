@@ -1,0 +1,311 @@
+"""The custom ops that autograd and torch.compile see, each with its shapes (fake) and gradient.
+
+    scalar_loss      forward: loss and, unless two passes are needed, its gradients; backward: scale_gradients
+    row_statistics   forward: statistics per row; backward: rows_backward (logits again), kept_backward, or a row scale
+    scale_gradients, rows_backward, kept_backward have no gradient of their own: differentiating twice is an error
+
+Arguments arrive checked, from `functional`. Gradients that nobody wants are tensors of size 0.
+"""
+
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from distil_kernels import driver
+from distil_kernels.backends import NUM_STATISTICS, LogitTransform, Statistic
+from distil_kernels.backends.dispatch import BACKENDS
+from distil_kernels.checks import check_tokens, sequence_lengths
+from distil_kernels.credit import Credit
+from distil_kernels.gemm import accumulation_dtype
+from distil_kernels.plan import Plan
+
+# torch reads the annotations of a custom op at run time and knows Optional[Tensor], not Tensor | None.
+# ruff: noqa: UP045
+
+
+@torch.library.custom_op("distil_kernels::scalar_loss", mutates_args=())
+def scalar_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Optional[Tensor],
+    teacher_hidden: Tensor,
+    teacher_weight: Optional[Tensor],
+    teacher_bias: Optional[Tensor],
+    tokens: Optional[Tensor],
+    counted: Optional[Tensor],
+    row_weight: Optional[Tensor],
+    cu_seqlens: Optional[Tensor],
+    baseline_values: Optional[Tensor],
+    temperature: float,
+    teacher_temperature: float,
+    logit_softcap: Optional[float],
+    cost: int,
+    credit_span: str,
+    discount: float,
+    baseline: str,
+    group_size: int,
+    credit_scale: float,
+    backend: str,
+    plan: str,
+    chunk_rows: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss [], statistics [NUM_STATISTICS, N], credit [N], gradients of hidden, weight and bias)."""
+    problem = _problem(
+        student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
+        tokens, counted, temperature, teacher_temperature, logit_softcap, backend,
+    )  # fmt: skip
+    if row_weight is None:
+        row_weight = student_hidden.new_ones(problem.num_rows, dtype=problem.dtype)
+    lengths = torch.tensor([problem.num_rows])
+    if cu_seqlens is not None:
+        lengths = sequence_lengths(cu_seqlens, problem.num_rows, group_size)
+    result = driver.scalar_loss(
+        problem,
+        Plan(plan, chunk_rows, ""),
+        driver.Needs(*needs),
+        row_weight,
+        Statistic(cost),
+        Credit(credit_span, discount, baseline_values if baseline == "values" else baseline or None,
+               group_size, credit_scale),
+        lengths,
+    )  # fmt: skip
+    return (result.loss, result.statistics, result.credit, *result.gradients)
+
+
+@scalar_loss.register_fake
+def _(student_hidden: Tensor, student_weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    dtype = accumulation_dtype(student_hidden.dtype)
+    num_rows = student_hidden.shape[0]
+    return (
+        student_hidden.new_empty((), dtype=dtype),
+        student_hidden.new_empty(NUM_STATISTICS, num_rows, dtype=dtype),
+        student_hidden.new_empty(num_rows, dtype=dtype),
+        *_fake_gradients(student_hidden, student_weight, rest[-1]),
+    )
+
+
+def _scalar_loss_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    _, statistics, credit, *gradients = output
+    ctx.mark_non_differentiable(statistics, credit, *gradients)
+    ctx.save_for_backward(*gradients)
+    ctx.weight_dtype, ctx.needs, ctx.num_inputs = inputs[1].dtype, inputs[-1], len(inputs)
+
+
+def _scalar_loss_backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple:
+    gradients = scale_gradients(*ctx.saved_tensors, grad_loss, ctx.weight_dtype)
+    return _input_gradients(gradients, ctx.needs, ctx.num_inputs)
+
+
+scalar_loss.register_autograd(_scalar_loss_backward, setup_context=_scalar_loss_context)
+
+
+@torch.library.custom_op("distil_kernels::scale_gradients", mutates_args=())
+def scale_gradients(
+    grad_hidden: Tensor, grad_weight: Tensor, grad_bias: Tensor, scale: Tensor, weight_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each gradient times a scalar [], in the dtype of its input; new tensors, so backward can run again."""
+    return (
+        torch.mul(grad_hidden, scale, out=torch.empty_like(grad_hidden)),
+        torch.mul(grad_weight, scale, out=torch.empty_like(grad_weight, dtype=weight_dtype)),
+        grad_bias * scale,
+    )
+
+
+@scale_gradients.register_fake
+def _(
+    grad_hidden: Tensor, grad_weight: Tensor, grad_bias: Tensor, scale: Tensor, weight_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(grad_hidden),
+        torch.empty_like(grad_weight, dtype=weight_dtype),
+        torch.empty_like(grad_bias),
+    )
+
+
+@torch.library.custom_op("distil_kernels::row_statistics", mutates_args=())
+def row_statistics(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Optional[Tensor],
+    teacher_hidden: Tensor,
+    teacher_weight: Optional[Tensor],
+    teacher_bias: Optional[Tensor],
+    tokens: Optional[Tensor],
+    counted: Optional[Tensor],
+    temperature: float,
+    teacher_temperature: float,
+    logit_softcap: Optional[float],
+    backend: str,
+    plan: str,
+    chunk_rows: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(statistics [NUM_STATISTICS, N], hidden gradient for unit upstream [N, D], kept logit gradient [N, V])."""
+    problem = _problem(
+        student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
+        tokens, counted, temperature, teacher_temperature, logit_softcap, backend,
+    )  # fmt: skip
+    return tuple(driver.rows_statistics(problem, Plan(plan, chunk_rows, "")))
+
+
+@row_statistics.register_fake
+def _(student_hidden: Tensor, student_weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, num_rows = accumulation_dtype(student_hidden.dtype), student_hidden.shape[0]
+    plan = rest[-3]
+    return (
+        student_hidden.new_empty(NUM_STATISTICS, num_rows, dtype=dtype),
+        student_hidden.new_empty(student_hidden.shape if plan == "frozen_head" else 0),
+        student_hidden.new_empty(
+            (num_rows, student_weight.shape[0]) if plan == "kept_gradient" else 0, dtype=dtype
+        ),
+    )
+
+
+def _row_statistics_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    statistics, base_hidden, kept = output
+    ctx.mark_non_differentiable(base_hidden, kept)
+    *tensors, temperature, teacher_temperature, logit_softcap, backend, plan, chunk_rows, needs = inputs
+    ctx.save_for_backward(*tensors, statistics, base_hidden, kept)
+    ctx.transform, ctx.backend = (temperature, teacher_temperature, logit_softcap), backend
+    ctx.plan, ctx.chunk_rows, ctx.needs, ctx.num_inputs = plan, chunk_rows, needs, len(inputs)
+
+
+def _row_statistics_backward(ctx: Any, grad_statistics: Tensor, *_: Tensor) -> tuple:
+    *tensors, statistics, base_hidden, kept = ctx.saved_tensors
+    ce_weight, logprob_weight = grad_statistics[Statistic.FORWARD_CE], grad_statistics[Statistic.LOGPROB]
+    if ctx.plan == "frozen_head":
+        gradients = scale_rows(base_hidden, ce_weight), base_hidden, base_hidden
+    elif ctx.plan == "kept_gradient":
+        gradients = kept_backward(tensors[0], tensors[1], kept, ce_weight, ctx.chunk_rows, ctx.needs)
+    else:
+        gradients = rows_backward(
+            *tensors, statistics, ce_weight, logprob_weight, *ctx.transform, ctx.backend, ctx.chunk_rows, ctx.needs
+        )
+    return _input_gradients(gradients, ctx.needs, ctx.num_inputs)
+
+
+row_statistics.register_autograd(_row_statistics_backward, setup_context=_row_statistics_context)
+
+
+@torch.library.custom_op("distil_kernels::scale_rows", mutates_args=())
+def scale_rows(grad_hidden: Tensor, scale: Tensor) -> Tensor:
+    """[N, D] times [N], in the dtype of the first."""
+    return torch.mul(grad_hidden, scale[:, None], out=torch.empty_like(grad_hidden))
+
+
+@scale_rows.register_fake
+def _(grad_hidden: Tensor, scale: Tensor) -> Tensor:
+    return torch.empty_like(grad_hidden)
+
+
+@torch.library.custom_op("distil_kernels::rows_backward", mutates_args=())
+def rows_backward(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Optional[Tensor],
+    teacher_hidden: Tensor,
+    teacher_weight: Optional[Tensor],
+    teacher_bias: Optional[Tensor],
+    tokens: Optional[Tensor],
+    counted: Optional[Tensor],
+    statistics: Tensor,
+    ce_weight: Tensor,
+    logprob_weight: Tensor,
+    temperature: float,
+    teacher_temperature: float,
+    logit_softcap: Optional[float],
+    backend: str,
+    chunk_rows: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of sum(ce_weight * ce + logprob_weight * logprob), weights [N]."""
+    problem = _problem(
+        student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
+        tokens, counted, temperature, teacher_temperature, logit_softcap, backend,
+    )  # fmt: skip
+    gradients = driver.rows_backward(
+        problem, chunk_rows, driver.Needs(*needs), statistics, ce_weight.contiguous(),
+        None if tokens is None else logprob_weight.contiguous(),
+    )  # fmt: skip
+    return gradients.hidden, gradients.weight.to(student_weight.dtype), gradients.bias
+
+
+@rows_backward.register_fake
+def _(student_hidden: Tensor, student_weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight, bias = _fake_gradients(student_hidden, student_weight, rest[-1])
+    return hidden, weight.to(student_weight.dtype), bias
+
+
+@torch.library.custom_op("distil_kernels::kept_backward", mutates_args=())
+def kept_backward(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    kept: Tensor,
+    ce_weight: Tensor,
+    chunk_rows: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of sum(ce_weight * ce) from the logits' gradient [N, V] for unit weights."""
+    gradients = driver.kept_backward(
+        student_hidden, student_weight, chunk_rows, driver.Needs(*needs), kept, ce_weight
+    )
+    return gradients.hidden, gradients.weight.to(student_weight.dtype), gradients.bias
+
+
+@kept_backward.register_fake
+def _(student_hidden: Tensor, student_weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight, bias = _fake_gradients(student_hidden, student_weight, rest[-1])
+    return hidden, weight.to(student_weight.dtype), bias
+
+
+def _problem(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    tokens: Tensor | None,
+    counted: Tensor | None,
+    temperature: float,
+    teacher_temperature: float,
+    logit_softcap: float | None,
+    backend: str,
+) -> driver.Problem:
+    check_tokens(tokens, counted, student_weight.shape[0])
+    dtype = accumulation_dtype(student_hidden.dtype)
+
+    def transform(bias: Tensor | None, own_temperature: float) -> LogitTransform:
+        return LogitTransform(
+            None if bias is None else bias.to(dtype).contiguous(), logit_softcap, own_temperature
+        )
+
+    return driver.Problem(
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        transform(student_bias, temperature),
+        transform(teacher_bias, teacher_temperature),
+        tokens,
+        counted,
+        BACKENDS[backend],
+    )
+
+
+def _fake_gradients(student_hidden: Tensor, student_weight: Tensor, needs: list[bool]) -> tuple[Tensor, ...]:
+    dtype = accumulation_dtype(student_weight.dtype)
+    return (
+        student_hidden.new_empty(student_hidden.shape if needs[0] else 0),
+        student_weight.new_empty(student_weight.shape if needs[1] else 0, dtype=dtype),
+        student_weight.new_empty(student_weight.shape[0] if needs[2] else 0, dtype=dtype),
+    )
+
+
+def _input_gradients(gradients: tuple[Tensor, ...], needs: list[bool], num_inputs: int) -> tuple:
+    """One entry per input of the op: the three gradients, then None."""
+    wanted = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+    return (*wanted, *[None] * (num_inputs - 3))
