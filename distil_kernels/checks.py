@@ -50,9 +50,7 @@ class Door:
             if not (tensor is None and name in optional):
                 self._tensor(name, tensor)
                 if tensor.dtype not in _DTYPES:
-                    self.type_error(
-                        f"{name} has dtype {tensor.dtype}, expected float64, float32, bfloat16 or float16"
-                    )
+                    self.type_error(f"{name} has dtype {tensor.dtype}, expected float64, float32, bfloat16 or float16")
                 self._same_device(name, tensor, student_hidden)
         self._head("student", student_hidden, student_weight, student_bias)
         if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
@@ -79,9 +77,7 @@ class Door:
                     f"{teacher_weight.shape[0]}: both models need the same vocabulary (slice off padding rows)"
                 )
         if teacher_bias is not None and teacher_bias.shape != (student_weight.shape[0],):
-            self.value_error(
-                f"teacher_bias has shape {list(teacher_bias.shape)}, expected [{student_weight.shape[0]}]"
-            )
+            self.value_error(f"teacher_bias has shape {list(teacher_bias.shape)}, expected [{student_weight.shape[0]}]")
         if (teacher_hidden.dtype == torch.float64) != (student_hidden.dtype == torch.float64):
             self.type_error(
                 f"student_hidden is {student_hidden.dtype}, teacher_hidden {teacher_hidden.dtype}: "
@@ -111,9 +107,7 @@ class Door:
     def packed(self, student_hidden: Tensor, cu_seqlens: Tensor) -> None:
         """Packed rows [N, D] with sequence borders [B + 1]."""
         if student_hidden.dim() != 2:
-            self.value_error(
-                f"student_hidden has shape {list(student_hidden.shape)}, expected packed rows [N, D]"
-            )
+            self.value_error(f"student_hidden has shape {list(student_hidden.shape)}, expected packed rows [N, D]")
         self._tensor("cu_seqlens", cu_seqlens)
         if cu_seqlens.dtype not in (torch.int32, torch.int64):
             self.type_error(f"cu_seqlens has dtype {cu_seqlens.dtype}, expected int32 or int64")
@@ -190,7 +184,7 @@ def check_tokens(tokens: Tensor | None, counted: Tensor | None, vocab_size: int)
     if tokens is None or tokens.device.type != "cpu":
         return
     ids = tokens if counted is None else tokens[counted]
-    if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < vocab_size):
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
         raise ValueError(
             f"tokens holds ids from {int(ids.min())} to {int(ids.max())}, expected 0 to {vocab_size - 1} "
             "(mask rows without a token by token_mask)"
@@ -207,7 +201,5 @@ def sequence_lengths(cu_seqlens: Tensor, num_rows: int, group_size: int) -> Tens
             f"{', and falls' if bool((lengths < 0).any()) else ''}; expected to rise from 0 to the {num_rows} rows"
         )
     if lengths.numel() % group_size:
-        raise ValueError(
-            f"cu_seqlens has {lengths.numel()} sequences, expected a multiple of group_size {group_size}"
-        )
+        raise ValueError(f"cu_seqlens has {lengths.numel()} sequences, expected a multiple of group_size {group_size}")
     return lengths

@@ -127,9 +127,7 @@ class _Workspace:
         problem = self._problem
         return problem.kernels.row_stats(chunk.logits, problem.student, problem.teacher, chunk.tokens)
 
-    def row_grad(
-        self, chunk: _Chunk, statistics: Tensor, ce_weight: Tensor, logprob_weight: Tensor | None
-    ) -> Tensor:
+    def row_grad(self, chunk: _Chunk, statistics: Tensor, ce_weight: Tensor, logprob_weight: Tensor | None) -> Tensor:
         """The gradient of the logits, in the place of the student's logits."""
         problem, out = self._problem, chunk.logits.student
         problem.kernels.row_grad(
@@ -213,7 +211,11 @@ def _in_two_passes(
         if credit_chunk is not None:
             credit_weights[rows] = scan.weights((row_weight * statistics[cost])[rows], credit_chunk)
     if plan.name == "stats_only":
-        return statistics, credit_weights, _GradientSums(problem.student_hidden, problem.student_weight, NO_GRADIENTS).result()
+        return (
+            statistics,
+            credit_weights,
+            _GradientSums(problem.student_hidden, problem.student_weight, NO_GRADIENTS).result(),
+        )
     logprob_weight = None if credit.span == "none" else credit_weights
     gradients = rows_backward(problem, plan.chunk_rows, needs, statistics, row_weight, logprob_weight)
     return statistics, credit_weights, gradients

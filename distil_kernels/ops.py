@@ -7,7 +7,6 @@
 Arguments arrive checked, from `functional`. Gradients that nobody wants are tensors of size 0.
 """
 
-
 from typing import Any, Optional
 
 import torch
@@ -158,9 +157,7 @@ def _(student_hidden: Tensor, student_weight: Tensor, *rest: Any) -> tuple[Tenso
     return (
         student_hidden.new_empty(NUM_STATISTICS, num_rows, dtype=dtype),
         student_hidden.new_empty(student_hidden.shape if plan == "frozen_head" else 0),
-        student_hidden.new_empty(
-            (num_rows, student_weight.shape[0]) if plan == "kept_gradient" else 0, dtype=dtype
-        ),
+        student_hidden.new_empty((num_rows, student_weight.shape[0]) if plan == "kept_gradient" else 0, dtype=dtype),
     )
 
 
@@ -249,9 +246,7 @@ def kept_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of sum(ce_weight * ce) from the logits' gradient [N, V] for unit weights."""
-    gradients = driver.kept_backward(
-        student_hidden, student_weight, chunk_rows, driver.Needs(*needs), kept, ce_weight
-    )
+    gradients = driver.kept_backward(student_hidden, student_weight, chunk_rows, driver.Needs(*needs), kept, ce_weight)
     return gradients.hidden, gradients.weight.to(student_weight.dtype), gradients.bias
 
 
@@ -279,9 +274,7 @@ def _problem(
     dtype = accumulation_dtype(student_hidden.dtype)
 
     def transform(bias: Tensor | None, own_temperature: float) -> LogitTransform:
-        return LogitTransform(
-            None if bias is None else bias.to(dtype).contiguous(), logit_softcap, own_temperature
-        )
+        return LogitTransform(None if bias is None else bias.to(dtype).contiguous(), logit_softcap, own_temperature)
 
     return driver.Problem(
         student_hidden,

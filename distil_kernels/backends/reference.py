@@ -19,9 +19,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def row_stats(
-    logits: LogitPair, student: LogitTransform, teacher: LogitTransform, tokens: Tensor | None
-) -> Tensor:
+def row_stats(logits: LogitPair, student: LogitTransform, teacher: LogitTransform, tokens: Tensor | None) -> Tensor:
     s, s_max, s_index = _shifted(logits.student, student)
     t, t_max, t_index = _shifted(logits.teacher, teacher)
     s_log_normalizer, t_log_normalizer = s.logsumexp(-1), t.logsumexp(-1)
