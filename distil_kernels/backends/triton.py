@@ -1,0 +1,218 @@
+"""Back end `triton`: row kernels for any GPU that Triton knows. Not yet run on a GPU.
+
+    row_stats   row_partials over (row, block of 4096 columns), then merge_partials over rows
+    row_grad    one elementwise kernel over (row, block)
+    head_stats  head_partials over (tile of rows, split of the vocabulary), then merge_partials: no logits in memory
+
+The kernels and their mathematics are in `triton_kernels`. They are checked in Triton's interpreter (TRITON_INTERPRET=1,
+where they take CPU tensors) and compiled ahead of time for sm_80 and sm_90a. float32 logits only, so float32, bfloat16
+and float16 inputs; float64 belongs to `reference`.
+
+Triton is imported at the first use, so that the package works without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distil_kernels.backends import NUM_STATISTICS, LogitPair, LogitTransform
+
+_MAX_BLOCK = 4096
+"""Columns of one program: 16 per thread and model. One program for a row of 150k would leave most of the GPU idle."""
+
+
+@cache
+def _import_kernels() -> ModuleType | str:
+    """The kernels, or why there are none."""
+    try:
+        from distil_kernels.backends import triton_kernels
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); run pip install triton"
+    return triton_kernels
+
+
+def _kernels() -> ModuleType:
+    module = _import_kernels()
+    assert isinstance(module, ModuleType)
+    return module
+
+
+def interprets() -> bool:
+    """Whether Triton was imported with TRITON_INTERPRET=1: kernels then run on the CPU, for tests."""
+    import triton
+
+    return not isinstance(_kernels().row_grad, triton.JITFunction)
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype == torch.float64:
+        return "its kernels keep float32 logits, float64 needs backend='reference'"
+    kernels = _import_kernels()
+    if isinstance(kernels, str):
+        return kernels
+    if device.type == "cpu" and not interprets():
+        return "it runs on GPU tensors, these are on cpu (TRITON_INTERPRET=1 lets it run there, slowly, for tests)"
+    return None
+
+
+def row_stats(logits: LogitPair, student: LogitTransform, teacher: LogitTransform, tokens: Tensor | None) -> Tensor:
+    num_rows, vocab_size = logits.student.shape
+    block, num_splits = _blocks(vocab_size)
+    new = logits.student.new_empty
+    partials, token_logits = new(num_rows, num_splits, _kernels().NUM_PARTIALS), _token_logits(new, num_rows, tokens)
+    if num_rows > 0:
+        _kernels().row_partials[(num_rows * num_splits,)](
+            *_logit_arguments(logits, student, teacher), tokens, token_logits, partials, num_rows, vocab_size,
+            num_splits, *_transform_flags(student, teacher), HAS_TOKENS=tokens is not None, BLOCK=block,
+            num_warps=_num_warps(block),
+        )  # fmt: skip
+    return _merge(partials, token_logits)
+
+
+def row_grad(
+    logits: LogitPair,
+    student: LogitTransform,
+    teacher: LogitTransform,
+    tokens: Tensor | None,
+    statistics: Tensor,
+    ce_weight: Tensor,
+    logprob_weight: Tensor | None,
+    out: Tensor,
+) -> None:
+    num_rows, vocab_size = logits.student.shape
+    block, num_splits = _blocks(vocab_size)
+    if num_rows > 0:
+        _kernels().row_grad[(num_rows * num_splits,)](
+            *_logit_arguments(logits, student, teacher), tokens, statistics, ce_weight, logprob_weight, out,
+            out.stride(0), num_rows, vocab_size, num_splits, *_transform_flags(student, teacher),
+            HAS_LOGPROB=logprob_weight is not None, BLOCK=block, num_warps=_num_warps(block),
+        )  # fmt: skip
+
+
+def head_stats(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    student: LogitTransform,
+    teacher: LogitTransform,
+    tokens: Tensor | None,
+) -> Tensor:
+    """`row_stats` of hidden [R, D] @ weight [V, D]^T; beyond its result it needs 40 bytes per row and split."""
+    num_rows, vocab_size = student_hidden.shape[0], student_weight.shape[0]
+    tile = choose_tile(_capability(student_hidden.device), student_hidden.dtype)
+    split_size, num_splits = choose_splits(num_rows, vocab_size, tile, _num_processors(student_hidden.device))
+    operands = [_operand(each) for each in (student_hidden, student_weight, teacher_hidden, teacher_weight)]
+
+    def new(*shape: int) -> Tensor:
+        return student_hidden.new_empty(shape, dtype=torch.float32)
+
+    partials, token_logits = new(num_rows, num_splits, _kernels().NUM_PARTIALS), _token_logits(new, num_rows, tokens)
+    if num_rows > 0:
+        _kernels().head_partials[(-(-num_rows // tile.rows) * num_splits,)](
+            *operands, *(each.stride(0) for each in operands), student.bias, teacher.bias,
+            *_transform_arguments(student, teacher), tokens, token_logits, partials, num_rows, vocab_size, num_splits,
+            split_size, student_hidden.shape[1], teacher_hidden.shape[1], *_transform_flags(student, teacher),
+            HAS_TOKENS=tokens is not None, WIDEN=student_hidden.device.type == "cpu", ROWS=tile.rows,
+            COLUMNS=tile.columns, DEPTH=tile.depth, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+    return _merge(partials, token_logits)
+
+
+class Tile(NamedTuple):
+    """One program's share of the product in `head_stats`."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+def choose_tile(capability: tuple[int, int], dtype: torch.dtype) -> Tile:
+    """The largest tile whose two accumulators stay in registers (compiled for each; not yet timed)."""
+    if capability == (0, 0):
+        return Tile(rows=16, columns=64, depth=32, num_warps=4, num_stages=1)  # the interpreter
+    if dtype == torch.float32:
+        return Tile(rows=64, columns=64, depth=32, num_warps=8, num_stages=2)
+    if capability >= (9, 0):
+        return Tile(rows=128, columns=128, depth=64, num_warps=8, num_stages=3)
+    return Tile(rows=64, columns=128, depth=32, num_warps=8, num_stages=3)
+
+
+def choose_splits(num_rows: int, vocab_size: int, tile: Tile, num_processors: int) -> tuple[int, int]:
+    """Columns of a split, a multiple of the tile's, and how many splits: at least four programs per processor."""
+    row_tiles = -(-num_rows // tile.rows) or 1
+    column_tiles = -(-vocab_size // tile.columns)
+    wanted = max(1, min(column_tiles, -(-4 * num_processors // row_tiles)))
+    split_size = -(-column_tiles // wanted) * tile.columns
+    return split_size, -(-vocab_size // split_size)
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def _num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _operand(matrix: Tensor) -> Tensor:
+    """float64 has no place beside float32 logits, and the kernel walks along rows."""
+    narrow = matrix.float() if matrix.dtype == torch.float64 else matrix
+    return narrow if narrow.stride(1) == 1 else narrow.contiguous()
+
+
+def _merge(partials: Tensor, token_logits: Tensor | None) -> Tensor:
+    num_rows, num_splits, _ = partials.shape
+    statistics = partials.new_empty(NUM_STATISTICS, num_rows)
+    if num_rows > 0:
+        _kernels().merge_partials[(num_rows,)](
+            partials, token_logits, statistics, num_rows, num_splits,
+            HAS_TOKENS=token_logits is not None, SPLITS=_power_of_two(num_splits), num_warps=1,
+        )  # fmt: skip
+    return statistics
+
+
+def _token_logits(new: Callable[..., Tensor], num_rows: int, tokens: Tensor | None) -> Tensor | None:
+    """[2, R], NaN where no column is the token: an id outside the vocabulary shows, and reads nothing."""
+    return None if tokens is None else new(2, num_rows).fill_(float("nan"))
+
+
+def _logit_arguments(logits: LogitPair, student: LogitTransform, teacher: LogitTransform) -> tuple:
+    return (
+        logits.student, logits.teacher, logits.student.stride(0), logits.teacher.stride(0), student.bias, teacher.bias,
+        *_transform_arguments(student, teacher),
+    )  # fmt: skip
+
+
+def _transform_arguments(student: LogitTransform, teacher: LogitTransform) -> tuple[float, ...]:
+    return student.softcap or 1.0, teacher.softcap or 1.0, 1.0 / student.temperature, 1.0 / teacher.temperature
+
+
+def _transform_flags(student: LogitTransform, teacher: LogitTransform) -> tuple[bool, ...]:
+    return (
+        student.bias is not None, teacher.bias is not None, student.softcap is not None, teacher.softcap is not None,
+    )  # fmt: skip
+
+
+def _blocks(vocab_size: int) -> tuple[int, int]:
+    """Columns per program, and programs per row."""
+    block = min(_MAX_BLOCK, _power_of_two(vocab_size))
+    return block, -(-vocab_size // block)
+
+
+def _power_of_two(size: int) -> int:
+    """The smallest that is not less than `size`."""
+    return 1 << (size - 1).bit_length()
+
+
+def _num_warps(block: int) -> int:
+    """Sixteen columns per thread, one to eight warps."""
+    return max(1, min(8, block // 512))
