@@ -1,14 +1,20 @@
 """The three matrix products of an lm_head, with float32 results from operands of any precision.
 
 Rounding logits to bfloat16 costs 2 to 20 % of the gradient once teacher and student are close, so no product here
-rounds its result: float32 and float64 operands go to the vendor library as they are; half precision on CUDA asks it
-for a float32 result; half precision on the CPU, where torch has no such product, is widened block by block of the
+rounds its result: float32 and float64 operands go to the vendor library as they are; half precision on a GPU asks it
+for a float32 result; half precision elsewhere, where torch has no such product, is widened block by block of the
 vocabulary (on processors without bfloat16 instructions that is also about six times faster than torch's own).
+
+What torch has for half precision on a GPU: `mm` with a float32 result since 2.8, `addmm` that adds to a float32 matrix
+since 2.10. Without the second, dW takes one more pass over a block of it; without the first, operands are widened on
+the GPU too, which is several times slower and is said once. The GPU routes are not yet run on a GPU.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,42 +23,96 @@ _WIDEN_BLOCK = 4096
 """Vocabulary entries widened at a time: 4096 x 576 floats are 9 MiB, and a product of that size runs at full speed."""
 
 
+_ADD_BLOCK = 16384
+"""Vocabulary entries whose dW goes through a temporary where addmm cannot add to float32: 256 MiB at D = 4096."""
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def operand_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """In which the gradient of the logits goes into its products: that of the hidden states on a GPU, else wide."""
+    return accumulation_dtype(dtype) if device_type == "cpu" else dtype
+
+
+@cache
+def _has_wide_mm() -> bool:
+    """Whether torch multiplies half-precision matrices on a GPU to a float32 result."""
+    if "dtype_out" in torch.ops.aten.mm.overloads():
+        return True
+    warnings.warn(
+        f"distil_kernels widens half-precision operands to float32 on the GPU, several times slower: torch "
+        f"{torch.__version__} has no product with out_dtype, 2.8 and later do",
+        UserWarning,
+        stacklevel=2,
+    )
+    return False
+
+
+@cache
+def _has_wide_addmm() -> bool:
+    """Whether it also adds such a product to a float32 matrix (earlier versions wanted that in half precision too)."""
+    major, minor = torch.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (2, 10)
+
+
+def _is_half_on_gpu(*operands: Tensor) -> bool:
+    dtype = operands[0].dtype
+    return (
+        operands[0].device.type != "cpu"
+        and dtype in (torch.bfloat16, torch.float16)
+        and all(operand.dtype == dtype for operand in operands)
+        and _has_wide_mm()
+    )
 
 
 def lm_head(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     """out [R, V] = hidden [R, D] @ weight [V, D]^T."""
     if hidden.dtype == weight.dtype == out.dtype:
         torch.mm(hidden, weight.t(), out=out)
-    elif hidden.device.type == "cpu":
+    elif _is_half_on_gpu(hidden, weight):
+        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
+    else:
         wide = hidden.to(out.dtype)
         for block, weight_block in _widened(weight, out.dtype):
             torch.mm(wide, weight_block.t(), out=out[:, block])
-    else:
-        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
 
 
 def grad_hidden(grad_logits: Tensor, weight: Tensor) -> Tensor:
     """grad_logits [R, V] @ weight [V, D], in the accumulation dtype."""
-    if grad_logits.dtype == weight.dtype == accumulation_dtype(weight.dtype):
-        return grad_logits @ weight
     dtype = accumulation_dtype(weight.dtype)
-    if grad_logits.device.type != "cpu":
-        return torch.mm(grad_logits.to(weight.dtype), weight, out_dtype=dtype)
+    if grad_logits.dtype == weight.dtype == dtype:
+        return grad_logits @ weight
+    if _is_half_on_gpu(grad_logits, weight):
+        return torch.mm(grad_logits, weight, out_dtype=dtype)
     out = grad_logits.new_zeros(grad_logits.shape[0], weight.shape[1], dtype=dtype)
     for block, weight_block in _widened(weight, dtype):
-        out.addmm_(grad_logits[:, block], weight_block)
+        out.addmm_(grad_logits[:, block].to(dtype), weight_block)
     return out
 
 
 def add_grad_weight(grad_logits: Tensor, hidden: Tensor, out: Tensor) -> None:
     """out [V, D] += grad_logits [R, V]^T @ hidden [R, D], out in the accumulation dtype."""
-    if out.device.type != "cpu" and grad_logits.dtype == hidden.dtype != out.dtype:
+    if not _is_half_on_gpu(grad_logits, hidden):
+        out.addmm_(grad_logits.t().to(out.dtype), hidden.to(out.dtype))
+    elif _has_wide_addmm():
         torch.addmm(out, grad_logits.t(), hidden, out_dtype=out.dtype, out=out)
     else:
-        out.addmm_(grad_logits.t().to(out.dtype), hidden.to(out.dtype))
+        for begin in range(0, out.shape[0], _ADD_BLOCK):
+            block = slice(begin, begin + _ADD_BLOCK)
+            out[block] += torch.mm(grad_logits[:, block].t(), hidden, out_dtype=out.dtype)
+
+
+def add_grad_bias(grad_logits: Tensor, upstream: Tensor | None, out: Tensor) -> None:
+    """out [V] += upstream [R] @ grad_logits [R, V], out in the accumulation dtype; ones without upstream."""
+    if upstream is None:
+        out.add_(grad_logits.sum(0, dtype=out.dtype))
+    elif grad_logits.dtype == out.dtype:
+        out.add_(upstream @ grad_logits)
+    else:
+        add_grad_weight(grad_logits, upstream[:, None].to(grad_logits.dtype), out[:, None])
 
 
 def _widened(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

@@ -10,8 +10,17 @@ A back end is a module of this package with two row kernels and one question:
 `logits` is a `LogitPair`: the raw outputs [R, V] of the two lm_head products, float32 (float64 for float64 inputs).
 `student` and `teacher` are `LogitTransform`s, which the kernels apply on the fly. `tokens` is int64 [R] or None.
 `row_grad` writes d(ce_weight * H(T, S) + logprob_weight * log S[token]) / d raw student logit to `out` [R, V], which
-may be `logits.student` itself; a row whose two weights are 0 gets zeros whatever its logits hold.
-Nothing else of a back end is called; the matrix products belong to `distil_kernels.gemm`.
+may be `logits.student` itself; a row whose two weights are 0 gets zeros whatever its logits hold. On a GPU `out` may
+also be bfloat16 or float16, the operand of the next products; it then lies in memory of its own.
+
+Two more kernels are optional; the driver does without them where a back end has none:
+
+    row_stats_grad(logits, student, teacher, tokens, ce_weight, out) -> statistics
+        row_stats and row_grad in one, for row weights that are known beforehand
+    head_stats(student_hidden, student_weight, teacher_hidden, teacher_weight, student, teacher, tokens) -> statistics
+        row_stats with the two products inside: no logits in memory
+
+Nothing else of a back end is called; all other matrix products belong to `distil_kernels.gemm`.
 """
 
 from __future__ import annotations

@@ -9,10 +9,13 @@ from typing import NamedTuple
 
 import torch
 
-from distil_kernels.backends import cpu, reference
+from distil_kernels.backends import cpu, reference, triton
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"triton": triton, "cpu": cpu, "reference": reference}
 """In order of preference."""
+
+_NEVER_AUTOMATIC = {"cpu": ("triton",)}
+"""By device type: Triton's interpreter runs on CPU tensors for tests only."""
 
 
 class BackendChoice(NamedTuple):
@@ -41,6 +44,8 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
         return BackendChoice(requested, "asked for by name")
     refusals = []
     for name, module in BACKENDS.items():
+        if name in _NEVER_AUTOMATIC.get(device.type, ()):
+            continue
         why_not = module.unavailable(device, dtype)
         if why_not is None:
             if name == "reference" and dtype != torch.float64:

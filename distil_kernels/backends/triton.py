@@ -106,7 +106,8 @@ def head_stats(
 ) -> Tensor:
     """`row_stats` of hidden [R, D] @ weight [V, D]^T; beyond its result it needs 40 bytes per row and split."""
     num_rows, vocab_size = student_hidden.shape[0], student_weight.shape[0]
-    tile = choose_tile(_capability(student_hidden.device), student_hidden.dtype)
+    widest = torch.promote_types(student_hidden.dtype, teacher_hidden.dtype)
+    tile = choose_tile(_capability(student_hidden.device), widest)
     split_size, num_splits = choose_splits(num_rows, vocab_size, tile, _num_processors(student_hidden.device))
     operands = [_operand(each) for each in (student_hidden, student_weight, teacher_hidden, teacher_weight)]
 
@@ -139,7 +140,7 @@ def choose_tile(capability: tuple[int, int], dtype: torch.dtype) -> Tile:
     """The largest tile whose two accumulators stay in registers (compiled for each; not yet timed)."""
     if capability == (0, 0):
         return Tile(rows=16, columns=64, depth=32, num_warps=4, num_stages=1)  # the interpreter
-    if dtype == torch.float32:
+    if dtype.itemsize > 2:
         return Tile(rows=64, columns=64, depth=32, num_warps=8, num_stages=2)
     if capability >= (9, 0):
         return Tile(rows=128, columns=128, depth=64, num_warps=8, num_stages=3)
