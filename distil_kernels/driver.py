@@ -4,15 +4,15 @@
         logits  = hidden @ weight^T           both models, float32
         stats   = row_stats(logits)           one pass over the vocabulary
         weights = credit of the costs         known by now: later positions came first
-        dlogits = row_grad(logits, weights)   overwrites the student's logits
-        dh      = dlogits @ W,  dW += dlogits^T @ h
+        dlogits = row_grad(logits, weights)   overwrites the student's logits, or goes to the ring
+        dh      = dlogits @ W,  dW += dlogits^T @ h      per chunk, or per full ring
 
-Peak extra memory is one chunk of logits and the dW accumulator (formula in `plan`), whatever the number of rows.
-A shared head takes both models' hidden states in one product. Rows that do not count are never touched, so they may
-hold anything, NaN included. Callers have checked every argument.
+The ring holds gradient rows of several chunks in the dtype of the products' operands: on a GPU small chunks of logits
+would otherwise read and write the whole float32 dW too often (`plan` has the numbers). On the CPU there is none.
 
-Left out: a ring of gradient rows that decouples the dW product from small logits chunks. On a CPU reading and writing
-dW once per chunk is under 1 % of its product; on a GPU it is not, and the ring comes with the GPU back ends.
+Peak extra memory is one chunk of logits, the ring and the dW accumulator (formula in `plan`), whatever the number of
+rows. A shared head takes both models' hidden states in one product. Rows that do not count are never touched, so they
+may hold anything, NaN included. Callers have checked every argument.
 """
 
 from __future__ import annotations
@@ -98,7 +98,6 @@ class _Chunk(NamedTuple):
     """One chunk's inputs to the row kernels."""
 
     rows: Rows
-    hidden: Tensor
     logits: LogitPair
     tokens: Tensor | None
 
@@ -108,7 +107,7 @@ class _Workspace:
 
     def __init__(self, problem: Problem, chunk_rows: int) -> None:
         self._problem = problem
-        self._logits = problem.student_hidden.new_empty(2 * chunk_rows, problem.vocab_size, dtype=problem.dtype)
+        self._logits = _new_rows(problem.student_hidden, 2 * chunk_rows, problem.vocab_size, problem.dtype)
 
     def load(self, rows: Rows) -> _Chunk:
         problem = self._problem
@@ -121,47 +120,89 @@ class _Workspace:
         else:
             gemm.lm_head(hidden, problem.student_weight, out=pair.student)
             gemm.lm_head(teacher_hidden, problem.teacher_weight, out=pair.teacher)
-        return _Chunk(rows, hidden, pair, None if problem.tokens is None else problem.tokens[rows])
+        return _Chunk(rows, pair, None if problem.tokens is None else problem.tokens[rows])
 
     def row_stats(self, chunk: _Chunk) -> Tensor:
         problem = self._problem
         return problem.kernels.row_stats(chunk.logits, problem.student, problem.teacher, chunk.tokens)
 
-    def row_grad(self, chunk: _Chunk, statistics: Tensor, ce_weight: Tensor, logprob_weight: Tensor | None) -> Tensor:
-        """The gradient of the logits, in the place of the student's logits."""
-        problem, out = self._problem, chunk.logits.student
+    def row_grad(
+        self, chunk: _Chunk, statistics: Tensor, ce_weight: Tensor, logprob_weight: Tensor | None, out: Tensor
+    ) -> None:
+        problem = self._problem
         problem.kernels.row_grad(
             chunk.logits, problem.student, problem.teacher, chunk.tokens, statistics, ce_weight, logprob_weight, out
         )  # fmt: skip
-        return out
+
+    def row_stats_grad(self, chunk: _Chunk, ce_weight: Tensor, out: Tensor) -> Tensor:
+        """Both, where no weight depends on the statistics: back ends may then read the logits once."""
+        problem = self._problem
+        at_once = getattr(problem.kernels, "row_stats_grad", None)
+        if at_once is not None:
+            return at_once(chunk.logits, problem.student, problem.teacher, chunk.tokens, ce_weight, out)
+        statistics = self.row_stats(chunk)
+        self.row_grad(chunk, statistics, ce_weight, None, out)
+        return statistics
 
 
 class _GradientSums:
-    """Takes chunks of logit gradients to the gradients of hidden states, weight and bias."""
+    """Takes chunks of logit gradients to the gradients of hidden states, weight and bias.
 
-    def __init__(self, hidden: Tensor, weight: Tensor, needs: Needs) -> None:
+    For each chunk: write its gradient to `room`, then `add` it. With a ring, rows wait there until it is full.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, needs: Needs, ring_rows: int) -> None:
         dtype = gemm.accumulation_dtype(hidden.dtype)
-        self._weight, self._needs = weight, needs
+        self._hidden, self._weight, self._needs = hidden, weight, needs
         self._result = Gradients(
             hidden.new_zeros(hidden.shape if needs.hidden else 0),
             weight.new_zeros(weight.shape if needs.weight else 0, dtype=dtype),
             weight.new_zeros(weight.shape[0] if needs.bias else 0, dtype=dtype),
         )
+        operand = gemm.operand_dtype(hidden.dtype, hidden.device.type)
+        self._ring = _new_rows(hidden, ring_rows, weight.shape[0], operand) if ring_rows else None
+        self._waiting: list[Rows] = []
+        self._num_waiting = 0
 
-    def add(self, rows: Rows, hidden: Tensor, grad_logits: Tensor, upstream: Tensor | None = None) -> None:
-        """`upstream` [R] scales rows of grad_logits that were formed before it was known."""
+    def room(self, chunk: _Chunk) -> Tensor:
+        """Where the gradient of the chunk's logits belongs."""
+        student_logits = chunk.logits.student
+        if self._ring is None:
+            return student_logits
+        num_rows = student_logits.shape[0]
+        if self._num_waiting + num_rows > self._ring.shape[0]:
+            self._empty_ring()
+        return self._ring[self._num_waiting : self._num_waiting + num_rows]
+
+    def add(self, rows: Rows, grad_logits: Tensor) -> None:
+        if self._ring is None:
+            self.multiply(rows, grad_logits)
+        else:
+            self._waiting.append(rows)
+            self._num_waiting += grad_logits.shape[0]
+
+    def multiply(self, rows: Rows, grad_logits: Tensor, upstream: Tensor | None = None) -> None:
+        """The products. `upstream` [R] scales rows of grad_logits that were formed before it was known."""
         if self._needs.hidden:
             grad = gemm.grad_hidden(grad_logits, self._weight)
-            self._result.hidden[rows] = (grad if upstream is None else grad * upstream[:, None]).to(hidden.dtype)
-        if upstream is not None:
-            hidden = hidden.to(grad_logits.dtype) * upstream[:, None]
+            self._result.hidden[rows] = (grad if upstream is None else grad * upstream[:, None]).to(self._hidden.dtype)
         if self._needs.weight:
+            hidden = self._hidden[rows]
+            if upstream is not None:
+                hidden = (hidden.to(upstream.dtype) * upstream[:, None]).to(grad_logits.dtype)
             gemm.add_grad_weight(grad_logits, hidden, out=self._result.weight)
         if self._needs.bias:
-            self._result.bias.add_(grad_logits.sum(0) if upstream is None else upstream @ grad_logits)
+            gemm.add_grad_bias(grad_logits, upstream, out=self._result.bias)
 
     def result(self) -> Gradients:
+        self._empty_ring()
         return self._result
+
+    def _empty_ring(self) -> None:
+        if self._waiting:
+            assert self._ring is not None
+            self.multiply(_joined(self._waiting), self._ring[: self._num_waiting])
+            self._waiting, self._num_waiting = [], 0
 
 
 def scalar_loss(
@@ -187,16 +228,19 @@ def _in_one_pass(
     credit_weights = torch.zeros_like(row_weight)
     scan = CreditScan(credit, lengths, problem.dtype, row_weight.device)
     workspace = _Workspace(problem, plan.chunk_rows)
-    sums = _GradientSums(problem.student_hidden, problem.student_weight, needs)
+    sums = _GradientSums(problem.student_hidden, problem.student_weight, needs, plan.ring_rows)
     for rows, credit_chunk in _ordered_chunks(problem, credit, lengths, plan.chunk_rows):
         chunk = workspace.load(rows)
-        chunk_statistics = workspace.row_stats(chunk)
-        statistics[:, rows] = chunk_statistics
-        ce_weight, logprob_weight = row_weight[rows], None
-        if credit_chunk is not None:
+        ce_weight, out = row_weight[rows], sums.room(chunk)
+        if credit_chunk is None:
+            chunk_statistics = workspace.row_stats_grad(chunk, ce_weight, out)
+        else:
+            chunk_statistics = workspace.row_stats(chunk)
             logprob_weight = scan.weights(ce_weight * chunk_statistics[cost], credit_chunk)
             credit_weights[rows] = logprob_weight
-        sums.add(rows, chunk.hidden, workspace.row_grad(chunk, chunk_statistics, ce_weight, logprob_weight))
+            workspace.row_grad(chunk, chunk_statistics, ce_weight, logprob_weight, out)
+        statistics[:, rows] = chunk_statistics
+        sums.add(rows, out)
     return statistics, credit_weights, sums.result()
 
 
@@ -214,49 +258,82 @@ def _in_two_passes(
         return (
             statistics,
             credit_weights,
-            _GradientSums(problem.student_hidden, problem.student_weight, NO_GRADIENTS).result(),
+            _GradientSums(problem.student_hidden, problem.student_weight, NO_GRADIENTS, ring_rows=0).result(),
         )
     logprob_weight = None if credit.span == "none" else credit_weights
-    gradients = rows_backward(problem, plan.chunk_rows, needs, statistics, row_weight, logprob_weight)
+    gradients = rows_backward(problem, plan, needs, statistics, row_weight, logprob_weight)
     return statistics, credit_weights, gradients
 
 
 def rows_statistics(problem: Problem, plan: Plan) -> RowsResult:
     """Statistics of every row that counts (0 elsewhere), and what the plan keeps for the backward pass."""
-    statistics = _new_statistics(problem)
     keeps, frozen = plan.name == "kept_gradient", plan.name == "frozen_head"
+    operand = gemm.operand_dtype(problem.student_hidden.dtype, problem.student_hidden.device.type)
     kept_shape = (problem.num_rows, problem.vocab_size) if keeps else 0
-    kept = problem.student_hidden.new_zeros(kept_shape, dtype=problem.dtype)
-    sums = _GradientSums(problem.student_hidden, problem.student_weight, Needs(frozen, False, False))
+    kept = problem.student_hidden.new_zeros(kept_shape, dtype=operand)
+    sums = _GradientSums(
+        problem.student_hidden, problem.student_weight, Needs(frozen, False, False), plan.ring_rows if frozen else 0
+    )
+    if not (keeps or frozen) and hasattr(problem.kernels, "head_stats"):
+        return RowsResult(_head_statistics(problem), sums.result().hidden, kept)
+    statistics = _new_statistics(problem)
     workspace = _Workspace(problem, plan.chunk_rows)
     for rows in _plain_chunks(problem, plan.chunk_rows):
         chunk = workspace.load(rows)
-        chunk_statistics = workspace.row_stats(chunk)
-        statistics[:, rows] = chunk_statistics
-        if keeps or frozen:
-            grad = workspace.row_grad(chunk, chunk_statistics, torch.ones_like(chunk_statistics[0]), None)
-            if keeps:
-                kept[rows] = grad
-            else:
-                sums.add(rows, chunk.hidden, grad)
+        ones = torch.ones_like(chunk.logits.student[:, 0])
+        if keeps:
+            statistics[:, rows] = _keep_gradient(workspace, chunk, ones, kept)
+        elif frozen:
+            out = sums.room(chunk)
+            statistics[:, rows] = workspace.row_stats_grad(chunk, ones, out)
+            sums.add(rows, out)
+        else:
+            statistics[:, rows] = workspace.row_stats(chunk)
     return RowsResult(statistics, sums.result().hidden, kept)
+
+
+def _head_statistics(problem: Problem) -> Tensor:
+    """Statistics of every row that counts from a kernel that forms no logits."""
+    rows: Rows = slice(None) if problem.counted is None else problem.counted.nonzero()[:, 0]
+    teacher_weight = problem.student_weight if problem.teacher_weight is None else problem.teacher_weight
+    found = problem.kernels.head_stats(
+        problem.student_hidden[rows], problem.student_weight, problem.teacher_hidden[rows], teacher_weight,
+        problem.student, problem.teacher, None if problem.tokens is None else problem.tokens[rows],
+    )  # fmt: skip
+    if problem.counted is None:
+        return found
+    statistics = _new_statistics(problem)
+    statistics[:, rows] = found
+    return statistics
+
+
+def _keep_gradient(workspace: _Workspace, chunk: _Chunk, ce_weight: Tensor, kept: Tensor) -> Tensor:
+    """Fills the chunk's rows of `kept`, returns its statistics."""
+    if isinstance(chunk.rows, slice):
+        return workspace.row_stats_grad(chunk, ce_weight, kept[chunk.rows])
+    student_logits = chunk.logits.student
+    out = student_logits if student_logits.dtype == kept.dtype else torch.empty_like(student_logits, dtype=kept.dtype)
+    statistics = workspace.row_stats_grad(chunk, ce_weight, out)
+    kept[chunk.rows] = out
+    return statistics
 
 
 def rows_backward(
     problem: Problem,
-    chunk_rows: int,
+    plan: Plan,
     needs: Needs,
     statistics: Tensor,
     ce_weight: Tensor,
     logprob_weight: Tensor | None,
 ) -> Gradients:
     """Gradients of sum(ce_weight * ce + logprob_weight * logprob), logits computed anew. Weights are [N]."""
-    workspace = _Workspace(problem, chunk_rows)
-    sums = _GradientSums(problem.student_hidden, problem.student_weight, needs)
-    for rows in _plain_chunks(problem, chunk_rows):
+    workspace = _Workspace(problem, plan.chunk_rows)
+    sums = _GradientSums(problem.student_hidden, problem.student_weight, needs, plan.ring_rows)
+    for rows in _plain_chunks(problem, plan.chunk_rows):
         chunk = workspace.load(rows)
-        weights = ce_weight[rows], None if logprob_weight is None else logprob_weight[rows]
-        sums.add(rows, chunk.hidden, workspace.row_grad(chunk, statistics[:, rows].contiguous(), *weights))
+        out, weights = sums.room(chunk), (ce_weight[rows], None if logprob_weight is None else logprob_weight[rows])
+        workspace.row_grad(chunk, statistics[:, rows].contiguous(), *weights, out)
+        sums.add(rows, out)
     return sums.result()
 
 
@@ -264,10 +341,10 @@ def kept_backward(
     student_hidden: Tensor, student_weight: Tensor, chunk_rows: int, needs: Needs, kept: Tensor, ce_weight: Tensor
 ) -> Gradients:
     """Gradients of sum(ce_weight * ce) from the kept gradient of the logits [N, V]."""
-    sums = _GradientSums(student_hidden, student_weight, needs)
+    sums = _GradientSums(student_hidden, student_weight, needs, ring_rows=0)
     for begin in range(0, student_hidden.shape[0], chunk_rows):
         rows = slice(begin, begin + chunk_rows)
-        sums.add(rows, student_hidden[rows], kept[rows], ce_weight[rows])
+        sums.multiply(rows, kept[rows], ce_weight[rows])
     return sums.result()
 
 
@@ -295,3 +372,17 @@ def _ordered_chunks(
 
 def _new_statistics(problem: Problem) -> Tensor:
     return problem.student_hidden.new_zeros(NUM_STATISTICS, problem.num_rows, dtype=problem.dtype)
+
+
+def _new_rows(like: Tensor, num_rows: int, vocab_size: int, dtype: torch.dtype) -> Tensor:
+    """[num_rows, V]. On a GPU rows begin at multiples of 64 bytes whatever V, for wide loads and fast products."""
+    stride = vocab_size if like.device.type == "cpu" else -(-vocab_size // 32) * 32
+    return like.new_empty(num_rows, stride, dtype=dtype)[:, :vocab_size]
+
+
+def _joined(chunks: list[Rows]) -> Rows:
+    """The rows of consecutive chunks; still a slice where they are neighbours in order."""
+    first, last = chunks[0], chunks[-1]
+    if isinstance(first, slice) and isinstance(last, slice):
+        return slice(first.start, last.stop)
+    return torch.cat([chunk for chunk in chunks if isinstance(chunk, Tensor)])

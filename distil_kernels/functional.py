@@ -21,7 +21,7 @@ from distil_kernels.backends.dispatch import choose_backend
 from distil_kernels.checks import Door
 from distil_kernels.credit import BASELINES, SPANS, Credit, known_in_order
 from distil_kernels.gemm import accumulation_dtype
-from distil_kernels.plan import Shape, choose_chunk_rows, choose_plan
+from distil_kernels.plan import Plan, Shape, choose_chunk_rows, choose_plan
 
 REDUCTIONS = ("mean", "sum", "none")
 COSTS = {"ce": Statistic.FORWARD_CE, "kl": Statistic.FORWARD_KL}
@@ -82,7 +82,7 @@ def fused_forward_ce(
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     backend: str = "auto",
-    plan: str = "auto",
+    plan: str | Plan = "auto",
 ) -> Tensor:
     """Forward cross-entropy H(T, S) between teacher and student, without [tokens, vocab] logits for all tokens.
 
@@ -100,8 +100,8 @@ def fused_forward_ce(
         reduction: "none" gives [...]; "sum" the weighted sum; "mean" the weighted sum over `normalizer`.
         normalizer: denominator of "mean"; default the sum of counted weights (1 where that is 0). Pass one global
             value when accumulating gradients over micro-batches.
-        backend: "auto", "cpu" or "reference".
-        plan: "auto" or a name of `distil_kernels.plan.PLANS`.
+        backend: "auto", "triton", "cpu" or "reference".
+        plan: "auto", a name of `distil_kernels.plan.PLANS`, or a `distil_kernels.plan.Plan` with sizes of its own.
 
     Returns:
         float32 (float64 for float64 inputs). Student tensors get gradients, teacher tensors never do. Without a
@@ -140,7 +140,7 @@ def token_stats(
     teacher_temperature: float | None = None,
     logit_softcap: float | None = None,
     backend: str = "auto",
-    plan: str = "auto",
+    plan: str | Plan = "auto",
 ) -> TokenStats:
     """Everything that reinforcement learning by distillation needs per token, from one pass over the vocabulary.
 
@@ -186,7 +186,7 @@ def fused_distil_loss(
     credit_scale: float = 1.0,
     normalizer: float | Tensor | None = None,
     backend: str = "auto",
-    plan: str = "auto",
+    plan: str | Plan = "auto",
 ) -> DistilLoss:
     """DistIL's sequence-level loss on sampled sequences: sum of token costs, credited back to earlier tokens.
 
@@ -316,30 +316,31 @@ class _Call:
         return torch.where(total == 0, 1.0, total)
 
     def scalar_loss(
-        self, tokens: Tensor | None, cu_seqlens: Tensor | None, cost: Statistic, credit: Credit, plan: str
+        self, tokens: Tensor | None, cu_seqlens: Tensor | None, cost: Statistic, credit: Credit, plan: str | Plan
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Sum of weighted costs [], statistics [NUM_STATISTICS, N], credit [N]."""
         shape = self._shape(scalar=True, logprob_grad=credit.span != "none")
         in_order = True
         if cu_seqlens is not None:
             num_sequences = cu_seqlens.numel() - 1
-            in_order = known_in_order(credit, num_sequences, shape.num_rows, choose_chunk_rows(shape))
+            max_rows = plan.chunk_rows if isinstance(plan, Plan) else choose_chunk_rows(shape)
+            in_order = known_in_order(credit, num_sequences, shape.num_rows, max_rows)
         chosen = choose_plan(shape, plan, credit_in_one_pass=in_order)
         values = isinstance(credit.baseline, Tensor)
         total, statistics, weights, *_ = ops.scalar_loss(
             *self._tensors, tokens, self._counted, self.row_weight(), cu_seqlens,
             credit.baseline if values else None, *self._transform, int(cost), credit.span, credit.discount,
             "values" if values else (credit.baseline or ""), credit.group_size, credit.scale,
-            self._backend, chosen.name, chosen.chunk_rows, self._needs,
+            self._backend, chosen.name, chosen.chunk_rows, chosen.ring_rows, self._needs,
         )  # fmt: skip
         return total, statistics, weights
 
-    def differentiable_statistics(self, tokens: Tensor | None, plan: str, *, logprob_grad: bool) -> Tensor:
+    def differentiable_statistics(self, tokens: Tensor | None, plan: str | Plan, *, logprob_grad: bool) -> Tensor:
         """[NUM_STATISTICS, N]; gradients flow through FORWARD_CE and LOGPROB."""
         chosen = choose_plan(self._shape(scalar=False, logprob_grad=logprob_grad), plan)
         statistics, _, _ = ops.row_statistics(
             *self._tensors, tokens, self._counted, *self._transform,
-            self._backend, chosen.name, chosen.chunk_rows, self._needs,
+            self._backend, chosen.name, chosen.chunk_rows, chosen.ring_rows, self._needs,
         )  # fmt: skip
         return statistics
 

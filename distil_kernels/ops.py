@@ -17,7 +17,7 @@ from distil_kernels.backends import NUM_STATISTICS, LogitTransform, Statistic
 from distil_kernels.backends.dispatch import BACKENDS
 from distil_kernels.checks import check_tokens, sequence_lengths
 from distil_kernels.credit import Credit
-from distil_kernels.gemm import accumulation_dtype
+from distil_kernels.gemm import accumulation_dtype, operand_dtype
 from distil_kernels.plan import Plan
 
 # torch reads the annotations of a custom op at run time and knows Optional[Tensor], not Tensor | None.
@@ -49,6 +49,7 @@ def scalar_loss(
     backend: str,
     plan: str,
     chunk_rows: int,
+    ring_rows: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss [], statistics [NUM_STATISTICS, N], credit [N], gradients of hidden, weight and bias)."""
@@ -63,7 +64,7 @@ def scalar_loss(
         lengths = sequence_lengths(cu_seqlens, problem.num_rows, group_size)
     result = driver.scalar_loss(
         problem,
-        Plan(plan, chunk_rows, ""),
+        Plan(plan, chunk_rows, ring_rows),
         driver.Needs(*needs),
         row_weight,
         Statistic(cost),
@@ -140,6 +141,7 @@ def row_statistics(
     backend: str,
     plan: str,
     chunk_rows: int,
+    ring_rows: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(statistics [NUM_STATISTICS, N], hidden gradient for unit upstream [N, D], kept logit gradient [N, V])."""
@@ -147,27 +149,31 @@ def row_statistics(
         student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
         tokens, counted, temperature, teacher_temperature, logit_softcap, backend,
     )  # fmt: skip
-    return tuple(driver.rows_statistics(problem, Plan(plan, chunk_rows, "")))
+    return tuple(driver.rows_statistics(problem, Plan(plan, chunk_rows, ring_rows)))
 
 
 @row_statistics.register_fake
 def _(student_hidden: Tensor, student_weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype, num_rows = accumulation_dtype(student_hidden.dtype), student_hidden.shape[0]
-    plan = rest[-3]
+    kept_dtype = operand_dtype(student_hidden.dtype, student_hidden.device.type)
+    plan = rest[-4]
     return (
         student_hidden.new_empty(NUM_STATISTICS, num_rows, dtype=dtype),
         student_hidden.new_empty(student_hidden.shape if plan == "frozen_head" else 0),
-        student_hidden.new_empty((num_rows, student_weight.shape[0]) if plan == "kept_gradient" else 0, dtype=dtype),
+        student_hidden.new_empty(
+            (num_rows, student_weight.shape[0]) if plan == "kept_gradient" else 0, dtype=kept_dtype
+        ),
     )
 
 
 def _row_statistics_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     statistics, base_hidden, kept = output
     ctx.mark_non_differentiable(base_hidden, kept)
-    *tensors, temperature, teacher_temperature, logit_softcap, backend, plan, chunk_rows, needs = inputs
+    *tensors, temperature, teacher_temperature, logit_softcap, backend, plan, chunk_rows, ring_rows, needs = inputs
     ctx.save_for_backward(*tensors, statistics, base_hidden, kept)
     ctx.transform, ctx.backend = (temperature, teacher_temperature, logit_softcap), backend
-    ctx.plan, ctx.chunk_rows, ctx.needs, ctx.num_inputs = plan, chunk_rows, needs, len(inputs)
+    ctx.plan, ctx.chunk_rows, ctx.ring_rows = plan, chunk_rows, ring_rows
+    ctx.needs, ctx.num_inputs = needs, len(inputs)
 
 
 def _row_statistics_backward(ctx: Any, grad_statistics: Tensor, *_: Tensor) -> tuple:
@@ -176,11 +182,14 @@ def _row_statistics_backward(ctx: Any, grad_statistics: Tensor, *_: Tensor) -> t
     if ctx.plan == "frozen_head":
         gradients = scale_rows(base_hidden, ce_weight), base_hidden, base_hidden
     elif ctx.plan == "kept_gradient":
-        gradients = kept_backward(tensors[0], tensors[1], kept, ce_weight, ctx.chunk_rows, ctx.needs)
+        gradients = kept_backward(
+            tensors[0], tensors[1], kept, ce_weight, max(ctx.chunk_rows, ctx.ring_rows), ctx.needs
+        )
     else:
         gradients = rows_backward(
-            *tensors, statistics, ce_weight, logprob_weight, *ctx.transform, ctx.backend, ctx.chunk_rows, ctx.needs
-        )
+            *tensors, statistics, ce_weight, logprob_weight, *ctx.transform, ctx.backend,
+            ctx.chunk_rows, ctx.ring_rows, ctx.needs,
+        )  # fmt: skip
     return _input_gradients(gradients, ctx.needs, ctx.num_inputs)
 
 
@@ -216,6 +225,7 @@ def rows_backward(
     logit_softcap: Optional[float],
     backend: str,
     chunk_rows: int,
+    ring_rows: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of sum(ce_weight * ce + logprob_weight * logprob), weights [N]."""
@@ -224,7 +234,7 @@ def rows_backward(
         tokens, counted, temperature, teacher_temperature, logit_softcap, backend,
     )  # fmt: skip
     gradients = driver.rows_backward(
-        problem, chunk_rows, driver.Needs(*needs), statistics, ce_weight.contiguous(),
+        problem, Plan("recompute", chunk_rows, ring_rows), driver.Needs(*needs), statistics, ce_weight.contiguous(),
         None if tokens is None else logprob_weight.contiguous(),
     )  # fmt: skip
     return gradients.hidden, gradients.weight.to(student_weight.dtype), gradients.bias

@@ -3,16 +3,21 @@
 One lm_head product costs 2 N V D floating-point operations; a plan is named by what it keeps:
 
     plan                  products  extra memory beyond inputs and their gradients
-    stats_only                2     logits chunk
-    gradient_in_forward       4     logits chunk + dW accumulator
-    frozen_head               3     logits chunk
-    kept_gradient             4     logits chunk + N V gradient of the logits
-    recompute                 6     logits chunk + dW accumulator
+    stats_only                2     logits chunk (nothing with back end `triton`)
+    gradient_in_forward       4     logits chunk + ring + dW accumulator
+    frozen_head               3     logits chunk + ring
+    kept_gradient             4     logits chunk + N V b gradient of the logits, then dW accumulator
+    recompute                 6     logits chunk + ring + dW accumulator
 
     logits chunk      = 2 R V a     R rows of student and teacher logits
-    dW accumulator    = V D a       a = 4 bytes (8 for float64)
+    ring              = Q V b       Q rows of the logits' gradient that wait for one dh and one dW product
+    dW accumulator    = V D a       a = 4 bytes (8 for float64), b = 2 for half precision on a GPU, else a
 
-The gradient of the logits overwrites the student's logits, so the chunk is all there is.
+On the CPU there is no ring: the gradient of the logits overwrites the student's logits, and the products follow at
+once. On a GPU adding to a float32 dW moves 8 V D bytes, 1.6 ms for V D = 152k * 4096 on an H100: at one product per
+small chunk that is more than everything but the products themselves, at one per 4096 rows a few per cent.
+
+Chunk and ring come from memory budgets; a `Plan` passed as `plan=` to the public ops brings its own.
 """
 
 from __future__ import annotations
@@ -22,15 +27,18 @@ from typing import NamedTuple
 
 import torch
 
-from distil_kernels.gemm import accumulation_dtype
+from distil_kernels.gemm import accumulation_dtype, operand_dtype
 
 PLANS = ("gradient_in_forward", "kept_gradient", "recompute", "frozen_head", "stats_only")
 
-LOGITS_CHUNK_BYTES = {"cpu": 192 * 2**20, "cuda": 2 * 2**30}
+LOGITS_CHUNK_BYTES = {"cpu": 192 * 2**20, "cuda": 640 * 2**20}
 """Default memory for the logits of a chunk. On the CPU 300 to 600 rows of a 49k vocabulary: products of fewer rows
-are slower, more rows fall out of the caches without being faster."""
+are slower, more rows fall out of the caches without being faster. On a GPU 512 rows of 152k (not yet timed)."""
 
-_ROW_MULTIPLE = 16
+RING_BYTES = 1280 * 2**20
+"""Default memory for the ring on a GPU: 4096 bfloat16 rows of a 152k vocabulary."""
+
+_ROW_MULTIPLE = {"cpu": 16, "cuda": 128}
 """Chunks are whole tiles of the matrix products, unless the call itself is smaller."""
 
 
@@ -55,54 +63,80 @@ class Shape:
 class Plan(NamedTuple):
     name: str
     chunk_rows: int
-    reason: str
+    """R, rows of a chunk of logits."""
+    ring_rows: int
+    """Q, rows of the ring, at least R; 0 for none: the gradient overwrites the student's logits."""
+    reason: str = "asked for by name"
 
 
 def logits_chunk_bytes(shape: Shape, chunk_rows: int) -> int:
     return 2 * chunk_rows * shape.vocab_size * accumulation_dtype(shape.dtype).itemsize
 
 
+def ring_bytes(shape: Shape, ring_rows: int) -> int:
+    return ring_rows * shape.vocab_size * operand_dtype(shape.dtype, shape.device_type).itemsize
+
+
 def choose_chunk_rows(shape: Shape, chunk_bytes: int | None = None) -> int:
     """As many rows as the memory for a chunk of logits holds, at least one."""
     budget = chunk_bytes or LOGITS_CHUNK_BYTES.get(shape.device_type, LOGITS_CHUNK_BYTES["cuda"])
     rows = budget // logits_chunk_bytes(shape, 1)
-    if rows > _ROW_MULTIPLE:
-        rows -= rows % _ROW_MULTIPLE
+    multiple = _ROW_MULTIPLE.get(shape.device_type, _ROW_MULTIPLE["cuda"])
+    if rows > multiple:
+        rows -= rows % multiple
     return max(1, min(rows, shape.num_rows))
 
 
-def choose_plan(shape: Shape, requested: str = "auto", *, credit_in_one_pass: bool = True) -> Plan:
+def choose_ring_rows(shape: Shape, chunk_rows: int, budget: int = RING_BYTES) -> int:
+    """As many whole chunks as the ring's memory holds and the call has; one where only dh is formed; 0 for in place."""
+    if shape.device_type == "cpu":
+        return 0
+    if not shape.grad_head:
+        in_place = operand_dtype(shape.dtype, shape.device_type) == accumulation_dtype(shape.dtype)
+        return 0 if in_place else chunk_rows
+    chunks = min(budget // ring_bytes(shape, chunk_rows), -(-shape.num_rows // chunk_rows))
+    return chunk_rows * max(1, chunks)
+
+
+def choose_plan(shape: Shape, requested: str | Plan = "auto", *, credit_in_one_pass: bool = True) -> Plan:
     """The plan for a call, and the reason.
 
     Args:
+        requested: "auto", a name of PLANS, or a Plan with sizes of its own.
         credit_in_one_pass: every row's weight is known when its chunk comes up in reverse-time order.
 
     Raises:
         ValueError: `requested` is no plan's name, or cannot compute this call; the message says why.
     """
-    chunk_rows = choose_chunk_rows(shape)
-    if requested == "auto":
-        return Plan(*_prefer(shape, chunk_rows, credit_in_one_pass))
-    if requested not in PLANS:
-        raise ValueError(f"plan must be 'auto' or one of {list(PLANS)}, got {requested!r}")
-    why_not = _why_not(requested, shape, credit_in_one_pass)
+    name = requested.name if isinstance(requested, Plan) else requested
+    if name != "auto" and name not in PLANS:
+        raise ValueError(f"plan must be 'auto' or one of {list(PLANS)}, got {name!r}")
+    why_not = None if name == "auto" else _why_not(name, shape, credit_in_one_pass)
     if why_not is not None:
-        raise ValueError(f"plan={requested!r} cannot compute this call: {why_not}")
-    return Plan(requested, chunk_rows, "asked for by name")
+        raise ValueError(f"plan={name!r} cannot compute this call: {why_not}")
+    if isinstance(requested, Plan):
+        if requested.chunk_rows < 1 or 0 < requested.ring_rows < requested.chunk_rows:
+            raise ValueError(f"chunk_rows must be positive and ring_rows 0 or at least as many, got {requested}")
+        return requested
+    reason = "asked for by name"
+    if name == "auto":
+        name, reason = _prefer(shape, credit_in_one_pass)
+    chunk_rows = choose_chunk_rows(shape)
+    return Plan(name, chunk_rows, choose_ring_rows(shape, chunk_rows), reason)
 
 
-def _prefer(shape: Shape, chunk_rows: int, credit_in_one_pass: bool) -> tuple[str, int, str]:
+def _prefer(shape: Shape, credit_in_one_pass: bool) -> tuple[str, str]:
     if not (shape.grad_hidden or shape.grad_head):
-        return "stats_only", chunk_rows, "nothing needs a gradient"
+        return "stats_only", "nothing needs a gradient"
     if _why_not("frozen_head", shape, credit_in_one_pass) is None:
-        return "frozen_head", chunk_rows, "the student's head needs no gradient"
+        return "frozen_head", "the student's head needs no gradient"
     if _why_not("gradient_in_forward", shape, credit_in_one_pass) is None:
-        return "gradient_in_forward", chunk_rows, "a scalar loss whose row weights are known in order"
+        return "gradient_in_forward", "a scalar loss whose row weights are known in order"
     if _why_not("kept_gradient", shape, credit_in_one_pass) is None and shape.num_rows <= 2 * shape.hidden_size:
-        return "kept_gradient", chunk_rows, "N <= 2 D: the logits' gradient is no larger than two dW"
+        return "kept_gradient", "N <= 2 D: the logits' gradient is no larger than two dW"
     if shape.scalar:
-        return "recompute", chunk_rows, "row weights depend on rows of other chunks"
-    return "recompute", chunk_rows, "per-row outputs, their upstream gradients come later"
+        return "recompute", "row weights depend on rows of other chunks"
+    return "recompute", "per-row outputs, their upstream gradients come later"
 
 
 def _why_not(name: str, shape: Shape, credit_in_one_pass: bool) -> str | None:

@@ -165,9 +165,8 @@ def _num_processors(device: torch.device) -> int:
 
 
 def _operand(matrix: Tensor) -> Tensor:
-    """float64 has no place beside float32 logits, and the kernel walks along rows."""
-    narrow = matrix.float() if matrix.dtype == torch.float64 else matrix
-    return narrow if narrow.stride(1) == 1 else narrow.contiguous()
+    """The kernel walks along rows."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def _merge(partials: Tensor, token_logits: Tensor | None) -> Tensor:

@@ -15,7 +15,6 @@ Left out: one pass that keeps a row in shared memory over several programs (Trit
 has it), and an exponential better than the hardware's (2 ulp plus the rounding of its argument).
 """
 
-# A kernel's None default and comparisons are Triton's language, not Python's.
 from __future__ import annotations
 
 import triton
@@ -273,7 +272,8 @@ def head_partials(
     rows_inside = rows < num_rows
     begin, end = split * split_size, tl.minimum((split + 1) * split_size, vocab_size)
     zeros = tl.zeros([ROWS], tl.float32)
-    student_sum, teacher_sum, student_log, teacher_log, student_gap, teacher_gap = zeros, zeros, zeros, zeros, zeros, zeros
+    student_sum, student_log, student_gap = zeros, zeros, zeros
+    teacher_sum, teacher_log, teacher_gap = zeros, zeros, zeros
     student_max, teacher_max = zeros + LOWEST, zeros + LOWEST
     student_index, teacher_index = tl.zeros([ROWS], tl.int32) + begin, tl.zeros([ROWS], tl.int32) + begin
     student_token, teacher_token = zeros, zeros
@@ -297,12 +297,8 @@ def head_partials(
             here = columns[None, :] == token[:, None]
             student_token += tl.sum(tl.where(here, student, 0.0), axis=1)
             teacher_token += tl.sum(tl.where(here, teacher, 0.0), axis=1)
-        student_tile, student_where = tl.max(
-            tl.where(student < LOWEST, LOWEST, student), axis=1, return_indices=True
-        )
-        teacher_tile, teacher_where = tl.max(
-            tl.where(teacher < LOWEST, LOWEST, teacher), axis=1, return_indices=True
-        )
+        student_tile, student_where = tl.max(tl.where(student < LOWEST, LOWEST, student), axis=1, return_indices=True)
+        teacher_tile, teacher_where = tl.max(tl.where(teacher < LOWEST, LOWEST, teacher), axis=1, return_indices=True)
         student_index = tl.where(student_tile > student_max, first + student_where, student_index)
         teacher_index = tl.where(teacher_tile > teacher_max, first + teacher_where, teacher_index)
         student_tile, teacher_tile = tl.maximum(student_max, student_tile), tl.maximum(teacher_max, teacher_tile)
