@@ -57,4 +57,33 @@ void cpu_row_grad(const LogitRows& student, const LogitRows& teacher, const std:
                   std::int64_t num_rows, std::int64_t vocab_size, float* grad, std::int64_t grad_stride,
                   int num_threads, InstructionSet instruction_set);
 
+// On a GPU. Pointers are of device memory, stream is a cudaStream_t. Work is only enqueued; each function returns a
+// cudaError_t (0 for success) of the launch. A token outside the vocabulary gets the log-prob NaN.
+enum class FloatType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// Gradient rows: row r begins row_stride * r elements of `type` behind data.
+struct GradRows {
+  void* data;
+  std::int64_t row_stride;
+  FloatType type;
+};
+
+// 0 where the driver is there and has a device; what cuda_error_text turns into words.
+int cuda_device_error();
+const char* cuda_error_text(int error);
+
+int cuda_row_stats(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
+                   std::int64_t num_rows, std::int64_t vocab_size, float* statistics, void* stream);
+
+// As cpu_row_grad. grad may be the student's own raw logits where its type is float32.
+int cuda_row_grad(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
+                  const float* statistics, const float* ce_weight, const float* logprob_weight,
+                  std::int64_t num_rows, std::int64_t vocab_size, const GradRows& grad, void* stream);
+
+// Both in one read of the logits, without log-prob weights; a row lies in the shared memory of cluster_size blocks
+// (1, 2, 4 or 8; compute capability 9.0). All rows begin at multiples of 16 bytes.
+int cuda_row_stats_grad(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
+                        const float* ce_weight, std::int64_t num_rows, std::int64_t vocab_size, int cluster_size,
+                        float* statistics, const GradRows& grad, void* stream);
+
 }  // namespace distil_kernels

@@ -100,7 +100,7 @@ def fused_forward_ce(
         reduction: "none" gives [...]; "sum" the weighted sum; "mean" the weighted sum over `normalizer`.
         normalizer: denominator of "mean"; default the sum of counted weights (1 where that is 0). Pass one global
             value when accumulating gradients over micro-batches.
-        backend: "auto", "triton", "cpu" or "reference".
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
         plan: "auto", a name of `distil_kernels.plan.PLANS`, or a `distil_kernels.plan.Plan` with sizes of its own.
 
     Returns:

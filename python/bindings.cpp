@@ -22,6 +22,12 @@ dk::LogitRows logit_rows(Address raw, std::int64_t row_stride, Address bias, flo
   return {pointer<const float>(raw), row_stride, pointer<const float>(bias), softcap, inverse_temperature};
 }
 
+#if defined(DISTIL_CUDA)
+dk::GradRows grad_rows(Address data, std::int64_t row_stride, dk::FloatType type) {
+  return {pointer<void>(data), row_stride, type};
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -76,4 +82,52 @@ PYBIND11_MODULE(_C, m) {
       py::arg("student"), py::arg("teacher"), py::arg("tokens"), py::arg("statistics"), py::arg("ce_weight"),
       py::arg("logprob_weight"), py::arg("num_rows"), py::arg("vocab_size"), py::arg("grad"), py::arg("grad_stride"),
       py::arg("num_threads"), py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
+
+#if defined(DISTIL_CUDA)
+  py::enum_<dk::FloatType>(m, "FloatType")
+      .value("float32", dk::FloatType::kFloat32)
+      .value("bfloat16", dk::FloatType::kBFloat16)
+      .value("float16", dk::FloatType::kFloat16);
+
+  py::class_<dk::GradRows>(m, "GradRows")
+      .def(py::init(&grad_rows), py::arg("data"), py::arg("row_stride"), py::arg("type"));
+
+  m.def("cuda_device_error", &dk::cuda_device_error);
+  m.def("cuda_error_text", &dk::cuda_error_text, py::arg("error"));
+
+  m.def(
+      "cuda_row_stats",
+      [](const dk::LogitRows& student, const dk::LogitRows& teacher, Address tokens, std::int64_t num_rows,
+         std::int64_t vocab_size, Address statistics, Address stream) {
+        return dk::cuda_row_stats(student, teacher, pointer<const std::int64_t>(tokens), num_rows, vocab_size,
+                                  pointer<float>(statistics), pointer<void>(stream));
+      },
+      py::arg("student"), py::arg("teacher"), py::arg("tokens"), py::arg("num_rows"), py::arg("vocab_size"),
+      py::arg("statistics"), py::arg("stream"));
+
+  m.def(
+      "cuda_row_grad",
+      [](const dk::LogitRows& student, const dk::LogitRows& teacher, Address tokens, Address statistics,
+         Address ce_weight, Address logprob_weight, std::int64_t num_rows, std::int64_t vocab_size,
+         const dk::GradRows& grad, Address stream) {
+        return dk::cuda_row_grad(student, teacher, pointer<const std::int64_t>(tokens),
+                                 pointer<const float>(statistics), pointer<const float>(ce_weight),
+                                 pointer<const float>(logprob_weight), num_rows, vocab_size, grad,
+                                 pointer<void>(stream));
+      },
+      py::arg("student"), py::arg("teacher"), py::arg("tokens"), py::arg("statistics"), py::arg("ce_weight"),
+      py::arg("logprob_weight"), py::arg("num_rows"), py::arg("vocab_size"), py::arg("grad"), py::arg("stream"));
+
+  m.def(
+      "cuda_row_stats_grad",
+      [](const dk::LogitRows& student, const dk::LogitRows& teacher, Address tokens, Address ce_weight,
+         std::int64_t num_rows, std::int64_t vocab_size, int cluster_size, Address statistics,
+         const dk::GradRows& grad, Address stream) {
+        return dk::cuda_row_stats_grad(student, teacher, pointer<const std::int64_t>(tokens),
+                                       pointer<const float>(ce_weight), num_rows, vocab_size, cluster_size,
+                                       pointer<float>(statistics), grad, pointer<void>(stream));
+      },
+      py::arg("student"), py::arg("teacher"), py::arg("tokens"), py::arg("ce_weight"), py::arg("num_rows"),
+      py::arg("vocab_size"), py::arg("cluster_size"), py::arg("statistics"), py::arg("grad"), py::arg("stream"));
+#endif
 }

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-from distil_kernels.backends import cpu, reference, triton
+from distil_kernels.backends import cpu, cuda, reference, triton
 
-BACKENDS: dict[str, ModuleType] = {"triton": triton, "cpu": cpu, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": reference}
 """In order of preference."""
 
 _NEVER_AUTOMATIC = {"cpu": ("triton",)}

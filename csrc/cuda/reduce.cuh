@@ -1,0 +1,111 @@
+// Sums and maxima of a row across the threads of a block. Not yet run on a GPU.
+//
+//     thread   RowSums<float> about its own maxima
+//     block    maxima first, then every thread moves its sums to them once, then plain additions:
+//              shuffles in float within a warp, double across warps
+//
+// so no exponential is in the tree, and double appears only a few times per row.
+#pragma once
+
+#include "../row_math.h"
+
+namespace distil_kernels {
+
+constexpr int kWarp = 32;
+constexpr int kThreads = 512;  // of every block in csrc/cuda
+constexpr int kWarps = kThreads / kWarp;
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kNoIndex = 0x7fffffff;
+
+// A largest value and the index of its first occurrence.
+struct Peak {
+  float value = kLowest;
+  int index = kNoIndex;
+};
+
+__device__ inline Peak higher(const Peak& a, const Peak& b) {
+  return b.value > a.value || (b.value == a.value && b.index < a.index) ? b : a;
+}
+
+__device__ inline Peak warp_peak(Peak peak) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    peak = higher(peak,
+                  {__shfl_xor_sync(kAllLanes, peak.value, offset), __shfl_xor_sync(kAllLanes, peak.index, offset)});
+  }
+  return peak;
+}
+
+template <typename Real>
+__device__ inline Real warp_sum(Real value) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
+  return value;
+}
+
+template <typename Real>
+__device__ inline RowSums<Real> warp_sums(const RowSums<Real>& sums) {
+  RowSums<Real> total;
+  total.student = warp_sum(sums.student);
+  total.teacher = warp_sum(sums.teacher);
+  total.student_log = warp_sum(sums.student_log);
+  total.teacher_log = warp_sum(sums.teacher_log);
+  total.student_gap = warp_sum(sums.student_gap);
+  total.teacher_gap = warp_sum(sums.teacher_gap);
+  return total;
+}
+
+// What is known of a row, or of a part of it.
+template <typename Real>
+struct RowState {
+  RowSums<Real> sums;
+  Peak student, teacher;
+};
+
+template <typename Real>
+__device__ inline void move_to(RowState<Real>& state, const Peak& student, const Peak& teacher) {
+  const Real student_shift = static_cast<Real>(state.student.value) - student.value;
+  const Real teacher_shift = static_cast<Real>(state.teacher.value) - teacher.value;
+  shift_sums(state.sums, student_shift < kFloor ? static_cast<Real>(kFloor) : student_shift,
+             teacher_shift < kFloor ? static_cast<Real>(kFloor) : teacher_shift);
+  state.student = student;
+  state.teacher = teacher;
+}
+
+// Merges the states of a warp's lanes; the result is in every lane.
+template <typename Real>
+__device__ inline RowState<Real> warp_state(RowState<Real> state) {
+  move_to(state, warp_peak(state.student), warp_peak(state.teacher));
+  state.sums = warp_sums(state.sums);
+  return state;
+}
+
+struct BlockScratch {
+  Peak student[kWarps], teacher[kWarps];
+  RowSums<float> sums[kWarps];
+};
+
+// Merges the states of a block's threads. The result is in every lane of warp 0.
+__device__ inline RowState<double> block_state(RowState<float> state, BlockScratch& scratch) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  Peak student = warp_peak(state.student), teacher = warp_peak(state.teacher);
+  if (lane == 0) {
+    scratch.student[warp] = student;
+    scratch.teacher[warp] = teacher;
+  }
+  __syncthreads();
+  student = warp_peak(lane < kWarps ? scratch.student[lane] : Peak{});
+  teacher = warp_peak(lane < kWarps ? scratch.teacher[lane] : Peak{});
+  move_to(state, student, teacher);
+  const RowSums<float> warp_total = warp_sums(state.sums);
+  if (lane == 0) scratch.sums[warp] = warp_total;
+  __syncthreads();
+  RowState<double> result{{}, student, teacher};
+  if (warp == 0) {
+    if (lane < kWarps) add_sums(result.sums, scratch.sums[lane]);
+    result.sums = warp_sums(result.sums);
+  }
+  return result;
+}
+
+}  // namespace distil_kernels

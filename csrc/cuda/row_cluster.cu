@@ -1,0 +1,182 @@
+// Statistics and gradient of a row in one read of its logits, for compute capability 9.0. Not yet run on a GPU.
+//
+// A cluster of 1 to 8 blocks holds one row of both models in its shared memory (8 bytes per entry: a vocabulary of
+// 151936 takes 152 KB in each of 8 blocks). Every thread copies its own entries asynchronously, in four parts, and
+// sums a part while the next ones arrive, so no barrier stands between loading and summing. The blocks then read
+// each other's state (six sums, two maxima) through distributed shared memory, and write the gradient from what
+// they hold.
+//
+//     traffic per entry: 8 bytes read, 2 or 4 written; row_stats + row_grad read 16
+//
+// The row's weight must be known before its statistics are: cross-entropy without credit. Rows, bias and gradient
+// must begin at multiples of 16 bytes. Left out: copies by the bulk engine, and a persistent grid that loads the
+// next row while this one is written.
+#include <cooperative_groups.h>
+#include <cuda_pipeline.h>
+#include <cuda_runtime.h>
+
+#include "rows.cuh"
+
+namespace distil_kernels {
+namespace {
+
+namespace cg = cooperative_groups;
+
+constexpr int kParts = 4;
+
+// Entries of a row in one block: whole vectors.
+__host__ __device__ inline std::int64_t slice_size(std::int64_t vocab_size, int cluster_size) {
+  const std::int64_t share = (vocab_size + cluster_size - 1) / cluster_size;
+  return (share + kVector - 1) / kVector * kVector;
+}
+
+// Entries [begin, end) of a slice that belong to a part: whole rounds of the block, so a thread stays with its own.
+__device__ inline std::int64_t part_begin(std::int64_t slice, int part) {
+  constexpr std::int64_t kRound = kThreads * kVector;
+  const std::int64_t rounds = (slice + kRound - 1) / kRound;
+  const std::int64_t begin = (rounds * part / kParts) * kRound;
+  return begin < slice ? begin : slice;
+}
+
+__device__ inline void copy_part(const float* from, float* to, std::int64_t begin, std::int64_t end,
+                                 std::int64_t size) {
+  for (std::int64_t i = begin + threadIdx.x * kVector; i < end; i += kThreads * kVector) {
+    const std::int64_t count = size - i < kVector ? size - i : kVector;
+    if (count > 0) {
+      __pipeline_memcpy_async(to + i, from + i, kVector * sizeof(float), (kVector - count) * sizeof(float));
+    }
+  }
+}
+
+// One block's share of a row, as it lies in shared memory.
+struct Slice {
+  float* student;
+  float* teacher;
+  std::int64_t first;  // column of its first entry
+  std::int64_t size;   // entries inside the vocabulary
+};
+
+// raw -> logits in shared memory, and their sums.
+template <bool kSoftcap>
+__device__ inline void sum_part(const LogitRows& student, const LogitRows& teacher, const Slice& slice,
+                                std::int64_t begin, std::int64_t end, RowState<float>& state) {
+  for (std::int64_t i = begin + threadIdx.x * kVector; i < end && i < slice.size; i += kThreads * kVector) {
+    float s[kVector], t[kVector];
+    const std::int64_t count = slice.size - i;
+    load_floats<kVector>(slice.student + i, kVector, 0.0f, s);
+    load_floats<kVector>(slice.teacher + i, kVector, 0.0f, t);
+    transform<kVector, kSoftcap>(student, slice.first + i, count, s);
+    transform<kVector, kSoftcap>(teacher, slice.first + i, count, t);
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) slice.student[i + k] = s[k], slice.teacher[i + k] = t[k];
+    accumulate<kVector>(state, s, t, static_cast<int>(slice.first + i));
+  }
+}
+
+template <bool kSoftcap>
+__device__ inline void write_grad(const LogitRows& student, const Slice& slice, const RowState<double>& row_state,
+                                  float ce_weight, std::int64_t row, const GradRows& grad) {
+  const float log_normalizer = static_cast<float>(log(row_state.sums.student));
+  const float teacher_log_normalizer = static_cast<float>(log(row_state.sums.teacher));
+  for (std::int64_t i = threadIdx.x * kVector; i < slice.size; i += kThreads * kVector) {
+    float s[kVector], t[kVector], out[kVector] = {};
+    load_floats<kVector>(slice.student + i, kVector, 0.0f, s);
+    load_floats<kVector>(slice.teacher + i, kVector, 0.0f, t);
+    if (ce_weight != 0.0f) {
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) {
+        out[k] = grad_logit(at_least_floor(s[k] - row_state.student.value),
+                            at_least_floor(t[k] - row_state.teacher.value), log_normalizer, teacher_log_normalizer,
+                            ce_weight, 0.0f);
+        out[k] *= derivative_at<kSoftcap>(student, s[k]);
+      }
+    }
+    store_grad<kVector>(grad, row, slice.first + i, slice.size - i, out);
+  }
+}
+
+template <bool kSoftcap>
+__global__ void __launch_bounds__(kThreads, 1)
+    row_stats_grad(LogitRows student, LogitRows teacher, const std::int64_t* tokens, const float* ce_weights,
+                   std::int64_t num_rows, std::int64_t vocab_size, std::int64_t slice_entries, float* statistics,
+                   GradRows grad) {
+#if __CUDA_ARCH__ >= 900
+  extern __shared__ float4 storage[];
+  __shared__ BlockScratch scratch;
+  __shared__ RowState<double> block, whole;
+  const cg::cluster_group cluster = cg::this_cluster();
+  const int rank = static_cast<int>(cluster.block_rank()), num_blocks = static_cast<int>(cluster.num_blocks());
+  const std::int64_t row = blockIdx.x / num_blocks, first = rank * slice_entries;
+  const std::int64_t left = vocab_size - first;
+  const Slice slice{reinterpret_cast<float*>(storage), reinterpret_cast<float*>(storage) + slice_entries, first,
+                    left < 0 ? 0 : (left < slice_entries ? left : slice_entries)};
+  const float* student_raw = student.raw + row * student.row_stride + first;
+  const float* teacher_raw = teacher.raw + row * teacher.row_stride + first;
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    const std::int64_t begin = part_begin(slice_entries, part);
+    const std::int64_t end = part_begin(slice_entries, part + 1);
+    copy_part(student_raw, slice.student, begin, end, slice.size);
+    copy_part(teacher_raw, slice.teacher, begin, end, slice.size);
+    __pipeline_commit();
+  }
+  // The token's logits, before any block may overwrite them with the gradient.
+  float student_token = 0.0f, teacher_token = 0.0f;
+  if (tokens != nullptr && rank == 0 && threadIdx.x == 0) {
+    student_token = token_logit(student, row, tokens[row], vocab_size);
+    teacher_token = token_logit(teacher, row, tokens[row], vocab_size);
+  }
+  RowState<float> state;
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    __pipeline_wait_prior(kParts - 1 - part);
+    sum_part<kSoftcap>(student, teacher, slice, part_begin(slice_entries, part),
+                       part_begin(slice_entries, part + 1), state);
+  }
+  const RowState<double> own = block_state(state, scratch);
+  if (threadIdx.x == 0) block = own;
+  cluster.sync();
+  if (threadIdx.x < kWarp) {
+    RowState<double> merged;
+    if (threadIdx.x < num_blocks) merged = *cluster.map_shared_rank(&block, threadIdx.x);
+    merged = warp_state(merged);
+    if (threadIdx.x == 0) {
+      whole = merged;
+      if (rank == 0) {
+        store_statistics(merged, tokens != nullptr, student_token, teacher_token, row, num_rows, statistics);
+      }
+    }
+  }
+  cluster.sync();  // `whole` is written, and nobody reads another block's memory any more
+  write_grad<kSoftcap>(student, slice, whole, ce_weights[row], row, grad);
+#endif
+}
+
+}  // namespace
+
+int cuda_row_stats_grad(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
+                        const float* ce_weight, std::int64_t num_rows, std::int64_t vocab_size, int cluster_size,
+                        float* statistics, const GradRows& grad, void* stream) {
+  if (num_rows == 0) return cudaSuccess;
+  const std::int64_t slice = slice_size(vocab_size, cluster_size);
+  const bool softcap = student.softcap != 0.0f || teacher.softcap != 0.0f;
+  const auto kernel = softcap ? row_stats_grad<true> : row_stats_grad<false>;
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = cluster_size;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(num_rows * cluster_size);
+  config.blockDim = kThreads;
+  config.dynamicSmemBytes = 2 * slice * sizeof(float);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                 static_cast<int>(config.dynamicSmemBytes));
+  if (error != cudaSuccess) return error;
+  return cudaLaunchKernelEx(&config, kernel, student, teacher, tokens, ce_weight, num_rows, vocab_size, slice,
+                            statistics, grad);
+}
+
+}  // namespace distil_kernels

@@ -1,0 +1,101 @@
+// Row statistics and row gradient on a GPU, a block per row: the baseline, from sm_80 on. Not yet run on a GPU.
+//
+//     row_stats   reads 8 bytes per entry of the vocabulary, once
+//     row_grad    reads them again and writes 2 or 4
+//
+// The mathematics is row_math.h's, as on the CPU. No shared memory beyond one reduction's scratch.
+// Left out: several blocks per row. A chunk has hundreds of rows, several for every multiprocessor.
+#include <cuda_runtime.h>
+
+#include <type_traits>
+
+#include "rows.cuh"
+
+namespace distil_kernels {
+namespace {
+
+template <int kWidth, bool kSoftcap>
+__global__ void __launch_bounds__(kThreads)
+    row_stats(LogitRows student, LogitRows teacher, const std::int64_t* tokens, std::int64_t num_rows,
+              std::int64_t vocab_size, float* statistics) {
+  __shared__ BlockScratch scratch;
+  const std::int64_t row = blockIdx.x;
+  RowState<float> state;
+#pragma unroll 2
+  for (std::int64_t column = threadIdx.x * kWidth; column < vocab_size; column += kThreads * kWidth) {
+    float s[kWidth], t[kWidth];
+    load_logits<kWidth, kSoftcap>(student, row, column, vocab_size - column, s);
+    load_logits<kWidth, kSoftcap>(teacher, row, column, vocab_size - column, t);
+    accumulate<kWidth>(state, s, t, static_cast<int>(column));
+  }
+  const RowState<double> total = block_state(state, scratch);
+  if (threadIdx.x == 0) {
+    const std::int64_t token = tokens != nullptr ? tokens[row] : -1;
+    store_statistics(total, tokens != nullptr, token_logit(student, row, token, vocab_size),
+                     token_logit(teacher, row, token, vocab_size), row, num_rows, statistics);
+  }
+}
+
+template <int kWidth, bool kSoftcap>
+__global__ void __launch_bounds__(kThreads)
+    row_grad(LogitRows student, LogitRows teacher, const std::int64_t* tokens, const float* statistics,
+             const float* ce_weights, const float* logprob_weights, std::int64_t num_rows, std::int64_t vocab_size,
+             GradRows grad) {
+  const std::int64_t row = blockIdx.x;
+  const float ce_weight = ce_weights[row], logprob_weight = logprob_weights ? logprob_weights[row] : 0.0f;
+  const bool used = ce_weight != 0.0f || logprob_weight != 0.0f;
+  const std::int64_t token = logprob_weight != 0.0f ? tokens[row] : -1;
+  const auto statistic = [&](Statistic which) { return statistics[which * num_rows + row]; };
+  const float student_max = statistic(kMaxLogit), teacher_max = statistic(kTeacherMaxLogit);
+  const float log_normalizer = statistic(kLogNormalizer), teacher_log_normalizer = statistic(kTeacherLogNormalizer);
+#pragma unroll 2
+  for (std::int64_t column = threadIdx.x * kWidth; column < vocab_size; column += kThreads * kWidth) {
+    float s[kWidth], t[kWidth], out[kWidth] = {};
+    if (used) {
+      load_logits<kWidth, kSoftcap>(student, row, column, vocab_size - column, s);
+      load_logits<kWidth, kSoftcap>(teacher, row, column, vocab_size - column, t);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        out[i] = grad_logit(at_least_floor(s[i] - student_max), at_least_floor(t[i] - teacher_max), log_normalizer,
+                            teacher_log_normalizer, ce_weight, logprob_weight);
+        if (column + i == token) out[i] += logprob_weight;
+        out[i] *= derivative_at<kSoftcap>(student, s[i]);
+      }
+    }
+    store_grad<kWidth>(grad, row, column, vocab_size - column, out);
+  }
+}
+
+}  // namespace
+
+int cuda_device_error() {
+  int count = 0;
+  return cudaGetDeviceCount(&count);
+}
+
+const char* cuda_error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+int cuda_row_stats(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
+                   std::int64_t num_rows, std::int64_t vocab_size, float* statistics, void* stream) {
+  if (num_rows == 0) return cudaSuccess;
+  const bool vectors = starts_at_vectors(student) && starts_at_vectors(teacher);
+  return with_variant(vectors, student.softcap != 0.0f || teacher.softcap != 0.0f, [&](auto width, auto softcap) {
+    row_stats<width, softcap><<<static_cast<unsigned>(num_rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+        student, teacher, tokens, num_rows, vocab_size, statistics);
+    return static_cast<int>(cudaGetLastError());
+  });
+}
+
+int cuda_row_grad(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
+                  const float* statistics, const float* ce_weight, const float* logprob_weight,
+                  std::int64_t num_rows, std::int64_t vocab_size, const GradRows& grad, void* stream) {
+  if (num_rows == 0) return cudaSuccess;
+  const bool vectors = starts_at_vectors(student) && starts_at_vectors(teacher) && starts_at_vectors(grad);
+  return with_variant(vectors, student.softcap != 0.0f || teacher.softcap != 0.0f, [&](auto width, auto softcap) {
+    row_grad<width, softcap><<<static_cast<unsigned>(num_rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+        student, teacher, tokens, statistics, ce_weight, logprob_weight, num_rows, vocab_size, grad);
+    return static_cast<int>(cudaGetLastError());
+  });
+}
+
+}  // namespace distil_kernels

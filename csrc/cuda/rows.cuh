@@ -1,0 +1,166 @@
+// Reading logits and writing gradients, 16 bytes at a time where every row allows it. Not yet run on a GPU.
+//
+// kWidth is 4 where all rows and the bias begin at multiples of 16 bytes, else 1; `vector_width` decides for a
+// launch. The last entries of a row that do not fill a vector are taken one by one.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "reduce.cuh"
+
+namespace distil_kernels {
+
+constexpr int kVector = 4;
+
+inline bool starts_at_vectors(const void* begin, std::int64_t row_stride, std::int64_t element_size) {
+  const std::int64_t bytes = kVector * element_size;
+  return reinterpret_cast<std::uintptr_t>(begin) % bytes == 0 && row_stride * element_size % bytes == 0;
+}
+
+inline bool starts_at_vectors(const LogitRows& rows) {
+  return starts_at_vectors(rows.raw, rows.row_stride, sizeof(float)) &&
+         starts_at_vectors(rows.bias, 0, sizeof(float));
+}
+
+inline bool starts_at_vectors(const GradRows& grad) {
+  return starts_at_vectors(grad.data, grad.row_stride, grad.type == FloatType::kFloat32 ? 4 : 2);
+}
+
+// Calls launch(width, softcap) with both as compile-time constants.
+template <typename Launch>
+int with_variant(bool vectors, bool softcap, const Launch& launch) {
+  using One = std::integral_constant<int, 1>;
+  using Four = std::integral_constant<int, kVector>;
+  if (vectors) return softcap ? launch(Four{}, std::true_type{}) : launch(Four{}, std::false_type{});
+  return softcap ? launch(One{}, std::true_type{}) : launch(One{}, std::false_type{});
+}
+
+// count < kWidth only at the end of a row.
+template <int kWidth>
+__device__ inline void load_floats(const float* from, std::int64_t count, float fill, float (&to)[kWidth]) {
+  if (kWidth == kVector && count >= kWidth) {
+    const float4 all = *reinterpret_cast<const float4*>(from);
+    to[0] = all.x, to[1 % kWidth] = all.y, to[2 % kWidth] = all.z, to[3 % kWidth] = all.w;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) to[i] = i < count ? from[i] : fill;
+}
+
+// Either model may be without a softcap in the kSoftcap version.
+template <bool kSoftcap>
+__device__ inline Logit logit_of(const LogitRows& rows, float raw_plus_bias) {
+  if (kSoftcap && rows.softcap != 0.0f) {
+    return transform_logit<true>(raw_plus_bias, rows.softcap, rows.inverse_temperature);
+  }
+  return transform_logit<false>(raw_plus_bias, rows.softcap, rows.inverse_temperature);
+}
+
+// raw -> logits in place; entries from `count` on become minus infinity.
+template <int kWidth, bool kSoftcap>
+__device__ inline void transform(const LogitRows& rows, std::int64_t column, std::int64_t count,
+                                 float (&logits)[kWidth]) {
+  if (rows.bias != nullptr) {
+    float bias[kWidth];
+    load_floats<kWidth>(rows.bias + column, count, 0.0f, bias);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) logits[i] += bias[i];
+  }
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) logits[i] = i < count ? logit_of<kSoftcap>(rows, logits[i]).value : -INFINITY;
+}
+
+template <int kWidth, bool kSoftcap>
+__device__ inline void load_logits(const LogitRows& rows, std::int64_t row, std::int64_t column, std::int64_t count,
+                                   float (&logits)[kWidth]) {
+  load_floats<kWidth>(rows.raw + row * rows.row_stride + column, count, 0.0f, logits);
+  transform<kWidth, kSoftcap>(rows, column, count, logits);
+}
+
+// d logit / d raw from the logit itself.
+template <bool kSoftcap>
+__device__ inline float derivative_at(const LogitRows& rows, float logit) {
+  if (!kSoftcap || rows.softcap == 0.0f) return rows.inverse_temperature;
+  const float y = logit / (rows.softcap * rows.inverse_temperature);
+  return (1.0f - y * y) * rows.inverse_temperature;
+}
+
+// The logit of a row's token; NaN where it is outside the vocabulary.
+__device__ inline float token_logit(const LogitRows& rows, std::int64_t row, std::int64_t token,
+                                    std::int64_t vocab_size) {
+  if (token < 0 || token >= vocab_size) return NAN;
+  float logit[1];
+  load_logits<1, true>(rows, row, token, 1, logit);
+  return logit[0];
+}
+
+// Adds some entries of both rows to a thread's sums, after raising its maxima to them.
+template <int kWidth>
+__device__ inline void accumulate(RowState<float>& state, const float (&s)[kWidth], const float (&t)[kWidth],
+                                  int column) {
+  Peak student = state.student, teacher = state.teacher;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    if (s[i] > student.value) student = {s[i], column + i};
+    if (t[i] > teacher.value) teacher = {t[i], column + i};
+  }
+  if (student.value > state.student.value || teacher.value > state.teacher.value) move_to(state, student, teacher);
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    add_sums(state.sums, row_term(at_least_floor(s[i] - student.value), at_least_floor(t[i] - teacher.value)));
+  }
+}
+
+template <int kWidth>
+__device__ inline void store_grad(const GradRows& grad, std::int64_t row, std::int64_t column, std::int64_t count,
+                                  const float (&values)[kWidth]) {
+  const std::int64_t offset = row * grad.row_stride + column;
+  if (grad.type == FloatType::kFloat32) {
+    float* out = static_cast<float*>(grad.data) + offset;
+    if (kWidth == kVector && count >= kWidth) {
+      *reinterpret_cast<float4*>(out) = {values[0], values[1 % kWidth], values[2 % kWidth], values[3 % kWidth]};
+    } else {
+      for (int i = 0; i < kWidth && i < count; ++i) out[i] = values[i];
+    }
+    return;
+  }
+  alignas(8) unsigned short bits[kWidth];
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    bits[i] = grad.type == FloatType::kBFloat16 ? __bfloat16_as_ushort(__float2bfloat16_rn(values[i]))
+                                                : __half_as_ushort(__float2half_rn(values[i]));
+  }
+  unsigned short* out = static_cast<unsigned short*>(grad.data) + offset;
+  if (kWidth == kVector && count >= kWidth) {
+    *reinterpret_cast<uint2*>(out) = *reinterpret_cast<const uint2*>(bits);
+  } else {
+    for (int i = 0; i < kWidth && i < count; ++i) out[i] = bits[i];
+  }
+}
+
+__device__ inline void store_statistics(const RowState<double>& state, bool has_tokens, float student_token,
+                                        float teacher_token, std::int64_t row, std::int64_t num_rows,
+                                        float* statistics) {
+  const RowResult<double> result = finish(state.sums);
+  const auto store = [&](Statistic statistic, double value) {
+    statistics[statistic * num_rows + row] = static_cast<float>(value);
+  };
+  store(kForwardCe, result.forward_ce);
+  store(kForwardKl, result.forward_kl);
+  store(kReverseKl, result.reverse_kl);
+  store(kEntropy, result.entropy);
+  store(kTeacherEntropy, result.teacher_entropy);
+  store(kAgree, state.student.index == state.teacher.index ? 1.0 : 0.0);
+  store(kMaxLogit, state.student.value);
+  store(kLogNormalizer, result.log_normalizer);
+  store(kTeacherMaxLogit, state.teacher.value);
+  store(kTeacherLogNormalizer, result.teacher_log_normalizer);
+  const double logprob = static_cast<double>(student_token) - state.student.value - result.log_normalizer;
+  const double teacher_logprob =
+      static_cast<double>(teacher_token) - state.teacher.value - result.teacher_log_normalizer;
+  store(kLogprob, has_tokens ? logprob : 0.0);
+  store(kTeacherLogprob, has_tokens ? teacher_logprob : 0.0);
+}
+
+}  // namespace distil_kernels

@@ -1,0 +1,170 @@
+"""Back end `cuda`: the C++ row kernels of csrc/cuda for NVIDIA GPUs from sm_80 on. Not yet run on a GPU.
+
+    row_stats, row_grad    a block per row
+    row_stats_grad         on compute capability 9.0 a cluster of blocks holds a row in shared memory and reads its
+                           logits once, where the row fits (`choose_row_kernel`); else the two above
+
+float32 logits only, so float32, bfloat16 and float16 inputs; float64 belongs to `reference`. Kernels go to torch's
+current stream and never wait.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distil_kernels.backends import NUM_STATISTICS, LogitPair, LogitTransform
+
+try:
+    from distil_kernels import _C
+except ImportError as error:  # not built, or built for another Python
+    _C = None
+    _IMPORT_ERROR = str(error)
+
+_CLUSTER_SIZES = (1, 2, 4, 8)
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return f"it runs on NVIDIA GPUs, these tensors are on {device}"
+    if dtype == torch.float64:
+        return "its kernels keep float32 logits, float64 needs backend='reference'"
+    if _C is None:
+        return f"the extension is not built ({_IMPORT_ERROR}); run pip install -e . in the repository"
+    if not hasattr(_C, "cuda_row_stats"):
+        return "the extension was built without nvcc; install the CUDA toolkit and run pip install -e . again"
+    error = _C.cuda_device_error()
+    if error != 0:
+        return f"the CUDA runtime finds no GPU: {_C.cuda_error_text(error)}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"it is compiled for compute capability 8.0 and later, this GPU has {capability[0]}.{capability[1]}"
+    return None
+
+
+class RowKernel(NamedTuple):
+    """How `row_stats_grad` runs."""
+
+    cluster_size: int
+    """Blocks that share a row; 0 for two kernels that each read the logits."""
+    reason: str
+
+
+def cluster_bytes(vocab_size: int, cluster_size: int) -> int:
+    """Shared memory of one block: its share of both models' row in whole vectors, and a reduction's scratch."""
+    return 2 * 16 * -(-vocab_size // (4 * cluster_size)) + 2048
+
+
+def choose_row_kernel(capability: tuple[int, int], block_bytes: int, vocab_size: int, aligned: bool) -> RowKernel:
+    """A pure choice.
+
+    Args:
+        block_bytes: shared memory that one block may have.
+        aligned: every row begins at a multiple of 16 bytes.
+
+    The smallest cluster that lets two blocks share a multiprocessor (one loads while the other computes), else the
+    largest if the row fits at all. Not yet timed.
+    """
+    if capability < (9, 0):
+        return RowKernel(0, f"compute capability {capability[0]}.{capability[1]} has no clusters")
+    if not aligned:
+        return RowKernel(0, "rows do not all begin at multiples of 16 bytes")
+    for size in _CLUSTER_SIZES:
+        if 2 * cluster_bytes(vocab_size, size) <= block_bytes:
+            return RowKernel(size, "two blocks to a multiprocessor")
+    largest = _CLUSTER_SIZES[-1]
+    needed = cluster_bytes(vocab_size, largest)
+    if needed <= block_bytes:
+        return RowKernel(largest, "one block to a multiprocessor")
+    return RowKernel(0, f"a row takes {needed} bytes in each of {largest} blocks, there are {block_bytes}")
+
+
+def row_stats(logits: LogitPair, student: LogitTransform, teacher: LogitTransform, tokens: Tensor | None) -> Tensor:
+    num_rows, vocab_size = logits.student.shape
+    statistics = logits.student.new_empty(NUM_STATISTICS, num_rows)
+    with torch.cuda.device(logits.student.device):
+        _check(_C.cuda_row_stats(
+            _rows(logits.student, student), _rows(logits.teacher, teacher), _address(tokens), num_rows, vocab_size,
+            _address(statistics), _stream(),
+        ))  # fmt: skip
+    return statistics
+
+
+def row_grad(
+    logits: LogitPair,
+    student: LogitTransform,
+    teacher: LogitTransform,
+    tokens: Tensor | None,
+    statistics: Tensor,
+    ce_weight: Tensor,
+    logprob_weight: Tensor | None,
+    out: Tensor,
+) -> None:
+    num_rows, vocab_size = logits.student.shape
+    with torch.cuda.device(logits.student.device):
+        _check(_C.cuda_row_grad(
+            _rows(logits.student, student), _rows(logits.teacher, teacher), _address(tokens), _address(statistics),
+            _address(ce_weight), _address(logprob_weight), num_rows, vocab_size, _grad_rows(out), _stream(),
+        ))  # fmt: skip
+
+
+def row_stats_grad(
+    logits: LogitPair,
+    student: LogitTransform,
+    teacher: LogitTransform,
+    tokens: Tensor | None,
+    ce_weight: Tensor,
+    out: Tensor,
+) -> Tensor:
+    num_rows, vocab_size = logits.student.shape
+    device = logits.student.device
+    block_bytes = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    aligned = all(_aligned(tensor) for tensor in (*logits, out, student.bias, teacher.bias))
+    kernel = choose_row_kernel(torch.cuda.get_device_capability(device), block_bytes, vocab_size, aligned)
+    if kernel.cluster_size == 0:
+        statistics = row_stats(logits, student, teacher, tokens)
+        row_grad(logits, student, teacher, tokens, statistics, ce_weight, None, out)
+        return statistics
+    statistics = logits.student.new_empty(NUM_STATISTICS, num_rows)
+    with torch.cuda.device(device):
+        _check(_C.cuda_row_stats_grad(
+            _rows(logits.student, student), _rows(logits.teacher, teacher), _address(tokens), _address(ce_weight),
+            num_rows, vocab_size, kernel.cluster_size, _address(statistics), _grad_rows(out), _stream(),
+        ))  # fmt: skip
+    return statistics
+
+
+def _check(error: int) -> None:
+    if error != 0:
+        raise RuntimeError(f"a CUDA row kernel could not be launched: {_C.cuda_error_text(error)}")
+
+
+def _stream() -> int:
+    return torch.cuda.current_stream().cuda_stream
+
+
+def _aligned(tensor: Tensor | None) -> bool:
+    if tensor is None:
+        return True
+    stride = tensor.stride(0) * tensor.element_size() if tensor.dim() == 2 else 0
+    return tensor.data_ptr() % 16 == 0 and stride % 16 == 0
+
+
+def _rows(raw: Tensor, transform: LogitTransform) -> _C.LogitRows:
+    return _C.LogitRows(
+        raw.data_ptr(),
+        raw.stride(0),
+        _address(transform.bias),
+        transform.softcap or 0.0,
+        1.0 / transform.temperature,
+    )
+
+
+def _grad_rows(out: Tensor) -> _C.GradRows:
+    return _C.GradRows(out.data_ptr(), out.stride(0), getattr(_C.FloatType, str(out.dtype).removeprefix("torch.")))
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
