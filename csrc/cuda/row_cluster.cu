@@ -100,7 +100,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     row_stats_grad(LogitRows student, LogitRows teacher, const std::int64_t* tokens, const float* ce_weights,
                    std::int64_t num_rows, std::int64_t vocab_size, std::int64_t slice_entries, float* statistics,
                    GradRows grad) {
-#if __CUDA_ARCH__ >= 900
   extern __shared__ float4 storage[];
   __shared__ BlockScratch scratch;
   __shared__ RowState<double> block, whole;
@@ -112,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                     left < 0 ? 0 : (left < slice_entries ? left : slice_entries)};
   const float* student_raw = student.raw + row * student.row_stride + first;
   const float* teacher_raw = teacher.raw + row * teacher.row_stride + first;
-#pragma unroll
+#pragma unroll 1
   for (int part = 0; part < kParts; ++part) {
     const std::int64_t begin = part_begin(slice_entries, part);
     const std::int64_t end = part_begin(slice_entries, part + 1);
@@ -127,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     teacher_token = token_logit(teacher, row, tokens[row], vocab_size);
   }
   RowState<float> state;
-#pragma unroll
+#pragma unroll 1
   for (int part = 0; part < kParts; ++part) {
     __pipeline_wait_prior(kParts - 1 - part);
     sum_part<kSoftcap>(student, teacher, slice, part_begin(slice_entries, part),
@@ -149,7 +148,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   cluster.sync();  // `whole` is written, and nobody reads another block's memory any more
   write_grad<kSoftcap>(student, slice, whole, ce_weights[row], row, grad);
-#endif
 }
 
 }  // namespace
