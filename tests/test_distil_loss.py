@@ -52,7 +52,11 @@ def definition(inputs, *, lengths=LENGTHS, normalizer=None, token_mask=None, tok
     normalizer = normalizer or len(lengths)
     surrogate = (costs + weights * stats.logprob).sum() / normalizer
     gradients = torch.autograd.grad(surrogate, list(inputs.leaves.values()))
-    return {"loss": costs.sum().detach() / normalizer, "credit": weights, **dict(zip(inputs.leaves, gradients, strict=False))}
+    return {
+        "loss": costs.sum().detach() / normalizer,
+        "credit": weights,
+        **dict(zip(inputs.leaves, gradients)),
+    }
 
 
 def check(inputs, *, backend="cpu", plan="auto", **settings):
