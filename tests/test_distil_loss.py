@@ -55,7 +55,7 @@ def definition(inputs, *, lengths=LENGTHS, normalizer=None, token_mask=None, tok
     return {
         "loss": costs.sum().detach() / normalizer,
         "credit": weights,
-        **dict(zip(inputs.leaves, gradients)),
+        **dict(zip(inputs.leaves, gradients, strict=True)),
     }
 
 
