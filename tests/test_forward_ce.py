@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import distil_kernels.functional
 import distil_kernels.plan
 from distil_kernels import fused_forward_ce
-from distil_kernels.testing import KINDS, Inputs, assert_within_budget, baselines, make_inputs, oracle
+from distil_kernels.testing import KINDS, Inputs, assert_within_budget, baselines, make_inputs, oracle, term_sizes
 
 CPU_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CASES = [("reference", dtype) for dtype in (torch.float64, *CPU_DTYPES)] + [("cpu", dtype) for dtype in CPU_DTYPES]
@@ -22,15 +22,20 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(distil_kernels.plan.LOGITS_CHUNK_BYTES, "cpu", 64 * 1024)
 
 
-def expected(inputs: Inputs, reduction: str) -> dict[str, torch.Tensor]:
-    """Value and gradients by definition, in the dtype of the inputs; "none" with fixed upstream gradients."""
-    ce = oracle(inputs).ce
-    weight = torch.ones_like(ce)
+def row_weight(inputs: Inputs) -> torch.Tensor:
+    """[N] token weight times mask."""
+    weight = inputs.student_hidden.new_ones(inputs.tokens.numel())
     if inputs.options.get("token_weight") is not None:
         weight = inputs.options["token_weight"].flatten()
     if inputs.options.get("token_mask") is not None:
         weight = weight * inputs.options["token_mask"].flatten()
-    value = ce * weight
+    return weight
+
+
+def expected(inputs: Inputs, reduction: str) -> dict[str, torch.Tensor]:
+    """Value and gradients by definition, in the dtype of the inputs; "none" with fixed upstream gradients."""
+    weight = row_weight(inputs)
+    value = oracle(inputs).ce * weight
     if reduction != "none":
         value = value.sum() / (weight.sum() if reduction == "mean" else 1.0)
     gradients = torch.autograd.grad(value, list(inputs.leaves.values()), upstream(value))
@@ -54,8 +59,11 @@ def compare(inputs: Inputs, reduction: str, value: torch.Tensor, gradients: tupl
     """Value [N] or [], and the gradients of the leaves, within the error budget."""
     exact = expected(inputs.to(torch.float64), reduction)
     base = baselines(inputs, lambda copy: expected(copy, reduction))
+    weight = row_weight(inputs)
+    scale = upstream(value) if reduction == "none" else 1.0 / (weight.sum() if reduction == "mean" else 1.0)
+    terms = term_sizes(inputs, weight * scale)
     for name, ours in (("value", value), *zip(inputs.leaves, gradients, strict=True)):
-        assert_within_budget(name, ours, base[name], exact[name])
+        assert_within_budget(name, ours, base[name], exact[name], terms=terms.get(name, 0.0))
 
 
 @pytest.mark.parametrize("kind", KINDS)
