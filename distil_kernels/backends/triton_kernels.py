@@ -92,7 +92,7 @@ def row_partials(
     if HAS_TOKENS:
         token = tl.load(tokens_ptr + row)
         here = columns == token
-        if (token >= split * BLOCK) & (token < split * BLOCK + BLOCK):
+        if (token >= split * BLOCK) & (token < tl.minimum(split * BLOCK + BLOCK, vocab_size)):
             tl.store(token_logits_ptr + row, tl.sum(tl.where(here, student, 0.0)))
             tl.store(token_logits_ptr + num_rows + row, tl.sum(tl.where(here, teacher, 0.0)))
 
