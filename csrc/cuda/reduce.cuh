@@ -12,7 +12,10 @@
 namespace distil_kernels {
 
 constexpr int kWarp = 32;
-constexpr int kThreads = 512;  // of every block in csrc/cuda
+#if !defined(DISTIL_THREADS)
+#define DISTIL_THREADS 512
+#endif
+constexpr int kThreads = DISTIL_THREADS;  // of every block in csrc/cuda
 constexpr int kWarps = kThreads / kWarp;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kNoIndex = 0x7fffffff;

@@ -66,6 +66,24 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), std::int64_t num_rows, void* stream, const Arguments&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(num_rows);
+  config.blockDim = kThreads;
+  config.stream = static_cast<cudaStream_t>(stream);
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+// Calls launch(width, softcap) with both as compile-time constants.
+template <typename Launch>
+int with_variant(bool vectors, bool softcap, const Launch& launch) {
+  using One = std::integral_constant<int, 1>;
+  using Four = std::integral_constant<int, kVector>;
+  if (vectors) return softcap ? launch(Four{}, std::true_type{}) : launch(Four{}, std::false_type{});
+  return softcap ? launch(One{}, std::true_type{}) : launch(One{}, std::false_type{});
+}
+
 }  // namespace
 
 int cuda_device_error() {
@@ -80,9 +98,8 @@ int cuda_row_stats(const LogitRows& student, const LogitRows& teacher, const std
   if (num_rows == 0) return cudaSuccess;
   const bool vectors = starts_at_vectors(student) && starts_at_vectors(teacher);
   return with_variant(vectors, student.softcap != 0.0f || teacher.softcap != 0.0f, [&](auto width, auto softcap) {
-    row_stats<width, softcap><<<static_cast<unsigned>(num_rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        student, teacher, tokens, num_rows, vocab_size, statistics);
-    return static_cast<int>(cudaGetLastError());
+    return launch(row_stats<width, softcap>, num_rows, stream, student, teacher, tokens, num_rows, vocab_size,
+                  statistics);
   });
 }
 
@@ -92,9 +109,8 @@ int cuda_row_grad(const LogitRows& student, const LogitRows& teacher, const std:
   if (num_rows == 0) return cudaSuccess;
   const bool vectors = starts_at_vectors(student) && starts_at_vectors(teacher) && starts_at_vectors(grad);
   return with_variant(vectors, student.softcap != 0.0f || teacher.softcap != 0.0f, [&](auto width, auto softcap) {
-    row_grad<width, softcap><<<static_cast<unsigned>(num_rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        student, teacher, tokens, statistics, ce_weight, logprob_weight, num_rows, vocab_size, grad);
-    return static_cast<int>(cudaGetLastError());
+    return launch(row_grad<width, softcap>, num_rows, stream, student, teacher, tokens, statistics, ce_weight,
+                  logprob_weight, num_rows, vocab_size, grad);
   });
 }
 

@@ -27,15 +27,6 @@ inline bool starts_at_vectors(const GradRows& grad) {
   return starts_at_vectors(grad.data, grad.row_stride, grad.type == FloatType::kFloat32 ? 4 : 2);
 }
 
-// Calls launch(width, softcap) with both as compile-time constants.
-template <typename Launch>
-int with_variant(bool vectors, bool softcap, const Launch& launch) {
-  using One = std::integral_constant<int, 1>;
-  using Four = std::integral_constant<int, kVector>;
-  if (vectors) return softcap ? launch(Four{}, std::true_type{}) : launch(Four{}, std::false_type{});
-  return softcap ? launch(One{}, std::true_type{}) : launch(One{}, std::false_type{});
-}
-
 // count < kWidth only at the end of a row.
 template <int kWidth>
 __device__ inline void load_floats(const float* from, std::int64_t count, float fill, float (&to)[kWidth]) {

@@ -148,11 +148,11 @@ def choose_tile(capability: tuple[int, int], dtype: torch.dtype) -> Tile:
 
 
 def choose_splits(num_rows: int, vocab_size: int, tile: Tile, num_processors: int) -> tuple[int, int]:
-    """Columns of a split, a multiple of the tile's, and how many splits: at least four programs per processor."""
+    """Columns of a split, a multiple of the tile's, and how many splits: four programs per processor or more."""
     row_tiles = -(-num_rows // tile.rows) or 1
     column_tiles = -(-vocab_size // tile.columns)
     wanted = max(1, min(column_tiles, -(-4 * num_processors // row_tiles)))
-    split_size = -(-column_tiles // wanted) * tile.columns
+    split_size = column_tiles // wanted * tile.columns
     return split_size, -(-vocab_size // split_size)
 
 

@@ -1,0 +1,178 @@
+// Runs the kernels of csrc/cuda on the CPU, so that their logic is tested where there is no GPU.
+//
+// A block is one operating-system thread; its CUDA threads are fibers of it that take turns, so `__shared__` is
+// thread_local. Barriers and shuffles let the other fibers run until all have arrived. The blocks of a cluster run at
+// the same time; another block's shared memory is found by its distance from an anchor. It cannot show races, memory
+// ordering, or what only the hardware does.
+#pragma once
+
+#include <ucontext.h>
+
+#include <barrier>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ thread_local
+#define __launch_bounds__(...)
+
+using cudaError_t = int;
+using cudaStream_t = void*;
+constexpr int cudaSuccess = 0;
+struct Dim {
+  unsigned x = 0, y = 0, z = 0;
+};
+struct float4 {
+  float x, y, z, w;
+};
+struct uint2 {
+  unsigned x, y;
+};
+
+namespace emulated {
+
+constexpr int kWarpSize = 32;
+constexpr std::size_t kStackBytes = 64 * 1024;
+
+// Fibers that must all arrive before any goes on; values exchanged on the way.
+struct Gathering {
+  int arrived = 0, generation = 0;
+  double values[kWarpSize];
+};
+
+struct Cluster {
+  explicit Cluster(int size) : barrier(size), anchors(size) {}
+  std::barrier<> barrier;
+  std::vector<char*> anchors;
+};
+
+struct Block {
+  std::vector<ucontext_t> fibers;
+  std::vector<std::unique_ptr<char[]>> stacks;
+  std::vector<bool> done;
+  ucontext_t scheduler;
+  Gathering all;
+  std::vector<Gathering> warps;
+  int current = 0, rank = 0;
+  Cluster* cluster = nullptr;
+  std::function<void()> kernel;
+};
+
+inline thread_local Block* block = nullptr;
+inline thread_local char anchor = 0;
+
+inline void yield() { swapcontext(&block->fibers[block->current], &block->scheduler); }
+
+inline void wait(Gathering& gathering, int count) {
+  const int generation = gathering.generation;
+  if (++gathering.arrived == count) {
+    gathering.arrived = 0;
+    ++gathering.generation;
+  } else {
+    while (gathering.generation == generation) yield();
+  }
+}
+
+inline void fiber() {
+  block->kernel();
+  block->done[block->current] = true;
+  yield();
+}
+
+inline void run_block(int num_threads) {
+  block->fibers.resize(num_threads);
+  block->done.assign(num_threads, false);
+  block->warps.resize(num_threads / kWarpSize);
+  for (int i = 0; i < num_threads; ++i) {
+    block->stacks.emplace_back(new char[kStackBytes]);
+    getcontext(&block->fibers[i]);
+    block->fibers[i].uc_stack.ss_sp = block->stacks[i].get();
+    block->fibers[i].uc_stack.ss_size = kStackBytes;
+    makecontext(&block->fibers[i], fiber, 0);
+  }
+  for (bool running = true; running;) {
+    running = false;
+    for (block->current = 0; block->current < num_threads; ++block->current) {
+      if (block->done[block->current]) continue;
+      running = true;
+      swapcontext(&block->scheduler, &block->fibers[block->current]);
+    }
+  }
+}
+
+}  // namespace emulated
+
+inline thread_local Dim blockIdx;
+struct ThreadIndex {
+  struct {
+    operator unsigned() const { return emulated::block->current; }
+  } x;
+};
+inline ThreadIndex threadIdx;
+
+inline void __syncthreads() { emulated::wait(emulated::block->all, emulated::block->fibers.size()); }
+
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int offset) {
+  const int lane = emulated::block->current % emulated::kWarpSize;
+  emulated::Gathering& warp = emulated::block->warps[emulated::block->current / emulated::kWarpSize];
+  std::memcpy(&warp.values[lane], &value, sizeof value);
+  emulated::wait(warp, emulated::kWarpSize);
+  T other;
+  std::memcpy(&other, &warp.values[lane ^ offset], sizeof other);
+  emulated::wait(warp, emulated::kWarpSize);
+  return other;
+}
+
+constexpr int cudaLaunchAttributeClusterDimension = 4, cudaFuncAttributeMaxDynamicSharedMemorySize = 8;
+struct cudaLaunchAttribute {
+  int id;
+  struct {
+    Dim clusterDim;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  unsigned gridDim, blockDim;
+  std::size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+inline int cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+inline const char* cudaGetErrorString(int) { return "emulated"; }
+template <typename Kernel>
+int cudaFuncSetAttribute(Kernel, int, int) {
+  return cudaSuccess;
+}
+
+template <typename... Parameters, typename... Arguments>
+int cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
+  const int size = config->numAttrs > 0 ? config->attrs->val.clusterDim.x : 1;
+  for (unsigned first = 0; first < config->gridDim; first += size) {
+    emulated::Cluster cluster(size);
+    std::vector<std::thread> blocks;
+    for (int rank = 0; rank < size; ++rank) {
+      blocks.emplace_back([&, rank] {
+        emulated::Block state;
+        state.rank = rank;
+        state.cluster = &cluster;
+        state.kernel = [&] { kernel(arguments...); };
+        emulated::block = &state;
+        blockIdx.x = first + rank;
+        cluster.anchors[rank] = &emulated::anchor;
+        cluster.barrier.arrive_and_wait();
+        emulated::run_block(config->blockDim);
+      });
+    }
+    for (std::thread& each : blocks) each.join();
+  }
+  return cudaSuccess;
+}
