@@ -1,5 +1,6 @@
 // The extension with csrc/cuda run by the emulator: everything in one translation unit, blocks of 64 threads.
 #define DISTIL_CUDA
+#define PYBIND11_COMPILER_TYPE "_emulated"  // its types live beside those of the real extension
 #define DISTIL_THREADS 64
 #define DISTIL_ISA portable
 #include <cuda_runtime.h>

@@ -1,0 +1,165 @@
+"""Checks of one back end's row kernels, on logits chosen for their corners, against the float64 oracle.
+
+Logits come as hidden states times an identity head, so that the oracle sees exactly the logits of the kernel.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from distil_kernels.backends import LogitPair, LogitTransform, Statistic
+from distil_kernels.testing import Inputs, assert_within_budget, baselines, oracle
+
+NAMES = {
+    "ce": Statistic.FORWARD_CE, "kl": Statistic.FORWARD_KL, "reverse_kl": Statistic.REVERSE_KL,
+    "logprob": Statistic.LOGPROB, "teacher_logprob": Statistic.TEACHER_LOGPROB, "entropy": Statistic.ENTROPY,
+    "teacher_entropy": Statistic.TEACHER_ENTROPY,
+}  # fmt: skip
+
+
+def make_logits(
+    num_rows: int, vocab_size: int, generator: torch.Generator, kind: str = "ordinary", padding: int = 5
+) -> LogitPair:
+    """Rows of one memory with a padded stride, as the driver has them; padding holds NaN."""
+    both = torch.full((2 * num_rows, vocab_size + padding), float("nan"))[:, :vocab_size]
+    student, teacher = both[:num_rows], both[num_rows:]
+    student.copy_(torch.randn(num_rows, vocab_size, generator=generator))
+    noise = torch.randn(num_rows, vocab_size, generator=generator)
+    teacher.copy_(student + 1e-3 * noise if kind == "near" else noise)
+    if kind == "peaked":
+        both *= 12
+    if kind == "offset":
+        student += 1e4
+        teacher -= 1e4
+    return LogitPair(student, teacher)
+
+
+def as_inputs(logits: LogitPair, tokens: torch.Tensor, **options: object) -> Inputs:
+    eye = torch.eye(logits.student.shape[1])
+    return Inputs(logits.student.clone().requires_grad_(), eye, logits.teacher.clone(), eye, tokens, options)
+
+
+def expected(inputs: Inputs, ce_weight: torch.Tensor, logprob_weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    found = oracle(inputs)
+    dtype = found.ce.dtype
+    total = (ce_weight.to(dtype) * found.ce + logprob_weight.to(dtype) * found.logprob).sum()
+    (gradient,) = torch.autograd.grad(total, inputs.student_hidden)
+    return {name: getattr(found, name).detach() for name in NAMES} | {"student_hidden": gradient}
+
+
+def check(
+    kernels: ModuleType,
+    logits: LogitPair, student: LogitTransform, teacher: LogitTransform, inputs: Inputs, ce_weight: torch.Tensor,
+    logprob_weight: torch.Tensor,
+) -> None:  # fmt: skip
+    exact = expected(inputs.to(torch.float64), ce_weight, logprob_weight)
+    base = baselines(inputs, lambda copy: expected(copy, ce_weight, logprob_weight))
+    largest = max(float(each.abs().max()) for each in logits)
+    statistics = kernels.row_stats(logits, student, teacher, inputs.tokens)
+    for name, index in NAMES.items():
+        assert_within_budget(name, statistics[index], base[name], exact[name], terms=largest)
+    arguments = logits, student, teacher, inputs.tokens, statistics, ce_weight, logprob_weight
+    out = torch.full_like(logits.student, float("nan"))
+    kernels.row_grad(*arguments, out)
+    assert_within_budget("gradient", out, base["student_hidden"], exact["student_hidden"], terms=3.0)
+    rounded = torch.full_like(logits.student, float("nan"), dtype=torch.bfloat16)
+    kernels.row_grad(*arguments, rounded)
+    assert ((rounded - out).abs() <= 2**-7 * out.abs()).all()  # an interpreter may cut off
+    kernels.row_grad(*arguments, logits.student)  # in place
+    assert torch.equal(logits.student, out)
+
+
+def check_kinds(kernels: ModuleType, vocab_size: int, kind: str, generator: torch.Generator, padding: int = 5) -> None:
+    """Ordinary and difficult logits with everything that a kernel is asked for but the softcap."""
+    logits = make_logits(3, vocab_size, generator, kind, padding)
+    tokens = torch.randint(vocab_size, (3,), generator=generator)
+    ce_weight, logprob_weight = torch.rand(2, 3, generator=generator) + 0.1
+    bias = torch.randn(vocab_size, generator=generator)
+    student, teacher = LogitTransform(bias, None, 0.7), LogitTransform(None, None, 1.3)
+    inputs = as_inputs(logits, tokens, student_bias=bias, temperature=0.7, teacher_temperature=1.3,
+                       teacher_bias=torch.zeros(vocab_size))  # fmt: skip
+    check(kernels, logits, student, teacher, inputs, ce_weight, logprob_weight)
+
+
+def check_softcap_and_minus_infinity(kernels: ModuleType, generator: torch.Generator) -> None:
+    """Columns that neither model may choose; a softcap on both sides of where tanh's polynomial ends."""
+    logits = make_logits(3, 131, generator)
+    logits.student[1] *= 40
+    tokens = torch.tensor([2, 5, 130])
+    bias = torch.zeros(131)
+    bias[[0, 7, 60]] = float("-inf")
+    ce_weight, logprob_weight = torch.rand(2, 3, generator=generator) + 0.1
+    capped = as_inputs(logits, tokens, logit_softcap=20.0, temperature=0.7)
+    plain = as_inputs(logits, tokens, student_bias=bias, teacher_bias=bias)
+    transform = LogitTransform(None, 20.0, 0.7)
+    copy = LogitPair(logits.student.clone(), logits.teacher.clone())
+    check(kernels, copy, transform, transform, capped, ce_weight, logprob_weight)
+    transform = LogitTransform(bias, None, 1.0)
+    check(kernels, logits, transform, transform, plain, ce_weight, logprob_weight)
+
+
+def check_blocks(kernels: ModuleType, generator: torch.Generator) -> None:
+    """4099 columns: two Triton programs per row, the second with three; the largest logit is on either side."""
+    logits = make_logits(2, 4099, generator)
+    logits.student[0, 4098] = logits.teacher[0, 4098] = 9.0
+    logits.student[1, 3], logits.teacher[1, 4097] = 9.0, 9.0
+    plain, tokens = LogitTransform(None, None, 1.0), torch.tensor([4098, 4095])
+    statistics = kernels.row_stats(logits, plain, plain, tokens)
+    s, t = (each.double().log_softmax(-1) for each in logits)
+    exact = {
+        Statistic.FORWARD_CE: -(t.exp() * s).sum(-1),
+        Statistic.FORWARD_KL: (t.exp() * (t - s)).sum(-1),
+        Statistic.REVERSE_KL: (s.exp() * (s - t)).sum(-1),
+        Statistic.LOGPROB: s.gather(1, tokens[:, None])[:, 0],
+        Statistic.TEACHER_LOGPROB: t.gather(1, tokens[:, None])[:, 0],
+        Statistic.ENTROPY: -(s.exp() * s).sum(-1),
+        Statistic.TEACHER_ENTROPY: -(t.exp() * t).sum(-1),
+        Statistic.AGREE: torch.tensor([1.0, 0.0]),
+        Statistic.MAX_LOGIT: torch.tensor([9.0, 9.0]),
+    }
+    for name, value in exact.items():
+        torch.testing.assert_close(statistics[name].double(), value.double(), rtol=2e-6, atol=1e-6)
+
+
+def check_first_of_equal_maxima(kernels: ModuleType) -> None:
+    """The same largest value several times over two blocks; torch and the CPU kernels take the first."""
+    logits = LogitPair(torch.zeros(2, 4099), torch.zeros(2, 4099))
+    logits.student[:, [5, 9, 4098]] = 1.0
+    logits.teacher[0, [5, 4098]] = 1.0
+    logits.teacher[1, [4, 4098]] = 1.0
+    plain = LogitTransform(None, None, 1.0)
+    statistics = kernels.row_stats(logits, plain, plain, None)
+    assert statistics[Statistic.AGREE].tolist() == [1.0, 0.0]
+    assert statistics[Statistic.LOGPROB].tolist() == [0.0, 0.0]
+
+
+def check_unused_rows_and_nan(kernels: ModuleType, generator: torch.Generator) -> None:
+    """A row without weight is zero whatever it holds, and NaN stays in its row."""
+    logits = make_logits(3, 131, generator)
+    logits.student[0] = float("nan")
+    logits.student[1, 7] = float("nan")
+    plain, tokens = LogitTransform(None, None, 1.0), torch.tensor([1, 2, 3])
+    statistics = kernels.row_stats(logits, plain, plain, tokens)
+    assert statistics[Statistic.FORWARD_CE].isnan().tolist() == [True, True, False]
+    out = torch.empty_like(logits.student)
+    weights = torch.tensor([0.0, 1.0, 1.0]), torch.tensor([0.0, 0.0, 1.0])
+    kernels.row_grad(logits, plain, plain, tokens, statistics, *weights, out)
+    assert out[0].eq(0).all() and out[1].isnan().any() and out[2].isfinite().all()
+
+
+def check_tokens_outside(kernels: ModuleType, generator: torch.Generator) -> None:
+    """A token outside the vocabulary gets NaN and reads nothing."""
+    logits = make_logits(3, 7, generator)
+    plain = LogitTransform(None, None, 1.0)
+    statistics = kernels.row_stats(logits, plain, plain, torch.tensor([-1, 7, 6]))
+    assert statistics[Statistic.LOGPROB].isnan().tolist() == [True, True, False]
+    assert statistics[Statistic.FORWARD_CE].isfinite().all()
+
+
+def check_no_rows(kernels: ModuleType) -> None:
+    plain, logits = LogitTransform(None, None, 1.0), LogitPair(torch.empty(0, 7), torch.empty(0, 7))
+    statistics = kernels.row_stats(logits, plain, plain, torch.empty(0, dtype=torch.int64))
+    assert statistics.shape == (12, 0)
+    kernels.row_grad(logits, plain, plain, None, statistics, torch.empty(0), None, torch.empty(0, 7))

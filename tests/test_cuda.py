@@ -1,0 +1,130 @@
+"""Back end `cuda` without a GPU: its choices, what it says, and csrc/cuda run by an emulator (tests/emulated).
+
+The emulator shows the kernels' logic: indices, tails, reductions, clusters. Races, ordering and speed need a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.machinery
+import importlib.util
+import shutil
+import subprocess
+import sysconfig
+import types
+from pathlib import Path
+
+import pytest
+import row_checks
+import torch
+
+from distil_kernels.backends import LogitTransform, cuda
+from distil_kernels.backends.dispatch import choose_backend
+
+EMULATED = Path(__file__).parent / "emulated"
+
+
+def test_unavailable_says_why(monkeypatch):
+    gpu, dtype = torch.device("cuda"), torch.bfloat16
+    assert "these tensors are on cpu" in cuda.unavailable(torch.device("cpu"), dtype)
+    assert "float64 needs backend='reference'" in cuda.unavailable(gpu, torch.float64)
+    no_driver = types.SimpleNamespace(
+        cuda_row_stats=None, cuda_device_error=lambda: 35, cuda_error_text=lambda error: f"error {error}"
+    )
+    monkeypatch.setattr(cuda, "_C", no_driver)
+    assert cuda.unavailable(gpu, dtype) == "the CUDA runtime finds no GPU: error 35"
+    monkeypatch.setattr(cuda, "_C", types.SimpleNamespace())
+    assert "built without nvcc" in cuda.unavailable(gpu, dtype)
+    with pytest.raises(RuntimeError, match="backend='cuda' cannot run here: it runs on NVIDIA GPUs"):
+        choose_backend("cuda", torch.device("cpu"), dtype)
+
+
+def test_the_built_extension_asks_the_driver():
+    if not hasattr(cuda._C, "cuda_device_error"):
+        pytest.skip("built without nvcc")
+    error = cuda._C.cuda_device_error()
+    assert (error == 0) == torch.cuda.is_available() or not torch.version.cuda
+    assert cuda._C.cuda_error_text(35) == "CUDA driver version is insufficient for CUDA runtime version"
+
+
+def test_choose_row_kernel():
+    h100 = 227 * 1024
+    assert cuda.choose_row_kernel((9, 0), h100, 32_000, True).cluster_size == 4
+    assert cuda.choose_row_kernel((9, 0), h100, 151_936, True) == (8, "one block to a multiprocessor")
+    assert cuda.choose_row_kernel((8, 0), h100, 32_000, True) == (0, "compute capability 8.0 has no clusters")
+    assert "multiples of 16 bytes" in cuda.choose_row_kernel((9, 0), h100, 32_000, False).reason
+    assert "in each of 8 blocks" in cuda.choose_row_kernel((9, 0), h100, 262_144, True).reason
+
+
+@pytest.fixture(scope="session")
+def emulated_extension(tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to compile the emulator with")
+    import pybind11
+
+    library = tmp_path_factory.mktemp("emulated") / "_C.so"
+    includes = [EMULATED, EMULATED.parent.parent / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
+    command = ["g++", "-std=c++20", "-O0", "-shared", "-fPIC", "-fvisibility=hidden", "-o", library,
+               *(f"-I{include}" for include in includes), EMULATED / "bindings.cpp", "-lpthread"]  # fmt: skip
+    subprocess.run(command, check=True)
+    loader = importlib.machinery.ExtensionFileLoader("_C", str(library))
+    extension = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
+    loader.exec_module(extension)
+    return extension
+
+
+@pytest.fixture
+def kernels(emulated_extension, monkeypatch):
+    monkeypatch.setattr(cuda, "_C", emulated_extension)
+    monkeypatch.setattr(cuda, "_stream", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    return cuda
+
+
+# padding 1 makes rows of 131 and 7 begin at vectors, 5 does not.
+@pytest.mark.slow
+@pytest.mark.parametrize("padding", [1, 5])
+@pytest.mark.parametrize("kind", ["ordinary", "peaked", "near", "offset"])
+@pytest.mark.parametrize("vocab_size", [1, 7, 131])
+def test_statistics_and_gradient(kernels, vocab_size, kind, padding, generator):
+    row_checks.check_kinds(kernels, vocab_size, kind, generator, padding)
+
+
+@pytest.mark.slow
+def test_corners(kernels, generator):
+    row_checks.check_softcap_and_minus_infinity(kernels, generator)
+    row_checks.check_blocks(kernels, generator)
+    row_checks.check_first_of_equal_maxima(kernels)
+    row_checks.check_unused_rows_and_nan(kernels, generator)
+    row_checks.check_tokens_outside(kernels, generator)
+    row_checks.check_no_rows(kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "softcap"), [(torch.float32, None), (torch.bfloat16, 5.0), (torch.float16, None)], ids=str
+)
+@pytest.mark.parametrize(("vocab_size", "cluster_size"), [(3, 1), (131, 1), (131, 2), (131, 8), (4099, 4), (9, 8)])
+def test_cluster_equals_two_passes(kernels, vocab_size, cluster_size, softcap, dtype, generator, monkeypatch):
+    # 131 over 8: the last block holds 12 of 20; 9 over 8: most blocks hold nothing.
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(shared_memory_per_block_optin=0)
+    )
+    logits = row_checks.make_logits(3, vocab_size, generator, "near", padding=-vocab_size % 4)
+    logits.student[2] = float("nan")
+    bias = torch.randn(vocab_size, generator=generator)
+    student, teacher = LogitTransform(bias, softcap, 0.7), LogitTransform(None, None, 1.3)
+    tokens, ce_weight = torch.tensor([0, vocab_size - 1, 1]), torch.tensor([0.3, 1.7, 0.0])
+    arguments = logits, student, teacher, tokens, ce_weight
+    kernel = cuda.RowKernel(0, "two passes")
+    monkeypatch.setattr(cuda, "choose_row_kernel", lambda *_: kernel)
+    expected = torch.full_like(logits.student, float("nan"), dtype=dtype)
+    statistics = kernels.row_stats_grad(*arguments, expected)
+    kernel = cuda.RowKernel(cluster_size, "cluster")
+    in_place = dtype == torch.float32
+    out = logits.student if in_place else torch.full_like(expected, float("nan"))
+    found = kernels.row_stats_grad(*arguments, out)
+    torch.testing.assert_close(found, statistics, rtol=2e-6, atol=2e-6, equal_nan=True)
+    ulp = torch.finfo(dtype).eps
+    torch.testing.assert_close(out, expected, rtol=2 * ulp, atol=2e-7 + ulp * float(expected.abs().max()))
