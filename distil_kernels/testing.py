@@ -1,0 +1,288 @@
+"""Inputs, oracle and error budget for tests and benchmarks.
+
+The oracle writes the definitions down once more, from float64 probabilities over full logits with torch's autograd;
+it shares no code with the package. Run in float32 it is also the baseline that the error budget compares with:
+
+    err(ours, oracle) <= 2 * err(baseline, oracle) + a few ulp of the largest entry and of the terms it sums
+
+A single baseline's error is one draw of rounding; the budget takes the worst of several orders of summation. The
+terms matter where large ones cancel: sum_v (S - T) W over weights of 12 cannot be better than 12 ulp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distil_kernels.gemm import accumulation_dtype
+
+KINDS = ("ordinary", "peaked", "flat", "offset", "near")
+"""ordinary: logits of unit scale. peaked: scale 12, most of the mass on one token. flat: scale 1e-3. offset: every
+logit 1e4 higher in one model and 1e4 lower in the other. near: the teacher is the student plus noise of 1e-3, total
+variation well below .005, where S - T cancels."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Arguments of the public ops; the names are theirs."""
+
+    student_hidden: Tensor
+    student_weight: Tensor
+    teacher_hidden: Tensor
+    teacher_weight: Tensor | None
+    tokens: Tensor
+    options: dict[str, object] = field(default_factory=dict)
+    """student_bias, teacher_bias, token_mask, token_weight, temperature, teacher_temperature, logit_softcap."""
+
+    @property
+    def heads(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        return self.student_hidden, self.student_weight, self.teacher_hidden, self.teacher_weight
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """The student's tensors that need a gradient, by name."""
+        named = {"student_hidden": self.student_hidden, "student_weight": self.student_weight}
+        if self.options.get("student_bias") is not None:
+            named["student_bias"] = self.options["student_bias"]
+        return {name: tensor for name, tensor in named.items() if tensor.requires_grad}
+
+    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Inputs:
+        """Fresh leaves of the same values in another floating dtype."""
+
+        def convert(value: object) -> object:
+            if not isinstance(value, Tensor):
+                return value
+            moved = value.detach().to(device or value.device)
+            moved = moved.to(dtype) if moved.is_floating_point() else moved
+            return moved.clone().requires_grad_(value.requires_grad)
+
+        tensors = {name: convert(getattr(self, name)) for name in (*_HEADS, "tokens")}
+        return replace(self, **tensors, options={name: convert(value) for name, value in self.options.items()})
+
+    def with_hidden_order(self, order: Tensor, teacher_order: Tensor) -> Inputs:
+        """The same problem with the hidden dimensions in another order: other rounding, equal mathematics."""
+
+        def permute(tensor: Tensor, by: Tensor) -> Tensor:
+            return tensor.detach()[..., by].clone().requires_grad_(tensor.requires_grad)
+
+        return replace(
+            self,
+            student_hidden=permute(self.student_hidden, order),
+            student_weight=permute(self.student_weight, order),
+            teacher_hidden=permute(self.teacher_hidden, teacher_order),
+            teacher_weight=None if self.teacher_weight is None else permute(self.teacher_weight, teacher_order),
+        )
+
+
+_HEADS = ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")
+
+
+def make_inputs(
+    num_rows: int,
+    vocab_size: int,
+    hidden_size: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    kind: str = "ordinary",
+    teacher_hidden_size: int | None = None,
+    shared_head: bool = False,
+    bias: bool = False,
+    generator: torch.Generator,
+    **options: object,
+) -> Inputs:
+    """Random inputs of a `kind` (see KINDS), rounded to `dtype`, so that every precision computes the same problem."""
+    teacher_size = hidden_size if shared_head or kind == "near" else teacher_hidden_size or hidden_size
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    scale = {"peaked": 12.0, "flat": 1e-3}.get(kind, 1.0)
+    student_hidden = normal(num_rows, hidden_size)
+    student_weight = normal(vocab_size, hidden_size) * scale / hidden_size**0.5
+    teacher_hidden = normal(num_rows, teacher_size)
+    teacher_weight = normal(vocab_size, teacher_size) * scale / teacher_size**0.5
+    if kind == "near":
+        teacher_hidden = student_hidden.to(dtype).double() + 1e-3 * teacher_hidden
+        teacher_weight = student_weight.to(dtype).double()
+    if kind == "offset":
+        # The last hidden entry is 1 and carries the offset through the weights.
+        student_hidden[:, -1] = teacher_hidden[:, -1] = 1.0
+        student_weight[:, -1], teacher_weight[:, -1] = 1e4, -1e4
+    if bias:
+        options["student_bias"] = normal(vocab_size).to(dtype).requires_grad_()
+        options["teacher_bias"] = normal(vocab_size).to(dtype)
+    tokens = torch.randint(vocab_size, (num_rows,), generator=generator)
+    return Inputs(
+        student_hidden.to(dtype).requires_grad_(),
+        student_weight.to(dtype).requires_grad_(),
+        teacher_hidden.to(dtype),
+        None if shared_head else teacher_weight.to(dtype),
+        tokens,
+        options,
+    )
+
+
+NUM_BASELINES = 4
+
+
+def baselines(inputs: Inputs, compute: Callable[[Inputs], dict[str, Tensor]]) -> dict[str, list[Tensor]]:
+    """`compute` in float32, by name, once per order of the hidden dimensions; gradients in their own order."""
+    found: dict[str, list[Tensor]] = {}
+    sizes = inputs.student_hidden.shape[-1], inputs.teacher_hidden.shape[-1]
+    for shift in range(NUM_BASELINES):
+        order = torch.arange(sizes[0]).roll(shift * sizes[0] // NUM_BASELINES)
+        teacher_order = order if inputs.teacher_weight is None else torch.arange(sizes[1]).flip(0).roll(shift)
+        results = compute(inputs.with_hidden_order(order, teacher_order).to(torch.float32))
+        for name, result in results.items():
+            moved = name in ("student_hidden", "student_weight")
+            found.setdefault(name, []).append(result[..., order.argsort()] if moved else result)
+    return found
+
+
+class Oracle(NamedTuple):
+    """Statistics [N] by definition, in the dtype of the inputs; differentiable."""
+
+    ce: Tensor
+    kl: Tensor
+    reverse_kl: Tensor
+    logprob: Tensor
+    teacher_logprob: Tensor
+    entropy: Tensor
+    teacher_entropy: Tensor
+    lse: Tensor
+    teacher_lse: Tensor
+    agree: Tensor
+
+
+def logits(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Logits [N, V] of student and teacher (the teacher's without gradient), leading dimensions flattened."""
+    options = inputs.options
+    temperature = options.get("temperature", 1.0)
+    teacher_bias = options.get("teacher_bias")
+    teacher_weight = inputs.teacher_weight
+    if teacher_weight is None:
+        teacher_weight = inputs.student_weight
+        teacher_bias = options.get("student_bias") if teacher_bias is None else teacher_bias
+
+    def one(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+        raw = hidden.flatten(0, -2) @ weight.T + (0.0 if bias is None else bias)
+        if options.get("logit_softcap") is not None:
+            raw = options["logit_softcap"] * torch.tanh(raw / options["logit_softcap"])
+        return raw / temperature
+
+    student = one(inputs.student_hidden, inputs.student_weight, options.get("student_bias"), temperature)
+    with torch.no_grad():
+        teacher = one(
+            inputs.teacher_hidden, teacher_weight, teacher_bias, options.get("teacher_temperature") or temperature
+        )
+    return student, teacher
+
+
+def oracle(inputs: Inputs) -> Oracle:
+    """Every statistic from full logits, for rows [N]."""
+    s, t = logits(inputs)
+    log_s, log_t = s.log_softmax(-1), t.log_softmax(-1)
+    index = inputs.tokens.flatten()[:, None]
+    return Oracle(
+        ce=_expect(log_t, -log_s),
+        kl=_expect(log_t, log_t - log_s),
+        reverse_kl=_expect(log_s, log_s - log_t),
+        logprob=log_s.gather(1, index)[:, 0],
+        teacher_logprob=log_t.gather(1, index)[:, 0],
+        entropy=_expect(log_s, -log_s),
+        teacher_entropy=_expect(log_t, -log_t),
+        lse=s.logsumexp(-1),
+        teacher_lse=t.logsumexp(-1),
+        agree=s.argmax(-1) == t.argmax(-1),
+    )
+
+
+def _expect(log_probs: Tensor, values: Tensor) -> Tensor:
+    """sum p * value; entries without mass count nothing."""
+    probs = log_probs.exp()
+    return torch.where(probs > 0, probs * values, 0.0).sum(-1)
+
+
+@torch.no_grad()
+def term_sizes(inputs: Inputs, row_weight: Tensor) -> dict[str, float]:
+    """Largest sum of absolute terms in each gradient of sum(row_weight * ce): (S + T) |W|, (S + T)^T |h|, S + T."""
+    wide = inputs.to(torch.float64)
+    s, t = logits(wide)
+    mass = (s.softmax(-1) + t.softmax(-1)) * row_weight.double().abs()[:, None]
+    hidden = wide.student_hidden.flatten(0, -2)
+    gain = 1.0 / float(inputs.options.get("temperature", 1.0))
+    return {
+        "student_hidden": float((mass @ wide.student_weight.abs()).max()) * gain,
+        "student_weight": float((mass.T @ hidden.abs()).max()) * gain,
+        "student_bias": float(mass.sum(0).max()) * gain,
+    }
+
+
+def credit_by_definition(
+    costs: Tensor,
+    lengths: list[int],
+    *,
+    span: str = "future",
+    discount: float = 1.0,
+    baseline: str | Tensor | None = None,
+    group_size: int = 1,
+    scale: float = 1.0,
+    counted: Tensor | None = None,
+) -> Tensor:
+    """a_t [N] by loops over tokens, sequences and siblings."""
+    counted = torch.ones(len(costs), dtype=torch.bool) if counted is None else counted
+    starts = [sum(lengths[:b]) for b in range(len(lengths))]
+
+    def to_go(sequence: int, position: int) -> Tensor:
+        own = range(starts[sequence], starts[sequence] + lengths[sequence])
+        total = costs.new_zeros(())
+        for i, row in enumerate(own):
+            if counted[row] and (span == "sequence" or i > position):
+                total = total + (1.0 if span == "sequence" else discount ** (i - position)) * costs[row]
+        return total
+
+    weights = torch.zeros_like(costs)
+    for b, length in enumerate(lengths):
+        group = range(b // group_size * group_size, (b // group_size + 1) * group_size)
+        for position in range(length):
+            row = starts[b] + position
+            if not counted[row]:
+                continue
+            value = to_go(b, position)
+            if isinstance(baseline, Tensor):
+                value = value - baseline[row]
+            elif baseline == "leave_one_out":
+                value = value - sum(to_go(j, position) for j in group if j != b) / (group_size - 1)
+            elif baseline == "position_mean":
+                alive = [j for j, n in enumerate(lengths) if position < n and counted[starts[j] + position]]
+                value = value - sum(to_go(j, position) for j in alive) / len(alive)
+            weights[row] = scale * value
+    return weights
+
+
+def assert_within_budget(
+    name: str, ours: Tensor, baselines: list[Tensor], exact: Tensor, *, terms: float = 0.0, ratio: float = 2.0
+) -> None:
+    """Elementwise error of `ours` against `exact`, allowed `ratio` times the baselines' largest plus some ulp.
+
+    8 ulp of `ours`' dtype at the largest exact entry (float16 has none finer than 6e-8), and 4 ulp of the accumulation
+    dtype at `terms`, the size of what is summed.
+    """
+    assert ours.shape == exact.shape, f"{name}: shape {list(ours.shape)}, expected {list(exact.shape)}"
+    if exact.numel() == 0:
+        return
+    ours64, exact64 = ours.detach().double(), exact.detach().double()
+    error = (ours64 - exact64).abs().max()
+    baseline_error = max((baseline.detach().double() - exact64).abs().max() for baseline in baselines)
+    limits = torch.finfo(ours.dtype)
+    ulp = limits.eps * max(exact64.abs().max(), limits.smallest_normal)
+    term_ulp = torch.finfo(accumulation_dtype(ours.dtype)).eps * terms
+    budget = ratio * baseline_error + 8 * ulp + 4 * term_ulp
+    assert error <= budget, (
+        f"{name}: error {error:.3e} above {budget:.3e} "
+        f"(baseline {baseline_error:.3e}, largest {exact64.abs().max():.3e})"
+    )

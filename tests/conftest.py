@@ -1,0 +1,41 @@
+"""Fresh random inputs for every case, with the seed printed; uninitialised memory is filled with NaN."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, default=None, help="base seed of all random inputs (default: fresh)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.seed is None:
+        config.option.seed = secrets.randbelow(2**31)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"random inputs: --seed {config.option.seed}"
+
+
+@pytest.fixture
+def generator(request: pytest.FixtureRequest) -> torch.Generator:
+    """A generator of its own for each case, from the base seed and the case's name."""
+    digest = sum(ord(c) * 31**i for i, c in enumerate(request.node.nodeid)) % 2**31
+    seed = (request.config.option.seed + digest) % 2**31
+    print(f"seed of this case: {seed}")
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN (or the largest integer), so a result that was never written cannot look right."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(deterministic)

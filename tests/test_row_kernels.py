@@ -1,0 +1,128 @@
+"""The C++ row kernels directly: every instruction set of this processor, and what a driver never gives them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from distil_kernels import _C
+from distil_kernels.backends import LogitPair, LogitTransform, Statistic, cpu, reference
+from distil_kernels.testing import assert_within_budget
+
+PLAIN = LogitTransform(None, None, 1.0)
+INSTRUCTION_SETS = cpu.supported_instruction_sets()
+VOCABULARIES = [1, 7, 1024, 1025, 5000]  # one lane, less than a vector, one block, a block and one, several blocks
+
+
+def rows(num_rows: int, vocab_size: int, generator: torch.Generator, scale: float = 3.0) -> LogitPair:
+    return LogitPair(*(torch.randn(num_rows, vocab_size, generator=generator) * scale for _ in range(2)))
+
+
+def test_statistics_are_numbered_alike():
+    names = {name: int(value) for name, value in _C.Statistic.__members__.items()}
+    assert names == {statistic.name.lower(): statistic.value for statistic in Statistic}
+
+
+def test_portable_always_runs():
+    assert {"best", "portable"} <= set(INSTRUCTION_SETS)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_against_float64(instruction_set, vocab_size, softcap, generator):
+    num_rows = 9
+    pair = rows(num_rows, vocab_size, generator)
+    bias = torch.randn(vocab_size, generator=generator)
+    tokens = torch.randint(vocab_size, (num_rows,), generator=generator)
+    student, teacher = LogitTransform(bias, softcap, 0.7), LogitTransform(None, softcap, 1.3)
+    ce_weight, logprob_weight = torch.randn(2, num_rows, generator=generator)
+
+    def run(module, logits, *, dtype, **options):
+        s, t = (LogitTransform(x.bias if x.bias is None else x.bias.to(dtype), x.softcap, x.temperature)
+                for x in (student, teacher))  # fmt: skip
+        logits = LogitPair(*(x.to(dtype) for x in logits))
+        statistics = module.row_stats(logits, s, t, tokens, **options)
+        out = torch.empty_like(logits.student)
+        module.row_grad(
+            logits, s, t, tokens, statistics, ce_weight.to(dtype), logprob_weight.to(dtype), out, **options
+        )  # fmt: skip
+        return statistics, out
+
+    exact, exact_grad = run(reference, pair, dtype=torch.float64)
+    base, base_grad = run(reference, pair, dtype=torch.float32)
+    ours, ours_grad = run(cpu, pair, dtype=torch.float32, instruction_set=instruction_set)
+    largest_logit = float(exact[Statistic.MAX_LOGIT].abs().max()) + 10.0
+    for statistic in Statistic:
+        assert_within_budget(statistic.name, ours[statistic], [base[statistic]], exact[statistic], terms=largest_logit)
+    assert_within_budget("grad", ours_grad, [base_grad], exact_grad, terms=3.0)
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_gradient_in_place_and_strided(instruction_set, generator):
+    pair = rows(5, 2000, generator)
+    tokens = torch.randint(2000, (5,), generator=generator)
+    weights = torch.randn(5, generator=generator)
+    statistics = cpu.row_stats(pair, PLAIN, PLAIN, tokens, instruction_set=instruction_set)
+    out = torch.empty_like(pair.student)
+    cpu.row_grad(pair, PLAIN, PLAIN, tokens, statistics, weights, weights, out, instruction_set=instruction_set)
+    wide = torch.randn(5, 3000)
+    wide[:, :2000] = pair.student
+    strided = LogitPair(wide[:, :2000], pair.teacher)
+    cpu.row_grad(strided, PLAIN, PLAIN, tokens, statistics, weights, weights, strided.student,
+                 instruction_set=instruction_set)  # fmt: skip
+    assert torch.equal(out, strided.student)
+    assert torch.equal(out.isnan(), torch.zeros_like(out, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("vocab_size", [5, 3000])
+def test_minus_infinity_takes_no_part(instruction_set, vocab_size, generator):
+    """Entries at -inf in both models leave everything else as if they were not there."""
+    pair = rows(4, vocab_size, generator)
+    allowed = torch.ones(vocab_size, dtype=torch.bool)
+    allowed[: vocab_size // 2] = False  # for 3000, the whole first block
+    masked = LogitPair(*(torch.where(allowed, x, float("-inf")) for x in pair))
+    short = LogitPair(*(x[:, allowed].contiguous() for x in pair))
+    statistics = cpu.row_stats(masked, PLAIN, PLAIN, None, instruction_set=instruction_set)
+    expected = cpu.row_stats(short, PLAIN, PLAIN, None, instruction_set=instruction_set)
+    torch.testing.assert_close(statistics, expected, rtol=1e-5, atol=1e-5)
+    ones, out, short_out = torch.ones(4), torch.empty_like(masked.student), torch.empty_like(short.student)
+    cpu.row_grad(masked, PLAIN, PLAIN, None, statistics, ones, None, out, instruction_set=instruction_set)
+    cpu.row_grad(short, PLAIN, PLAIN, None, expected, ones, None, short_out, instruction_set=instruction_set)
+    assert torch.equal(out[:, ~allowed], torch.zeros(4, int((~allowed).sum())))
+    torch.testing.assert_close(out[:, allowed], short_out, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_rows_without_weight_are_zero_whatever_they_hold(instruction_set, generator):
+    pair = rows(3, 100, generator)
+    pair.student[1] = float("nan")
+    statistics = cpu.row_stats(pair, PLAIN, PLAIN, None, instruction_set=instruction_set)
+    out = torch.empty_like(pair.student)
+    cpu.row_grad(pair, PLAIN, PLAIN, None, statistics, torch.tensor([1.0, 0.0, 1.0]), None, out,
+                 instruction_set=instruction_set)  # fmt: skip
+    assert torch.equal(out[1], torch.zeros(100))
+    assert not out.isnan().any()
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_first_of_equal_maxima_decides_agreement(instruction_set):
+    student, teacher = torch.zeros(1, 2050), torch.zeros(1, 2050)
+    student[0, [3, 2049]], teacher[0, [3, 1500]] = 1.0, 1.0
+    pair = LogitPair(student, teacher)
+    assert cpu.row_stats(pair, PLAIN, PLAIN, None, instruction_set=instruction_set)[Statistic.AGREE] == 1
+    teacher[0, 2] = 1.0
+    assert cpu.row_stats(pair, PLAIN, PLAIN, None, instruction_set=instruction_set)[Statistic.AGREE] == 0
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_small_kl_keeps_its_digits(instruction_set, generator):
+    """KL of 2e-6 next to a cross-entropy of 10, of which float32 keeps 1e-6: the gap sums see it to 2e-7."""
+    student = torch.randn(6, 20_000, generator=generator)
+    teacher = student + 2e-3 * torch.randn(6, 20_000, generator=generator)
+    exact = reference.row_stats(LogitPair(student.double(), teacher.double()), PLAIN, PLAIN, None)
+    ours = cpu.row_stats(LogitPair(student, teacher), PLAIN, PLAIN, None, instruction_set=instruction_set)
+    for statistic in (Statistic.FORWARD_KL, Statistic.REVERSE_KL):
+        error = (ours[statistic].double() - exact[statistic]).abs().max()
+        assert error < 2e-7, f"{statistic.name}: {error:.1e} of {exact[statistic].max():.1e}"
