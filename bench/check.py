@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from cases import REGIMES, Answer, Case, Problem, relative_errors
 from peers import Candidate, Loss, candidates
-from timing import forward_backward, peak_extra_bytes
+from timing import forward_backward, peak_extra_bytes, return_large_blocks
 
 VALUE_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 1e-2}
 """Relative. Half precision that rounds logits is inaccurate, which the table shows; it is not another loss."""
@@ -69,6 +69,7 @@ def _memory(case: Case, loss: Loss, folder: Path) -> int | None:
 def main(folder: Path, name: str) -> None:
     case = Case(**json.loads((folder / "case.json").read_text()))
     torch.set_num_threads(case.threads)
+    return_large_blocks()
     available = candidates(case.op, torch.device(case.device), case.torch_dtype)
     candidate = next(candidate for candidate in available if candidate.name == name)
     try:

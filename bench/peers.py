@@ -19,6 +19,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,7 +45,6 @@ class Candidate:
     needs: tuple[str, ...] = ()
     """Packages."""
     cuda_only: bool = False
-    note: str = ""
 
     def unavailable(self, case: Case) -> str | None:
         """Why it cannot run here, or None."""
@@ -235,10 +235,10 @@ def _apple_label(case: Case) -> Loss:
     return loss
 
 
-def _torch_label(case: Case) -> Loss:
+def _torch_label(case: Case, chunked: bool) -> Loss:
     if not hasattr(F, "linear_cross_entropy"):
         raise RuntimeError(f"torch {torch.__version__} has no linear_cross_entropy")
-    options = torch.nn.LinearCrossEntropyOptions()
+    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
 
     def loss(problem: Problem) -> Tensor:
         return F.linear_cross_entropy(
@@ -254,7 +254,7 @@ _ALL = ("ce", "frozen", "stats", "distil")
 PEERS = (
     Candidate("naive torch", "peer", _ALL, "loss", lambda case: _naive(case.op)),
     Candidate("naive torch, compiled", "peer", _ALL, "loss", _naive_compiled),
-    Candidate("liger chunked jsd", "peer", _CE, "kl", _liger_chunked, ("liger_kernel", "triton"), note="compiled"),
+    Candidate("liger chunked jsd, compiled", "peer", _CE, "kl", _liger_chunked, ("liger_kernel", "triton")),
     Candidate("liger fused linear jsd", "peer", _CE, "kl", _liger_fused, ("liger_kernel", "triton"), cuda_only=True),
     Candidate("trl generalized jsd", "peer", _CE, "kl", _trl_generalized_jsd, ("trl", "datasets")),
     Candidate("trl chunked divergence", "peer", _CE, "kl", _trl_chunked, ("trl", "datasets")),
@@ -262,5 +262,6 @@ PEERS = (
     Candidate("fla fused kl", "peer", _CE, "kl", _fla_fused_kl, ("fla", "triton"), cuda_only=True),
     Candidate("orda", "peer", _CE, "kl", _orda, ("orda_kernel", "triton"), cuda_only=True),
     Candidate("apple cce (labels)", "label", ("ce",), "label", _apple_label, ("cut_cross_entropy",), cuda_only=True),
-    Candidate("torch linear ce (labels)", "label", ("ce",), "label", _torch_label),
+    Candidate("torch linear ce (labels)", "label", ("ce",), "label", partial(_torch_label, chunked=False)),
+    Candidate("torch linear ce, chunked (labels)", "label", ("ce",), "label", partial(_torch_label, chunked=True)),
 )

@@ -105,7 +105,9 @@ def cells(table: dict) -> list[list[str]]:
         return f"{row[key]:.2f}" if row.get(key) else "-"
 
     order = {"limit": 0, "ours": 1, "peer": 2, "label": 3}
-    timed = sorted((row for row in table["rows"] if not row["reason"]), key=lambda row: (order[row["group"]], row["ms"]))
+    timed = sorted(
+        (row for row in table["rows"] if not row["reason"]), key=lambda row: (order[row["group"]], row["ms"])
+    )
     return [
         [
             row["name"], f"{row['ms']:.1f}", f"{row['spread_ms']:.1f}", ratio(row, "limit_ratio"),

@@ -63,7 +63,9 @@ def main(arguments: list[str] | None = None) -> None:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--shapes", nargs="+", metavar="NxVxD", help="default: 1024x49152x576, on a GPU 8192x151936x4096")
+    parser.add_argument(
+        "--shapes", nargs="+", metavar="NxVxD", help="default: 1024x49152x576, on a GPU 8192x151936x4096"
+    )
     parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=["fp32"])
     parser.add_argument("--ops", nargs="+", choices=OPS, default=["ce"])
     parser.add_argument("--peers", nargs="+", default=["all"], help="all, none, or parts of names (liger trl)")

@@ -6,11 +6,13 @@ products of the same shape take part in the rounds: no candidate that computes e
 
 Memory: in a process of its own (`check.py`), the peak of one call beyond inputs and their gradients, after a first
 call has loaded code and compiled. On the CPU that is the kernel's high-water mark of resident memory, reset just
-before the call; on a GPU torch's own peak statistics.
+before the call, with a malloc that returns large blocks to the system at once (so it is what was in use, not what
+malloc kept); on a GPU torch's own peak statistics.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import statistics
@@ -28,6 +30,8 @@ Call = Callable[[], object]
 
 _MAX_LIMIT_BYTES = 2**30
 """The bare products write logits of at most this size; more rows go in chunks."""
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,12 @@ def peak_extra_bytes(call: Call, problem: Problem, device: str) -> int | None:
         peak = _status("VmHWM")
     gradients = sum(leaf.grad.nbytes for leaf in problem.inputs.leaves.values() if leaf.grad is not None)
     return peak - before - gradients
+
+
+def return_large_blocks() -> None:
+    """Fixes glibc's threshold for blocks of their own at 1 MiB; else it grows up to 32 MiB and freed blocks stay."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
 def _reset_high_water() -> bool:
