@@ -359,17 +359,19 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _token_stats(statistics: Tensor, shape: torch.Size) -> TokenStats:
-    rows = [row.reshape(shape) for row in statistics.unbind(0)]
-    still = [row.detach() for row in rows]
+    def row(statistic: Statistic, source: Tensor) -> Tensor:
+        return source[statistic].reshape(shape)
+
+    still = statistics.detach()
     return TokenStats(
-        ce=rows[Statistic.FORWARD_CE],
-        kl=still[Statistic.FORWARD_KL],
-        reverse_kl=still[Statistic.REVERSE_KL],
-        logprob=rows[Statistic.LOGPROB],
-        teacher_logprob=still[Statistic.TEACHER_LOGPROB],
-        entropy=still[Statistic.ENTROPY],
-        teacher_entropy=still[Statistic.TEACHER_ENTROPY],
-        lse=still[Statistic.MAX_LOGIT] + still[Statistic.LOG_NORMALIZER],
-        teacher_lse=still[Statistic.TEACHER_MAX_LOGIT] + still[Statistic.TEACHER_LOG_NORMALIZER],
-        agree=still[Statistic.AGREE] != 0,
+        ce=row(Statistic.FORWARD_CE, statistics),
+        kl=row(Statistic.FORWARD_KL, still),
+        reverse_kl=row(Statistic.REVERSE_KL, still),
+        logprob=row(Statistic.LOGPROB, statistics),
+        teacher_logprob=row(Statistic.TEACHER_LOGPROB, still),
+        entropy=row(Statistic.ENTROPY, still),
+        teacher_entropy=row(Statistic.TEACHER_ENTROPY, still),
+        lse=row(Statistic.MAX_LOGIT, still) + row(Statistic.LOG_NORMALIZER, still),
+        teacher_lse=row(Statistic.TEACHER_MAX_LOGIT, still) + row(Statistic.TEACHER_LOG_NORMALIZER, still),
+        agree=row(Statistic.AGREE, still) != 0,
     )

