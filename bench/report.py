@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from cases import LOGIT_SCALE, NUM_PRODUCTS, REGIMES
+from cases import DATA, NUM_PRODUCTS, REGIMES
 
 PACKAGES = (
     "distil-kernels", "torch", "triton", "liger-kernel", "trl", "transformers", "torchtune", "flash-linear-attention",
@@ -88,7 +88,7 @@ def title(table: dict) -> str:
 def notes(table: dict) -> list[str]:
     kl = " and ".join(f"{table['kl'][regime]:.2g}" for regime in REGIMES)
     return [
-        f"forward and backward, {NUM_PRODUCTS[table['case']['op']]} products; {table['data']}; "
+        f"forward and backward, {NUM_PRODUCTS[table['case']['op']]} products; {DATA[table['case']['data']]}; "
         f"KL(T||S) {kl} nats (ordinary, converged); errors on {table['checked_rows']} rows",
         *(f"not timed: {row['name']}: {row['reason']}" for row in table["rows"] if row["reason"]),
     ]
@@ -155,10 +155,6 @@ def markdown(run: dict) -> str:
         lines += ["| " + " | ".join(line) + " |" for line in cells(table)]
         lines += ["", *(f"- {note}" for note in notes(table))]
     return "\n".join(lines)
-
-
-def describe_random_inputs() -> str:
-    return f"random inputs, logits of standard deviation {LOGIT_SCALE:g}"
 
 
 def plot(runs: list[dict], folder: Path) -> list[Path]:
