@@ -1,10 +1,10 @@
 // Row statistics and row gradient on the CPU: one source, compiled once per instruction set (DISTIL_ISA).
 //
 // A row is walked in blocks that stay in the first-level cache. Each block is transformed (bias, softcap,
-// temperature), its maxima are found, and its six sums are taken in vector lanes of float; blocks meet in double, so
-// the error does not grow with the vocabulary. Rows are shared out among OpenMP threads. Loops are plain C++ that the
-// compiler vectorises: measured at 1 to 6 % of an operation that is otherwise matrix products, so intrinsics would
-// buy nothing that shows.
+// temperature), its maxima are found, and its six sums are taken in vector lanes of float; blocks meet in double,
+// so the error does not grow with the vocabulary. Rows are shared out among OpenMP threads. Loops are plain C++
+// that the compiler vectorises: measured at 1 to 6 % of an operation that is otherwise matrix products, so
+// intrinsics would buy nothing that shows.
 #include "row_kernels.h"
 
 #include "../row_math.h"
@@ -28,16 +28,15 @@ inline void transform(const LogitRows& rows, std::int64_t row, std::int64_t begi
   const float softcap = rows.softcap, inverse_temperature = rows.inverse_temperature;
 #pragma omp simd
   for (std::int64_t v = 0; v < size; ++v) {
-    const Logit logit =
-        transform_logit<kSoftcap>(kBias ? raw[v] + bias[v] : raw[v], softcap, inverse_temperature);
+    const Logit logit = transform_logit<kSoftcap>(kBias ? raw[v] + bias[v] : raw[v], softcap, inverse_temperature);
     logits[v] = logit.value;
     if (kSoftcap) derivative[v] = logit.derivative;
   }
 }
 
 // A block's logits: in their own place where nothing is to be applied to them, else in `buffer`.
-inline const float* load(const LogitRows& rows, std::int64_t row, std::int64_t begin, std::int64_t size, float* buffer,
-                         float* derivative) {
+inline const float* load(const LogitRows& rows, std::int64_t row, std::int64_t begin, std::int64_t size,
+                         float* buffer, float* derivative) {
   if (rows.softcap == 0.0f && !rows.bias && rows.inverse_temperature == 1.0f) {
     return rows.raw + row * rows.row_stride + begin;
   }
@@ -130,7 +129,8 @@ inline void stats_of_row(const LogitRows& student, const LogitRows& teacher, con
   store(kLogNormalizer, result.log_normalizer);
   store(kTeacherMaxLogit, teacher_max.value);
   store(kTeacherLogNormalizer, result.teacher_log_normalizer);
-  store(kLogprob, tokens ? token_logprob(student, row, tokens[row], student_max.value, result.log_normalizer) : 0.0);
+  store(kLogprob,
+        tokens ? token_logprob(student, row, tokens[row], student_max.value, result.log_normalizer) : 0.0);
   store(kTeacherLogprob,
         tokens ? token_logprob(teacher, row, tokens[row], teacher_max.value, result.teacher_log_normalizer) : 0.0);
 }
@@ -172,17 +172,17 @@ inline void grad_of_row(const LogitRows& student, const LogitRows& teacher, cons
 
 }  // namespace
 
-void row_stats(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens, std::int64_t num_rows,
-               std::int64_t vocab_size, float* statistics, int num_threads) {
+void row_stats(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
+               std::int64_t num_rows, std::int64_t vocab_size, float* statistics, int num_threads) {
 #pragma omp parallel for num_threads(num_threads) schedule(static)
   for (std::int64_t row = 0; row < num_rows; ++row) {
     stats_of_row(student, teacher, tokens, row, num_rows, vocab_size, statistics);
   }
 }
 
-void row_grad(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens, const float* statistics,
-              const float* ce_weight, const float* logprob_weight, std::int64_t num_rows, std::int64_t vocab_size,
-              float* grad, std::int64_t grad_stride, int num_threads) {
+void row_grad(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
+              const float* statistics, const float* ce_weight, const float* logprob_weight, std::int64_t num_rows,
+              std::int64_t vocab_size, float* grad, std::int64_t grad_stride, int num_threads) {
 #pragma omp parallel for num_threads(num_threads) schedule(static)
   for (std::int64_t row = 0; row < num_rows; ++row) {
     grad_of_row(student, teacher, tokens, statistics, ce_weight[row], logprob_weight ? logprob_weight[row] : 0.0f,
