@@ -55,10 +55,10 @@ def split(model: nn.Module, check: bool = True) -> CausalLM:
     """
     inner = _unwrap_peft(model)
     head = inner.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or type(head).__name__ != "Linear":
+    if type(head) is not nn.Linear:
         raise ValueError(
-            f"[split] the output head of {type(inner).__name__} is {type(head).__name__}, "
-            "expected a plain torch.nn.Linear (adapters on the head are not supported: leave it out of target_modules and modules_to_save)"
+            f"[split] the output head of {type(inner).__name__} is {type(head).__name__}, expected a plain "
+            "torch.nn.Linear (adapters on the head are not supported: leave it out of target_modules)"
         )
     body = inner.base_model
     if body is inner:

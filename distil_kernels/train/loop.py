@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.learning_rate_scheduler import LambdaLR
 
 from distil_kernels.hf import split
 from distil_kernels.train import checkpoint, models, report
@@ -62,7 +62,9 @@ class Trainer:
             raise ValueError(f"[accelerate] one process is supported, got {self.accelerator.num_processes}")
         torch.manual_seed(config.seed)
         model, self.tokenizer = models.load(config.model)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+        )
         scheduler = LambdaLR(optimizer, partial(_rate, config))
         self.model, self.optimizer, self.scheduler = self.accelerator.prepare(model, optimizer, scheduler)
         self.student = split(self.accelerator.unwrap_model(self.model))
@@ -292,9 +294,9 @@ def _rate(config: Config, step: int) -> float:
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
     done = min(1.0, (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps))
-    if config.lr_schedule == "cosine":
+    if config.learning_rate_schedule == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * done))
-    return 1.0 - done if config.lr_schedule == "linear" else 1.0
+    return 1.0 - done if config.learning_rate_schedule == "linear" else 1.0
 
 
 def _computes_in_bfloat16(config: Config) -> bool:
