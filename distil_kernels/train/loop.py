@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from torch.optim.learning_rate_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR
 
 from distil_kernels.hf import split
 from distil_kernels.train import checkpoint, models, report
@@ -50,6 +50,13 @@ class Sample:
         self.completions: list[list[int]] = []
         self.feedback: list[Feedback] = []
         self.teacher_prompts: list[list[int]] = []
+
+    def answered_with(self, trainer: Trainer, completions: list[list[int]]) -> None:
+        """Verifies the rollouts and builds what the teacher reads for each."""
+        self.completions = completions
+        self.feedback = [verify(trainer.task, self.problem, trainer.prompts.answer(c)) for c in completions]
+        prompts = [trainer.prompts.teacher(self.problem, feedback) for feedback in self.feedback]
+        self.teacher_prompts = [prompt for prompt in prompts if prompt is not None]
 
 
 class Trainer:
@@ -119,10 +126,7 @@ class Trainer:
         rows = [row for row in range(len(batch)) for _ in range(group)]
         completions = sample(self.student, [entry.prompt for entry in batch], rows, self.sampling, self.share)
         for index, entry in enumerate(batch):
-            entry.completions = completions[index * group : (index + 1) * group]
-            entry.feedback = [verify(self.task, entry.problem, self.prompts.answer(c)) for c in entry.completions]
-            prompts = [self.prompts.teacher(entry.problem, feedback) for feedback in entry.feedback]
-            entry.teacher_prompts = [prompt for prompt in prompts if prompt is not None]
+            entry.answered_with(self, completions[index * group : (index + 1) * group])
 
     def micro_batch(
         self, batch: list[Sample], normalizer: float, seconds: dict[str, float]
@@ -160,7 +164,7 @@ class Trainer:
             self.micro_batch(batch[begin : begin + size], normalizer, seconds) for begin in range(0, len(batch), size)
         ]
         with _timed(seconds, "optimizer"):
-            lr = self.scheduler.get_last_lr()[0]
+            learning_rate = self.scheduler.get_last_lr()[0]
             grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
             self.optimizer.step()
             self.scheduler.step()
@@ -182,7 +186,7 @@ class Trainer:
                 batch, torch.cat([s.sequence_teacher_logprob for s in sums]).tolist()
             ),
             "grad_norm": float(grad_norm),
-            "lr": lr,
+            "learning_rate": learning_rate,
             "skipped": self.skipped,
             "tokens_per_second": num_tokens / elapsed,
             "seconds": elapsed,
