@@ -124,7 +124,8 @@ def random_pairs(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Student and teacher uniform on the simplex, reward uniform in [0, 1], and a teacher made from the student.
 
     Returns:
-        student, teacher, tilted teacher (softmax of student logits + 2 reward + normal noise), reward: [pairs, actions].
+        Student, teacher, tilted teacher (softmax of student logits + 2 reward + normal noise), reward;
+        each [pairs, actions].
     """
     generator = torch.Generator().manual_seed(seed)
     shape = (NUM_PAIRS, NUM_ACTIONS)

@@ -87,23 +87,20 @@ def rollout_costs(problem: Problem, logits: Tensor) -> Tensor:
     return -(logits.log_softmax(-1).flatten(-2) @ problem.cost_map)
 
 
-def expected_cost(problem: Problem, logits: Tensor, objectives: Sequence[Objective]) -> Tensor:
-    """[K] sum over rollouts of probability times cost for K tables [K, states, V], one objective each.
-
-    Differentiable as the objective says: without future credit the probabilities are held fixed.
-    """
-    probs = rollout_logprobs(problem, logits).exp() * problem.context_probs
-    credited = torch.tensor([[objective.future_credit] for objective in objectives])
-    less_entropy = torch.tensor([[objective.cost == "kl"] for objective in objectives])
-    costs = rollout_costs(problem, logits) - less_entropy * problem.teacher_entropy
-    return (torch.where(credited, probs, probs.detach()) * costs).sum(-1)
-
-
 def exact_gradient(problem: Problem, logits: Tensor, objectives: Sequence[Objective]) -> Tensor:
-    """[K, states, V]."""
-    logits = logits.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(expected_cost(problem, logits, objectives).sum(), logits)
-    return gradient
+    """[K, states, V] of sum_y pi(y) C(y) for K tables [K, states, V], one objective each.
+
+    Written out (autograd agrees, at five times the time): upstream of the table's log-probs first, then softmax.
+    """
+    credited = torch.tensor([[float(objective.future_credit)] for objective in objectives], dtype=logits.dtype)
+    is_kl = torch.tensor([[objective.cost == "kl"] for objective in objectives])
+    logprobs = logits.log_softmax(-1).flatten(-2)
+    probs = (logprobs @ problem.logprob_map).exp() * problem.context_probs
+    costs = -(logprobs @ problem.cost_map) - is_kl * problem.teacher_entropy
+    local = -(probs @ problem.cost_map.T)
+    credit = (credited * probs * costs) @ problem.logprob_map.T
+    upstream = (local + credit).view_as(logits)
+    return upstream - logits.softmax(-1) * upstream.sum(-1, keepdim=True)
 
 
 def library_gradient(problem: Problem, logits: Tensor, objective: Objective) -> Tensor:
