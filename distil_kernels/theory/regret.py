@@ -80,8 +80,10 @@ def visited(world: World, student: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RegretResult:
-    """Lists: after rounds 1, 2, ... NUM_ROUNDS, by algorithm."""
+    """Lists: after each of `rounds`, by algorithm."""
 
+    rounds: list[int]
+    """About evenly spaced in the logarithm."""
     regret: dict[str, list[float]]
     bound: dict[str, list[float]]
     average_loss: dict[str, list[float]]
@@ -110,18 +112,24 @@ BOUNDS = {"follow the leader": follow_the_leader_bound, "gradient descent": grad
 
 def measure(seed: int, num_rounds: int = NUM_ROUNDS) -> RegretResult:
     world = random_world(seed, num_rounds)
-    rounds = torch.arange(1, num_rounds + 1)
+    spaced = 10 ** torch.linspace(0, math.log10(num_rounds), 61, dtype=torch.float64)
+    rounds = torch.cat([spaced.round().long(), torch.tensor([10, 100])]).clamp(max=num_rounds).unique()
     regret, average, best_average, moved, norms, errors = {}, {}, {}, {}, [], []
     for name in BOUNDS:
         run = _run(world, name)
-        regret[name] = (run.losses.cumsum(0) - run.best).tolist()
-        average[name] = (run.losses.cumsum(0) / rounds).tolist()
-        best_average[name] = (run.best / rounds).tolist()
+        regret[name] = (run.losses.cumsum(0) - run.best)[rounds - 1].tolist()
+        average[name] = (run.losses.cumsum(0)[rounds - 1] / rounds).tolist()
+        best_average[name] = (run.best[rounds - 1] / rounds).tolist()
         moved[name] = float((run.states[-1] - run.states[0]).abs().sum() / 2)
         norms.append(float(run.best_norms.max()))
         errors.append(run.library_error)
-    bound = {name: [of(n) for n in range(1, num_rounds + 1)] for name, of in BOUNDS.items()}
-    return RegretResult(regret, bound, average, best_average, moved, max(norms), max(errors))
+    bound = {name: [of(n) for n in rounds.tolist()] for name, of in BOUNDS.items()}
+    return RegretResult(rounds.tolist(), regret, bound, average, best_average, moved, max(norms), max(errors))
+
+
+def leader_logits(counts: Tensor) -> Tensor:
+    """Of follow the leader, one count added to each action."""
+    return (counts + 1).log()
 
 
 class _Run(NamedTuple):
@@ -150,7 +158,7 @@ def _run(world: World, algorithm: str) -> _Run:
         all_counts.append(counts)
         states.append(mass)
         if algorithm == "follow the leader":
-            logits = (counts + 1).log()
+            logits = leader_logits(counts)
         else:
             logits = logits - 2 * RADIUS / (GRADIENT_BOUND * math.sqrt(n)) * gradient
             logits = logits * min(1.0, RADIUS / max(float(logits.norm()), 1e-30))
@@ -178,15 +186,15 @@ def library_loss_and_gradient(world: World, teacher: Tensor, logits: Tensor, mas
 
 def findings(result: RegretResult) -> list[Finding]:
     rows = []
-    last = len(next(iter(result.regret.values())))
     for name, regret in result.regret.items():
         below = all(r <= b for r, b in zip(regret, result.bound[name], strict=True))
-        for n in sorted({10, 100, last}):
-            compared = f"bound {result.bound[name][n - 1]:.1f}"
-            rows.append(Finding("regret", f"{name}: after {n} rounds", f"{regret[n - 1]:.3f}", compared, held(below)))
+        for n in (10, 100, result.rounds[-1]):
+            i = result.rounds.index(n)
+            compared = f"bound {result.bound[name][i]:.1f}"
+            rows.append(Finding("regret", f"{name}: after {n} rounds", f"{regret[i]:.3f}", compared, held(below)))
         excess = result.average_loss[name][-1] - result.best_average_loss[name][-1]
         compared = f"best fixed student {result.best_average_loss[name][-1]:.4f}"
-        quantity = f"{name}: average loss above the best, nats"
+        quantity = f"{name}: average above the best, nats"
         rows.append(Finding("regret", quantity, f"{excess:.5f}", compared, ""))
     compared = f"its bound needs at most {RADIUS:g}"
     measured = f"{result.comparator_norm:.2f}"
