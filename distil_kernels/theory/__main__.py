@@ -9,8 +9,6 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-import torch
-
 from distil_kernels.theory import report
 
 
@@ -25,7 +23,6 @@ def main(arguments: list[str] | None = None) -> None:
 
     from distil_kernels.theory import figures
 
-    torch.set_num_threads(1)  # tensors of a few entries: threads only cost
     results, seconds = report.timed_measure(options.seed)
     rows = report.findings(results)
     report.print_table(rows, options.seed, seconds)
