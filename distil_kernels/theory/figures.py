@@ -125,7 +125,7 @@ def _success(result: SuccessResult) -> Figure:
     bound.legend(loc="lower right")
 
     styles = {
-        # These three lie on each other.
+        # The first and the third lie on each other, and nearly on the second.
         "forward CE": (SKY, "-", 7.0),
         "JSD": (GREEN, "-", 3.5),
         "on-policy CE": ("black", ":", 1.5),

@@ -41,7 +41,7 @@ PATH_STEP_SIZE, PATH_STEPS = 0.5, 100
 NUM_MODES = 4
 OWN_MODE = 0.70
 FLOORS = (0.05, 0.002)
-NUM_STARTS, START_SCALE = 8, 0.5
+NUM_STARTS, START_SCALE = 8, 0.3
 STEP_SIZE, MAX_STEPS, CONVERGED = 2.0, 2500, 1e-8
 MAX_N = 64
 
@@ -224,7 +224,7 @@ def findings(result: SuccessResult) -> list[Finding]:
     rows.append(Finding("Pass@N", quantity, error, "1 - (1 - p)^k", held(result.estimator_error < 1e-12)))
     for floor, curves in result.pass_at_n.items():
         for name, curve in curves.items():
-            measured = f"{curve[0]:.3f}  {curve[7]:.3f}  {curve[-1]:.3f} ± {result.spread[floor][name]:.3f}"
+            measured = f"{curve[0]:.4f}  {curve[7]:.4f}  {curve[-1]:.4f} ± {result.spread[floor][name]:.3f}"
             compared = f"any mode: {result.pass_any_at_n[floor][name][0]:.3f} at 1"
             rows.append(Finding("Pass@N", f"{name}, floor {floor}: N = 1, 8, {MAX_N}", measured, compared, ""))
     return rows
