@@ -138,7 +138,9 @@ def expected_cost_by_loops(problem: tabular.Problem, table: torch.Tensor, cost: 
 
 
 @pytest.mark.parametrize("name", tabular.OBJECTIVES)
-@pytest.mark.parametrize("make", [tabular.aliased_problem, lambda: tabular.branch_problem(3)])
+@pytest.mark.parametrize(
+    "make", [tabular.aliased_problem, lambda: tabular.branch_problem(3)], ids=["aliased", "branch"]
+)
 def test_exact_gradient_is_the_slope_of_the_expected_cost(make, name, generator):
     problem, objective = make(), tabular.OBJECTIVES[name]
     table = problem.start_logits + torch.randn(problem.start_logits.shape, generator=generator, dtype=torch.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -17,7 +18,7 @@ from distil_kernels.theory.tabular import TabularResult
 
 BLUE, ORANGE, GREEN, PURPLE, GREY, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555", "#56B4E9"
 STYLES = {"forward_ce": (BLUE, "-"), "reverse_kl": (ORANGE, "--"), "jsd": (GREEN, "-.")}
-RULES = {
+RULES: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,

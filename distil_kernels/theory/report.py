@@ -26,7 +26,7 @@ class Results:
 
 def measure(seed: int) -> Results:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tensors of a few entries: five times the time with two
+    torch.set_num_threads(1)  # tensors of a few entries: more threads only wait for each other
     try:
         return Results(bandit.measure(seed), tabular.measure(), regret.measure(seed), success.measure(seed))
     finally:

@@ -82,15 +82,10 @@ def rollout_logprobs(problem: Problem, logits: Tensor) -> Tensor:
     return logits.log_softmax(-1).flatten(-2) @ problem.logprob_map
 
 
-def rollout_costs(problem: Problem, logits: Tensor) -> Tensor:
-    """[..., M] cross-entropy of each rollout, summed over its tokens."""
-    return -(logits.log_softmax(-1).flatten(-2) @ problem.cost_map)
-
-
 def exact_gradient(problem: Problem, logits: Tensor, objectives: Sequence[Objective]) -> Tensor:
     """[K, states, V] of sum_y pi(y) C(y) for K tables [K, states, V], one objective each.
 
-    Written out (autograd agrees, at five times the time): upstream of the table's log-probs first, then softmax.
+    Every token of a rollout gets the whole C(y) as its credit; costs up to the token itself cancel on average.
     """
     credited = torch.tensor([[float(objective.future_credit)] for objective in objectives], dtype=logits.dtype)
     is_kl = torch.tensor([[objective.cost == "kl"] for objective in objectives])
