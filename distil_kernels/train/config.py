@@ -66,8 +66,8 @@ class Config:
     teacher_reads: str = _option("text", ("text", "demonstration", "both"))
     """What the teacher is shown: the correction in words, the question answered once before, or both."""
 
-    teacher: str = _option("ema", ("ema", "frozen", "live"))
-    """Whose distribution is learnt: a slow average of the student, its start, or the student itself."""
+    teacher: str = _option("frozen", ("frozen", "ema", "live"))
+    """Whose distribution is learnt: the student as it was at the start, a slow average of it, or the student itself."""
     ema_rate: float = _option(0.05, (0.0, 1.0))
     """Share of the student that enters the ema teacher each step."""
     cost: str = _option("ce", ("ce", "kl"))

@@ -84,7 +84,8 @@ class Trainer:
             (problem, verify(self.task, problem, problem.answer)) for _, problem in islice(stream, config.num_examples)
         ]
         self.prompts = Prompts(
-            self.tokenizer, examples, config.layout, config.teacher_reads, config.max_prompt_tokens
+            self.tokenizer, examples, config.layout, config.teacher_reads, config.max_prompt_tokens,
+            models.end_ids(self.student.model, self.tokenizer),
         )  # fmt: skip
         self.sampling = Sampling(
             config.max_new_tokens, self.prompts.stop_ids(), config.temperature, config.top_p, config.top_k

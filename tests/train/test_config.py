@@ -66,7 +66,7 @@ def test_unknown_options_are_errors_with_a_suggestion(
         (["--learning-rate", "nan"], ["[learning_rate]", "nan"]),
         (["--temperature", "0"], ["[temperature]", "above 0", "0"]),
         (["--discount", "1.5"], ["[discount]", "0.0 to 1.0", "1.5"]),
-        (["--teacher", "best"], ["[teacher]", "ema, frozen, live", "'best'"]),
+        (["--teacher", "best"], ["[teacher]", "frozen, ema, live", "'best'"]),
         (["--top_p", "0.9"], ["[top_p, top_k]", "0.9", "--off_policy insists"]),
         (["--top_k", "50"], ["[top_p, top_k]", "50"]),
         (["--rollouts_per_prompt", "1"], ["[rollouts_per_prompt]", "at least 2", "1"]),
