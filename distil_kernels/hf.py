@@ -55,11 +55,13 @@ def split(model: nn.Module, check: bool = True) -> CausalLM:
     """
     inner = _unwrap_peft(model)
     head = inner.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or type(head).__name__ != "Linear":
+    if type(head) is not nn.Linear:
         raise ValueError(
-            f"[split] the output head of {type(inner).__name__} is {type(head).__name__}, "
-            "expected a plain torch.nn.Linear (adapters on the head are not supported: leave it out of target_modules and modules_to_save)"
+            f"[split] the output head of {type(inner).__name__} is {type(head).__name__}, expected a plain "
+            "torch.nn.Linear (adapters on the head are not supported: leave it out of target_modules)"
         )
+    if hasattr(head.weight, "device_mesh"):
+        raise ValueError("[split] the head's weight is sharded (DTensor), which is not supported: gather it first")
     body = inner.base_model
     if body is inner:
         raise ValueError(f"[split] {type(inner).__name__} has no body apart from its head (base_model is itself)")
@@ -91,11 +93,14 @@ def _unwrap_peft(model: nn.Module) -> nn.Module:
 @torch.no_grad()
 def _check_logits(parts: CausalLM, vocab_size: int) -> None:
     tokens = torch.tensor([[1, 2, 3]], device=parts.weight.device) % vocab_size
-    was_training = parts.model.training
+    training = [module for module in parts.model.modules() if module.training]
     parts.model.eval()
-    expected = parts.model(input_ids=tokens).logits.float()
-    ours = parts.logits(parts.hidden(tokens)).float()
-    parts.model.train(was_training)
+    try:
+        expected = parts.model(input_ids=tokens).logits.float()
+        ours = parts.logits(parts.hidden(tokens)).float()
+    finally:
+        for module in training:
+            module.training = True
     if ours.shape != expected.shape:
         raise ValueError(f"[split] head gives logits {tuple(ours.shape)}, the model {tuple(expected.shape)}")
     error = float((ours - expected).abs().max() / expected.abs().max().clamp(min=1e-6))

@@ -39,7 +39,7 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
         if why_not is not None:
             raise RuntimeError(f"backend={requested!r} cannot run here: {why_not}")
         return BackendChoice(requested, "asked for by name")
-    refusals = []
+    refusals: list[str] = []
     for name, module in BACKENDS.items():
         why_not = module.unavailable(device, dtype)
         if why_not is None:

@@ -66,8 +66,8 @@ class Config:
     teacher_reads: str = _option("text", ("text", "demonstration", "both"))
     """What the teacher is shown: the correction in words, the question answered once before, or both."""
 
-    teacher: str = _option("ema", ("ema", "frozen", "live"))
-    """Whose distribution is learnt: a slow average of the student, its start, or the student itself."""
+    teacher: str = _option("frozen", ("frozen", "ema", "live"))
+    """Whose distribution is learnt: the student as it was at the start, a slow average of it, or the student itself."""
     ema_rate: float = _option(0.05, (0.0, 1.0))
     """Share of the student that enters the ema teacher each step."""
     cost: str = _option("ce", ("ce", "kl"))
@@ -91,9 +91,9 @@ class Config:
     off_policy: bool = False
     """Allow rollouts from another distribution than the loss's, which makes the credit wrong."""
 
-    lr: float = _option(2e-5, AT_LEAST_0)
+    learning_rate: float = _option(2e-5, AT_LEAST_0)
     """Peak learning rate of AdamW."""
-    lr_schedule: str = _option("constant", ("constant", "linear", "cosine"))
+    learning_rate_schedule: str = _option("constant", ("constant", "linear", "cosine"))
     """Course of the learning rate after warm-up."""
     warmup_steps: int = _option(5, AT_LEAST_0)
     """Steps before the peak rate."""
@@ -214,7 +214,7 @@ def parse(arguments: list[str]) -> tuple[Config, set[str]]:
 
 def _suggestion(name: str) -> str:
     known = [option.name for option in fields(Config)]
-    close = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.6)
     return f" (did you mean --{close[0]}?)" if close else " (--help lists them all)"
 
 

@@ -62,6 +62,10 @@ class Prompts:
         layout: "examples" for `Q: ... A: ...` text, "chat" for the tokenizer's chat template.
         reads: "text", "demonstration" or "both": what the teacher is shown of the feedback.
         max_tokens: length limit of a prompt.
+        end_ids: tokens that end any answer of this model.
+
+    Raises:
+        ValueError: the layout does not suit the tokenizer, the model or the task's answers.
     """
 
     def __init__(
@@ -71,11 +75,12 @@ class Prompts:
         layout: str = "examples",
         reads: str = "text",
         max_tokens: int = 1024,
+        end_ids: Sequence[int] = (),
     ) -> None:
         if layout == "chat" and not tokenizer.chat_template:
             raise ValueError("[layout] this tokenizer has no chat template: use layout examples")
         self._tokenizer = tokenizer
-        self._layout, self._max_tokens = layout, max_tokens
+        self._layout, self._max_tokens, self._end_ids = layout, max_tokens, end_ids
         self._reads_text, self._reads_demonstration = reads in ("text", "both"), reads in ("demonstration", "both")
         self._plain = [_Turn(problem.question, "", problem.answer) for problem, _ in examples]
         self._corrected = [
@@ -86,6 +91,8 @@ class Prompts:
 
     def student(self, problem: Problem) -> list[int] | None:
         """The prompt that rollouts continue; None when it is over the limit."""
+        if self._layout == "examples" and "\n" in problem.answer.strip():
+            raise ValueError("[layout] answers of this task have several lines, which layout examples cuts: use chat")
         ids = self._render([*self._plain, _Turn(problem.question, "", None)])
         return ids if len(ids) <= self._max_tokens else None
 
@@ -106,10 +113,12 @@ class Prompts:
 
     def stop_ids(self) -> list[int]:
         """Tokens that end an answer; they are part of the completion."""
-        stops = {self._tokenizer.eos_token_id} - {None}
+        stops = set(self._end_ids)
         if self._layout == "examples":
             texts = self._tokenizer.batch_decode([[token] for token in range(len(self._tokenizer))])
             stops |= {token for token, text in enumerate(texts) if "\n" in text}
+        if not stops:
+            raise ValueError("[model] neither tokenizer nor generation config names a token that ends an answer")
         return sorted(stops)
 
     def answer(self, completion: list[int]) -> str:

@@ -51,6 +51,13 @@ class Sample:
         self.feedback: list[Feedback] = []
         self.teacher_prompts: list[list[int]] = []
 
+    def answered_with(self, trainer: Trainer, completions: list[list[int]]) -> None:
+        """Verifies the rollouts and builds what the teacher reads for each."""
+        self.completions = completions
+        self.feedback = [verify(trainer.task, self.problem, trainer.prompts.answer(c)) for c in completions]
+        prompts = [trainer.prompts.teacher(self.problem, feedback) for feedback in self.feedback]
+        self.teacher_prompts = [prompt for prompt in prompts if prompt is not None]
+
 
 class Trainer:
     """Everything of one run. `directory` exists and is the run's own."""
@@ -62,7 +69,9 @@ class Trainer:
             raise ValueError(f"[accelerate] one process is supported, got {self.accelerator.num_processes}")
         torch.manual_seed(config.seed)
         model, self.tokenizer = models.load(config.model)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+        )
         scheduler = LambdaLR(optimizer, partial(_rate, config))
         self.model, self.optimizer, self.scheduler = self.accelerator.prepare(model, optimizer, scheduler)
         self.student = split(self.accelerator.unwrap_model(self.model))
@@ -75,7 +84,8 @@ class Trainer:
             (problem, verify(self.task, problem, problem.answer)) for _, problem in islice(stream, config.num_examples)
         ]
         self.prompts = Prompts(
-            self.tokenizer, examples, config.layout, config.teacher_reads, config.max_prompt_tokens
+            self.tokenizer, examples, config.layout, config.teacher_reads, config.max_prompt_tokens,
+            models.end_ids(self.student.model, self.tokenizer),
         )  # fmt: skip
         self.sampling = Sampling(
             config.max_new_tokens, self.prompts.stop_ids(), config.temperature, config.top_p, config.top_k
@@ -117,10 +127,7 @@ class Trainer:
         rows = [row for row in range(len(batch)) for _ in range(group)]
         completions = sample(self.student, [entry.prompt for entry in batch], rows, self.sampling, self.share)
         for index, entry in enumerate(batch):
-            entry.completions = completions[index * group : (index + 1) * group]
-            entry.feedback = [verify(self.task, entry.problem, self.prompts.answer(c)) for c in entry.completions]
-            prompts = [self.prompts.teacher(entry.problem, feedback) for feedback in entry.feedback]
-            entry.teacher_prompts = [prompt for prompt in prompts if prompt is not None]
+            entry.answered_with(self, completions[index * group : (index + 1) * group])
 
     def micro_batch(
         self, batch: list[Sample], normalizer: float, seconds: dict[str, float]
@@ -158,7 +165,7 @@ class Trainer:
             self.micro_batch(batch[begin : begin + size], normalizer, seconds) for begin in range(0, len(batch), size)
         ]
         with _timed(seconds, "optimizer"):
-            lr = self.scheduler.get_last_lr()[0]
+            learning_rate = self.scheduler.get_last_lr()[0]
             grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
             self.optimizer.step()
             self.scheduler.step()
@@ -180,7 +187,7 @@ class Trainer:
                 batch, torch.cat([s.sequence_teacher_logprob for s in sums]).tolist()
             ),
             "grad_norm": float(grad_norm),
-            "lr": lr,
+            "learning_rate": learning_rate,
             "skipped": self.skipped,
             "tokens_per_second": num_tokens / elapsed,
             "seconds": elapsed,
@@ -292,9 +299,9 @@ def _rate(config: Config, step: int) -> float:
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
     done = min(1.0, (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps))
-    if config.lr_schedule == "cosine":
+    if config.learning_rate_schedule == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * done))
-    return 1.0 - done if config.lr_schedule == "linear" else 1.0
+    return 1.0 - done if config.learning_rate_schedule == "linear" else 1.0
 
 
 def _computes_in_bfloat16(config: Config) -> bool:

@@ -37,6 +37,13 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.eval(), tokenizer
 
 
+def end_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: the tokenizer's and those of the model's generation config."""
+    named = model.generation_config.eos_token_id
+    ids = set(named) if isinstance(named, (list, tuple)) else {named}
+    return sorted((ids | {tokenizer.eos_token_id}) - {None})
+
+
 def smollm2_directory() -> Path:
     """Directory of the converted default model, made when it is not there."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distil_kernels"

@@ -34,7 +34,9 @@ class Context(NamedTuple):
 
 
 def shares_prompts(lm: CausalLM) -> bool:
-    """Whether the model's cache can be read once and expanded."""
+    """Whether the model's cache can be read once and expanded (activation checkpointing would drop it)."""
+    if any(getattr(module, "gradient_checkpointing", False) for module in lm.model.modules()):
+        return False
     cache = DynamicCache(config=lm.model.config)
     return all(type(layer) is DynamicLayer for layer in cache.layers)
 
