@@ -47,9 +47,9 @@ class Config:
     seed: int = _option(0, AT_LEAST_0)
     """Seed of problems and sampling."""
 
-    steps: int = _option(40, AT_LEAST_0)
+    steps: int = _option(24, AT_LEAST_0)
     """Optimiser steps: one per batch."""
-    prompts_per_step: int = _option(8, AT_LEAST_1)
+    prompts_per_step: int = _option(4, AT_LEAST_1)
     """Different problems in a batch."""
     rollouts_per_prompt: int = _option(4, AT_LEAST_1)
     """Completions sampled for each problem."""
@@ -102,9 +102,9 @@ class Config:
     max_grad_norm: float = _option(1.0, POSITIVE)
     """Gradients are clipped to this norm."""
 
-    eval_every: int = _option(10, AT_LEAST_0)
+    eval_every: int = _option(12, AT_LEAST_0)
     """Steps between evaluations on held-out problems; 0 evaluates before and after only."""
-    eval_problems: int = _option(64, AT_LEAST_1)
+    eval_problems: int = _option(48, AT_LEAST_1)
     """Held-out problems, the same each time."""
     eval_samples: int = _option(2, AT_LEAST_1)
     """Sampled answers to each held-out problem, beside one greedy answer."""

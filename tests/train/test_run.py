@@ -116,6 +116,8 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(tiny_model: Path, tmp_path: 
     for name, value in theirs["teacher"].items():
         assert torch.equal(ours["teacher"][name], value)
     assert bool(theirs["teacher"]) == (teacher == "ema")
+    start = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
+    assert not any(torch.equal(value, start[name]) for name, value in theirs["teacher"].items())  # it followed
 
 
 def test_ctrl_c_leaves_a_usable_run(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,13 +129,14 @@ def test_ctrl_c_leaves_a_usable_run(tiny_model: Path, tmp_path: Path, monkeypatc
         return take_step(self)
 
     monkeypatch.setattr(Trainer, "train_step", interrupted)
+    before = signal.getsignal(signal.SIGINT)
     arguments = ["--model", str(tiny_model), "--runs_dir", str(tmp_path), "--name", "run", "--steps", "50", *QUICK]
     assert main(arguments) == 130
     directory = tmp_path / "run"
     assert [record["step"] for record in metrics(directory) if record["kind"] == "step"] == [1, 2]
     assert (directory / "plot.png").exists() and (directory / "checkpoint").resolve().name == "checkpoint-000002"
     AutoModelForCausalLM.from_pretrained(directory / "checkpoint")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     monkeypatch.undo()
     assert main(["--resume", str(directory), "--steps", "3"]) == 0
 
