@@ -1,7 +1,8 @@
 // The one public header: row kernels as plain functions of pointers, sizes and enums.
 //
 // A row is one token position; its logits are V consecutive floats. Every function takes the raw output of the two
-// lm_head products and applies bias, softcap and temperature itself, so that nothing is rounded or stored in between:
+// lm_head products and applies bias, softcap and temperature itself, so that nothing is rounded or stored in
+// between:
 //
 //     logit = softcap * tanh((raw + bias) / softcap) / temperature        (no tanh where softcap is 0)
 //
@@ -15,17 +16,17 @@ namespace distil_kernels {
 // Rows of the statistics matrix [kNumStatistics, num_rows]. Log-normalisers are kept relative to the row's maximum:
 // their sum can be 1e4 while the gradient needs them to 1e-7.
 enum Statistic : int {
-  kForwardCe = 0,          // H(T, S)
-  kForwardKl = 1,          // KL(T || S)
-  kReverseKl = 2,          // KL(S || T)
-  kLogprob = 3,            // log S[token]
-  kTeacherLogprob = 4,     // log T[token]
-  kEntropy = 5,            // H(S)
-  kTeacherEntropy = 6,     // H(T)
-  kAgree = 7,              // 1 where both have their largest logit at the same index, else 0
-  kMaxLogit = 8,           // max_v s_v
-  kLogNormalizer = 9,      // log sum_v exp(s_v - max)
-  kTeacherMaxLogit = 10,   // the same two of the teacher
+  kForwardCe = 0,         // H(T, S)
+  kForwardKl = 1,         // KL(T || S)
+  kReverseKl = 2,         // KL(S || T)
+  kLogprob = 3,           // log S[token]
+  kTeacherLogprob = 4,    // log T[token]
+  kEntropy = 5,           // H(S)
+  kTeacherEntropy = 6,    // H(T)
+  kAgree = 7,             // 1 where both have their largest logit at the same index, else 0
+  kMaxLogit = 8,          // max_v s_v
+  kLogNormalizer = 9,     // log sum_v exp(s_v - max)
+  kTeacherMaxLogit = 10,  // the same two of the teacher
   kTeacherLogNormalizer = 11,
   kNumStatistics = 12,
 };

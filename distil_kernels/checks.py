@@ -47,11 +47,12 @@ class Door:
         }
         optional = ("teacher_weight", "student_bias", "teacher_bias")
         for name, tensor in tensors.items():
-            if not (tensor is None and name in optional):
-                self._tensor(name, tensor)
-                if tensor.dtype not in _DTYPES:
-                    self.type_error(f"{name} has dtype {tensor.dtype}, expected float64, float32, bfloat16 or float16")
-                self._same_device(name, tensor, student_hidden)
+            if tensor is None and name in optional:
+                continue
+            checked = self._tensor(name, tensor)
+            if checked.dtype not in _DTYPES:
+                self.type_error(f"{name} has dtype {checked.dtype}, expected float64, float32, bfloat16 or float16")
+            self._same_device(name, checked, student_hidden)
         self._head("student", student_hidden, student_weight, student_bias)
         if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
             self.value_error(
@@ -145,11 +146,12 @@ class Door:
         if value not in choices:
             self.value_error(f"{name} is {value!r}, expected one of {list(choices)}")
 
-    def _tensor(self, name: str, tensor: object) -> None:
+    def _tensor(self, name: str, tensor: object) -> Tensor:
         if not isinstance(tensor, Tensor):
             self.type_error(f"{name} is {type(tensor).__name__}, expected a torch.Tensor")
         if tensor.layout != torch.strided:
             self.type_error(f"{name} has layout {tensor.layout}, expected a dense (strided) tensor")
+        return tensor
 
     def _same_device(self, name: str, tensor: Tensor, student_hidden: Tensor) -> None:
         if tensor.device != student_hidden.device:

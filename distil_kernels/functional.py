@@ -270,7 +270,8 @@ class _Call:
             # As for a linear layer: the products run in the autocast dtype; results stay float32.
             dtype = torch.get_autocast_dtype(student_hidden.device.type)
             student_hidden, student_weight = _cast(student_hidden, dtype), _cast(student_weight, dtype)
-            teacher_hidden, teacher_weight = _cast(teacher_hidden, dtype), _cast(teacher_weight, dtype)
+            teacher_hidden = _cast(teacher_hidden, dtype)
+            teacher_weight = None if teacher_weight is None else _cast(teacher_weight, dtype)
         door.heads(student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias)
         door.rows("token_mask", token_mask, student_hidden, "bool")
         door.rows("token_weight", token_weight, student_hidden, "float")
@@ -352,7 +353,7 @@ class _Call:
         )  # fmt: skip
 
 
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """As autocast does: float64 stays as it is."""
     if not isinstance(tensor, Tensor) or tensor.dtype == torch.float64 or not tensor.is_floating_point():
         return tensor

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class Inputs:
     teacher_hidden: Tensor
     teacher_weight: Tensor | None
     tokens: Tensor
-    options: dict[str, object] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     """student_bias, teacher_bias, token_mask, token_weight, temperature, teacher_temperature, logit_softcap."""
 
     @property
@@ -53,7 +53,7 @@ class Inputs:
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Inputs:
         """Fresh leaves of the same values in another floating dtype."""
 
-        def convert(value: object) -> object:
+        def convert(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
             moved = value.detach().to(device or value.device)
@@ -92,7 +92,7 @@ def make_inputs(
     shared_head: bool = False,
     bias: bool = False,
     generator: torch.Generator,
-    **options: object,
+    **options: Any,
 ) -> Inputs:
     """Random inputs of a `kind` (see KINDS), rounded to `dtype`, so that every precision computes the same problem."""
     teacher_size = hidden_size if shared_head or kind == "near" else teacher_hidden_size or hidden_size
@@ -277,9 +277,9 @@ def assert_within_budget(
         return
     ours64, exact64 = ours.detach().double(), exact.detach().double()
     error = (ours64 - exact64).abs().max()
-    baseline_error = max((baseline.detach().double() - exact64).abs().max() for baseline in baselines)
+    baseline_error = max(float((baseline.detach().double() - exact64).abs().max()) for baseline in baselines)
     limits = torch.finfo(ours.dtype)
-    ulp = limits.eps * max(exact64.abs().max(), limits.smallest_normal)
+    ulp = limits.eps * max(float(exact64.abs().max()), limits.smallest_normal)
     term_ulp = torch.finfo(accumulation_dtype(ours.dtype)).eps * terms
     budget = ratio * baseline_error + 8 * ulp + 4 * term_ulp
     assert error <= budget, (

@@ -76,12 +76,13 @@ PYBIND11_MODULE(_C, m) {
          Address ce_weight, Address logprob_weight, std::int64_t num_rows, std::int64_t vocab_size, Address grad,
          std::int64_t grad_stride, int num_threads, dk::InstructionSet instruction_set) {
         dk::cpu_row_grad(student, teacher, pointer<const std::int64_t>(tokens), pointer<const float>(statistics),
-                         pointer<const float>(ce_weight), pointer<const float>(logprob_weight), num_rows, vocab_size,
-                         pointer<float>(grad), grad_stride, num_threads, instruction_set);
+                         pointer<const float>(ce_weight), pointer<const float>(logprob_weight), num_rows,
+                         vocab_size, pointer<float>(grad), grad_stride, num_threads, instruction_set);
       },
       py::arg("student"), py::arg("teacher"), py::arg("tokens"), py::arg("statistics"), py::arg("ce_weight"),
-      py::arg("logprob_weight"), py::arg("num_rows"), py::arg("vocab_size"), py::arg("grad"), py::arg("grad_stride"),
-      py::arg("num_threads"), py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
+      py::arg("logprob_weight"), py::arg("num_rows"), py::arg("vocab_size"), py::arg("grad"),
+      py::arg("grad_stride"), py::arg("num_threads"), py::arg("instruction_set"),
+      py::call_guard<py::gil_scoped_release>());
 
 #if defined(DISTIL_CUDA)
   py::enum_<dk::FloatType>(m, "FloatType")

@@ -28,9 +28,7 @@ def test_every_field_and_gradient(backend, dtype, kind, generator, monkeypatch):
 
     def compute(copy):
         stats = oracle(copy)._asdict()
-        total = sum(
-            (stats[name] * u.to(stats[name].dtype)).sum() for name, u in zip(DIFFERENTIABLE, upstream, strict=True)
-        )
+        total = mix(stats)
         gradients = torch.autograd.grad(total, list(copy.leaves.values()))
         return {**stats, **dict(zip(copy.leaves, gradients, strict=True))}
 
@@ -45,9 +43,7 @@ def test_every_field_and_gradient(backend, dtype, kind, generator, monkeypatch):
     # Rounding may turn a near tie; of 23 rows all but a few must agree about agreement.
     assert (ours.agree != exact["agree"]).sum() <= (12 if kind == "offset" else 1)
     terms = term_sizes(inputs, upstream.abs().sum(0))
-    total = sum(
-        (getattr(ours, name) * u).sum() for name, u in zip(DIFFERENTIABLE, upstream.to(ours.ce.dtype), strict=True)
-    )
+    total = mix(ours._asdict())
     gradients = torch.autograd.grad(total, list(inputs.leaves.values()))
     for name, gradient in zip(inputs.leaves, gradients, strict=True):
         assert_within_budget(name, gradient, base[name], exact[name], terms=terms[name])

@@ -60,8 +60,8 @@ void cpu_row_grad(const LogitRows& student, const LogitRows& teacher, const std:
                   std::int64_t num_rows, std::int64_t vocab_size, float* grad, std::int64_t grad_stride,
                   int num_threads, InstructionSet instruction_set) {
   const auto run = [&](auto row_grad) {
-    row_grad(student, teacher, tokens, statistics, ce_weight, logprob_weight, num_rows, vocab_size, grad, grad_stride,
-             num_threads);
+    row_grad(student, teacher, tokens, statistics, ce_weight, logprob_weight, num_rows, vocab_size, grad,
+             grad_stride, num_threads);
   };
   switch (resolve(instruction_set)) {
 #if defined(DISTIL_X86_64)

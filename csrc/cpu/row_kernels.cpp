@@ -1,10 +1,10 @@
 // Row statistics and row gradient on the CPU: one source, compiled once per instruction set (DISTIL_ISA).
 //
 // A row is walked in blocks that stay in the first-level cache. Each block is transformed (bias, softcap,
-// temperature), its maxima are found, and its six sums are taken in vector lanes of float; blocks meet in double, so
-// the error does not grow with the vocabulary. Rows are shared out among OpenMP threads. Loops are plain C++ that the
-// compiler vectorises: measured at 1 to 6 % of an operation that is otherwise matrix products, so intrinsics would
-// buy nothing that shows.
+// temperature), its maxima are found, and its six sums are taken in vector lanes of float; blocks meet in double,
+// so the error does not grow with the vocabulary. Rows are shared out among OpenMP threads. Loops are plain C++
+// that the compiler vectorises: measured at 1 to 6 % of an operation that is otherwise matrix products, so
+// intrinsics would buy nothing that shows.
 #include "row_kernels.h"
 
 #include "../row_math.h"
@@ -21,25 +21,29 @@ struct Block {
 };
 
 template <bool kSoftcap, bool kBias>
-inline void load(const LogitRows& rows, std::int64_t row, std::int64_t begin, std::int64_t size, float* logits,
-                 float* derivative) {
+inline void transform(const LogitRows& rows, std::int64_t row, std::int64_t begin, std::int64_t size, float* logits,
+                      float* derivative) {
   const float* raw = rows.raw + row * rows.row_stride + begin;
   const float* bias = kBias ? rows.bias + begin : nullptr;
   const float softcap = rows.softcap, inverse_temperature = rows.inverse_temperature;
 #pragma omp simd
   for (std::int64_t v = 0; v < size; ++v) {
-    const Logit logit =
-        transform_logit<kSoftcap>(kBias ? raw[v] + bias[v] : raw[v], softcap, inverse_temperature);
+    const Logit logit = transform_logit<kSoftcap>(kBias ? raw[v] + bias[v] : raw[v], softcap, inverse_temperature);
     logits[v] = logit.value;
     if (kSoftcap) derivative[v] = logit.derivative;
   }
 }
 
-inline void load(const LogitRows& rows, std::int64_t row, std::int64_t begin, std::int64_t size, float* logits,
-                 float* derivative) {
-  const auto chosen = rows.softcap != 0.0f ? (rows.bias ? load<true, true> : load<true, false>)
-                                           : (rows.bias ? load<false, true> : load<false, false>);
-  chosen(rows, row, begin, size, logits, derivative);
+// A block's logits: in their own place where nothing is to be applied to them, else in `buffer`.
+inline const float* load(const LogitRows& rows, std::int64_t row, std::int64_t begin, std::int64_t size,
+                         float* buffer, float* derivative) {
+  if (rows.softcap == 0.0f && !rows.bias && rows.inverse_temperature == 1.0f) {
+    return rows.raw + row * rows.row_stride + begin;
+  }
+  const auto chosen = rows.softcap != 0.0f ? (rows.bias ? transform<true, true> : transform<true, false>)
+                                           : (rows.bias ? transform<false, true> : transform<false, false>);
+  chosen(rows, row, begin, size, buffer, derivative);
+  return buffer;
 }
 
 struct Maximum {
@@ -60,12 +64,13 @@ struct Maximum {
   }
 };
 
-inline RowSums<float> sum_block(const Block& block, std::int64_t size, float student_max, float teacher_max) {
+inline RowSums<float> sum_block(const float* student_logits, const float* teacher_logits, std::int64_t size,
+                                float student_max, float teacher_max) {
   float student = 0, teacher = 0, student_log = 0, teacher_log = 0, student_gap = 0, teacher_gap = 0;
 #pragma omp simd reduction(+ : student, teacher, student_log, teacher_log, student_gap, teacher_gap)
   for (std::int64_t v = 0; v < size; ++v) {
-    const RowSums<float> term = row_term(at_least_floor(block.student[v] - student_max),
-                                         at_least_floor(block.teacher[v] - teacher_max));
+    const RowSums<float> term =
+        row_term(at_least_floor(student_logits[v] - student_max), at_least_floor(teacher_logits[v] - teacher_max));
     student += term.student;
     teacher += term.teacher;
     student_log += term.student_log;
@@ -85,9 +90,9 @@ inline RowSums<float> sum_block(const Block& block, std::int64_t size, float stu
 
 inline float token_logprob(const LogitRows& rows, std::int64_t row, std::int64_t token, float maximum,
                            double log_normalizer) {
-  float logit, derivative;
-  load(rows, row, token, 1, &logit, &derivative);
-  return static_cast<float>((static_cast<double>(logit) - maximum) - log_normalizer);
+  float buffer, derivative;
+  const double logit = *load(rows, row, token, 1, &buffer, &derivative);
+  return static_cast<float>((logit - maximum) - log_normalizer);
 }
 
 inline void stats_of_row(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
@@ -97,18 +102,18 @@ inline void stats_of_row(const LogitRows& student, const LogitRows& teacher, con
   RowSums<double> sums;
   for (std::int64_t begin = 0; begin < vocab_size; begin += kBlock) {
     const std::int64_t size = vocab_size - begin < kBlock ? vocab_size - begin : kBlock;
-    load(student, row, begin, size, block.student, block.derivative);
-    load(teacher, row, begin, size, block.teacher, block.derivative);
+    const float* student_logits = load(student, row, begin, size, block.student, block.derivative);
+    const float* teacher_logits = load(teacher, row, begin, size, block.teacher, block.derivative);
     const float student_before = student_max.value, teacher_before = teacher_max.value;
-    const bool student_raised = student_max.raise(block.student, begin, size);
-    const bool teacher_raised = teacher_max.raise(block.teacher, begin, size);
+    const bool student_raised = student_max.raise(student_logits, begin, size);
+    const bool teacher_raised = teacher_max.raise(teacher_logits, begin, size);
     if (begin > 0 && (student_raised || teacher_raised)) {
       const double student_shift = static_cast<double>(student_before) - student_max.value;
       const double teacher_shift = static_cast<double>(teacher_before) - teacher_max.value;
       shift_sums(sums, student_shift < kFloor ? kFloor : student_shift,
                  teacher_shift < kFloor ? kFloor : teacher_shift);
     }
-    add_sums(sums, sum_block(block, size, student_max.value, teacher_max.value));
+    add_sums(sums, sum_block(student_logits, teacher_logits, size, student_max.value, teacher_max.value));
   }
   const RowResult<double> result = finish(sums);
   const auto store = [&](Statistic statistic, double value) {
@@ -124,7 +129,8 @@ inline void stats_of_row(const LogitRows& student, const LogitRows& teacher, con
   store(kLogNormalizer, result.log_normalizer);
   store(kTeacherMaxLogit, teacher_max.value);
   store(kTeacherLogNormalizer, result.teacher_log_normalizer);
-  store(kLogprob, tokens ? token_logprob(student, row, tokens[row], student_max.value, result.log_normalizer) : 0.0);
+  store(kLogprob,
+        tokens ? token_logprob(student, row, tokens[row], student_max.value, result.log_normalizer) : 0.0);
   store(kTeacherLogprob,
         tokens ? token_logprob(teacher, row, tokens[row], teacher_max.value, result.teacher_log_normalizer) : 0.0);
 }
@@ -142,41 +148,41 @@ inline void grad_of_row(const LogitRows& student, const LogitRows& teacher, cons
   const float log_normalizer = statistic(kLogNormalizer), teacher_log_normalizer = statistic(kTeacherLogNormalizer);
   const std::int64_t token = logprob_weight != 0.0f ? tokens[row] : -1;
   const bool softcap = student.softcap != 0.0f;
+  if (!softcap) {  // then d logit / d raw is one number
+    ce_weight *= student.inverse_temperature;
+    logprob_weight *= student.inverse_temperature;
+  }
   for (std::int64_t begin = 0; begin < vocab_size; begin += kBlock) {
     const std::int64_t size = vocab_size - begin < kBlock ? vocab_size - begin : kBlock;
-    load(teacher, row, begin, size, block.teacher, block.derivative);
-    load(student, row, begin, size, block.student, block.derivative);
+    const float* teacher_logits = load(teacher, row, begin, size, block.teacher, block.derivative);
+    const float* student_logits = load(student, row, begin, size, block.student, block.derivative);
     float* out = grad + begin;
 #pragma omp simd
     for (std::int64_t v = 0; v < size; ++v) {
-      out[v] = grad_logit(at_least_floor(block.student[v] - student_max),
-                          at_least_floor(block.teacher[v] - teacher_max), log_normalizer, teacher_log_normalizer,
-                          ce_weight, logprob_weight);
+      out[v] = grad_logit(student_logits[v] - student_max, teacher_logits[v] - teacher_max, log_normalizer,
+                          teacher_log_normalizer, ce_weight, logprob_weight);
     }
     if (token >= begin && token < begin + size) out[token - begin] += logprob_weight;
     if (softcap) {
 #pragma omp simd
       for (std::int64_t v = 0; v < size; ++v) out[v] *= block.derivative[v];
-    } else {
-#pragma omp simd
-      for (std::int64_t v = 0; v < size; ++v) out[v] *= student.inverse_temperature;
     }
   }
 }
 
 }  // namespace
 
-void row_stats(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens, std::int64_t num_rows,
-               std::int64_t vocab_size, float* statistics, int num_threads) {
+void row_stats(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
+               std::int64_t num_rows, std::int64_t vocab_size, float* statistics, int num_threads) {
 #pragma omp parallel for num_threads(num_threads) schedule(static)
   for (std::int64_t row = 0; row < num_rows; ++row) {
     stats_of_row(student, teacher, tokens, row, num_rows, vocab_size, statistics);
   }
 }
 
-void row_grad(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens, const float* statistics,
-              const float* ce_weight, const float* logprob_weight, std::int64_t num_rows, std::int64_t vocab_size,
-              float* grad, std::int64_t grad_stride, int num_threads) {
+void row_grad(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
+              const float* statistics, const float* ce_weight, const float* logprob_weight, std::int64_t num_rows,
+              std::int64_t vocab_size, float* grad, std::int64_t grad_stride, int num_threads) {
 #pragma omp parallel for num_threads(num_threads) schedule(static)
   for (std::int64_t row = 0; row < num_rows; ++row) {
     grad_of_row(student, teacher, tokens, statistics, ce_weight[row], logprob_weight ? logprob_weight[row] : 0.0f,

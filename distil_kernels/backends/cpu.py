@@ -13,7 +13,7 @@ from distil_kernels.backends import NUM_STATISTICS, LogitPair, LogitTransform
 try:
     from distil_kernels import _C
 except ImportError as error:  # not built, or built for another Python
-    _C = None
+    _C = None  # type: ignore[assignment]
     _IMPORT_ERROR = str(error)
 
 INSTRUCTION_SETS = ("best", "portable", "avx2", "avx512")

@@ -42,7 +42,7 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
         if why_not is not None:
             raise RuntimeError(f"backend={requested!r} cannot run here: {why_not}")
         return BackendChoice(requested, "asked for by name")
-    refusals = []
+    refusals: list[str] = []
     for name, module in BACKENDS.items():
         if name in _NEVER_AUTOMATIC.get(device.type, ()):
             continue

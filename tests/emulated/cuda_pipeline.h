@@ -13,7 +13,8 @@ struct Copy {
   const void* from;
   std::size_t size, zeros;
 };
-inline thread_local std::map<int, std::deque<std::vector<Copy>>> copies;  // of each fiber: groups, the last one open
+inline thread_local std::map<int, std::deque<std::vector<Copy>>>
+    copies;  // of each fiber: groups, the last one open
 
 }  // namespace emulated
 

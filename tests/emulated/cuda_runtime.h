@@ -1,9 +1,9 @@
 // Runs the kernels of csrc/cuda on the CPU, so that their logic is tested where there is no GPU.
 //
 // A block is one operating-system thread; its CUDA threads are fibers of it that take turns, so `__shared__` is
-// thread_local. Barriers and shuffles let the other fibers run until all have arrived. The blocks of a cluster run at
-// the same time; another block's shared memory is found by its distance from an anchor. It cannot show races, memory
-// ordering, or what only the hardware does.
+// thread_local. Barriers and shuffles let the other fibers run until all have arrived. The blocks of a cluster run
+// at the same time; another block's shared memory is found by its distance from an anchor. It cannot show races,
+// memory ordering, or what only the hardware does.
 #pragma once
 
 #include <ucontext.h>

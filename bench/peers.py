@@ -1,0 +1,266 @@
+"""Everything that is measured, behind one signature: problem -> scalar loss whose backward is the op's gradient.
+
+Ours, one entry per back end and plan; then what people use today. A peer is imported when it is first built, never
+copied. `check.py` compares its value and gradients with float64 before it may be timed. One that cannot run here
+says why.
+
+Install the peers beside a torch that stays as it is (they are pure Python; plain `pip install liger-kernel` and the
+like may pull another torch and its CUDA packages):
+
+    pip install --no-deps liger-kernel trl torchtune flash-linear-attention fla-core cut-cross-entropy orda-kernel
+
+TRL's trainers also import transformers, accelerate and datasets. `pip install -e .[bench]` installs all of it with
+dependencies, for a machine where that is wanted; there, pin torch in a constraints file.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from cases import DISCOUNT, Case, Problem
+from torch import Tensor
+
+import distil_kernels as dk
+from distil_kernels.backends.dispatch import BACKENDS
+
+Loss = Callable[[Problem], Tensor]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    name: str
+    group: str
+    """ours, peer, or label (label loss: no teacher, another loss; shown for its rate)."""
+    ops: tuple[str, ...]
+    value: str
+    """Which exact value its loss has: ce, kl, label, or loss (the op's own)."""
+    build: Callable[[Case], Loss]
+    needs: tuple[str, ...] = ()
+    """Packages."""
+    cuda_only: bool = False
+
+    def unavailable(self, case: Case) -> str | None:
+        """Why it cannot run here, or None."""
+        for package in self.needs:
+            if importlib.util.find_spec(package) is None:
+                return f"{package} is not installed"
+        if self.cuda_only and case.device != "cuda":
+            return "its kernels need a GPU"
+        return None
+
+
+def candidates(op: str, device: torch.device, dtype: torch.dtype) -> list[Candidate]:
+    """All that measure `op`, ours first."""
+    return [*_ours(op, device, dtype), *(peer for peer in PEERS if op in peer.ops)]
+
+
+def _ours(op: str, device: torch.device, dtype: torch.dtype) -> list[Candidate]:
+    plans = {
+        "ce": ("gradient_in_forward", "kept_gradient", "recompute"),
+        "frozen": ("frozen_head",),
+        "stats": ("recompute",),
+        "distil": ("gradient_in_forward", "recompute"),
+    }[op]
+    found = []
+    for backend, module in BACKENDS.items():
+        why_not = module.unavailable(device, dtype)
+        # The plain torch back end is there to be read: one plan of it shows what the kernels save.
+        for plan in plans if backend != "reference" else plans[:1]:
+            found.append(_our_candidate(op, backend, plan, why_not))
+    return found
+
+
+def _our_candidate(op: str, backend: str, plan: str, why_not: str | None) -> Candidate:
+    def build(case: Case) -> Loss:
+        if why_not is not None:
+            raise RuntimeError(why_not)
+        return {"stats": stats, "distil": distil}.get(op, kept if plan == "kept_gradient" else ce)
+
+    def ce(problem: Problem) -> Tensor:
+        return dk.fused_forward_ce(*problem.inputs.heads, backend=backend, plan=plan)
+
+    def kept(problem: Problem) -> Tensor:
+        return dk.fused_forward_ce(*problem.inputs.heads, reduction="none", backend=backend, plan=plan).mean()
+
+    def stats(problem: Problem) -> Tensor:
+        found = dk.token_stats(*problem.inputs.heads, tokens=problem.inputs.tokens, backend=backend, plan=plan)
+        return problem.ce_weight @ found.ce + problem.logprob_weight @ found.logprob
+
+    def distil(problem: Problem) -> Tensor:
+        return dk.fused_distil_loss(
+            *problem.inputs.heads, tokens=problem.inputs.tokens, cu_seqlens=problem.cu_seqlens, discount=DISCOUNT,
+            backend=backend, plan=plan,
+        ).loss  # fmt: skip
+
+    return Candidate(f"ours {backend} {plan}", "ours", (op,), "loss", build)
+
+
+def _logits(problem: Problem) -> tuple[Tensor, Tensor]:
+    hidden, weight, teacher_hidden, teacher_weight = problem.inputs.heads
+    with torch.no_grad():
+        teacher = teacher_hidden @ teacher_weight.T
+    return hidden @ weight.T, teacher
+
+
+def _naive(op: str) -> Loss:
+    """As one writes it down: logits in the dtype of the model, softmax in float32, autograd."""
+
+    def rows(problem: Problem) -> tuple[Tensor, Tensor]:
+        student, teacher = _logits(problem)
+        log_s = student.log_softmax(-1, dtype=torch.float32)
+        ce = -(teacher.softmax(-1, dtype=torch.float32) * log_s).sum(-1)
+        return ce, log_s
+
+    def ce(problem: Problem) -> Tensor:
+        return rows(problem)[0].mean()
+
+    def stats(problem: Problem) -> Tensor:
+        ce, log_s = rows(problem)
+        logprob = log_s.gather(1, problem.inputs.tokens[:, None])[:, 0]
+        return problem.ce_weight @ ce + problem.logprob_weight @ logprob
+
+    def distil(problem: Problem) -> Tensor:
+        ce, log_s = rows(problem)
+        logprob = log_s.gather(1, problem.inputs.tokens[:, None])[:, 0]
+        num_sequences = problem.cu_seqlens.numel() - 1
+        position = torch.arange(ce.numel(), device=ce.device)
+        gap = position[None, :] - position[:, None]
+        sequence = torch.bucketize(position, problem.cu_seqlens[1:].to(ce.device), right=True)
+        later = (gap > 0) & (sequence[None, :] == sequence[:, None])
+        credit = torch.where(later, DISCOUNT ** gap.clamp(min=0).float(), 0.0) @ ce.detach()
+        surrogate = credit @ logprob
+        return (ce.sum() + surrogate - surrogate.detach()) / num_sequences
+
+    return {"stats": stats, "distil": distil}.get(op, ce)
+
+
+def _naive_compiled(case: Case) -> Loss:
+    return torch.compile(_naive(case.op), dynamic=False)
+
+
+def _liger_chunked(case: Case) -> Loss:
+    from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction
+
+    def loss(problem: Problem) -> Tensor:
+        hidden, weight, teacher_hidden, teacher_weight = problem.inputs.heads
+        hard, soft, beta = 0.0, 1.0, 0.0
+        return LigerFusedLinearJSDFunction.apply(
+            hidden, weight, teacher_hidden, teacher_weight, problem.inputs.tokens, None, None, hard, soft, beta
+        )
+
+    return loss
+
+
+def _liger_fused(case: Case) -> Loss:
+    from liger_kernel.transformers.functional import liger_fused_linear_jsd
+
+    return lambda problem: liger_fused_linear_jsd(*problem.inputs.heads, jsd_beta=0.0)
+
+
+def _trl_generalized_jsd(case: Case) -> Loss:
+    from trl.experimental.gkd.gkd_trainer import GKDTrainer
+
+    return lambda problem: GKDTrainer.generalized_jsd_loss(*_logits(problem), beta=0.0)
+
+
+def _trl_chunked(case: Case) -> Loss:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    def loss(problem: Problem) -> Tensor:
+        hidden, weight, teacher_hidden, teacher_weight = problem.inputs.heads
+        beta = 0.0
+        return ChunkedDivergenceFunction.apply(hidden, weight, None, teacher_hidden, teacher_weight, None, beta)[
+            0
+        ].mean()
+
+    return loss
+
+
+def _torchtune_chunked(case: Case) -> Loss:
+    # torchtune's __init__ needs torchao at an old version; the file of the loss needs torch alone.
+    package = importlib.util.find_spec("torchtune")
+    path = Path(package.submodule_search_locations[0]) / "modules" / "loss" / "kd_losses.py"
+    spec = importlib.util.spec_from_file_location("torchtune_kd_losses", path)
+    module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(module)
+    chunks = 8
+    forward_kl = module.ForwardKLWithChunkedOutputLoss(num_output_chunks=chunks)
+
+    def loss(problem: Problem) -> Tensor:
+        hidden, weight, teacher_hidden, teacher_weight = problem.inputs.heads
+        with torch.no_grad():
+            teacher = [part @ teacher_weight.T for part in teacher_hidden[None].chunk(chunks, dim=1)]
+        student = [part @ weight.T for part in hidden[None].chunk(chunks, dim=1)]
+        return forward_kl(student, teacher, problem.inputs.tokens[None])
+
+    return loss
+
+
+def _fla_fused_kl(case: Case) -> Loss:
+    from fla.modules.fused_kl_div import fused_kl_div_loss
+
+    def loss(problem: Problem) -> Tensor:
+        hidden, weight, teacher_hidden, teacher_weight = problem.inputs.heads
+        return fused_kl_div_loss(hidden, teacher_hidden, weight, teacher_weight)
+
+    return loss
+
+
+def _orda(case: Case) -> Loss:
+    from orda_kernel import SeparateTeacher, distillation_loss
+
+    def loss(problem: Problem) -> Tensor:
+        hidden, weight, teacher_hidden, teacher_weight = problem.inputs.heads
+        return distillation_loss(
+            hidden, weight, problem.inputs.tokens, SeparateTeacher(teacher_hidden, teacher_weight),
+            student_ce_weight=0.0, kl_weight=1.0, kl_divergence="forward", backend="triton",
+        ).loss  # fmt: skip
+
+    return loss
+
+
+def _apple_label(case: Case) -> Loss:
+    from cut_cross_entropy import linear_cross_entropy
+
+    def loss(problem: Problem) -> Tensor:
+        return linear_cross_entropy(problem.inputs.student_hidden, problem.inputs.student_weight, problem.inputs.tokens)
+
+    return loss
+
+
+def _torch_label(case: Case) -> Loss:
+    if not hasattr(F, "linear_cross_entropy"):
+        raise RuntimeError(f"torch {torch.__version__} has no linear_cross_entropy")
+    # Its chunks are a few rows long, which on a CPU takes ten times longer than without them.
+    options = torch.nn.LinearCrossEntropyOptions() if case.device == "cuda" else None
+
+    def loss(problem: Problem) -> Tensor:
+        return F.linear_cross_entropy(
+            problem.inputs.student_hidden, problem.inputs.student_weight, problem.inputs.tokens, options=options
+        )
+
+    return loss
+
+
+_CE = ("ce", "frozen")
+_ALL = ("ce", "frozen", "stats", "distil")
+
+PEERS = (
+    Candidate("naive torch", "peer", _ALL, "loss", lambda case: _naive(case.op)),
+    Candidate("naive torch, compiled", "peer", _ALL, "loss", _naive_compiled),
+    Candidate("liger chunked jsd, compiled", "peer", _CE, "kl", _liger_chunked, ("liger_kernel", "triton")),
+    Candidate("liger fused linear jsd", "peer", _CE, "kl", _liger_fused, ("liger_kernel", "triton"), cuda_only=True),
+    Candidate("trl generalized jsd", "peer", _CE, "kl", _trl_generalized_jsd, ("trl", "datasets")),
+    Candidate("trl chunked divergence", "peer", _CE, "kl", _trl_chunked, ("trl", "datasets")),
+    Candidate("torchtune chunked kl", "peer", _CE, "loss", _torchtune_chunked, ("torchtune",)),
+    Candidate("fla fused kl", "peer", _CE, "kl", _fla_fused_kl, ("fla", "triton"), cuda_only=True),
+    Candidate("orda", "peer", _CE, "kl", _orda, ("orda_kernel", "triton"), cuda_only=True),
+    Candidate("apple cce (labels)", "label", ("ce",), "label", _apple_label, ("cut_cross_entropy",), cuda_only=True),
+    Candidate("torch linear ce (labels)", "label", ("ce",), "label", _torch_label),
+)

@@ -1,0 +1,219 @@
+"""What a run looks like: header, aligned tables, Markdown, figures. Everything is made from the JSON alone."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from cases import DATA, NUM_PRODUCTS, REGIMES
+
+PACKAGES = (
+    "distil-kernels", "torch", "triton", "liger-kernel", "trl", "transformers", "torchtune", "flash-linear-attention",
+    "cut-cross-entropy", "orda-kernel",
+)  # fmt: skip
+COLUMNS = (
+    "", "ms", "+-", "x limit", "x ours", "peak MiB", "err dh", "err dW", "converged dh", "converged dW",
+)  # fmt: skip
+_MIB = 2**20
+
+
+def header(device: str, threads: int) -> dict[str, object]:
+    """The machine and the software that the numbers are true for."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    found: dict[str, object] = {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": " ".join(["python", *sys.argv]),
+        "commit": _commit(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "threads": threads,
+        "versions": versions,
+    }
+    if device == "cpu":
+        found["instruction_set"] = torch.backends.cpu.get_cpu_capability()
+        found["allocator"] = _allocator()
+    return found
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in path.read_text().splitlines() if line.startswith("model name")] \
+        if path.exists() else []  # fmt: skip
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+
+
+def _allocator() -> str:
+    """What decides whether fresh memory is cheap: it helps naive code most."""
+    path = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    pages = path.read_text().split("[")[-1].split("]")[0] if path.exists() else "unknown"
+    settings = [f"{name}={value}" for name, value in sorted(os.environ.items())
+                if name == "LD_PRELOAD" or name.startswith(("MALLOC_", "GLIBC_TUNABLES", "THP_MEM"))]  # fmt: skip
+    return f"transparent huge pages {pages}; {' '.join(settings) or 'THP_MEM_ALLOC_ENABLE unset, system malloc'}"
+
+
+def header_lines(head: dict) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in head["versions"].items())
+    lines = [f"{head['device']}, {head['threads']} threads, {head['date']}, commit {head['commit']}", versions]
+    if "allocator" in head:
+        lines.append(f"{head['instruction_set']}; {head['allocator']}")
+    return lines
+
+
+def title(table: dict) -> str:
+    case = table["case"]
+    return (
+        f"{case['op']}: N={case['num_rows']} V={case['vocab_size']} D={case['hidden_size']} {case['dtype']}, "
+        f"{case['device']}, {case['threads']} threads"
+    )
+
+
+def notes(table: dict) -> list[str]:
+    kl = " and ".join(f"{table['kl'][regime]:.2g}" for regime in REGIMES)
+    return [
+        f"forward and backward, {NUM_PRODUCTS[table['case']['op']]} products; {DATA[table['case']['data']]}; "
+        f"KL(T||S) {kl} nats (ordinary, converged); errors on {table['checked_rows']} rows",
+        *(f"not timed: {row['name']}: {row['reason']}" for row in table["rows"] if row["reason"]),
+    ]
+
+
+def cells(table: dict) -> list[list[str]]:
+    """One line per measured row, as text: the limit, ours, then peers by time."""
+
+    def error(row: dict, regime: str, name: str) -> str:
+        found = row.get("errors", {}).get(regime, {})
+        return f"{found[name]:.1e}" if name in found else "-"
+
+    def ratio(row: dict, key: str) -> str:
+        return f"{row[key]:.2f}" if row.get(key) else "-"
+
+    order = {"limit": 0, "ours": 1, "peer": 2, "label": 3}
+    timed = sorted(
+        (row for row in table["rows"] if not row["reason"]), key=lambda row: (order[row["group"]], row["ms"])
+    )
+    return [
+        [
+            row["name"], f"{row['ms']:.1f}", f"{row['spread_ms']:.1f}", ratio(row, "limit_ratio"),
+            ratio(row, "ours_ratio"),
+            f"{row['peak_extra_bytes'] / _MIB:.0f}" if row.get("peak_extra_bytes") is not None else "-",
+            *(error(row, regime, leaf) for regime in REGIMES for leaf in ("student_hidden", "student_weight")),
+        ]
+        for row in timed
+    ]  # fmt: skip
+
+
+def print_table(table: dict) -> None:
+    """With rich where it is installed, else plain aligned text."""
+    try:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        _print_plain(table)
+        return
+    shown = Table(title=title(table), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(COLUMNS):
+        shown.add_column(column, justify="right" if number else "left", no_wrap=True)
+    for line in cells(table):
+        shown.add_row(*line, style="bold" if line[0].startswith("ours") else None)
+    Console(width=150, highlight=False).print(shown, *notes(table), sep="\n")
+
+
+def _print_plain(table: dict) -> None:
+    lines = [list(COLUMNS), *cells(table)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+    print("\n" + title(table))
+    for line in lines:
+        print("  ".join(text.rjust(width) if i else text.ljust(width)
+                        for i, (text, width) in enumerate(zip(line, widths, strict=True))))  # fmt: skip
+    print(*notes(table), sep="\n")
+
+
+def markdown(run: dict) -> str:
+    """A section for docs/performance.md: the command, the machine, the tables."""
+    lines = ["```", run["header"]["command"], *header_lines(run["header"]), "```"]
+    for table in run["tables"]:
+        lines += ["", f"### {title(table)}", "", "| " + " | ".join(COLUMNS) + " |"]
+        lines.append("|---|" + "--:|" * (len(COLUMNS) - 1))
+        lines += ["| " + " | ".join(line) + " |" for line in cells(table)]
+        lines += ["", *(f"- {note}" for note in notes(table))]
+    return "\n".join(lines)
+
+
+def plot(runs: list[dict], folder: Path) -> list[Path]:
+    """Time and memory against N and V: one figure per op, dtype and thread count that has two points on an axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups: dict[tuple, list[dict]] = {}
+    for table in (table for run in runs for table in run["tables"]):
+        case = table["case"]
+        groups.setdefault((case["op"], case["dtype"], case["device"], case["threads"]), []).append(table)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for (op, dtype, device, threads), tables in groups.items():
+        series = {axis: _longest_series(tables, axis) for axis in ("num_rows", "vocab_size")}
+        series = {axis: found for axis, found in series.items() if len(found) > 1}
+        if not series:
+            continue
+        figure, axes = plt.subplots(2, len(series), figsize=(5.5 * len(series) + 2.5, 7), squeeze=False)
+        for column, (axis, found) in enumerate(series.items()):
+            _draw(axes[0][column], found, axis, "ms", "milliseconds", 1.0)
+            _draw(axes[1][column], found, axis, "peak_extra_bytes", "peak extra memory, MiB", _MIB)
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="center right", frameon=False)
+        figure.suptitle(f"{op}, {dtype}, {device}, {threads} threads: forward and backward")
+        figure.tight_layout(rect=(0, 0, 1 - 2.5 / (5.5 * len(series) + 2.5), 1))
+        for suffix in ("png", "svg"):
+            written.append(folder / f"{op}_{dtype}_{device}_{threads}.{suffix}")
+            figure.savefig(written[-1], dpi=150)
+        plt.close(figure)
+    return written
+
+
+def _longest_series(tables: list[dict], axis: str) -> list[dict]:
+    """Tables that differ in `axis` only (for V: whatever D is), ascending."""
+    fixed = {"num_rows": ("vocab_size", "hidden_size"), "vocab_size": ("num_rows",)}[axis]
+    found: dict[tuple, dict[int, dict]] = {}
+    for table in tables:
+        case = table["case"]
+        found.setdefault(tuple(case[name] for name in fixed), {})[case[axis]] = table
+    longest = max(found.values(), key=len)
+    return [longest[size] for size in sorted(longest)]
+
+
+def _draw(axes: object, tables: list[dict], axis: str, key: str, label: str, unit: float) -> None:
+    names = list(dict.fromkeys(row["name"] for table in tables for row in table["rows"]))
+    for name in names:
+        points = [
+            (table["case"][axis], row[key] / unit, row["group"])
+            for table in tables
+            for row in table["rows"]
+            if row["name"] == name and row.get(key) is not None
+        ]
+        if not points:
+            continue
+        style = {"limit": "k:", "ours": "o-", "peer": "s--", "label": "x:"}[points[0][2]]
+        axes.plot([x for x, _, _ in points], [y for _, y, _ in points], style, label=name, markersize=4)
+    axes.set(xlabel={"num_rows": "tokens N", "vocab_size": "vocabulary V"}[axis], ylabel=label, xscale="log")
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3, which="both")

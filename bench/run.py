@@ -1,0 +1,222 @@
+"""Throughput, memory and accuracy of this library against everything else that computes the same.
+
+    python bench/run.py                                   the shape of SmolLM2-135M, float32, all installed peers
+    python bench/run.py --quick --peers none              under a minute
+    python bench/run.py --shapes 512x151936x896 --dtype bf16 --threads 1 --json out.json
+    python bench/run.py --render out.json --plot figures  Markdown and figures of earlier runs, nothing is measured
+
+For each case: every candidate is checked against float64 in a process of its own, where its memory is measured too;
+those that are right are then timed together in this process, in interleaved rounds (see timing.py). What is computed
+and on which inputs is in cases.py, the peers and how to install them in peers.py.
+
+Columns: median ms and its spread; ratio to the bare matrix products of the same run; ratio to the fastest of ours;
+peak MiB beyond inputs and their gradients; relative error of the gradients against float64, also where teacher and
+student have nearly converged. The last line is the whole run as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import report
+import torch
+from cases import (
+    DATA,
+    DTYPES,
+    NUM_PRODUCTS,
+    REGIMES,
+    SMOLLM2_SHAPE,
+    Case,
+    Problem,
+    data_for,
+    exact_answer,
+    make_problem,
+)
+from peers import Candidate, candidates
+from timing import Call, Timing, bare_products, forward_backward, interleaved, numbered
+
+OPS = ("ce", "distil", "stats", "frozen")
+DEFAULT_SHAPES = {"cpu": ["1024x49152x576"], "cuda": ["8192x151936x4096"]}
+QUICK_SHAPE = "128x8192x128"
+_CHECK_SECONDS = 1800
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = _parse(arguments)
+    if options.render:
+        runs = [json.loads(Path(path).read_text()) for path in options.render]
+        print("\n\n".join(report.markdown(run) for run in runs))
+    else:
+        torch.set_num_threads(options.threads)
+        run = {"header": report.header(options.device, options.threads), "tables": []}
+        print(*report.header_lines(run["header"]), sep="\n", flush=True)
+        for case in _cases(options):
+            run["tables"].append(_measure(case, options))
+            report.print_table(run["tables"][-1])
+        runs = [run]
+        if options.json:
+            Path(options.json).parent.mkdir(parents=True, exist_ok=True)
+            Path(options.json).write_text(json.dumps(run, indent=1) + "\n")
+    if options.plot:
+        for path in report.plot(runs, Path(options.plot)):
+            print(f"wrote {path}", file=sys.stderr)
+    if not options.render:
+        print(json.dumps(runs[0]))
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--shapes", nargs="+", metavar="NxVxD", help="default: 1024x49152x576, on a GPU 8192x151936x4096"
+    )
+    parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=["fp32"])
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=["ce"])
+    parser.add_argument("--peers", nargs="+", default=["all"], help="all, none, or parts of names (liger trl)")
+    parser.add_argument("--data", choices=("auto", *DATA), default="auto", help="auto: a real model's where it fits")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=20.0, help="a slower candidate stops after its third round")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_SHAPE}, three rounds")
+    parser.add_argument("--json", metavar="PATH")
+    parser.add_argument("--plot", metavar="DIR", help="PNG and SVG of time and memory against N and V")
+    parser.add_argument("--render", nargs="+", metavar="JSON", help="print earlier runs as Markdown")
+    options = parser.parse_args(arguments)
+    if options.device == "auto":
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU")
+    if options.quick:
+        options.rounds = min(options.rounds, 3)
+    options.shapes = options.shapes or ([QUICK_SHAPE] if options.quick else DEFAULT_SHAPES[options.device])
+    for shape in options.shapes:
+        if len(shape.split("x")) != 3 or not all(size.isdecimal() and int(size) for size in shape.split("x")):
+            parser.error(f"--shapes: {shape!r} is not NxVxD")
+    return options
+
+
+def _cases(options: argparse.Namespace) -> Iterable[Case]:
+    for op in options.ops:
+        for dtype in options.dtype:
+            for shape in options.shapes:
+                num_rows, vocab_size, hidden_size = map(int, shape.split("x"))
+                data = data_for(vocab_size, hidden_size) if options.data == "auto" else options.data
+                if data == "smollm2" and (vocab_size, hidden_size) != SMOLLM2_SHAPE:
+                    raise SystemExit(f"--data smollm2: its shape is Nx{'x'.join(map(str, SMOLLM2_SHAPE))}, not {shape}")
+                yield Case(op, num_rows, vocab_size, hidden_size, dtype, options.device, options.threads, data)
+
+
+def _chosen(case: Case, names: list[str]) -> list[Candidate]:
+    found = candidates(case.op, torch.device(case.device), case.torch_dtype)
+    if names == ["all"]:
+        return found
+    return [c for c in found if c.group == "ours" or (names != ["none"] and any(name in c.name for name in names))]
+
+
+def _measure(case: Case, options: argparse.Namespace) -> dict:
+    """One table of the report."""
+    chosen = _chosen(case, options.peers)
+    print(f"{case.op} {case.num_rows}x{case.vocab_size}x{case.hidden_size} {case.dtype}: float64 answers",
+          file=sys.stderr, flush=True)  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="distil_bench_") as name:
+        folder = Path(name)
+        kl = _prepare(case, folder, labels=any(candidate.group == "label" for candidate in chosen))
+        checks = {}
+        runnable = {candidate.name: candidate for candidate in chosen if candidate.unavailable(case) is None}
+        for name in numbered(list(runnable), "checked"):
+            checks[name] = _check(folder, name)
+        problem = torch.load(folder / "problem.pt", weights_only=False)["problem"]
+    right = [runnable[name] for name, found in checks.items() if found["reason"] is None]
+    timings, limits, failures = _time(case, right, problem.to(case.device), options)
+    rows = [_row(name, "limit", timings.get(name)) for name in limits]
+    for candidate in chosen:
+        found = checks.get(candidate.name, {})
+        reason = candidate.unavailable(case) or found.get("reason") or failures.get(candidate.name)
+        rows.append(_row(candidate.name, candidate.group, timings.get(candidate.name), reason, found))
+    _add_ratios(case, rows)
+    return {"case": case.as_dict(), "checked_rows": case.checked_rows, "kl": kl, "rows": rows}
+
+
+def _prepare(case: Case, folder: Path, labels: bool) -> dict[str, float]:
+    """Writes the problems and their exact answers for the checking processes; returns KL(T||S) by regime."""
+    (folder / "case.json").write_text(json.dumps(case.as_dict()))
+    kl = {}
+    for regime in REGIMES:
+        problem = make_problem(case, regime)
+        if regime == "ordinary":
+            torch.save({"problem": problem}, folder / "problem.pt")
+        problem = problem.first_rows(case.checked_rows)
+        answers = {"op": exact_answer(case.op, problem)}
+        if labels:
+            answers["label"] = exact_answer("label", problem)
+        kl[regime] = answers["op"].values["kl"]
+        torch.save({"problem": problem, "answers": answers}, folder / f"{regime}.pt")
+    gc.collect()
+    return kl
+
+
+def _check(folder: Path, name: str) -> dict:
+    """What check.py found out about a candidate in its own process."""
+    command = [sys.executable, str(Path(__file__).parent / "check.py"), str(folder), name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_CHECK_SECONDS)
+    except subprocess.TimeoutExpired:
+        return {"reason": f"took longer than {_CHECK_SECONDS} s"}
+    lines = done.stdout.strip().splitlines()
+    if done.returncode != 0 or not lines:
+        last = (done.stderr.strip().splitlines() or [""])[-1]
+        return {"reason": f"its process ended with code {done.returncode}: {last}"[:300]}
+    return json.loads(lines[-1])
+
+
+def _time(
+    case: Case, right: list[Candidate], problem: Problem, options: argparse.Namespace
+) -> tuple[dict[str, Timing], list[str], dict[str, str]]:
+    """Timings by name, names of the limits, and why a candidate that was right could not be timed."""
+    torch._dynamo.reset()
+    calls: dict[str, Call] = bare_products(case, problem)
+    limits, failures = list(calls), {}
+    for candidate in right:
+        try:
+            loss = candidate.build(case)
+            forward_backward(loss, problem)
+        except Exception as error:  # as in check.py, but beside the others: out of memory, for one
+            failures[candidate.name] = f"failed: {error}".splitlines()[0][:300]
+        else:
+            calls[candidate.name] = lambda loss=loss: forward_backward(loss, problem)
+    for name in limits:
+        calls[name]()
+    timings = interleaved(calls, case.device, options.rounds, options.seconds)
+    problem.clear_gradients()
+    return timings, limits, failures
+
+
+def _row(
+    name: str, group: str, timing: Timing | None, reason: str | None = None, found: dict | None = None
+) -> dict[str, object]:
+    row: dict[str, object] = {"name": name, "group": group, "reason": reason}
+    if timing is not None:
+        row |= {"ms": timing.seconds * 1e3, "spread_ms": timing.spread * 1e3, "rounds": timing.rounds}
+    return row | {key: value for key, value in (found or {}).items() if key != "reason"}
+
+
+def _add_ratios(case: Case, rows: list[dict]) -> None:
+    """Time over the fastest bare products (a label loss has fewer of them), and over the fastest of ours."""
+    limit = min(row["ms"] for row in rows if row["group"] == "limit")
+    ours = [row["ms"] for row in rows if row["group"] == "ours" and "ms" in row]
+    for row in rows:
+        if "ms" in row:
+            products = NUM_PRODUCTS["label" if row["group"] == "label" else case.op]
+            row["limit_ratio"] = row["ms"] / (limit * products / NUM_PRODUCTS[case.op])
+            row["ours_ratio"] = row["ms"] / min(ours) if ours else None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Time and memory, measured so that they can be compared.
+
+Time: all candidates of a case in one process, one call each per round (A B C A B C ...), so that a slow minute of the
+machine hits everyone; medians, and half the distance of the quartiles as spread. Warm-up is apart. The bare matrix
+products of the same shape take part in the rounds: no candidate that computes every logit can be faster than these.
+
+Memory: in a process of its own (`check.py`), the peak of one call beyond inputs and their gradients, after a first
+call has loaded code and compiled. On the CPU that is the kernel's high-water mark of resident memory, reset just
+before the call, with a malloc that returns large blocks to the system at once (so it is what was in use, not what
+malloc kept); on a GPU torch's own peak statistics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from cases import NUM_PRODUCTS, Case, Problem
+from torch import Tensor
+
+Call = Callable[[], object]
+
+_MAX_LIMIT_BYTES = 2**30
+"""The bare products write logits of at most this size; more rows go in chunks."""
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
+
+
+@dataclass(frozen=True)
+class Timing:
+    seconds: float
+    """Median."""
+    spread: float
+    """Half the distance between the quartiles."""
+    rounds: int
+
+
+def forward_backward(loss: Callable[[Problem], Tensor], problem: Problem) -> Tensor:
+    """One call as a training step makes it: gradients absent before, present after."""
+    problem.clear_gradients()
+    value = loss(problem)
+    value.backward()
+    return value.detach()
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def interleaved(calls: dict[str, Call], device: str, rounds: int, seconds: float) -> dict[str, Timing]:
+    """Medians over rounds; a call that has used up `seconds` leaves after its third round.
+
+    Each call must have run before: warm-up is the caller's.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    begin = time.perf_counter()
+    for number in range(rounds):
+        for name, call in calls.items():
+            if number >= 3 and sum(times[name]) > seconds:
+                continue
+            synchronize(device)
+            start = time.perf_counter()
+            call()
+            synchronize(device)
+            times[name].append(time.perf_counter() - start)
+        if number + 1 < rounds:
+            report_progress("rounds", number + 1, rounds, begin)
+    return {name: _summary(samples) for name, samples in times.items()}
+
+
+def _summary(samples: list[float]) -> Timing:
+    quartiles = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else [0.0, 0.0, 0.0]
+    return Timing(statistics.median(samples), (quartiles[2] - quartiles[0]) / 2, len(samples))
+
+
+def report_progress(what: str, done: int, total: int, begin: float) -> None:
+    elapsed = time.perf_counter() - begin
+    print(f"  {what} {done}/{total}, {elapsed:.0f} s, about {elapsed / done * (total - done):.0f} s left",
+          file=sys.stderr, flush=True)  # fmt: skip
+
+
+def bare_products(case: Case, problem: Problem) -> dict[str, Call]:
+    """The op's matrix products and nothing else, into memory that is already there.
+
+    Half precision on the CPU is also timed with operands widened to float32 beforehand: where a processor has no
+    such instructions that is the faster one, and the limit is the fastest way there is.
+    """
+    dtypes = [case.torch_dtype]
+    if case.device == "cpu" and case.torch_dtype != torch.float32:
+        dtypes.append(torch.float32)
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    label = f"{NUM_PRODUCTS[case.op]} bare products"
+    return {f"{label}, {names[dtype]}": _products(case, problem, dtype) for dtype in dtypes}
+
+
+def _products(case: Case, problem: Problem, dtype: torch.dtype) -> Call:
+    hidden = problem.inputs.student_hidden.detach().to(dtype)
+    weight = problem.inputs.student_weight.detach().to(dtype)
+    rows = min(case.num_rows, max(1, _MAX_LIMIT_BYTES // (case.vocab_size * dtype.itemsize)))
+    logits = hidden.new_empty(rows, case.vocab_size)
+    grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
+    with_grad_weight = case.op not in ("frozen",)
+    num_logits = NUM_PRODUCTS[case.op] - 1 - with_grad_weight
+
+    def run() -> None:
+        for begin in range(0, case.num_rows, rows):
+            chunk = slice(begin, min(begin + rows, case.num_rows))
+            part = logits[: chunk.stop - chunk.start]
+            for _ in range(num_logits):
+                torch.mm(hidden[chunk], weight.t(), out=part)
+            torch.mm(part, weight, out=grad_hidden[chunk])
+            if with_grad_weight:
+                torch.addmm(grad_weight, part.t(), hidden[chunk], beta=float(begin > 0), out=grad_weight)
+
+    return run
+
+
+def peak_extra_bytes(call: Call, problem: Problem, device: str) -> int | None:
+    """Highest memory during `call` beyond what there was before and the gradients that it leaves; None if unknown."""
+    problem.clear_gradients()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        if not _reset_high_water():
+            return None
+        before = _status("VmRSS")
+        call()
+        peak = _status("VmHWM")
+    gradients = sum(leaf.grad.nbytes for leaf in problem.inputs.leaves.values() if leaf.grad is not None)
+    return peak - before - gradients
+
+
+def return_large_blocks() -> None:
+    """Fixes glibc's threshold for blocks of their own at 1 MiB; else it grows up to 32 MiB and freed blocks stay."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 2**20)
+
+
+def _reset_high_water() -> bool:
+    """Returns free heap pages to the system, then sets VmHWM to what is resident now (Linux only)."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+
+def numbered(names: list[str], what: str) -> Iterator[str]:
+    """Each name, with progress after it."""
+    begin = time.perf_counter()
+    for done, name in enumerate(names, start=1):
+        yield name
+        report_progress(f"{what}: {name}", done, len(names), begin)

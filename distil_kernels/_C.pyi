@@ -1,0 +1,43 @@
+# Types of the extension, as python/bindings.cpp defines it.
+from enum import Enum
+
+class Statistic(Enum):
+    forward_ce = 0
+    # ... as distil_kernels.backends.Statistic
+
+class InstructionSet(Enum):
+    best = 0
+    portable = 1
+    avx2 = 2
+    avx512 = 3
+
+class LogitRows:
+    def __init__(
+        self, raw: int, row_stride: int, bias: int, softcap: float, inverse_temperature: float
+    ) -> None: ...
+
+def cpu_supports(instruction_set: InstructionSet) -> bool: ...
+def cpu_row_stats(
+    student: LogitRows,
+    teacher: LogitRows,
+    tokens: int,
+    num_rows: int,
+    vocab_size: int,
+    statistics: int,
+    num_threads: int,
+    instruction_set: InstructionSet,
+) -> None: ...
+def cpu_row_grad(
+    student: LogitRows,
+    teacher: LogitRows,
+    tokens: int,
+    statistics: int,
+    ce_weight: int,
+    logprob_weight: int,
+    num_rows: int,
+    vocab_size: int,
+    grad: int,
+    grad_stride: int,
+    num_threads: int,
+    instruction_set: InstructionSet,
+) -> None: ...

@@ -1,0 +1,78 @@
+"""`python -m distil_kernels.train [--option value ...]`; `--help` explains every option."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from distil_kernels.train import config as configuration
+from distil_kernels.train.checkpoint import write_text
+from distil_kernels.train.config import Config
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit status: 0 done, 130 stopped by Ctrl-C, 2 wrong options."""
+    config, given = configuration.parse(arguments)
+    try:
+        return _run(config, given)
+    except (ValueError, FileExistsError) as error:
+        print(f"python -m distil_kernels.train: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped at once; the run directory is as of its last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _run(config: Config, given: set[str]) -> int:
+    if config.resume:
+        config, directory = _resumed(config, given)
+    else:
+        directory = _new_directory(config)
+        write_text(directory / "config.json", config.to_json())
+    # Late, so that wrong options are reported before seconds of imports.
+    from rich.console import Console
+
+    from distil_kernels.train.loop import Trainer
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    trainer = Trainer(config, directory, console)
+    if given & {"resume"}:
+        trainer.resume()
+    return 0 if trainer.run() else 130
+
+
+def _new_directory(config: Config) -> Path:
+    name = config.name or f"{config.task.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    directory = Path(config.runs_dir) / name
+    if directory.exists():
+        if not config.overwrite:
+            raise FileExistsError(
+                f"[name] {directory} exists: choose another --name, --resume {directory}, or --overwrite"
+            )
+        shutil.rmtree(directory)
+    directory.mkdir(parents=True)
+    return directory
+
+
+def _resumed(config: Config, given: set[str]) -> tuple[Config, Path]:
+    directory = Path(config.resume)
+    path = directory / "config.json"
+    if not path.exists():
+        raise ValueError(f"[resume] {directory} is no run directory (it has no config.json)")
+    extra = sorted(given - {"resume", "steps"})
+    if extra:
+        raise ValueError(f"[resume] a resumed run keeps its settings: expected --steps at most, got --{extra[0]}")
+    config_before = Config.from_json(path.read_text())
+    if "steps" in given:
+        config_before = dataclasses.replace(config_before, steps=config.steps)
+        write_text(path, config_before.to_json())
+    return config_before, directory
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main(sys.argv[1:]))

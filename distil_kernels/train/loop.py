@@ -1,0 +1,346 @@
+"""The training loop, top to bottom.
+
+    for each batch of problems
+        rollouts = sample(student)                          rollouts_per_prompt completions each
+        feedback = verify(rollout)                          a score, and the expert's correction
+        hidden   = student(prompt + rollout), teacher(prompt + correction + rollout)
+        loss     = fused_distil_loss(...)                   whole vocabulary, sequence-level gradient
+        one optimiser step; the ema teacher follows
+
+One process. Everything random in a step comes from torch's global generator and the data position, so that a resumed
+run repeats an uninterrupted one. Ctrl-C finishes the step; a second one stops at once, at the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from torch.optim.lr_scheduler import LambdaLR
+
+from distil_kernels.hf import split
+from distil_kernels.train import checkpoint, models, report
+from distil_kernels.train.config import Config
+from distil_kernels.train.evaluate import Evaluation, Evaluator
+from distil_kernels.train.feedback import Feedback, Prompts, verify
+from distil_kernels.train.objective import Sums, distil_loss, means
+from distil_kernels.train.prefix import completion_hidden, shares_prompts
+from distil_kernels.train.rollout import Sampling, sample
+from distil_kernels.train.tasks import Problem, make_task, problems
+from distil_kernels.train.teacher import Teacher
+
+
+class Sample:
+    """A problem of the batch with all that belongs to it."""
+
+    def __init__(self, problem: Problem, prompt: list[int]) -> None:
+        self.problem, self.prompt = problem, prompt
+        self.completions: list[list[int]] = []
+        self.feedback: list[Feedback] = []
+        self.teacher_prompts: list[list[int]] = []
+
+    def answered_with(self, trainer: Trainer, completions: list[list[int]]) -> None:
+        """Verifies the rollouts and builds what the teacher reads for each."""
+        self.completions = completions
+        self.feedback = [verify(trainer.task, self.problem, trainer.prompts.answer(c)) for c in completions]
+        prompts = [trainer.prompts.teacher(self.problem, feedback) for feedback in self.feedback]
+        self.teacher_prompts = [prompt for prompt in prompts if prompt is not None]
+
+
+class Trainer:
+    """Everything of one run. `directory` exists and is the run's own."""
+
+    def __init__(self, config: Config, directory: Path, console: Console) -> None:
+        self.config, self.directory, self.console = config, directory, console
+        self.accelerator = Accelerator(mixed_precision="bf16" if _computes_in_bfloat16(config) else "no")
+        if self.accelerator.num_processes > 1:
+            raise ValueError(f"[accelerate] one process is supported, got {self.accelerator.num_processes}")
+        torch.manual_seed(config.seed)
+        model, self.tokenizer = models.load(config.model)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+        )
+        scheduler = LambdaLR(optimizer, partial(_rate, config))
+        self.model, self.optimizer, self.scheduler = self.accelerator.prepare(model, optimizer, scheduler)
+        self.student = split(self.accelerator.unwrap_model(self.model))
+        self.teacher = Teacher(self.student, config.teacher, config.ema_rate)
+        self.share = _shares(config, shares_prompts(self.student))
+
+        self.task = make_task(config.task, config.seed)
+        stream = problems(self.task, held_out=False)
+        examples = [
+            (problem, verify(self.task, problem, problem.answer)) for _, problem in islice(stream, config.num_examples)
+        ]
+        self.prompts = Prompts(
+            self.tokenizer, examples, config.layout, config.teacher_reads, config.max_prompt_tokens,
+            models.end_ids(self.student.model, self.tokenizer),
+        )  # fmt: skip
+        self.sampling = Sampling(
+            config.max_new_tokens, self.prompts.stop_ids(), config.temperature, config.top_p, config.top_k
+        )
+        own_distribution = Sampling(config.max_new_tokens, self.sampling.stop_ids, config.temperature)
+        held_out_task = make_task(config.task, config.eval_seed)
+        held_out = [problem for _, problem in islice(problems(held_out_task, held_out=True), config.eval_problems)]
+        self.evaluate = Evaluator(
+            held_out_task, self.prompts, held_out, own_distribution, config.eval_samples, config.eval_seed, self.share
+        )  # fmt: skip
+        self.step = 0
+        self.position = 0
+        self.skipped = 0
+
+    # One step.
+
+    def next_batch(self) -> list[Sample]:
+        """Problems whose prompts fit; the others are counted in `skipped`."""
+        batch: list[Sample] = []
+        misses = 0
+        for position, problem in problems(self.task, held_out=False, start=self.position):
+            self.position = position
+            prompt = self.prompts.student(problem)
+            # With an answer still to come, the correction is all of the feedback that can be too long.
+            if prompt is None or self.prompts.teacher(problem, verify(self.task, problem, "")) is None:
+                self.skipped += 1
+                misses += 1
+                if misses == 1000:
+                    raise ValueError("[max_prompt_tokens] a thousand problems in a row did not fit: raise the limit")
+                continue
+            batch.append(Sample(problem, prompt))
+            if len(batch) == self.config.prompts_per_step:
+                break
+        return batch
+
+    def roll_out(self, batch: list[Sample]) -> None:
+        """Samples completions, verifies them, and builds the teacher's prompts."""
+        group = self.config.rollouts_per_prompt
+        rows = [row for row in range(len(batch)) for _ in range(group)]
+        completions = sample(self.student, [entry.prompt for entry in batch], rows, self.sampling, self.share)
+        for index, entry in enumerate(batch):
+            entry.answered_with(self, completions[index * group : (index + 1) * group])
+
+    def micro_batch(
+        self, batch: list[Sample], normalizer: float, seconds: dict[str, float]
+    ) -> tuple[torch.Tensor, Sums]:
+        """Forward and backward of some of the batch's problems, added to the gradients."""
+        group = self.config.rollouts_per_prompt
+        completions = [done for entry in batch for done in entry.completions]
+        rows = [row for row in range(len(batch)) for _ in range(group)]
+        texts, text_rows = _unique([prompt for entry in batch for prompt in entry.teacher_prompts])
+        with self.accelerator.autocast():
+            with _timed(seconds, "teacher"):
+                teacher_hidden = self.teacher.hidden(texts, text_rows, completions, self.share)
+            with _timed(seconds, "student"):
+                prompts = [entry.prompt for entry in batch]
+                hidden = completion_hidden(self.student, prompts, rows, completions, self.share)
+                hidden = hidden.to(self.student.weight.dtype)
+            with _timed(seconds, "loss"):
+                loss, sums = distil_loss(
+                    self.student, hidden, self.teacher, teacher_hidden, completions, self.config, normalizer
+                )
+        with _timed(seconds, "backward"):
+            self.accelerator.backward(loss)
+        return loss.detach(), sums
+
+    def train_step(self) -> dict[str, Any]:
+        """One batch, one update. Returns the record of metrics.jsonl."""
+        seconds: dict[str, float] = {}
+        began = time.perf_counter()
+        batch = self.next_batch()
+        with _timed(seconds, "rollout"), self.accelerator.autocast():
+            self.roll_out(batch)
+        normalizer = float(len(batch) * self.config.rollouts_per_prompt)
+        size = self.config.micro_batch_prompts or len(batch)
+        parts = [
+            self.micro_batch(batch[begin : begin + size], normalizer, seconds) for begin in range(0, len(batch), size)
+        ]
+        with _timed(seconds, "optimizer"):
+            learning_rate = self.scheduler.get_last_lr()[0]
+            grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+            self.optimizer.step()
+            self.scheduler.step()
+            self.optimizer.zero_grad()
+            self.teacher.follow()
+        self.step += 1
+        scores = [feedback.score for entry in batch for feedback in entry.feedback]
+        sums = [part for _, part in parts]
+        num_tokens = sum(part.tokens for part in sums)
+        elapsed = time.perf_counter() - began
+        record = {
+            "kind": "step",
+            "step": self.step,
+            "loss": float(sum(loss for loss, _ in parts)),
+            "accuracy": statistics.fmean(scores),
+            **means(sums),
+            "length": num_tokens / normalizer,
+            "teacher_prefers_right": _prefers_right(
+                batch, torch.cat([s.sequence_teacher_logprob for s in sums]).tolist()
+            ),
+            "grad_norm": float(grad_norm),
+            "learning_rate": learning_rate,
+            "skipped": self.skipped,
+            "tokens_per_second": num_tokens / elapsed,
+            "seconds": elapsed,
+            **{f"seconds_{phase}": spent for phase, spent in seconds.items()},
+        }
+        self._record_rollouts(batch)
+        checkpoint.append_lines(self.directory / "metrics.jsonl", [record])
+        return record
+
+    # The run.
+
+    def run(self) -> bool:
+        """Trains to `config.steps`. Returns whether it got there; the directory is complete either way."""
+        config = self.config
+        with _Interrupt(self.console) as interrupt, report.progress_bar(self.console) as bar:
+            if self.step == 0:
+                self._evaluate(interrupt)
+            shown = bar.add_task(config.task, total=config.steps, completed=self.step, rate="")
+            while self.step < config.steps and not interrupt.requested:
+                record = self.train_step()
+                bar.update(shown, completed=self.step, rate=f"{record['seconds']:.1f} s/step")
+                self.console.print(report.step_line(record), highlight=False)
+                if self.step == config.steps or (config.eval_every and self.step % config.eval_every == 0):
+                    self._evaluate(interrupt)
+                if config.checkpoint_every and self.step % config.checkpoint_every == 0 and self.step < config.steps:
+                    self.save()
+            self.save()
+            records = checkpoint.read_lines(self.directory / "metrics.jsonl")
+            report.plot(records, self.directory / "plot.png", f"{config.task}, {config.teacher} teacher, {config.cost}")
+        evaluations = [record for record in records if record["kind"] == "evaluation"]
+        if evaluations:
+            self.console.print(report.final_table(evaluations))
+        self.console.print(f"run directory: {self.directory}", highlight=False)
+        return self.step >= config.steps
+
+    def _evaluate(self, interrupt: _Interrupt) -> None:
+        began = time.perf_counter()
+        with self.accelerator.autocast():
+            result: Evaluation | None = self.evaluate(self.student, self.teacher, lambda: interrupt.requested)
+        if result is not None:
+            record = {"kind": "evaluation", "step": self.step, **asdict(result), "seconds": time.perf_counter() - began}
+            checkpoint.append_lines(self.directory / "metrics.jsonl", [record])
+            self.console.print(report.evaluation_line(self.step, result), style="bold", highlight=False)
+
+    def save(self) -> None:
+        state = {
+            "step": self.step,
+            "position": self.position,
+            "skipped": self.skipped,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "teacher": self.teacher.state_dict(),
+            "generators": checkpoint.generator_states(),
+        }
+        checkpoint.save(self.directory, self.step, self.student.model, self.tokenizer, state)
+
+    def resume(self) -> None:
+        """Takes up the run directory's last checkpoint."""
+        state = checkpoint.load_state(self.directory)
+        weights, _ = models.load(str(self.directory / checkpoint.LINK))
+        self.student.model.load_state_dict(weights.state_dict())
+        self.teacher.load_state_dict(state["teacher"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.step, self.position, self.skipped = state["step"], state["position"], state["skipped"]
+        checkpoint.restore_generators(state["generators"])
+        for name in ("metrics.jsonl", "rollouts.jsonl"):
+            checkpoint.keep_steps(self.directory / name, self.step)
+
+    def _record_rollouts(self, batch: list[Sample]) -> None:
+        records = [
+            {
+                "step": self.step,
+                "question": entry.problem.question,
+                "answer": self.prompts.answer(completion),
+                "expected": entry.problem.answer,
+                "score": feedback.score,
+                "feedback": feedback.text,
+                "tokens": completion,
+            }
+            for entry in batch
+            for completion, feedback in zip(entry.completions, entry.feedback, strict=True)
+        ]
+        checkpoint.append_lines(self.directory / "rollouts.jsonl", records)
+
+
+class _Interrupt:
+    """Turns the first Ctrl-C into a request; the second one is Python's own."""
+
+    def __init__(self, console: Console) -> None:
+        self.requested = False
+        self._console = console
+
+    def __enter__(self) -> _Interrupt:
+        self._before = signal.signal(signal.SIGINT, self._on_signal)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self.requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self._console.print("finishing this step, then writing the checkpoint (Ctrl-C again stops at once)")
+
+
+def _rate(config: Config, step: int) -> float:
+    """Share of the peak learning rate at a step from 0 (where transformers' warm-ups give 0 and waste the batch)."""
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    done = min(1.0, (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps))
+    if config.learning_rate_schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * done))
+    return 1.0 - done if config.learning_rate_schedule == "linear" else 1.0
+
+
+def _computes_in_bfloat16(config: Config) -> bool:
+    if config.precision == "auto":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return config.precision == "bfloat16"
+
+
+def _shares(config: Config, possible: bool) -> bool:
+    if config.share_prompts == "on" and not possible:
+        raise ValueError(
+            "[share_prompts] this model's cache holds more than keys and values: expected auto or off, got on"
+        )
+    return possible and config.share_prompts != "off"
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - began
+
+
+def _unique(lists: list[list[int]]) -> tuple[list[list[int]], list[int]]:
+    """Different lists in order of appearance, and the index of each."""
+    index: dict[tuple[int, ...], int] = {}
+    rows = [index.setdefault(tuple(tokens), len(index)) for tokens in lists]
+    return [list(tokens) for tokens in index], rows
+
+
+def _prefers_right(batch: list[Sample], teacher_logprobs: list[float]) -> float | None:
+    """Share of (right, wrong) pairs of rollouts of one problem where the teacher finds the right one likelier."""
+    wins = pairs = 0
+    values = iter(teacher_logprobs)
+    for entry in batch:
+        scored = [(feedback.score, next(values)) for feedback in entry.feedback]
+        for score, value in scored:
+            for other_score, other in scored:
+                if score > other_score:
+                    pairs += 1
+                    wins += value > other
+    return wins / pairs if pairs else None

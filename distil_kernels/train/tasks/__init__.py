@@ -1,0 +1,59 @@
+"""Tasks: things that pose problems, know the expert's answer, and verify an answer.
+
+A task has no splits of its own. A problem is held out when the hash of its key says so, so that training and held-out
+problems are disjoint whatever seeds or tasks are used.
+"""
+
+from __future__ import annotations
+
+import difflib
+import zlib
+from collections.abc import Iterator
+
+from distil_kernels.train.tasks.numbers import AddNumbers, LargestNumber, SortNumbers
+from distil_kernels.train.tasks.problem import Problem, Task
+from distil_kernels.train.tasks.reasoning_gym import ReasoningGym
+
+__all__ = ["OWN_TASKS", "Problem", "Task", "is_held_out", "make_task", "problems"]
+
+OWN_TASKS = {"largest": LargestNumber, "add": AddNumbers, "sort": SortNumbers}
+HELD_OUT_SHARE = 8
+"""One problem in eight is held out."""
+
+
+def make_task(name: str, seed: int) -> Task:
+    """A task by its name: one of OWN_TASKS, or `reasoning_gym:NAME`.
+
+    Raises:
+        ValueError: no such task.
+    """
+    if name.startswith("reasoning_gym:"):
+        return ReasoningGym(name.removeprefix("reasoning_gym:"), seed)
+    if name not in OWN_TASKS:
+        close = difflib.get_close_matches(name, OWN_TASKS, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise ValueError(f"[task] expected one of {', '.join(OWN_TASKS)} or reasoning_gym:NAME, got {name!r}{hint}")
+    return OWN_TASKS[name](seed)
+
+
+def is_held_out(problem: Problem) -> bool:
+    """Whether a problem belongs to the held-out ones: a property of its key alone."""
+    return zlib.crc32(problem.key.encode()) % HELD_OUT_SHARE == 0
+
+
+def problems(task: Task, held_out: bool, start: int = 0) -> Iterator[tuple[int, Problem]]:
+    """Endless problems of one split from index `start`, each with the index to go on from.
+
+    Raises:
+        ValueError: the task gave a thousand problems in a row of the other split (it has too few different ones).
+    """
+    misses = 0
+    while misses < 1000:
+        problem = task.problem(start)
+        start += 1
+        misses += 1
+        if is_held_out(problem) == held_out:
+            misses = 0
+            yield start, problem
+    split = "held-out" if held_out else "training"
+    raise ValueError(f"[task] no {split} problem in a thousand: the task has too few different ones")

@@ -1,0 +1,170 @@
+"""The benchmark itself: one quick run as a user starts it, and the parts that keep it honest."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import peers
+import pytest
+import report
+import run
+import timing
+import torch
+from cases import Case, exact_answer, make_problem, relative_errors
+from check import wrong
+
+from distil_kernels.backends import cpu
+
+ROOT = Path(__file__).parents[2]
+CASE = Case("ce", 64, 700, 16, "fp32", "cpu", 1)
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
+    """Standard output and JSON file of `bench/run.py --quick --peers none`."""
+    path = tmp_path_factory.mktemp("bench") / "out.json"
+    command = [sys.executable, "bench/run.py", "--quick", "--peers", "none", "--threads", "1", "--json", str(path)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(path.read_text())
+
+
+def test_quick_run_times_checks_and_weighs_every_plan_that_can_run(quick_run: tuple[str, dict]) -> None:
+    _, found = quick_run
+    (table,) = found["tables"]
+    expected = {"ours reference gradient_in_forward"}
+    if cpu.unavailable(torch.device("cpu"), torch.float32) is None:
+        expected |= {f"ours cpu {plan}" for plan in ("gradient_in_forward", "kept_gradient", "recompute")}
+    timed = {row["name"]: row for row in table["rows"] if row["group"] == "ours" and row["reason"] is None}
+    assert set(timed) == expected
+    for row in timed.values():
+        assert row["rounds"] == 3
+        assert row["ms"] > 0
+        assert row["limit_ratio"] > 0
+        for regime, bound in (("ordinary", 1e-4), ("converged", 1e-3)):
+            assert set(row["errors"][regime]) == {"value", "student_hidden", "student_weight"}
+            assert all(0 < error < bound for error in row["errors"][regime].values())
+    assert 0 < table["kl"]["converged"] < 0.01 < table["kl"]["ordinary"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory of a CPU process is read from Linux")
+def test_quick_run_measures_the_memory_that_the_plan_has(quick_run: tuple[str, dict]) -> None:
+    """Chunk of logits and dW accumulator, 9 MiB here; the pages around them are allowed two more."""
+    case = quick_run[1]["tables"][0]["case"]
+    planned = 4 * case["vocab_size"] * (2 * case["num_rows"] + case["hidden_size"])
+    rows = {row["name"]: row for row in quick_run[1]["tables"][0]["rows"]}
+    name = next((name for name in ("ours cpu gradient_in_forward",) if name in rows and not rows[name]["reason"]), None)
+    if name is None:
+        pytest.skip("the cpu back end is not built")
+    assert planned <= rows[name]["peak_extra_bytes"] <= planned + 2 * 2**20
+
+
+def test_quick_run_ends_with_its_json_and_says_where_it_ran(quick_run: tuple[str, dict]) -> None:
+    text, found = quick_run
+    assert json.loads(text.strip().splitlines()[-1]) == found
+    assert {"date", "command", "commit", "device", "threads", "versions", "allocator"} <= set(found["header"])
+    assert found["header"]["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+
+
+def test_markdown_and_figures_come_from_the_json_alone(quick_run: tuple[str, dict], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    found = quick_run[1]
+    text = report.markdown(found)
+    for row in found["tables"][0]["rows"]:
+        assert f"| {row['name']} | {row['ms']:.1f} |" in text
+    assert found["header"]["command"] in text
+    larger = copy.deepcopy(found["tables"][0])
+    larger["case"]["num_rows"] *= 2
+    figures = report.plot([{"tables": [*found["tables"], larger]}], tmp_path)
+    assert {figure.suffix for figure in figures} == {".png", ".svg"}
+    assert all(figure.stat().st_size > 1000 for figure in figures)
+    assert report.plot([found], tmp_path / "one") == []
+
+
+def test_a_row_that_was_not_timed_is_listed_with_its_reason(quick_run: tuple[str, dict]) -> None:
+    found = copy.deepcopy(quick_run[1])
+    found["tables"][0]["rows"].append({"name": "other", "group": "peer", "reason": "its kernels need a GPU"})
+    text = report.markdown(found)
+    assert "not timed: other: its kernels need a GPU" in text
+    assert "| other |" not in text
+
+
+def test_a_wrong_result_gets_no_speed() -> None:
+    problem = make_problem(CASE, "ordinary")
+    answer = exact_answer("ce", problem)
+    loss = peers._naive("ce")
+
+    def reason(scale: float, grad_scale: float) -> str | None:
+        value = timing.forward_backward(
+            lambda problem: loss(problem).mul(grad_scale) + loss(problem).detach() * (scale - grad_scale), problem
+        ).item()
+        exact = answer.values["loss"]
+        return wrong(CASE, {"value": abs(value - exact) / abs(exact), **relative_errors(problem, answer)})
+
+    assert reason(1.0, 1.0) is None
+    assert "another value" in reason(1.01, 1.0)
+    assert "another gradient" in reason(1.0, 1.01)
+    assert "another value" in reason(math.nan, 1.0)
+
+
+def test_errors_are_relative_to_the_norm_of_the_exact_gradient() -> None:
+    problem = make_problem(CASE, "ordinary")
+    answer = exact_answer("ce", problem)
+    for name, leaf in problem.inputs.leaves.items():
+        leaf.grad = answer.gradients[name].float() * 1.25
+    assert relative_errors(problem, answer) == pytest.approx({"student_hidden": 0.25, "student_weight": 0.25}, rel=1e-4)
+
+
+def test_rounds_are_interleaved_and_a_slow_call_leaves_after_its_third() -> None:
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    timings = timing.interleaved(calls, "cpu", rounds=2, seconds=100.0)
+    assert order == list("abcabc")
+    assert {name: found.rounds for name, found in timings.items()} == {"a": 2, "b": 2, "c": 2}
+    timings = timing.interleaved(calls, "cpu", rounds=5, seconds=-1.0)
+    assert {found.rounds for found in timings.values()} == {3}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory of a CPU process is read from Linux")
+def test_peak_memory_is_what_a_call_needs_beyond_inputs_and_gradients() -> None:
+    problem = make_problem(Case("ce", 64, 2**15, 64, "fp32", "cpu", 1), "ordinary")
+
+    def call() -> None:
+        for leaf in problem.inputs.leaves.values():
+            leaf.grad = torch.ones_like(leaf)
+        for mebibytes in (40, 60):  # above 32 MiB malloc returns a freed block at once, whatever happened before
+            torch.ones(mebibytes * 2**18)
+
+    call()
+    assert timing.peak_extra_bytes(call, problem, "cpu") == pytest.approx(60 * 2**20, abs=2**20)
+
+
+def test_bare_products_are_the_ones_of_the_op() -> None:
+    for op, products in (("ce", 4), ("frozen", 3), ("stats", 6), ("distil", 4)):
+        case = Case(op, 64, 700, 16, "fp32", "cpu", 1)
+        ((name, call),) = timing.bare_products(case, make_problem(case, "ordinary")).items()
+        assert name == f"{products} bare products, fp32"
+        flops = _flops(call)
+        assert flops == products * 2 * 64 * 700 * 16
+
+
+def _flops(call: timing.Call) -> int:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("arguments", [["--shapes", "1024x49152"], ["--shapes", "0x10x10"], ["--ops", "jsd"]])
+def test_a_wrong_argument_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run.main(arguments)
+    assert arguments[0] in capsys.readouterr().err

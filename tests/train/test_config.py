@@ -1,0 +1,95 @@
+"""The command line: one source of options, checked before any work."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+
+from distil_kernels.train.config import Config, descriptions, parse
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        parse(list(arguments))
+    assert exit_.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_every_option_is_described_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(descriptions()) == {option.name for option in fields(Config)}
+    with pytest.raises(SystemExit) as exit_:
+        parse(["--help"])
+    assert exit_.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for option in fields(Config):
+        assert f"--{option.name}" in shown
+    assert f"Peak learning rate of AdamW. [{Config().learning_rate}]" in shown
+
+
+def test_both_spellings_and_types() -> None:
+    config, given = parse(
+        ["--max-new-tokens", "5", "--learning_rate=1e-3", "--off_policy", "--no-overwrite", "--top_k", "3"]
+    )
+    assert (config.max_new_tokens, config.learning_rate, config.off_policy, config.overwrite, config.top_k) == (
+        5,
+        1e-3,
+        True,
+        False,
+        3,
+    )
+    assert given == {"max_new_tokens", "learning_rate", "off_policy", "overwrite", "top_k"}
+    assert parse([]) == (Config(), set())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("--learning_rte", "--learning_rate"),
+        ("--zzz", ""),
+        ("--warmup", "--warmup_steps"),
+        ("--max-tokens", "--max_new_tokens"),
+    ],
+)
+def test_unknown_options_are_errors_with_a_suggestion(
+    capsys: pytest.CaptureFixture[str], wrong: str, meant: str
+) -> None:
+    message = refused(capsys, wrong, "3")
+    assert f"unknown option {wrong}" in message
+    assert (f"did you mean {meant}" if meant else "--help") in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--steps", "-1"], ["[steps]", "at least 0", "-1"]),
+        (["--learning-rate", "nan"], ["[learning_rate]", "nan"]),
+        (["--temperature", "0"], ["[temperature]", "above 0", "0"]),
+        (["--discount", "1.5"], ["[discount]", "0.0 to 1.0", "1.5"]),
+        (["--teacher", "best"], ["[teacher]", "frozen, ema, live", "'best'"]),
+        (["--top_p", "0.9"], ["[top_p, top_k]", "0.9", "--off_policy insists"]),
+        (["--top_k", "50"], ["[top_p, top_k]", "50"]),
+        (["--rollouts_per_prompt", "1"], ["[rollouts_per_prompt]", "at least 2", "1"]),
+        (["--baseline", "position_mean", "--micro_batch_prompts", "2"], ["[micro_batch_prompts]", "whole batch"]),
+        (["--name", "a/b"], ["[name]", "'a/b'"]),
+        (["--steps", "many"], ["--steps", "many"]),
+    ],
+)
+def test_values_are_checked_with_name_value_and_expectation(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], parts: list[str]
+) -> None:
+    message = refused(capsys, *arguments)
+    for part in parts:
+        assert part in message
+
+
+def test_a_user_can_insist_on_other_rollouts() -> None:
+    assert parse(["--top_p", "0.9", "--off_policy"])[0].top_p == 0.9
+    assert parse(["--top_p", "0.9", "--credit_span", "none"])[0].top_p == 0.9  # no score term, nothing to be wrong
+
+
+def test_json_round_trip_refuses_unknown_keys() -> None:
+    config = Config(learning_rate=3e-4, task="add")
+    assert Config.from_json(config.to_json()) == config
+    with pytest.raises(ValueError, match=r"'step'.*did you mean --steps"):
+        Config.from_json('{"step": 1}')

@@ -1,0 +1,83 @@
+"""Evaluation: means and errors over problems, the same each time, nothing taken from training's generator."""
+
+from __future__ import annotations
+
+import math
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from distil_kernels.hf import CausalLM, split
+from distil_kernels.train import models
+from distil_kernels.train.evaluate import Evaluator, mean_and_error
+from distil_kernels.train.feedback import Prompts
+from distil_kernels.train.rollout import Sampling
+from distil_kernels.train.tasks import Problem, make_task, problems
+from distil_kernels.train.teacher import Teacher
+
+
+def test_mean_and_standard_error() -> None:
+    mean, error = mean_and_error([1.0, 0.0, 0.5, 0.5])
+    assert mean == 0.5
+    assert error == pytest.approx(math.sqrt((0.25 + 0.25) / 3 / 4))
+    assert mean_and_error([1.0])[0] == 1.0 and math.isnan(mean_and_error([1.0])[1])
+
+
+class Vowels:
+    """Scores a known thing of the answer, so that the evaluation can be counted by hand."""
+
+    def __init__(self, answers: list[str]) -> None:
+        self.answers = answers
+
+    def problem(self, index: int) -> Problem:
+        return make_task("largest", 9).problem(index)
+
+    def score(self, answer: str, entry: object) -> float:
+        self.answers.append(answer)
+        return float(len(answer) % 2)
+
+
+def parts(tiny_model: Path) -> tuple[CausalLM, Prompts]:
+    model, tokenizer = models.load(str(tiny_model))
+    return split(model), Prompts(tokenizer, [], end_ids=[0])
+
+
+def test_every_problem_and_sample_counts_once(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distil_kernels.train.evaluate.BATCH_ROWS", 5)  # two problems a batch, the last batch not full
+    lm, prompts = parts(tiny_model)
+    answers: list[str] = []
+    task = Vowels(answers)
+    held_out = [problem for _, problem in islice(problems(task, held_out=True), 7)]
+    evaluate = Evaluator(task, prompts, held_out, Sampling(5, prompts.stop_ids()), num_samples=2, seed=1, share=True)
+    answers.clear()
+    result = evaluate(lm, Teacher(lm, "live", 0.0))
+    assert result is not None and len(answers) == 7 * 2 + 7 + 7
+    odd = [float(len(answer) % 2) for answer in answers]
+    by_problem = [(odd[2 * i] + odd[2 * i + 1]) / 2 for i in range(7)]
+    assert (result.sampled, result.sampled_se) == pytest.approx(mean_and_error(by_problem))
+    assert (result.greedy, result.greedy_se) == pytest.approx(mean_and_error(odd[14:21]))
+    assert (result.teacher, result.teacher_se) == pytest.approx(mean_and_error(odd[21:]))
+    assert result.problems == 7 and 1 <= result.length <= 5
+
+
+def test_repeats_itself_and_leaves_the_generator_alone(tiny_model: Path) -> None:
+    lm, prompts = parts(tiny_model)
+    task = Vowels([])
+    held_out = [problem for _, problem in islice(problems(task, held_out=True), 4)]
+    evaluate = Evaluator(task, prompts, held_out, Sampling(5, prompts.stop_ids()), num_samples=3, seed=1, share=True)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first = evaluate(lm, Teacher(lm, "frozen", 0.0))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)
+    assert evaluate(lm, Teacher(lm, "frozen", 0.0)) == first
+    assert evaluate(lm, Teacher(lm, "frozen", 0.0), stop=lambda: True) is None
+
+
+def test_problems_that_do_not_fit_are_an_error_when_none_does(tiny_model: Path) -> None:
+    _, tokenizer = models.load(str(tiny_model))
+    prompts = Prompts(tokenizer, [], max_tokens=3, end_ids=[0])
+    with pytest.raises(ValueError, match="max_prompt_tokens"):
+        Evaluator(Vowels([]), prompts, [Vowels([]).problem(0)], Sampling(5, [0]), 1, 1, share=True)

@@ -1,0 +1,174 @@
+"""Whole runs of a tiny model: three steps and their files, micro-batches, resuming, interrupting."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from distil_kernels.train.__main__ import main
+from distil_kernels.train.checkpoint import read_lines
+from distil_kernels.train.config import Config
+from distil_kernels.train.loop import Trainer
+
+QUICK = [
+    "--prompts_per_step", "3", "--rollouts_per_prompt", "2", "--max_new_tokens", "4", "--num_examples", "1",
+    "--eval_problems", "4", "--eval_every", "2", "--learning_rate", "1e-3", "--warmup_steps", "1",
+]  # fmt: skip
+TIMES = ("seconds", "tokens_per_second")
+
+
+def train(model: Path, runs: Path, name: str, *extra: str, steps: int = 3) -> Path:
+    status = main(
+        ["--model", str(model), "--runs_dir", str(runs), "--name", name, "--steps", str(steps), *QUICK, *extra]
+    )
+    assert status == 0
+    return runs / name
+
+
+def metrics(directory: Path) -> list[dict[str, object]]:
+    """Records without what the clock says."""
+    records = read_lines(directory / "metrics.jsonl")
+    return [{key: value for key, value in record.items() if not key.startswith(TIMES)} for record in records]
+
+
+def trainer(model: Path, directory: Path, **changes: object) -> Trainer:
+    directory.mkdir()
+    settings = {
+        "model": str(model), "prompts_per_step": 4, "rollouts_per_prompt": 2, "max_new_tokens": 4, "num_examples": 1,
+        "eval_problems": 2, **changes,
+    }  # fmt: skip
+    return Trainer(Config(**settings), directory, Console(quiet=True))
+
+
+def test_three_steps_and_their_files(tiny_model: Path, tmp_path: Path) -> None:
+    directory = train(tiny_model, tmp_path, "run")
+    assert json.loads((directory / "config.json").read_text())["steps"] == 3
+    records = metrics(directory)
+    steps = [record for record in records if record["kind"] == "step"]
+    assert [record["step"] for record in steps] == [1, 2, 3]
+    assert [record["step"] for record in records if record["kind"] == "evaluation"] == [0, 2, 3]
+    for record in steps:
+        # The loss is the summed cost per rollout; a random model answers with about log(260) nats of entropy at most.
+        assert record["loss"] == pytest.approx(record["ce"] * record["length"], rel=1e-5)
+        assert 0 < record["kl"] < record["ce"]
+        assert record["ce"] == pytest.approx(record["kl"] + record["teacher_entropy"], rel=1e-4)
+        assert 0 < record["entropy"] <= math.log(260)
+        assert 0 < record["grad_norm"] < 1e4 and 1 <= record["length"] <= 4
+    assert steps[0]["learning_rate"] == pytest.approx(5e-4) and steps[2]["learning_rate"] == pytest.approx(1e-3)
+
+    rollouts = read_lines(directory / "rollouts.jsonl")
+    assert len(rollouts) == 3 * 3 * 2
+    assert all(0 < len(record["tokens"]) <= 4 and record["expected"] in record["feedback"] for record in rollouts)
+    assert (directory / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+    tokenizer = AutoTokenizer.from_pretrained(directory / "checkpoint")
+    trained = AutoModelForCausalLM.from_pretrained(directory / "checkpoint").state_dict()
+    start = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
+    assert tokenizer("Q: 12").input_ids == AutoTokenizer.from_pretrained(tiny_model)("Q: 12").input_ids
+    assert not any(torch.equal(trained[name], start[name]) for name in start)
+    leftovers = [path.name for path in directory.rglob("*tmp*")]
+    assert leftovers == []
+
+
+def test_training_lowers_the_divergence_from_the_teacher(tiny_model: Path, tmp_path: Path) -> None:
+    directory = train(tiny_model, tmp_path, "run", "--credit_span", "none", "--eval_every", "0", steps=30)
+    kl = [record["kl"] for record in metrics(directory) if record["kind"] == "step"]
+    assert sum(kl[-5:]) < 0.7 * sum(kl[:5])
+
+
+@pytest.mark.parametrize("teacher", ["live", "frozen", "ema"])
+def test_micro_batches_and_whole_rows_give_the_same_gradient(tiny_model: Path, tmp_path: Path, teacher: str) -> None:
+    gradients = []
+    settings = ({}, {"micro_batch_prompts": 1}, {"micro_batch_prompts": 3}, {"share_prompts": "off"})
+    for index, changes in enumerate(settings):
+        run = trainer(tiny_model, tmp_path / str(index), teacher=teacher, **changes)
+        batch = run.next_batch()
+        for number, entry in enumerate(batch):  # the same rollouts whatever the sampler would have drawn
+            entry.answered_with(run, [[20 + number, 30, 40 + number][: 1 + number % 3], [21, 31 + number]])
+        size = run.config.micro_batch_prompts or len(batch)
+        total = sum(float(run.micro_batch(batch[i : i + size], 8.0, {})[0]) for i in range(0, len(batch), size))
+        grad = torch.cat([parameter.grad.flatten() for parameter in run.student.model.parameters()])
+        gradients.append((total, grad))
+    for total, grad in gradients[1:]:
+        assert total == pytest.approx(gradients[0][0], rel=1e-5)
+        torch.testing.assert_close(grad, gradients[0][1], rtol=1e-3, atol=1e-5 * float(grad.abs().max()))
+
+
+@pytest.mark.parametrize("teacher", ["live", "frozen", "ema"])
+def test_a_resumed_run_repeats_an_uninterrupted_one(tiny_model: Path, tmp_path: Path, teacher: str) -> None:
+    extra = ("--teacher", teacher, "--ema_rate", "0.3")
+    whole = train(tiny_model, tmp_path, "whole", *extra, steps=4)
+    parts = train(tiny_model, tmp_path, "parts", *extra, steps=2)
+    with (parts / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "step", "step": 3, "note": "taken after the checkpoint, then lost"}\n{"cut')
+    assert main(["--resume", str(parts), "--steps", "4"]) == 0
+    assert metrics(parts) == metrics(whole)
+    assert read_lines(parts / "rollouts.jsonl") == read_lines(whole / "rollouts.jsonl")
+    ours, theirs = (torch.load(run / "checkpoint" / "trainer.pt") for run in (parts, whole))
+    for name, value in theirs["teacher"].items():
+        assert torch.equal(ours["teacher"][name], value)
+    assert bool(theirs["teacher"]) == (teacher == "ema")
+    start = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
+    assert not any(torch.equal(value, start[name]) for name, value in theirs["teacher"].items())  # it followed
+
+
+def test_ctrl_c_leaves_a_usable_run(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_step = Trainer.train_step
+
+    def interrupted(self: Trainer) -> dict[str, object]:
+        if self.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return take_step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    arguments = ["--model", str(tiny_model), "--runs_dir", str(tmp_path), "--name", "run", "--steps", "50", *QUICK]
+    assert main(arguments) == 130
+    directory = tmp_path / "run"
+    assert [record["step"] for record in metrics(directory) if record["kind"] == "step"] == [1, 2]
+    assert (directory / "plot.png").exists() and (directory / "checkpoint").resolve().name == "checkpoint-000002"
+    AutoModelForCausalLM.from_pretrained(directory / "checkpoint")
+    assert signal.getsignal(signal.SIGINT) is before
+    monkeypatch.undo()
+    assert main(["--resume", str(directory), "--steps", "3"]) == 0
+
+
+def test_a_run_directory_is_not_overwritten_silently(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("kept")
+    arguments = ["--model", str(tiny_model), "--runs_dir", str(tmp_path), "--name", "run", "--steps", "0", *QUICK]
+    assert main(arguments) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (tmp_path / "run" / "mine.txt").read_text() == "kept"
+    assert main([*arguments, "--overwrite"]) == 0
+    assert not (tmp_path / "run" / "mine.txt").exists()
+
+
+def test_resume_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--resume", str(tmp_path)]) == 2
+    assert "no config.json" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text(Config().to_json())
+    assert main(["--resume", str(tmp_path), "--teacher", "live"]) == 2
+    assert "--teacher" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_loaded_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", str(tmp_path / "nowhere"), "--runs_dir", str(tmp_path), "--name", "run"]) == 2
+    assert "[model]" in capsys.readouterr().err
+
+
+def test_a_reasoning_gym_task_runs(tiny_model: Path, tmp_path: Path) -> None:
+    directory = train(
+        tiny_model, tmp_path, "run", "--task", "reasoning_gym:basic_arithmetic", "--layout", "chat", steps=1
+    )
+    assert metrics(directory)[1]["step"] == 1
