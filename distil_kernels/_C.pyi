@@ -41,3 +41,49 @@ def cpu_row_grad(
     num_threads: int,
     instruction_set: InstructionSet,
 ) -> None: ...
+
+# Where the extension was built with nvcc; the three row kernels return a cudaError_t.
+
+class FloatType(Enum):
+    float32 = 0
+    bfloat16 = 1
+    float16 = 2
+
+class GradRows:
+    def __init__(self, data: int, row_stride: int, type: FloatType) -> None: ...
+
+def cuda_device_error() -> int: ...
+def cuda_error_text(error: int) -> str: ...
+def cuda_row_stats(
+    student: LogitRows,
+    teacher: LogitRows,
+    tokens: int,
+    num_rows: int,
+    vocab_size: int,
+    statistics: int,
+    stream: int,
+) -> int: ...
+def cuda_row_grad(
+    student: LogitRows,
+    teacher: LogitRows,
+    tokens: int,
+    statistics: int,
+    ce_weight: int,
+    logprob_weight: int,
+    num_rows: int,
+    vocab_size: int,
+    grad: GradRows,
+    stream: int,
+) -> int: ...
+def cuda_row_stats_grad(
+    student: LogitRows,
+    teacher: LogitRows,
+    tokens: int,
+    ce_weight: int,
+    num_rows: int,
+    vocab_size: int,
+    cluster_size: int,
+    statistics: int,
+    grad: GradRows,
+    stream: int,
+) -> int: ...

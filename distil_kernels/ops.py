@@ -149,12 +149,8 @@ def row_statistics(
         student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
         tokens, counted, temperature, teacher_temperature, logit_softcap, backend,
     )  # fmt: skip
-<<<<<<< HEAD
-    return tuple(driver.rows_statistics(problem, Plan(plan, chunk_rows, ring_rows)))
-=======
-    result = driver.rows_statistics(problem, Plan(plan, chunk_rows, ""))
+    result = driver.rows_statistics(problem, Plan(plan, chunk_rows, ring_rows))
     return result.statistics, result.base_hidden, result.kept
->>>>>>> main
 
 
 @row_statistics.register_fake

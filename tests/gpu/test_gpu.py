@@ -1,0 +1,183 @@
+"""Both GPU back ends through the public ops and one by one, against the float64 oracle. Not yet run on a GPU."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import row_checks
+import torch
+
+from distil_kernels import fused_distil_loss, fused_forward_ce, token_stats
+from distil_kernels.backends import LogitPair, LogitTransform
+from distil_kernels.backends.dispatch import BACKENDS, choose_backend
+from distil_kernels.plan import Plan
+from distil_kernels.testing import KINDS, Inputs, assert_within_budget, baselines, make_inputs, oracle, term_sizes
+
+GPU = torch.device("cuda")
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def backend(request):
+    why_not = BACKENDS[request.param].unavailable(GPU, torch.bfloat16)
+    if why_not is not None:
+        pytest.skip(why_not)
+    return request.param
+
+
+def test_auto_takes_the_first_that_runs():
+    first = next(name for name in BACKENDS if BACKENDS[name].unavailable(GPU, torch.bfloat16) is None)
+    assert choose_backend("auto", GPU, torch.bfloat16).name == first
+
+
+def moved(value):
+    if isinstance(value, LogitPair):
+        return LogitPair(*(tensor.to(GPU) for tensor in value))
+    if isinstance(value, LogitTransform):
+        return LogitTransform(None if value.bias is None else value.bias.to(GPU), value.softcap, value.temperature)
+    return value.to(GPU) if isinstance(value, torch.Tensor) else value
+
+
+@pytest.fixture
+def kernels(backend):
+    """The back end's row kernels for tensors on the CPU."""
+    module = BACKENDS[backend]
+
+    def row_stats(*arguments):
+        return module.row_stats(*map(moved, arguments)).cpu()
+
+    def row_grad(*arguments):
+        *inputs, out = arguments
+        result = moved(out)
+        module.row_grad(*map(moved, inputs), result)
+        out.copy_(result)
+
+    return SimpleNamespace(row_stats=row_stats, row_grad=row_grad)
+
+
+@pytest.mark.parametrize("kind", ["ordinary", "peaked", "near", "offset"])
+@pytest.mark.parametrize("vocab_size", [1, 7, 128, 131])
+def test_row_kernels(kernels, vocab_size, kind, generator):
+    row_checks.check_kinds(kernels, vocab_size, kind, generator)
+
+
+def test_row_kernels_in_corners(kernels, generator):
+    row_checks.check_softcap_and_minus_infinity(kernels, generator)
+    row_checks.check_blocks(kernels, generator)
+    row_checks.check_first_of_equal_maxima(kernels)
+    row_checks.check_unused_rows_and_nan(kernels, generator)
+    row_checks.check_tokens_outside(kernels, generator)
+
+
+def on_gpu(inputs: Inputs) -> Inputs:
+    return inputs.to(inputs.student_hidden.dtype, GPU)
+
+
+def gradients_of(value: torch.Tensor, inputs: Inputs) -> dict[str, torch.Tensor]:
+    found = torch.autograd.grad(value, list(inputs.leaves.values()))
+    return dict(zip(inputs.leaves, (gradient.cpu() for gradient in found), strict=True))
+
+
+def compare(inputs: Inputs, ours: dict[str, torch.Tensor], definition, weight: torch.Tensor) -> None:
+    """`definition(copy)` by name, on the CPU, within the error budget."""
+    exact, base = definition(inputs.to(torch.float64)), baselines(inputs, definition)
+    terms = term_sizes(inputs, weight)
+    for name, value in ours.items():
+        assert_within_budget(name, value, base[name], exact[name], terms=terms.get(name, 1.0))
+
+
+def sum_of_ce(copy: Inputs) -> dict[str, torch.Tensor]:
+    value = oracle(copy).ce.sum()
+    return {"value": value.detach(), **gradients_of(value, copy)}
+
+
+# 37 rows: no multiple of a chunk; 4099 and 1031 columns: odd, more and less than a Triton block; 4096: whole vectors.
+@pytest.mark.parametrize(
+    "plan", ["auto", Plan("gradient_in_forward", 16, 0), Plan("gradient_in_forward", 8, 24)], ids=str
+)
+@pytest.mark.parametrize("vocab_size", [1031, 4096, 4099])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_scalar_loss(backend, dtype, vocab_size, plan, generator):
+    if isinstance(plan, Plan) and plan.ring_rows == 0 and dtype != torch.float32:
+        pytest.skip("half precision needs a ring: the operands are not as wide as the logits")
+    inputs = make_inputs(37, vocab_size, 64, dtype=dtype, generator=generator)
+    moved_inputs = on_gpu(inputs)
+    value = fused_forward_ce(*moved_inputs.heads, reduction="sum", backend=backend, plan=plan)
+    ours = {"value": value.detach().cpu(), **gradients_of(value, moved_inputs)}
+    compare(inputs, ours, sum_of_ce, torch.ones(37))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shared_head", [False, True])
+def test_kinds_and_shared_head(backend, shared_head, kind, generator):
+    inputs = make_inputs(37, 4099, 64, kind=kind, dtype=torch.bfloat16, shared_head=shared_head, generator=generator)
+    moved_inputs = on_gpu(inputs)
+    value = fused_forward_ce(*moved_inputs.heads, reduction="sum", backend=backend)
+    compare(inputs, {"value": value.detach().cpu(), **gradients_of(value, moved_inputs)}, sum_of_ce, torch.ones(37))
+
+
+@pytest.mark.parametrize("plan", ["kept_gradient", "recompute"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_with_upstream_gradients(backend, dtype, plan, generator):
+    inputs = make_inputs(37, 1031, 64, dtype=dtype, bias=True, generator=generator, logit_softcap=8.0)
+    upstream = torch.rand(37, generator=generator)
+
+    def definition(copy: Inputs) -> dict[str, torch.Tensor]:
+        ce = oracle(copy).ce
+        return {"ce": ce.detach(), **gradients_of((ce * upstream.to(ce.dtype)).sum(), copy)}
+
+    moved_inputs = on_gpu(inputs)
+    ce = fused_forward_ce(*moved_inputs.heads, **moved_inputs.options, reduction="none", backend=backend, plan=plan)
+    ours = {"ce": ce.detach().cpu(), **gradients_of((ce * upstream.to(GPU)).sum(), moved_inputs)}
+    compare(inputs, ours, definition, upstream)
+
+
+def test_frozen_head_and_token_statistics(backend, generator):
+    inputs = make_inputs(37, 4099, 64, dtype=torch.bfloat16, generator=generator)
+    inputs.student_weight.requires_grad_(False)
+    moved_inputs = on_gpu(inputs)
+    value = fused_forward_ce(*moved_inputs.heads, reduction="sum", backend=backend, plan="frozen_head")
+    compare(inputs, {"value": value.detach().cpu(), **gradients_of(value, moved_inputs)}, sum_of_ce, torch.ones(37))
+
+    def definition(copy: Inputs) -> dict[str, torch.Tensor]:
+        return {name: each.detach() for name, each in oracle(copy)._asdict().items() if name != "agree"}
+
+    with torch.no_grad():  # `triton` forms no logits here
+        found = token_stats(*moved_inputs.heads, tokens=moved_inputs.tokens, backend=backend)
+    size = float(definition(inputs.to(torch.float64))["lse"].abs().max()) + 10.0
+    exact, base = definition(inputs.to(torch.float64)), baselines(inputs, definition)
+    for name, value in exact.items():
+        assert_within_budget(name, getattr(found, name).cpu(), base[name], value, terms=size)
+
+
+@pytest.mark.parametrize("plan", ["auto", "recompute", Plan("gradient_in_forward", 8, 16)], ids=str)
+def test_credit(backend, plan, generator):
+    inputs = make_inputs(20, 1031, 64, kind="near", generator=generator)
+    borders = torch.tensor([0, 6, 11, 13, 20])
+
+    def compute(copy: Inputs, name: str, plan: str | Plan) -> dict[str, torch.Tensor]:
+        result = fused_distil_loss(*copy.heads, tokens=copy.tokens, cu_seqlens=borders, baseline="leave_one_out",
+                                   group_size=2, discount=0.9, backend=name, plan=plan)  # fmt: skip
+        return {"loss": result.loss.detach().cpu(), "credit": result.credit.cpu(), **gradients_of(result.loss, copy)}
+
+    ours = compute(on_gpu(inputs), backend, plan)
+    weight = (compute(inputs.to(torch.float64), "reference", "auto")["credit"].abs() + 1.0) / 4
+    compare(inputs, ours, lambda copy: compute(copy, "reference", "auto"), weight)
+
+
+def test_runs_on_the_current_stream_and_waits_for_nothing(backend, generator):
+    moved_inputs = on_gpu(make_inputs(64, 1031, 64, dtype=torch.bfloat16, generator=generator))
+
+    def loss() -> torch.Tensor:
+        return fused_forward_ce(*moved_inputs.heads, backend=backend)
+
+    expected = loss()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            value = loss()
+            value.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert torch.equal(value, expected)
