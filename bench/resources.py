@@ -37,10 +37,14 @@ def triton_resources() -> Iterator[Resources]:
     from distil_kernels.backends import triton_kernels as kernels
 
     flags = {f"HAS_{model}_{what}": True for model in ("STUDENT", "TEACHER") for what in ("BIAS", "SOFTCAP")}
+    # What a launch makes of arguments that are None or 1.
+    plain = {**dict.fromkeys(flags, False), "student_bias_ptr": None, "teacher_bias_ptr": None, "tokens_ptr": None,
+             "token_logits_ptr": None, "num_splits": 1}  # fmt: skip
     for capability in (80, 90):
         tile = backend.choose_tile(divmod(capability, 10), torch.bfloat16)
         shape = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
         yield _triton(kernels.row_partials, {**flags, "HAS_TOKENS": True, "BLOCK": 4096}, capability, 8, 3)
+        yield _triton(kernels.row_partials, {**plain, "HAS_TOKENS": False, "BLOCK": 4096}, capability, 8, 3)
         yield _triton(kernels.merge_partials, {"HAS_TOKENS": True, "SPLITS": 64}, capability, 1, 3)
         yield _triton(kernels.row_grad, {**flags, "HAS_LOGPROB": True, "BLOCK": 4096}, capability, 8, 3)
         yield _triton(kernels.head_partials, {**flags, **shape, "HAS_TOKENS": True, "WIDEN": False}, capability,
@@ -56,7 +60,7 @@ def _triton(kernel, constants: dict[str, object], capability: int, num_warps: in
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if name.endswith(("_ptr", "_stride", "hidden_size"))
+        if name.endswith(("_ptr", "_stride", "hidden_size")) and name not in constants
     }
     signature = {name: _triton_type(name, constants) for name in kernel.arg_names}
     compiled = triton.compile(
