@@ -84,6 +84,8 @@ def reverse_chunks(lengths: Tensor, counted: Tensor | None, credit: Credit, max_
     sequences = torch.repeat_interleave(torch.arange(num_sequences), lengths)
     positions = torch.arange(sequences.numel()) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
     rows = torch.arange(sequences.numel()) if counted is None else counted.nonzero()[:, 0]
+    if rows.numel() == 0:
+        return []
     longest = int(lengths.max())
     key = (sequences // block_size) * longest + (longest - 1 - positions)
     rows = rows[torch.argsort(key[rows], stable=True)]

@@ -143,6 +143,20 @@ def test_no_gradient_gives_the_same_numbers(generator):
     torch.testing.assert_close(ours.credit, still.credit)
 
 
+@pytest.mark.parametrize("plan", ["gradient_in_forward", "recompute"])
+@pytest.mark.parametrize("lengths", [LENGTHS, [0, 0]])
+def test_nothing_counted(lengths, plan, generator):
+    """Every row masked, and no rows at all: value and gradients are 0."""
+    inputs = make_inputs(sum(lengths), 40, 8, generator=generator)
+    nothing = torch.zeros(sum(lengths), dtype=torch.bool)
+    ours = run(inputs, lengths=lengths, token_mask=nothing, baseline="leave_one_out", group_size=2, plan=plan)
+    ours.loss.backward()
+    assert ours.loss == 0
+    assert not ours.credit.any()
+    for leaf in inputs.leaves.values():
+        assert torch.equal(leaf.grad, torch.zeros_like(leaf))
+
+
 class Tabular:
     """A policy over two tokens for two steps; states are the prefixes; logits are the parameters. Everything that can
     happen is enumerated, so expectations and their finite differences are exact."""
