@@ -56,14 +56,19 @@ def test_quick_run_times_checks_and_weighs_every_plan_that_can_run(quick_run: tu
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory of a CPU process is read from Linux")
 def test_quick_run_measures_the_memory_that_the_plan_has(quick_run: tuple[str, dict]) -> None:
-    """Chunk of logits and dW accumulator, 9 MiB here; the pages around them are allowed two more."""
+    """A chunk of logits and the dW accumulator; the pages around them are allowed 2 MiB more.
+
+    The peak is in forward, before dW itself exists, whose bytes are taken off as a gradient's: the accumulator may
+    stand in its place, and then the chunk is all that is left.
+    """
     case = quick_run[1]["tables"][0]["case"]
-    planned = 4 * case["vocab_size"] * (2 * case["num_rows"] + case["hidden_size"])
+    chunk = 4 * case["vocab_size"] * 2 * case["num_rows"]
+    accumulator = 4 * case["vocab_size"] * case["hidden_size"]
     rows = {row["name"]: row for row in quick_run[1]["tables"][0]["rows"]}
     name = next((name for name in ("ours cpu gradient_in_forward",) if name in rows and not rows[name]["reason"]), None)
     if name is None:
         pytest.skip("the cpu back end is not built")
-    assert planned <= rows[name]["peak_extra_bytes"] <= planned + 2 * 2**20
+    assert chunk <= rows[name]["peak_extra_bytes"] <= chunk + accumulator + 2 * 2**20
 
 
 def test_quick_run_ends_with_its_json_and_says_where_it_ran(quick_run: tuple[str, dict]) -> None:
@@ -78,6 +83,8 @@ def test_markdown_and_figures_come_from_the_json_alone(quick_run: tuple[str, dic
     found = quick_run[1]
     text = report.markdown(found)
     for row in found["tables"][0]["rows"]:
+        if row["reason"] is not None:
+            continue
         assert f"| {row['name']} | {row['ms']:.1f} |" in text
     assert found["header"]["command"] in text
     larger = copy.deepcopy(found["tables"][0])
