@@ -12,9 +12,7 @@ class InstructionSet(Enum):
     avx512 = 3
 
 class LogitRows:
-    def __init__(
-        self, raw: int, row_stride: int, bias: int, softcap: float, inverse_temperature: float
-    ) -> None: ...
+    def __init__(self, raw: int, row_stride: int, bias: int, softcap: float, inverse_temperature: float) -> None: ...
 
 def cpu_supports(instruction_set: InstructionSet) -> bool: ...
 def cpu_row_stats(

@@ -46,7 +46,8 @@ def known_in_order(credit: Credit, num_sequences: int, num_rows: int, max_rows: 
         return True
     if credit.span == "sequence":
         return num_rows <= max_rows
-    return (num_sequences if credit.baseline == "position_mean" else credit.group_size) <= max_rows
+    widest_position = num_sequences if credit.baseline == "position_mean" else credit.group_size
+    return min(widest_position, num_rows) <= max_rows
 
 
 class Chunk(NamedTuple):

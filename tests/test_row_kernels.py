@@ -91,7 +91,8 @@ def test_minus_infinity_takes_no_part(instruction_set, vocab_size, generator):
     cpu.row_grad(masked, PLAIN, PLAIN, None, statistics, ones, None, out, instruction_set=instruction_set)
     cpu.row_grad(short, PLAIN, PLAIN, None, expected, ones, None, short_out, instruction_set=instruction_set)
     assert torch.equal(out[:, ~allowed], torch.zeros(4, int((~allowed).sum())))
-    torch.testing.assert_close(out[:, allowed], short_out, rtol=1e-5, atol=1e-7)
+    # Differences of probabilities: 4 ulp of the largest of those.
+    torch.testing.assert_close(out[:, allowed], short_out, rtol=1e-5, atol=4 * torch.finfo(torch.float32).eps)
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)

@@ -143,7 +143,7 @@ def choose_tile(capability: tuple[int, int], dtype: torch.dtype) -> Tile:
     if dtype.itemsize > 2:
         return Tile(rows=64, columns=64, depth=32, num_warps=8, num_stages=2)
     if capability >= (9, 0):
-        return Tile(rows=128, columns=128, depth=64, num_warps=8, num_stages=3)
+        return Tile(rows=128, columns=64, depth=64, num_warps=8, num_stages=3)
     return Tile(rows=64, columns=128, depth=32, num_warps=8, num_stages=3)
 
 
