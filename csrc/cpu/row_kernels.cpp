@@ -3,7 +3,7 @@
 // A row is walked in blocks that stay in the first-level cache. Each block is transformed (bias, softcap,
 // temperature), its maxima are found, and its six sums are taken in vector lanes of float; blocks meet in double,
 // so the error does not grow with the vocabulary. Rows are shared out among OpenMP threads. Loops are plain C++
-// that the compiler vectorises: measured at 1 to 6 % of an operation that is otherwise matrix products, so
+// that the compiler vectorises: about a twentieth of an operation that is otherwise matrix products, so
 // intrinsics would buy nothing that shows.
 #include "row_kernels.h"
 
