@@ -32,8 +32,9 @@ from distil_kernels.gemm import accumulation_dtype, operand_dtype
 PLANS = ("gradient_in_forward", "kept_gradient", "recompute", "frozen_head", "stats_only")
 
 LOGITS_CHUNK_BYTES = {"cpu": 192 * 2**20, "cuda": 640 * 2**20}
-"""Default memory for the logits of a chunk. On the CPU 512 rows of a 49k vocabulary; at D = 576 the whole operation took
-1.26, 1.18, 1.15, 1.16 times its bare products with 64, 128, 256, 384 rows. On a GPU 512 rows of 152k (not yet timed)."""
+"""Default memory for the logits of a chunk. On the CPU 512 rows of a 49k vocabulary; at D = 576 the whole operation
+took 1.26, 1.18, 1.15, 1.16 times its bare products with 64, 128, 256, 384 rows. On a GPU 512 rows of 152k (not yet
+timed)."""
 
 RING_BYTES = 1280 * 2**20
 """Default memory for the ring on a GPU: 4096 bfloat16 rows of a 152k vocabulary."""
