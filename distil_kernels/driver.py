@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distil_kernels import gemm
+from distil_kernels import gemm, memory
 from distil_kernels.backends import NUM_STATISTICS, LogitPair, LogitTransform, Statistic
 from distil_kernels.credit import Chunk, Credit, CreditScan, reverse_chunks
 from distil_kernels.plan import Plan
@@ -156,7 +156,7 @@ class _GradientSums:
         self._hidden, self._weight, self._needs = hidden, weight, needs
         self._result = Gradients(
             hidden.new_zeros(hidden.shape if needs.hidden else 0),
-            weight.new_zeros(weight.shape if needs.weight else 0, dtype=dtype),
+            memory.zeros(*(weight.shape if needs.weight else (0,)), like=weight, dtype=dtype),
             weight.new_zeros(weight.shape[0] if needs.bias else 0, dtype=dtype),
         )
         operand = gemm.operand_dtype(hidden.dtype, hidden.device.type)
@@ -377,7 +377,7 @@ def _new_statistics(problem: Problem) -> Tensor:
 def _new_rows(like: Tensor, num_rows: int, vocab_size: int, dtype: torch.dtype) -> Tensor:
     """[num_rows, V]. On a GPU rows begin at multiples of 64 bytes whatever V, for wide loads and fast products."""
     stride = vocab_size if like.device.type == "cpu" else -(-vocab_size // 32) * 32
-    return like.new_empty(num_rows, stride, dtype=dtype)[:, :vocab_size]
+    return memory.empty(num_rows, stride, like=like, dtype=dtype)[:, :vocab_size]
 
 
 def _joined(chunks: list[Rows]) -> Rows:

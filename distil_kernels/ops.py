@@ -11,8 +11,9 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from distil_kernels import driver
+from distil_kernels import driver, memory
 from distil_kernels.backends import NUM_STATISTICS, LogitTransform, Statistic
 from distil_kernels.backends.dispatch import BACKENDS
 from distil_kernels.checks import check_tokens, sequence_lengths
@@ -90,16 +91,43 @@ def _(student_hidden: Tensor, student_weight: Tensor, *rest: Any) -> tuple[Tenso
 def _scalar_loss_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     _, statistics, credit, *gradients = output
     ctx.mark_non_differentiable(statistics, credit, *gradients)
+    ctx.set_materialize_grads(False)  # else backward begins with zeros of the size of dW
     ctx.save_for_backward(*gradients)
     ctx.weight_dtype, ctx.needs, ctx.num_inputs = inputs[1].dtype, inputs[-1], len(inputs)
 
 
-def _scalar_loss_backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple:
-    gradients = scale_gradients(*ctx.saved_tensors, grad_loss, ctx.weight_dtype)
+def _scalar_loss_backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor) -> tuple:
+    if grad_loss is None:
+        return (None,) * ctx.num_inputs
+    if _is_traced() or _keeps_graph():
+        gradients = scale_gradients(*ctx.saved_tensors, grad_loss, ctx.weight_dtype)
+    else:
+        gradients = _scale_in_place(*ctx.saved_tensors, grad_loss, ctx.weight_dtype)
     return _input_gradients(gradients, ctx.needs, ctx.num_inputs)
 
 
 scalar_loss.register_autograd(_scalar_loss_backward, setup_context=_scalar_loss_context)
+
+
+def _is_traced() -> bool:
+    """Whether torch.compile or a dispatch mode looks on, for which an op's outputs must be new tensors."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+
+
+def _keeps_graph() -> bool:
+    """Whether this backward may run again, with the same saved tensors; assumed where torch cannot tell."""
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if keeps is None else keeps()
+
+
+def _scale_in_place(
+    grad_hidden: Tensor, grad_weight: Tensor, grad_bias: Tensor, scale: Tensor, weight_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As scale_gradients, without a second dW: the forward pass's own tensors become the gradients."""
+    if scale.device.type != "cpu" or scale.item() != 1.0:  # on a GPU asking would wait for it
+        for gradient in (grad_hidden, grad_weight, grad_bias):
+            gradient.mul_(scale)
+    return grad_hidden, grad_weight.to(weight_dtype), grad_bias
 
 
 @torch.library.custom_op("distil_kernels::scale_gradients", mutates_args=())
@@ -109,7 +137,7 @@ def scale_gradients(
     """Each gradient times a scalar [], in the dtype of its input; new tensors, so backward can run again."""
     return (
         torch.mul(grad_hidden, scale, out=torch.empty_like(grad_hidden)),
-        torch.mul(grad_weight, scale, out=torch.empty_like(grad_weight, dtype=weight_dtype)),
+        torch.mul(grad_weight, scale, out=memory.empty(*grad_weight.shape, like=grad_weight, dtype=weight_dtype)),
         grad_bias * scale,
     )
 
@@ -170,6 +198,7 @@ def _(student_hidden: Tensor, student_weight: Tensor, *rest: Any) -> tuple[Tenso
 def _row_statistics_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     statistics, base_hidden, kept = output
     ctx.mark_non_differentiable(base_hidden, kept)
+    ctx.set_materialize_grads(False)  # else backward begins with zeros of the size of `kept`
     *tensors, temperature, teacher_temperature, logit_softcap, backend, plan, chunk_rows, ring_rows, needs = inputs
     ctx.save_for_backward(*tensors, statistics, base_hidden, kept)
     ctx.transform, ctx.backend = (temperature, teacher_temperature, logit_softcap), backend
@@ -177,7 +206,9 @@ def _row_statistics_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.needs, ctx.num_inputs = needs, len(inputs)
 
 
-def _row_statistics_backward(ctx: Any, grad_statistics: Tensor, *_: Tensor) -> tuple:
+def _row_statistics_backward(ctx: Any, grad_statistics: Tensor | None, *_: Tensor) -> tuple:
+    if grad_statistics is None:
+        return (None,) * ctx.num_inputs
     *tensors, statistics, base_hidden, kept = ctx.saved_tensors
     ce_weight, logprob_weight = grad_statistics[Statistic.FORWARD_CE], grad_statistics[Statistic.LOGPROB]
     if ctx.plan == "frozen_head":

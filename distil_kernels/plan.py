@@ -32,9 +32,11 @@ from distil_kernels.gemm import accumulation_dtype, operand_dtype
 PLANS = ("gradient_in_forward", "kept_gradient", "recompute", "frozen_head", "stats_only")
 
 LOGITS_CHUNK_BYTES = {"cpu": 192 * 2**20, "cuda": 640 * 2**20}
-"""Default memory for the logits of a chunk. On the CPU 512 rows of a 49k vocabulary; at D = 576 the whole operation
-took 1.26, 1.18, 1.15, 1.16 times its bare products with 64, 128, 256, 384 rows. On a GPU 512 rows of 152k (not yet
-timed)."""
+"""Default memory for the logits of a chunk. On a GPU 512 rows of 152k (not yet timed)."""
+
+_ENOUGH_ROWS, _ENOUGH_BYTES = 256, 48 * 2**20
+"""A larger chunk on the CPU wins nothing: at N = 1024, V = 49k, D = 576 the whole operation took 1.15, 1.16, 1.11,
+1.14, 1.10 times its bare products with 128, 192, 256, 384, 512 rows (one Zen 4 thread), and memory grows with them."""
 
 RING_BYTES = 1280 * 2**20
 """Default memory for the ring on a GPU: 4096 bfloat16 rows of a 152k vocabulary."""
@@ -82,6 +84,8 @@ def choose_chunk_rows(shape: Shape, chunk_bytes: int | None = None) -> int:
     """As many rows as the memory for a chunk of logits holds, at least one."""
     budget = chunk_bytes or LOGITS_CHUNK_BYTES.get(shape.device_type, LOGITS_CHUNK_BYTES["cuda"])
     rows = budget // logits_chunk_bytes(shape, 1)
+    if chunk_bytes is None and shape.device_type == "cpu":
+        rows = min(rows, max(_ENOUGH_ROWS, _ENOUGH_BYTES // logits_chunk_bytes(shape, 1)))
     multiple = _ROW_MULTIPLE.get(shape.device_type, _ROW_MULTIPLE["cuda"])
     if rows > multiple:
         rows -= rows % multiple

@@ -49,7 +49,9 @@ def test_chunk_fits_its_memory(vocab_size):
     assert 1 <= rows <= shape.num_rows
     assert logits_chunk_bytes(shape, rows) <= LOGITS_CHUNK_BYTES["cpu"] or rows == 1
     # No row more would fit, up to the multiple of 16 that products like.
-    assert rows == shape.num_rows or logits_chunk_bytes(shape, rows + 16) > LOGITS_CHUNK_BYTES["cpu"]
+    full = rows == shape.num_rows or logits_chunk_bytes(shape, rows + 16) > LOGITS_CHUNK_BYTES["cpu"]
+    assert full or (rows >= 256 and logits_chunk_bytes(shape, max(rows, 257)) > 48 * 2**20)
+    assert choose_chunk_rows(replace(shape, vocab_size=49_152)) == 256
 
 
 def test_backend_choice_says_why():
