@@ -87,11 +87,34 @@ def title(table: dict) -> str:
 
 def notes(table: dict) -> list[str]:
     kl = " and ".join(f"{table['kl'][regime]:.2g}" for regime in REGIMES)
+    reasons: dict[str, list[str]] = {}
+    for row in table["rows"]:
+        if row["reason"]:
+            reasons.setdefault(row["reason"], []).append(row["name"])
     return [
         f"forward and backward, {NUM_PRODUCTS[table['case']['op']]} products; {DATA[table['case']['data']]}; "
         f"KL(T||S) {kl} nats (ordinary, converged); errors on {table['checked_rows']} rows",
-        *(f"not timed: {row['name']}: {row['reason']}" for row in table["rows"] if row["reason"]),
+        *against_peers(table),
+        *(f"not timed: {', '.join(names)}: {reason}" for reason, names in reasons.items()),
     ]
+
+
+def against_peers(table: dict) -> list[str]:
+    """One line: how many times the time and the memory of the fastest exact candidate of ours each peer takes."""
+    timed = [row for row in table["rows"] if "ms" in row]
+    ours = [row for row in timed if row["group"] == "ours" and not row.get("sparse")]
+    peers = sorted((row for row in timed if row["group"] == "peer"), key=lambda row: row["ms"])
+    if not ours or not peers:
+        return []
+    best = min(ours, key=lambda row: row["ms"])
+
+    def beside(row: dict) -> str:
+        text = f"{row['name']} {row['ms'] / best['ms']:.2f}x the time"
+        if row.get("peak_extra_bytes") and best.get("peak_extra_bytes"):
+            text += f" and {row['peak_extra_bytes'] / best['peak_extra_bytes']:.1f}x the memory"
+        return text
+
+    return [f"against {best['name']}: " + "; ".join(beside(row) for row in peers)]
 
 
 def cells(table: dict) -> list[list[str]]:
