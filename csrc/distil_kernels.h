@@ -58,6 +58,21 @@ void cpu_row_grad(const LogitRows& student, const LogitRows& teacher, const std:
                   std::int64_t num_rows, std::int64_t vocab_size, float* grad, std::int64_t grad_stride,
                   int num_threads, InstructionSet instruction_set);
 
+// An operand of a product: element (i, j) at data + i * row_stride + j * column_stride, one of the strides 1.
+struct Matrix {
+  const void* data;
+  std::int64_t row_stride, column_stride;  // in elements
+  bool is_bf16;                            // else float32, rounded to bfloat16 before it is multiplied
+};
+
+// Whether this build and this processor multiply bfloat16 pairs to float32 (AVX512-BF16).
+bool cpu_supports_gemm_bf16();
+
+// c [num_rows, num_columns] = (or += where accumulate) a [num_rows, depth] times b [depth, num_columns], products of
+// bfloat16 numbers summed in float32; the same result for any number of threads.
+void cpu_gemm_bf16(const Matrix& a, const Matrix& b, std::int64_t num_rows, std::int64_t num_columns,
+                   std::int64_t depth, float* c, std::int64_t c_stride, bool accumulate, int num_threads);
+
 // On a GPU. Pointers are of device memory, stream is a cudaStream_t. Work is only enqueued; each function returns a
 // cudaError_t (0 for success) of the launch. A token outside the vocabulary gets the log-prob NaN.
 enum class FloatType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };

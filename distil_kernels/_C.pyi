@@ -14,6 +14,21 @@ class InstructionSet(Enum):
 class LogitRows:
     def __init__(self, raw: int, row_stride: int, bias: int, softcap: float, inverse_temperature: float) -> None: ...
 
+class Matrix:
+    def __init__(self, data: int, row_stride: int, column_stride: int, is_bf16: bool) -> None: ...
+
+def cpu_supports_gemm_bf16() -> bool: ...
+def cpu_gemm_bf16(
+    a: Matrix,
+    b: Matrix,
+    num_rows: int,
+    num_columns: int,
+    depth: int,
+    c: int,
+    c_stride: int,
+    accumulate: bool,
+    num_threads: int,
+) -> None: ...
 def cpu_supports(instruction_set: InstructionSet) -> bool: ...
 def cpu_row_stats(
     student: LogitRows,

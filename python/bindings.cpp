@@ -22,6 +22,10 @@ dk::LogitRows logit_rows(Address raw, std::int64_t row_stride, Address bias, flo
   return {pointer<const float>(raw), row_stride, pointer<const float>(bias), softcap, inverse_temperature};
 }
 
+dk::Matrix matrix(Address data, std::int64_t row_stride, std::int64_t column_stride, bool is_bf16) {
+  return {pointer<const void>(data), row_stride, column_stride, is_bf16};
+}
+
 #if defined(DISTIL_CUDA)
 dk::GradRows grad_rows(Address data, std::int64_t row_stride, dk::FloatType type) {
   return {pointer<void>(data), row_stride, type};
@@ -83,6 +87,20 @@ PYBIND11_MODULE(_C, m) {
       py::arg("logprob_weight"), py::arg("num_rows"), py::arg("vocab_size"), py::arg("grad"),
       py::arg("grad_stride"), py::arg("num_threads"), py::arg("instruction_set"),
       py::call_guard<py::gil_scoped_release>());
+
+  py::class_<dk::Matrix>(m, "Matrix")
+      .def(py::init(&matrix), py::arg("data"), py::arg("row_stride"), py::arg("column_stride"), py::arg("is_bf16"));
+
+  m.def("cpu_supports_gemm_bf16", &dk::cpu_supports_gemm_bf16);
+
+  m.def(
+      "cpu_gemm_bf16",
+      [](const dk::Matrix& a, const dk::Matrix& b, std::int64_t num_rows, std::int64_t num_columns,
+         std::int64_t depth, Address c, std::int64_t c_stride, bool accumulate, int num_threads) {
+        dk::cpu_gemm_bf16(a, b, num_rows, num_columns, depth, pointer<float>(c), c_stride, accumulate, num_threads);
+      },
+      py::arg("a"), py::arg("b"), py::arg("num_rows"), py::arg("num_columns"), py::arg("depth"), py::arg("c"),
+      py::arg("c_stride"), py::arg("accumulate"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
 
 #if defined(DISTIL_CUDA)
   py::enum_<dk::FloatType>(m, "FloatType")

@@ -1,4 +1,5 @@
 // Chooses the compiled copy of the row kernels: the widest that this processor runs, or the one asked for.
+#include "gemm_bf16.h"
 #include "row_kernels.h"
 
 namespace distil_kernels {
@@ -73,6 +74,21 @@ void cpu_row_grad(const LogitRows& student, const LogitRows& teacher, const std:
     default:
       return run(portable::row_grad);
   }
+}
+
+bool cpu_supports_gemm_bf16() {
+#if defined(DISTIL_GEMM_BF16)
+  return has_avx512() && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+void cpu_gemm_bf16(const Matrix& a, const Matrix& b, std::int64_t num_rows, std::int64_t num_columns,
+                   std::int64_t depth, float* c, std::int64_t c_stride, bool accumulate, int num_threads) {
+#if defined(DISTIL_GEMM_BF16)
+  avx512_bf16::gemm(a, b, num_rows, num_columns, depth, c, c_stride, accumulate, num_threads);
+#endif
 }
 
 }  // namespace distil_kernels

@@ -1,0 +1,9 @@
+// The bfloat16 product, compiled for processors that have the instruction; dispatch.cpp asks first.
+#pragma once
+
+#include "../distil_kernels.h"
+
+namespace distil_kernels::avx512_bf16 {
+void gemm(const Matrix& a, const Matrix& b, std::int64_t num_rows, std::int64_t num_columns, std::int64_t depth,
+          float* c, std::int64_t c_stride, bool accumulate, int num_threads);
+}
