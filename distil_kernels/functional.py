@@ -10,7 +10,7 @@ T = softmax(t), S = softmax(s). The mathematics is in docs/mathematics.md, the p
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -78,6 +78,10 @@ class ForwardCE(NamedTuple):
     """
 
 
+@overload
+def fused_forward_ce(*args: Any, return_dropped: Literal[True], **options: Any) -> ForwardCE: ...
+@overload
+def fused_forward_ce(*args: Any, return_dropped: Literal[False] = False, **options: Any) -> Tensor: ...
 def fused_forward_ce(
     student_hidden: Tensor,
     student_weight: Tensor,

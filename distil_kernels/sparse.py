@@ -18,7 +18,7 @@ from torch import Tensor
 from distil_kernels.backends.cpu import _C
 
 MAX_SHARE = 0.25
-"""Of entries kept, above which the dense products are no slower."""
+"""Of entries kept: with more, their lists would take more memory than the gradient itself."""
 
 
 class LargeEntries:
