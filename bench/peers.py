@@ -40,7 +40,8 @@ GRADIENT_THRESHOLDS = (1e-5, 1e-4, 1e-3)
 class Candidate:
     name: str
     group: str
-    """ours, approximate (ours, leaving out a part of the gradient), peer, or label (label loss: no teacher, another loss; shown for its rate)."""
+    """ours, approximate (ours, leaving out a part of the gradient), peer, or label (label loss: no teacher, another
+    loss; shown for its rate)."""
     ops: tuple[str, ...]
     value: str
     """Which exact value its loss has: ce, kl, label, or loss (the op's own)."""

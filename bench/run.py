@@ -9,9 +9,9 @@ For each case: every candidate is checked against float64 in a process of its ow
 those that are right are then timed together in this process, in interleaved rounds (see timing.py). What is computed
 and on which inputs is in cases.py, the peers and how to install them in peers.py.
 
-Columns: median ms and its spread; ratio to the bare matrix products of the same run; ratio to the fastest exact one of ours;
-peak MiB beyond inputs and their gradients; relative error of the gradients against float64, also where teacher and
-student have nearly converged. The last line is the whole run as JSON.
+Columns: median ms and its spread; ratio to the bare matrix products of the same run; ratio to the fastest exact one of
+ours; peak MiB beyond inputs and their gradients; relative error of the gradients against float64, also where teacher
+and student have nearly converged. The last line is the whole run as JSON.
 """
 
 from __future__ import annotations
