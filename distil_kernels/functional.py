@@ -82,7 +82,7 @@ class ForwardCE(NamedTuple):
 def fused_forward_ce(*args: Any, return_dropped: Literal[True], **options: Any) -> ForwardCE: ...
 @overload
 def fused_forward_ce(*args: Any, return_dropped: Literal[False] = False, **options: Any) -> Tensor: ...
-def fused_forward_ce(
+def fused_forward_ce(  # type: ignore[misc]  # the overloads leave the other arguments to this signature
     student_hidden: Tensor,
     student_weight: Tensor,
     teacher_hidden: Tensor,

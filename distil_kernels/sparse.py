@@ -41,7 +41,9 @@ class LargeEntries:
         """out [R, D] float32 += self @ dense [V, D] float32 or bfloat16."""
         if dense.stride(1) != 1:
             dense = dense.contiguous()
-        rows = _C.DenseRows(dense.data_ptr(), dense.stride(0), *dense.shape, dense.dtype == torch.bfloat16)
+        num_rows, num_columns = dense.shape
+        is_bfloat16 = dense.dtype == torch.bfloat16
+        rows = _C.DenseRows(dense.data_ptr(), dense.stride(0), num_rows, num_columns, is_bfloat16)
         position = torch.empty(self.shape[0], dtype=torch.int64)
         _C.cpu_sparse_product(self._rows(), rows, out.data_ptr(), position.data_ptr(), *_how())
 
