@@ -127,7 +127,7 @@ def cells(table: dict) -> list[list[str]]:
     def ratio(row: dict, key: str) -> str:
         return f"{row[key]:.2f}" if row.get(key) else "-"
 
-    order = {"limit": 0, "ours": 1, "peer": 2, "label": 3}
+    order = {"limit": 0, "ours": 1, "approximate": 2, "peer": 3, "label": 4}
     timed = sorted(
         (row for row in table["rows"] if not row["reason"]), key=lambda row: (order[row["group"]], row["ms"])
     )
@@ -235,7 +235,7 @@ def _draw(axes: object, tables: list[dict], axis: str, key: str, label: str, uni
         ]
         if not points:
             continue
-        style = {"limit": "k:", "ours": "o-", "peer": "s--", "label": "x:"}[points[0][2]]
+        style = {"limit": "k:", "ours": "o-", "approximate": "^-", "peer": "s--", "label": "x:"}[points[0][2]]
         axes.plot([x for x, _, _ in points], [y for _, y, _ in points], style, label=name, markersize=4)
     axes.set(xlabel={"num_rows": "tokens N", "vocab_size": "vocabulary V"}[axis], ylabel=label, xscale="log")
     axes.set_yscale("log")

@@ -9,9 +9,9 @@ For each case: every candidate is checked against float64 in a process of its ow
 those that are right are then timed together in this process, in interleaved rounds (see timing.py). What is computed
 and on which inputs is in cases.py, the peers and how to install them in peers.py.
 
-Columns: median ms and its spread; ratio to the bare matrix products of the same run; ratio to the fastest of ours;
-peak MiB beyond inputs and their gradients; relative error of the gradients against float64, also where teacher and
-student have nearly converged. The last line is the whole run as JSON.
+Columns: median ms and its spread; ratio to the bare matrix products of the same run; ratio to the fastest exact one of
+ours; peak MiB beyond inputs and their gradients; relative error of the gradients against float64, also where teacher
+and student have nearly converged. The last line is the whole run as JSON.
 """
 
 from __future__ import annotations
@@ -117,7 +117,11 @@ def _chosen(case: Case, names: list[str]) -> list[Candidate]:
     found = candidates(case.op, torch.device(case.device), case.torch_dtype)
     if names == ["all"]:
         return found
-    return [c for c in found if c.group == "ours" or (names != ["none"] and any(name in c.name for name in names))]
+    return [
+        c
+        for c in found
+        if c.group in ("ours", "approximate") or (names != ["none"] and any(name in c.name for name in names))
+    ]
 
 
 def _measure(case: Case, options: argparse.Namespace) -> dict:
@@ -208,7 +212,7 @@ def _row(
 
 
 def _add_ratios(case: Case, rows: list[dict]) -> None:
-    """Time over the fastest bare products (a label loss has fewer of them), and over the fastest of ours."""
+    """Time over the fastest bare products (a label loss has fewer of them), and over the fastest exact one of ours."""
     limit = min(row["ms"] for row in rows if row["group"] == "limit")
     ours = [row["ms"] for row in rows if row["group"] == "ours" and "ms" in row]
     for row in rows:

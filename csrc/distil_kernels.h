@@ -73,6 +73,41 @@ bool cpu_supports_gemm_bf16();
 void cpu_gemm_bf16(const Matrix& a, const Matrix& b, std::int64_t num_rows, std::int64_t num_columns,
                    std::int64_t depth, float* c, std::int64_t c_stride, bool accumulate, int num_threads);
 
+// Compressed rows: the entries of row r are offsets[r] to offsets[r + 1], indices ascending.
+struct SparseRows {
+  std::int64_t* offsets;  // [num_rows + 1]
+  std::int32_t* index;
+  float* value;
+  std::int64_t num_rows;
+};
+
+// Row r begins row_stride * r elements behind data: float, or bfloat16.
+struct DenseRows {
+  const void* data;
+  std::int64_t row_stride;
+  std::int64_t num_rows;
+  std::int64_t num_columns;
+  bool is_bfloat16;
+};
+
+// For each row of dense: cutoff = threshold * its largest magnitude, the number of entries that are not below it
+// (zeros are), and the share of its absolute sum that the others hold.
+void cpu_sparse_count(const float* dense, std::int64_t row_stride, std::int64_t num_rows, std::int64_t num_columns,
+                      float threshold, float* cutoff, std::int64_t* counts, float* dropped, int num_threads,
+                      InstructionSet instruction_set);
+
+// Those entries, to the places that out.offsets (the counts' running sum) gives them.
+void cpu_sparse_select(const float* dense, std::int64_t row_stride, std::int64_t num_columns, const float* cutoff,
+                       const SparseRows& out, int num_threads, InstructionSet instruction_set);
+
+// out, offsets included, lists the columns of rows. position: room for out.num_rows numbers.
+void cpu_sparse_transpose(const SparseRows& rows, const SparseRows& out, std::int64_t* position, int num_threads,
+                          InstructionSet instruction_set);
+
+// out [rows.num_rows, dense.num_columns] += rows * dense. position: room for rows.num_rows numbers.
+void cpu_sparse_product(const SparseRows& rows, const DenseRows& dense, float* out, std::int64_t* position,
+                        int num_threads, InstructionSet instruction_set);
+
 // On a GPU. Pointers are of device memory, stream is a cudaStream_t. Work is only enqueued; each function returns a
 // cudaError_t (0 for success) of the launch. A token outside the vocabulary gets the log-prob NaN.
 enum class FloatType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };

@@ -55,6 +55,40 @@ def cpu_row_grad(
     instruction_set: InstructionSet,
 ) -> None: ...
 
+class SparseRows:
+    def __init__(self, offsets: int, index: int, value: int, num_rows: int) -> None: ...
+
+class DenseRows:
+    def __init__(self, data: int, row_stride: int, num_rows: int, num_columns: int, is_bfloat16: bool) -> None: ...
+
+def cpu_sparse_count(
+    dense: int,
+    row_stride: int,
+    num_rows: int,
+    num_columns: int,
+    threshold: float,
+    cutoff: int,
+    counts: int,
+    dropped: int,
+    num_threads: int,
+    instruction_set: InstructionSet,
+) -> None: ...
+def cpu_sparse_select(
+    dense: int,
+    row_stride: int,
+    num_columns: int,
+    cutoff: int,
+    out: SparseRows,
+    num_threads: int,
+    instruction_set: InstructionSet,
+) -> None: ...
+def cpu_sparse_transpose(
+    rows: SparseRows, out: SparseRows, position: int, num_threads: int, instruction_set: InstructionSet
+) -> None: ...
+def cpu_sparse_product(
+    rows: SparseRows, dense: DenseRows, out: int, position: int, num_threads: int, instruction_set: InstructionSet
+) -> None: ...
+
 # Where the extension was built with nvcc; the three row kernels return a cudaError_t.
 
 class FloatType(Enum):

@@ -133,6 +133,25 @@ class Door:
         if not (math.isfinite(value) and low <= value <= high):
             self.value_error(f"{name} is {value}, expected a finite number from {low} to {high}")
 
+    def threshold(self, name: str, value: float) -> None:
+        """A number from 0 to 1, 1 excluded: a row's largest entry is never below it."""
+        self.between(name, value, 0.0, 1.0)
+        if value == 1.0:
+            self.value_error(f"{name} is {value}, expected a number below 1")
+
+    def sparse_gradient(self, threshold: float, backend: str, dtype: torch.dtype, plan: str) -> None:
+        """Where entries of the logits' gradient may be left out."""
+        given = f"gradient_threshold is {threshold}"
+        if backend != "cpu":
+            self.value_error(f"{given} with backend={backend!r}, expected 'cpu': only its products leave entries out")
+        if dtype == torch.float16:
+            self.type_error(f"{given} with float16 hidden states, expected float32 or bfloat16")
+        if plan == "recompute":
+            self.value_error(
+                f"{given} with plan 'recompute', expected 'gradient_in_forward' or 'frozen_head' (row weights known "
+                "in order): with six products there is little to gain"
+            )
+
     def normalizer(self, normalizer: float | Tensor | None, student_hidden: Tensor) -> None:
         """A number above 0, or a tensor with one element (its value is not read)."""
         if isinstance(normalizer, Tensor):

@@ -29,6 +29,7 @@ from distil_kernels import gemm, memory
 from distil_kernels.backends import NUM_STATISTICS, LogitPair, LogitTransform, Statistic
 from distil_kernels.credit import Chunk, Credit, CreditScan, reverse_chunks
 from distil_kernels.plan import Plan
+from distil_kernels.sparse import LargeEntries, large_entries
 
 Rows = slice | Tensor
 """Which rows a chunk holds: a slice where they are consecutive (no copy), else int64 indices."""
@@ -47,6 +48,7 @@ class Problem:
     tokens: Tensor | None  # [N] int64
     counted: Tensor | None  # [N] bool; None counts every row
     kernels: ModuleType
+    gradient_threshold: float = 0.0  # smaller entries of the logits' gradient, relative to their row, are left out
 
     @property
     def num_rows(self) -> int:
@@ -85,6 +87,7 @@ class ScalarResult(NamedTuple):
     loss: Tensor  # [], sum over rows of weight * cost
     statistics: Tensor  # [NUM_STATISTICS, N]
     credit: Tensor  # [N], weights a_t
+    dropped: Tensor  # [N], share of the row's absolute gradient below the threshold
     gradients: Gradients
 
 
@@ -151,8 +154,12 @@ class _GradientSums:
     For each chunk: write its gradient to `room`, then `add` it. With a ring, rows wait there until it is full.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, needs: Needs, ring_rows: int) -> None:
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, needs: Needs, ring_rows: int, gradient_threshold: float = 0.0
+    ) -> None:
         dtype = gemm.accumulation_dtype(hidden.dtype)
+        self._gradient_threshold = gradient_threshold
+        self.dropped = hidden.new_zeros(hidden.shape[0], dtype=dtype)
         self._hidden, self._weight, self._needs = hidden, weight, needs
         self._result = Gradients(
             hidden.new_zeros(hidden.shape if needs.hidden else 0),
@@ -183,16 +190,31 @@ class _GradientSums:
 
     def multiply(self, rows: Rows, grad_logits: Tensor, upstream: Tensor | None = None) -> None:
         """The products. `upstream` [R] scales rows of grad_logits that were formed before it was known."""
+        kept = self._large_entries(rows, grad_logits)
         if self._needs.hidden:
-            grad = gemm.grad_hidden(grad_logits, self._weight)
+            if kept is None:
+                grad = gemm.grad_hidden(grad_logits, self._weight)
+            else:
+                grad = self._hidden.new_zeros(grad_logits.shape[0], self._hidden.shape[1], dtype=grad_logits.dtype)
+                kept.add_product(self._weight, out=grad)
             self._result.hidden[rows] = (grad if upstream is None else grad * upstream[:, None]).to(self._hidden.dtype)
         if self._needs.weight:
             hidden = self._hidden[rows]
             if upstream is not None:
                 hidden = (hidden.to(upstream.dtype) * upstream[:, None]).to(grad_logits.dtype)
-            gemm.add_grad_weight(grad_logits, hidden, out=self._result.weight)
+            if kept is None:
+                gemm.add_grad_weight(grad_logits, hidden, out=self._result.weight)
+            else:
+                kept.transposed().add_product(hidden, out=self._result.weight)
         if self._needs.bias:
             gemm.add_grad_bias(grad_logits, upstream, out=self._result.bias)
+
+    def _large_entries(self, rows: Rows, grad_logits: Tensor) -> LargeEntries | None:
+        """What the products may do with alone, or None for all."""
+        if not self._gradient_threshold:
+            return None
+        kept, self.dropped[rows] = large_entries(grad_logits, self._gradient_threshold)
+        return kept
 
     def result(self) -> Gradients:
         self._empty_ring()
@@ -217,18 +239,21 @@ def scalar_loss(
     """
     one_pass = plan.name in ("gradient_in_forward", "frozen_head")
     compute = _in_one_pass if one_pass else _in_two_passes
-    statistics, credit_weights, gradients = compute(problem, plan, needs, row_weight, cost, credit, lengths)
-    return ScalarResult((row_weight * statistics[cost]).sum(), statistics, credit_weights, gradients)
+    statistics, credit_weights, dropped, gradients = compute(problem, plan, needs, row_weight, cost, credit, lengths)
+    return ScalarResult((row_weight * statistics[cost]).sum(), statistics, credit_weights, dropped, gradients)
 
 
 def _in_one_pass(
     problem: Problem, plan: Plan, needs: Needs, row_weight: Tensor, cost: Statistic, credit: Credit, lengths: Tensor
-) -> tuple[Tensor, Tensor, Gradients]:
+) -> tuple[Tensor, Tensor, Tensor, Gradients]:
+    """The fields of ScalarResult but for the loss."""
     statistics = _new_statistics(problem)
     credit_weights = torch.zeros_like(row_weight)
     scan = CreditScan(credit, lengths, problem.dtype, row_weight.device)
     workspace = _Workspace(problem, plan.chunk_rows)
-    sums = _GradientSums(problem.student_hidden, problem.student_weight, needs, plan.ring_rows)
+    sums = _GradientSums(
+        problem.student_hidden, problem.student_weight, needs, plan.ring_rows, problem.gradient_threshold
+    )
     for rows, credit_chunk in _ordered_chunks(problem, credit, lengths, plan.chunk_rows):
         chunk = workspace.load(rows)
         ce_weight, out = row_weight[rows], sums.room(chunk)
@@ -241,12 +266,12 @@ def _in_one_pass(
             workspace.row_grad(chunk, chunk_statistics, ce_weight, logprob_weight, out)
         statistics[:, rows] = chunk_statistics
         sums.add(rows, out)
-    return statistics, credit_weights, sums.result()
+    return statistics, credit_weights, sums.dropped, sums.result()
 
 
 def _in_two_passes(
     problem: Problem, plan: Plan, needs: Needs, row_weight: Tensor, cost: Statistic, credit: Credit, lengths: Tensor
-) -> tuple[Tensor, Tensor, Gradients]:
+) -> tuple[Tensor, Tensor, Tensor, Gradients]:
     """Statistics of every row, then all the credit, then the gradient; for `recompute` and `stats_only`."""
     statistics = rows_statistics(problem, plan).statistics
     credit_weights = torch.zeros_like(row_weight)
@@ -254,15 +279,17 @@ def _in_two_passes(
     for rows, credit_chunk in _ordered_chunks(problem, credit, lengths, problem.num_rows):
         if credit_chunk is not None:
             credit_weights[rows] = scan.weights((row_weight * statistics[cost])[rows], credit_chunk)
+    nothing_dropped = torch.zeros_like(row_weight)
     if plan.name == "stats_only":
         return (
             statistics,
             credit_weights,
+            nothing_dropped,
             _GradientSums(problem.student_hidden, problem.student_weight, NO_GRADIENTS, ring_rows=0).result(),
         )
     logprob_weight = None if credit.span == "none" else credit_weights
     gradients = rows_backward(problem, plan, needs, statistics, row_weight, logprob_weight)
-    return statistics, credit_weights, gradients
+    return statistics, credit_weights, nothing_dropped, gradients
 
 
 def rows_statistics(problem: Problem, plan: Plan) -> RowsResult:

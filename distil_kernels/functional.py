@@ -10,7 +10,7 @@ T = softmax(t), S = softmax(s). The mathematics is in docs/mathematics.md, the p
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -64,9 +64,25 @@ class DistilLoss(NamedTuple):
     """Per token [N], detached."""
     credit: Tensor
     """[N], detached: the weight a_t that grad log S[y_t] got (before the division by `normalizer`)."""
+    dropped: Tensor
+    """[N], detached: share of the sum of magnitudes of the row's logit gradient that `gradient_threshold` left out."""
 
 
-def fused_forward_ce(
+class ForwardCE(NamedTuple):
+    """What `fused_forward_ce` returns where it is asked for `return_dropped`."""
+
+    loss: Tensor
+    """Scalar."""
+    dropped: Tensor
+    """[...], detached: share of the sum of magnitudes of the row's logit gradient that `gradient_threshold` left out.
+    """
+
+
+@overload
+def fused_forward_ce(*args: Any, return_dropped: Literal[True], **options: Any) -> ForwardCE: ...
+@overload
+def fused_forward_ce(*args: Any, return_dropped: Literal[False] = False, **options: Any) -> Tensor: ...
+def fused_forward_ce(  # type: ignore[misc]  # the overloads leave the other arguments to this signature
     student_hidden: Tensor,
     student_weight: Tensor,
     teacher_hidden: Tensor,
@@ -81,9 +97,11 @@ def fused_forward_ce(
     logit_softcap: float | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
+    gradient_threshold: float = 0.0,
+    return_dropped: bool = False,
     backend: str = "auto",
     plan: str | Plan = "auto",
-) -> Tensor:
+) -> Tensor | ForwardCE:
     """Forward cross-entropy H(T, S) between teacher and student, without [tokens, vocab] logits for all tokens.
 
     Args:
@@ -100,10 +118,16 @@ def fused_forward_ce(
         reduction: "none" gives [...]; "sum" the weighted sum; "mean" the weighted sum over `normalizer`.
         normalizer: denominator of "mean"; default the sum of counted weights (1 where that is 0). Pass one global
             value when accumulating gradients over micro-batches.
+        gradient_threshold: entries of a row's logit gradient below this share of its largest magnitude, from 0 (off)
+            to 1 (excluded), are left out of the gradients of hidden states and weight; the value and the gradient of
+            the bias stay exact. The error is bounded in docs/mathematics.md. For float32 and bfloat16 on the CPU
+            back end, with a scalar loss whose gradient is formed in the forward pass.
+        return_dropped: also return how much each row lost; for reductions "mean" and "sum".
         backend: "auto", "cuda", "triton", "cpu" or "reference".
         plan: "auto", a name of `distil_kernels.plan.PLANS`, or a `distil_kernels.plan.Plan` with sizes of its own.
 
     Returns:
+        The loss, or ForwardCE with `return_dropped`.
         float32 (float64 for float64 inputs). Student tensors get gradients, teacher tensors never do. Without a
         counted token the value and the gradients are 0; without any token "none" is empty and the others are 0.
 
@@ -116,14 +140,21 @@ def fused_forward_ce(
     door.normalizer(normalizer, student_hidden)
     if normalizer is not None and reduction != "mean":
         door.value_error(f"normalizer is given with reduction={reduction!r}, expected reduction='mean'")
+    door.threshold("gradient_threshold", gradient_threshold)
+    if reduction == "none" and (gradient_threshold or return_dropped):
+        door.value_error(
+            f"gradient_threshold is {gradient_threshold} and return_dropped {return_dropped} with reduction='none', "
+            "expected 'mean' or 'sum': the gradient of a row must be formed in the forward pass"
+        )
     call = _Call(door, student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias,
                  token_mask, token_weight, temperature, teacher_temperature, logit_softcap, backend)  # fmt: skip
     if reduction == "none":
         ce = call.differentiable_statistics(None, plan, logprob_grad=False)[Statistic.FORWARD_CE]
         weights = call.row_weight()
         return (ce if weights is None else ce * weights).reshape(student_hidden.shape[:-1])
-    total, _, _ = call.scalar_loss(None, None, Statistic.FORWARD_CE, Credit(span="none"), plan)
-    return total if reduction == "sum" else total / call.denominator(normalizer)
+    found = call.scalar_loss(None, None, Statistic.FORWARD_CE, Credit(span="none"), plan, gradient_threshold)
+    loss = found.total if reduction == "sum" else found.total / call.denominator(normalizer)
+    return ForwardCE(loss, found.dropped.reshape(student_hidden.shape[:-1])) if return_dropped else loss
 
 
 def token_stats(
@@ -185,6 +216,7 @@ def fused_distil_loss(
     group_size: int | None = None,
     credit_scale: float = 1.0,
     normalizer: float | Tensor | None = None,
+    gradient_threshold: float = 0.0,
     backend: str = "auto",
     plan: str | Plan = "auto",
 ) -> DistilLoss:
@@ -209,6 +241,7 @@ def fused_distil_loss(
         group_size: rollouts per prompt, consecutive in the packing; needed by "leave_one_out" (at least 2).
         credit_scale: multiplies the credit; 1 is the exact gradient.
         normalizer: denominator of loss and gradient; default B.
+        gradient_threshold: as in `fused_forward_ce`.
 
     Returns:
         DistilLoss. Only `loss` is differentiable; its value is sum_t w_t cost_t / normalizer.
@@ -227,6 +260,7 @@ def fused_distil_loss(
     door.between("discount", discount, 0.0, 1.0)
     door.between("credit_scale", credit_scale, 0.0, float("inf"))
     door.normalizer(normalizer, student_hidden)
+    door.threshold("gradient_threshold", gradient_threshold)
     if credit_span == "sequence" and discount != 1.0:
         door.value_error(f"discount is {discount} with credit_span='sequence', expected 1.0")
     if isinstance(baseline, Tensor):
@@ -238,10 +272,19 @@ def fused_distil_loss(
     if baseline == "leave_one_out" and (group_size is None or group_size < 2):
         door.value_error(f"group_size is {group_size} with baseline='leave_one_out', expected at least 2")
     credit = Credit(credit_span, discount, baseline, group_size or 1, credit_scale)
-    total, statistics, weights = call.scalar_loss(tokens, cu_seqlens, COSTS[cost], credit, plan)
+    found = call.scalar_loss(tokens, cu_seqlens, COSTS[cost], credit, plan, gradient_threshold)
     denominator = cu_seqlens.numel() - 1 if normalizer is None else normalizer
-    stats = _token_stats(statistics.detach(), student_hidden.shape[:-1])
-    return DistilLoss(total / denominator, stats, weights.detach())
+    stats = _token_stats(found.statistics.detach(), student_hidden.shape[:-1])
+    return DistilLoss(found.total / denominator, stats, found.credit.detach(), found.dropped)
+
+
+class _ScalarLoss(NamedTuple):
+    """Sum of weighted costs [], statistics [NUM_STATISTICS, N], credit [N], dropped [N]."""
+
+    total: Tensor
+    statistics: Tensor
+    credit: Tensor
+    dropped: Tensor
 
 
 class _Call:
@@ -263,6 +306,7 @@ class _Call:
         logit_softcap: float | None,
         backend: str,
     ) -> None:
+        self._door = door
         door.positive("temperature", temperature, optional=False)
         door.positive("teacher_temperature", teacher_temperature)
         door.positive("logit_softcap", logit_softcap)
@@ -317,9 +361,9 @@ class _Call:
         return torch.where(total == 0, 1.0, total)
 
     def scalar_loss(
-        self, tokens: Tensor | None, cu_seqlens: Tensor | None, cost: Statistic, credit: Credit, plan: str | Plan
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sum of weighted costs [], statistics [NUM_STATISTICS, N], credit [N]."""
+        self, tokens: Tensor | None, cu_seqlens: Tensor | None, cost: Statistic, credit: Credit, plan: str | Plan,
+        gradient_threshold: float,
+    ) -> _ScalarLoss:  # fmt: skip
         shape = self._shape(scalar=True, logprob_grad=credit.span != "none")
         in_order = True
         if cu_seqlens is not None:
@@ -327,14 +371,16 @@ class _Call:
             max_rows = plan.chunk_rows if isinstance(plan, Plan) else choose_chunk_rows(shape)
             in_order = known_in_order(credit, num_sequences, shape.num_rows, max_rows)
         chosen = choose_plan(shape, plan, credit_in_one_pass=in_order)
+        if gradient_threshold:
+            self._door.sparse_gradient(gradient_threshold, self._backend, shape.dtype, chosen.name)
         values = isinstance(credit.baseline, Tensor)
-        total, statistics, weights, *_ = ops.scalar_loss(
+        total, statistics, weights, dropped, *_ = ops.scalar_loss(
             *self._tensors, tokens, self._counted, self.row_weight(), cu_seqlens,
             credit.baseline if values else None, *self._transform, int(cost), credit.span, credit.discount,
-            "values" if values else (credit.baseline or ""), credit.group_size, credit.scale,
+            "values" if values else (credit.baseline or ""), credit.group_size, credit.scale, gradient_threshold,
             self._backend, chosen.name, chosen.chunk_rows, chosen.ring_rows, self._needs,
         )  # fmt: skip
-        return total, statistics, weights
+        return _ScalarLoss(total, statistics, weights, dropped)
 
     def differentiable_statistics(self, tokens: Tensor | None, plan: str | Plan, *, logprob_grad: bool) -> Tensor:
         """[NUM_STATISTICS, N]; gradients flow through FORWARD_CE and LOGPROB."""

@@ -2,8 +2,10 @@
 
 Rounding logits to bfloat16 costs 2 to 20 % of the gradient once teacher and student are close, so no product here
 rounds its result: float32 and float64 operands go to the vendor library as they are; half precision on a GPU asks it
-for a float32 result; half precision elsewhere, where torch has no such product, is widened block by block of the
-vocabulary (on processors without bfloat16 instructions that is also about six times faster than torch's own).
+for a float32 result; on the CPU, where torch has no such product, bfloat16 goes to our own where the processor has the
+instructions (csrc/cpu/gemm_bf16.cpp; the gradient of the logits is rounded to bfloat16 as it is read, which is harmless
+after the subtraction) and is widened block by block of the vocabulary elsewhere, as float16 is (on processors without
+bfloat16 instructions that is also about six times faster than torch's own).
 
 What torch has for half precision on a GPU: `mm` with a float32 result since 2.8, `addmm` that adds to a float32 matrix
 since 2.10. Without the second, dW takes one more pass over a block of it; without the first, operands are widened on
@@ -18,6 +20,8 @@ from functools import cache
 
 import torch
 from torch import Tensor
+
+from distil_kernels.backends.cpu import _C
 
 _WIDEN_BLOCK = 4096
 """Vocabulary entries widened at a time: 4096 x 576 floats are 9 MiB, and a product of that size runs at full speed."""
@@ -68,12 +72,44 @@ def _is_half_on_gpu(*operands: Tensor) -> bool:
     )
 
 
+@cache
+def has_bf16_product() -> bool:
+    """Whether this processor multiplies bfloat16 matrices to a float32 result."""
+    return _C is not None and _C.cpu_supports_gemm_bf16()
+
+
+def _is_bf16_on_cpu(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> bool:
+    """`left` may be float32: it is rounded as it is read."""
+    return (
+        left.device.type == "cpu"
+        and right.dtype == torch.bfloat16
+        and left.dtype in (torch.bfloat16, torch.float32)
+        and out_dtype == torch.float32
+        and has_bf16_product()
+    )
+
+
+def _bf16_product(left: Tensor, right: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
+    """out [M, N] float32 = (or += where accumulate) left [M, K] @ right [K, N]."""
+
+    def matrix(operand: Tensor) -> _C.Matrix:
+        return _C.Matrix(operand.data_ptr(), *operand.stride(), operand.dtype == torch.bfloat16)
+
+    left, right = (x if 1 in x.stride() else x.contiguous() for x in (left, right))
+    _C.cpu_gemm_bf16(
+        matrix(left), matrix(right), *out.shape, left.shape[1], out.data_ptr(), out.stride(0), accumulate,
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
 def lm_head(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     """out [R, V] = hidden [R, D] @ weight [V, D]^T."""
     if hidden.dtype == weight.dtype == out.dtype:
         torch.mm(hidden, weight.t(), out=out)
     elif _is_half_on_gpu(hidden, weight):
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
+    elif hidden.dtype == torch.bfloat16 and _is_bf16_on_cpu(hidden, weight, out.dtype):
+        _bf16_product(hidden, weight.t(), out)
     else:
         wide = hidden.to(out.dtype)
         for block, weight_block in _widened(weight, out.dtype):
@@ -88,6 +124,9 @@ def grad_hidden(grad_logits: Tensor, weight: Tensor) -> Tensor:
     if _is_half_on_gpu(grad_logits, weight):
         return torch.mm(grad_logits, weight, out_dtype=dtype)
     out = grad_logits.new_zeros(grad_logits.shape[0], weight.shape[1], dtype=dtype)
+    if _is_bf16_on_cpu(grad_logits, weight, dtype):
+        _bf16_product(grad_logits, weight, out)
+        return out
     for block, weight_block in _widened(weight, dtype):
         out.addmm_(grad_logits[:, block].to(dtype), weight_block)
     return out
@@ -95,7 +134,9 @@ def grad_hidden(grad_logits: Tensor, weight: Tensor) -> Tensor:
 
 def add_grad_weight(grad_logits: Tensor, hidden: Tensor, out: Tensor) -> None:
     """out [V, D] += grad_logits [R, V]^T @ hidden [R, D], out in the accumulation dtype."""
-    if not _is_half_on_gpu(grad_logits, hidden):
+    if _is_bf16_on_cpu(grad_logits, hidden, out.dtype):
+        _bf16_product(grad_logits.t(), hidden, out, accumulate=True)
+    elif not _is_half_on_gpu(grad_logits, hidden):
         out.addmm_(grad_logits.t().to(out.dtype), hidden.to(out.dtype))
     elif _has_wide_addmm():
         torch.addmm(out, grad_logits.t(), hidden, out_dtype=out.dtype, out=out)

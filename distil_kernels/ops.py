@@ -47,16 +47,17 @@ def scalar_loss(
     baseline: str,
     group_size: int,
     credit_scale: float,
+    gradient_threshold: float,
     backend: str,
     plan: str,
     chunk_rows: int,
     ring_rows: int,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss [], statistics [NUM_STATISTICS, N], credit [N], gradients of hidden, weight and bias)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss [], statistics [NUM_STATISTICS, N], credit [N], dropped [N], gradients of hidden, weight and bias)."""
     problem = _problem(
         student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
-        tokens, counted, temperature, teacher_temperature, logit_softcap, backend,
+        tokens, counted, temperature, teacher_temperature, logit_softcap, backend, gradient_threshold,
     )  # fmt: skip
     if row_weight is None:
         row_weight = student_hidden.new_ones(problem.num_rows, dtype=problem.dtype)
@@ -73,7 +74,7 @@ def scalar_loss(
                group_size, credit_scale),
         lengths,
     )  # fmt: skip
-    return (result.loss, result.statistics, result.credit, *result.gradients)
+    return (result.loss, result.statistics, result.credit, result.dropped, *result.gradients)
 
 
 @scalar_loss.register_fake
@@ -84,13 +85,14 @@ def _(student_hidden: Tensor, student_weight: Tensor, *rest: Any) -> tuple[Tenso
         student_hidden.new_empty((), dtype=dtype),
         student_hidden.new_empty(NUM_STATISTICS, num_rows, dtype=dtype),
         student_hidden.new_empty(num_rows, dtype=dtype),
+        student_hidden.new_empty(num_rows, dtype=dtype),
         *_fake_gradients(student_hidden, student_weight, rest[-1]),
     )
 
 
 def _scalar_loss_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    _, statistics, credit, *gradients = output
-    ctx.mark_non_differentiable(statistics, credit, *gradients)
+    _, statistics, credit, dropped, *gradients = output
+    ctx.mark_non_differentiable(statistics, credit, dropped, *gradients)
     ctx.set_materialize_grads(False)  # else backward begins with zeros of the size of dW
     ctx.save_for_backward(*gradients)
     ctx.weight_dtype, ctx.needs, ctx.num_inputs = inputs[1].dtype, inputs[-1], len(inputs)
@@ -311,6 +313,7 @@ def _problem(
     teacher_temperature: float,
     logit_softcap: float | None,
     backend: str,
+    gradient_threshold: float = 0.0,
 ) -> driver.Problem:
     check_tokens(tokens, counted, student_weight.shape[0])
     dtype = accumulation_dtype(student_hidden.dtype)
@@ -328,6 +331,7 @@ def _problem(
         tokens,
         counted,
         BACKENDS[backend],
+        gradient_threshold,
     )
 
 

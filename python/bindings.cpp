@@ -26,6 +26,15 @@ dk::Matrix matrix(Address data, std::int64_t row_stride, std::int64_t column_str
   return {pointer<const void>(data), row_stride, column_stride, is_bf16};
 }
 
+dk::SparseRows sparse_rows(Address offsets, Address index, Address value, std::int64_t num_rows) {
+  return {pointer<std::int64_t>(offsets), pointer<std::int32_t>(index), pointer<float>(value), num_rows};
+}
+
+dk::DenseRows dense_rows(Address data, std::int64_t row_stride, std::int64_t num_rows, std::int64_t num_columns,
+                         bool is_bfloat16) {
+  return {pointer<const void>(data), row_stride, num_rows, num_columns, is_bfloat16};
+}
+
 #if defined(DISTIL_CUDA)
 dk::GradRows grad_rows(Address data, std::int64_t row_stride, dk::FloatType type) {
   return {pointer<void>(data), row_stride, type};
@@ -101,6 +110,54 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("a"), py::arg("b"), py::arg("num_rows"), py::arg("num_columns"), py::arg("depth"), py::arg("c"),
       py::arg("c_stride"), py::arg("accumulate"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+
+  py::class_<dk::SparseRows>(m, "SparseRows")
+      .def(py::init(&sparse_rows), py::arg("offsets"), py::arg("index"), py::arg("value"), py::arg("num_rows"));
+
+  py::class_<dk::DenseRows>(m, "DenseRows")
+      .def(py::init(&dense_rows), py::arg("data"), py::arg("row_stride"), py::arg("num_rows"),
+           py::arg("num_columns"), py::arg("is_bfloat16"));
+
+  m.def(
+      "cpu_sparse_count",
+      [](Address dense, std::int64_t row_stride, std::int64_t num_rows, std::int64_t num_columns, float threshold,
+         Address cutoff, Address counts, Address dropped, int num_threads, dk::InstructionSet instruction_set) {
+        dk::cpu_sparse_count(pointer<const float>(dense), row_stride, num_rows, num_columns, threshold,
+                             pointer<float>(cutoff), pointer<std::int64_t>(counts), pointer<float>(dropped),
+                             num_threads, instruction_set);
+      },
+      py::arg("dense"), py::arg("row_stride"), py::arg("num_rows"), py::arg("num_columns"), py::arg("threshold"),
+      py::arg("cutoff"), py::arg("counts"), py::arg("dropped"), py::arg("num_threads"), py::arg("instruction_set"),
+      py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "cpu_sparse_select",
+      [](Address dense, std::int64_t row_stride, std::int64_t num_columns, Address cutoff,
+         const dk::SparseRows& out, int num_threads, dk::InstructionSet instruction_set) {
+        dk::cpu_sparse_select(pointer<const float>(dense), row_stride, num_columns, pointer<const float>(cutoff),
+                              out, num_threads, instruction_set);
+      },
+      py::arg("dense"), py::arg("row_stride"), py::arg("num_columns"), py::arg("cutoff"), py::arg("out"),
+      py::arg("num_threads"), py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "cpu_sparse_transpose",
+      [](const dk::SparseRows& rows, const dk::SparseRows& out, Address position, int num_threads,
+         dk::InstructionSet instruction_set) {
+        dk::cpu_sparse_transpose(rows, out, pointer<std::int64_t>(position), num_threads, instruction_set);
+      },
+      py::arg("rows"), py::arg("out"), py::arg("position"), py::arg("num_threads"), py::arg("instruction_set"),
+      py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "cpu_sparse_product",
+      [](const dk::SparseRows& rows, const dk::DenseRows& dense, Address out, Address position, int num_threads,
+         dk::InstructionSet instruction_set) {
+        dk::cpu_sparse_product(rows, dense, pointer<float>(out), pointer<std::int64_t>(position), num_threads,
+                               instruction_set);
+      },
+      py::arg("rows"), py::arg("dense"), py::arg("out"), py::arg("position"), py::arg("num_threads"),
+      py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
 
 #if defined(DISTIL_CUDA)
   py::enum_<dk::FloatType>(m, "FloatType")

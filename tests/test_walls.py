@@ -17,7 +17,7 @@ PACKAGE = ROOT / "distil_kernels"
 LEVELS = [
     {"_C"},
     {"backends"},
-    {"gemm", "memory"},
+    {"gemm", "memory", "sparse"},
     {"credit", "plan"},
     {"driver"},
     {"checks"},

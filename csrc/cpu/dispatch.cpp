@@ -1,6 +1,7 @@
 // Chooses the compiled copy of the row kernels: the widest that this processor runs, or the one asked for.
 #include "gemm_bf16.h"
 #include "row_kernels.h"
+#include "sparse_kernels.h"
 
 namespace distil_kernels {
 namespace {
@@ -89,6 +90,71 @@ void cpu_gemm_bf16(const Matrix& a, const Matrix& b, std::int64_t num_rows, std:
 #if defined(DISTIL_GEMM_BF16)
   avx512_bf16::gemm(a, b, num_rows, num_columns, depth, c, c_stride, accumulate, num_threads);
 #endif
+}
+
+void cpu_sparse_count(const float* dense, std::int64_t row_stride, std::int64_t num_rows, std::int64_t num_columns,
+                      float threshold, float* cutoff, std::int64_t* counts, float* dropped, int num_threads,
+                      InstructionSet instruction_set) {
+  const auto run = [&](auto sparse_count) {
+    sparse_count(dense, row_stride, num_rows, num_columns, threshold, cutoff, counts, dropped, num_threads);
+  };
+  switch (resolve(instruction_set)) {
+#if defined(DISTIL_X86_64)
+    case InstructionSet::kAvx512:
+      return run(avx512::sparse_count);
+    case InstructionSet::kAvx2:
+      return run(avx2::sparse_count);
+#endif
+    default:
+      return run(portable::sparse_count);
+  }
+}
+
+void cpu_sparse_select(const float* dense, std::int64_t row_stride, std::int64_t num_columns, const float* cutoff,
+                       const SparseRows& out, int num_threads, InstructionSet instruction_set) {
+  const auto run = [&](auto sparse_select) {
+    sparse_select(dense, row_stride, num_columns, cutoff, out, num_threads);
+  };
+  switch (resolve(instruction_set)) {
+#if defined(DISTIL_X86_64)
+    case InstructionSet::kAvx512:
+      return run(avx512::sparse_select);
+    case InstructionSet::kAvx2:
+      return run(avx2::sparse_select);
+#endif
+    default:
+      return run(portable::sparse_select);
+  }
+}
+
+void cpu_sparse_transpose(const SparseRows& rows, const SparseRows& out, std::int64_t* position, int num_threads,
+                          InstructionSet instruction_set) {
+  const auto run = [&](auto sparse_transpose) { sparse_transpose(rows, out, position, num_threads); };
+  switch (resolve(instruction_set)) {
+#if defined(DISTIL_X86_64)
+    case InstructionSet::kAvx512:
+      return run(avx512::sparse_transpose);
+    case InstructionSet::kAvx2:
+      return run(avx2::sparse_transpose);
+#endif
+    default:
+      return run(portable::sparse_transpose);
+  }
+}
+
+void cpu_sparse_product(const SparseRows& rows, const DenseRows& dense, float* out, std::int64_t* position,
+                        int num_threads, InstructionSet instruction_set) {
+  const auto run = [&](auto sparse_product) { sparse_product(rows, dense, out, position, num_threads); };
+  switch (resolve(instruction_set)) {
+#if defined(DISTIL_X86_64)
+    case InstructionSet::kAvx512:
+      return run(avx512::sparse_product);
+    case InstructionSet::kAvx2:
+      return run(avx2::sparse_product);
+#endif
+    default:
+      return run(portable::sparse_product);
+  }
 }
 
 }  // namespace distil_kernels
