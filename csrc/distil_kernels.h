@@ -73,6 +73,10 @@ bool cpu_supports_gemm_bf16();
 void cpu_gemm_bf16(const Matrix& a, const Matrix& b, std::int64_t num_rows, std::int64_t num_columns,
                    std::int64_t depth, float* c, std::int64_t c_stride, bool accumulate, int num_threads);
 
+// residual[r] = what the sum of row r of `a` loses when its elements are rounded to bfloat16.
+void cpu_rounding_residual(const float* a, std::int64_t row_stride, std::int64_t num_rows, std::int64_t num_columns,
+                           float* residual, int num_threads);
+
 // Compressed rows: the entries of row r are offsets[r] to offsets[r + 1], indices ascending.
 struct SparseRows {
   std::int64_t* offsets;  // [num_rows + 1]

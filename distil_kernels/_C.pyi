@@ -29,6 +29,9 @@ def cpu_gemm_bf16(
     accumulate: bool,
     num_threads: int,
 ) -> None: ...
+def cpu_rounding_residual(
+    a: int, row_stride: int, num_rows: int, num_columns: int, residual: int, num_threads: int
+) -> None: ...
 def cpu_supports(instruction_set: InstructionSet) -> bool: ...
 def cpu_row_stats(
     student: LogitRows,

@@ -3,9 +3,9 @@
 Rounding logits to bfloat16 costs 2 to 20 % of the gradient once teacher and student are close, so no product here
 rounds its result: float32 and float64 operands go to the vendor library as they are; half precision on a GPU asks it
 for a float32 result; on the CPU, where torch has no such product, bfloat16 goes to our own where the processor has the
-instructions (csrc/cpu/gemm_bf16.cpp; the gradient of the logits is rounded to bfloat16 as it is read, which is harmless
-after the subtraction) and is widened block by block of the vocabulary elsewhere, as float16 is (on processors without
-bfloat16 instructions that is also about six times faster than torch's own).
+instructions (csrc/cpu/gemm_bf16.cpp; the gradient of the logits is rounded to bfloat16 as it is read, after the
+subtraction that needs float32) and is widened block by block of the vocabulary elsewhere, as float16 is (on processors
+without bfloat16 instructions that is also about six times faster than torch's own).
 
 What torch has for half precision on a GPU: `mm` with a float32 result since 2.8, `addmm` that adds to a float32 matrix
 since 2.10. Without the second, dW takes one more pass over a block of it; without the first, operands are widened on
@@ -26,6 +26,9 @@ from distil_kernels.backends.cpu import _C
 _WIDEN_BLOCK = 4096
 """Vocabulary entries widened at a time: 4096 x 576 floats are 9 MiB, and a product of that size runs at full speed."""
 
+
+_MEAN_ROWS = 1024
+"""Rows of W whose mean stands for the mean of all: what they have in common is in any sample."""
 
 _ADD_BLOCK = 16384
 """Vocabulary entries whose dW goes through a temporary where addmm cannot add to float32: 256 MiB at D = 4096."""
@@ -102,6 +105,15 @@ def _bf16_product(left: Tensor, right: Tensor, out: Tensor, *, accumulate: bool 
     )  # fmt: skip
 
 
+def _rounding_residual(matrix: Tensor) -> Tensor:
+    """[R]: what each row's sum loses when float32 entries [R, V] are rounded to bfloat16."""
+    residual = matrix.new_empty(matrix.shape[0])
+    _C.cpu_rounding_residual(
+        matrix.data_ptr(), matrix.stride(0), *matrix.shape, residual.data_ptr(), torch.get_num_threads()
+    )
+    return residual
+
+
 def lm_head(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     """out [R, V] = hidden [R, D] @ weight [V, D]^T."""
     if hidden.dtype == weight.dtype == out.dtype:
@@ -126,6 +138,11 @@ def grad_hidden(grad_logits: Tensor, weight: Tensor) -> Tensor:
     out = grad_logits.new_zeros(grad_logits.shape[0], weight.shape[1], dtype=dtype)
     if _is_bf16_on_cpu(grad_logits, weight, dtype):
         _bf16_product(grad_logits, weight, out)
+        if grad_logits.dtype == torch.float32:
+            # A row of S - T sums to 0, so what all of W's rows have in common cancels; rounded entries no longer do.
+            out.addr_(
+                _rounding_residual(grad_logits), weight[:: -(-weight.shape[0] // _MEAN_ROWS)].mean(0, dtype=dtype)
+            )
         return out
     for block, weight_block in _widened(weight, dtype):
         out.addmm_(grad_logits[:, block].to(dtype), weight_block)

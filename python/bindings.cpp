@@ -111,6 +111,16 @@ PYBIND11_MODULE(_C, m) {
       py::arg("a"), py::arg("b"), py::arg("num_rows"), py::arg("num_columns"), py::arg("depth"), py::arg("c"),
       py::arg("c_stride"), py::arg("accumulate"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
 
+  m.def(
+      "cpu_rounding_residual",
+      [](Address a, std::int64_t row_stride, std::int64_t num_rows, std::int64_t num_columns, Address residual,
+         int num_threads) {
+        dk::cpu_rounding_residual(pointer<const float>(a), row_stride, num_rows, num_columns,
+                                  pointer<float>(residual), num_threads);
+      },
+      py::arg("a"), py::arg("row_stride"), py::arg("num_rows"), py::arg("num_columns"), py::arg("residual"),
+      py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+
   py::class_<dk::SparseRows>(m, "SparseRows")
       .def(py::init(&sparse_rows), py::arg("offsets"), py::arg("index"), py::arg("value"), py::arg("num_rows"));
 

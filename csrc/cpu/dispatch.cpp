@@ -92,6 +92,13 @@ void cpu_gemm_bf16(const Matrix& a, const Matrix& b, std::int64_t num_rows, std:
 #endif
 }
 
+void cpu_rounding_residual(const float* a, std::int64_t row_stride, std::int64_t num_rows, std::int64_t num_columns,
+                           float* residual, int num_threads) {
+#if defined(DISTIL_GEMM_BF16)
+  avx512_bf16::rounding_residual(a, row_stride, num_rows, num_columns, residual, num_threads);
+#endif
+}
+
 void cpu_sparse_count(const float* dense, std::int64_t row_stride, std::int64_t num_rows, std::int64_t num_columns,
                       float threshold, float* cutoff, std::int64_t* counts, float* dropped, int num_threads,
                       InstructionSet instruction_set) {

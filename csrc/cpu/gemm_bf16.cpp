@@ -230,5 +230,19 @@ void gemm(const Matrix& a, const Matrix& b, std::int64_t num_rows, std::int64_t 
   }
 }
 
+void rounding_residual(const float* a, std::int64_t row_stride, std::int64_t num_rows, std::int64_t num_columns,
+                       float* residual, int num_threads) {
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+  for (std::int64_t row = 0; row < num_rows; ++row) {
+    __m512 sum = _mm512_setzero_ps();
+    for (std::int64_t column = 0; column < num_columns; column += kVector) {
+      const __m512 exact = _mm512_maskz_loadu_ps(first(num_columns - column), a + row * row_stride + column);
+      const __m512i rounded = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(exact));
+      sum = _mm512_add_ps(sum, _mm512_sub_ps(exact, _mm512_castsi512_ps(_mm512_slli_epi32(rounded, 16))));
+    }
+    residual[row] = _mm512_reduce_add_ps(sum);
+  }
+}
+
 }  // namespace avx512_bf16
 }  // namespace distil_kernels
