@@ -15,13 +15,16 @@ from distil_kernels.train.config import Config
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit status: 0 done, 130 stopped by Ctrl-C, 2 wrong options."""
+    """Returns the exit status: 0 done, 1 files could not be written, 2 wrong options, 130 stopped by Ctrl-C."""
     config, given = configuration.parse(arguments)
     try:
         return _run(config, given)
     except (ValueError, FileExistsError) as error:
         print(f"python -m distil_kernels.train: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"python -m distil_kernels.train: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped at once; the run directory is as of its last checkpoint", file=sys.stderr)
         return 130
@@ -39,6 +42,7 @@ def _run(config: Config, given: set[str]) -> int:
     from distil_kernels.train.loop import Trainer
 
     console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(configuration.resolved(config), highlight=False, markup=False)
     trainer = Trainer(config, directory, console)
     if given & {"resume"}:
         trainer.resume()
