@@ -115,6 +115,8 @@ class Config:
     """Seed of the held-out problems and of sampling in evaluations."""
     checkpoint_every: int = _option(50, AT_LEAST_0)
     """Steps between checkpoints; one is always written at the end. 0: only then."""
+    eval_rollouts: int = _option(2, AT_LEAST_0)
+    """Held-out problems of which each evaluation keeps rollouts with what every token costs; 0 for none."""
     keep_checkpoints: int = _option(2, AT_LEAST_1)
     """Newest checkpoints that are kept; with two, a damaged one does not end the run."""
 

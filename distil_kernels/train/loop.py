@@ -14,7 +14,6 @@ run repeats an uninterrupted one. Ctrl-C finishes the step; a second one stops a
 from __future__ import annotations
 
 import math
-import signal
 import statistics
 import time
 from collections.abc import Iterator
@@ -31,10 +30,11 @@ from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
 
 from distil_kernels.hf import split
-from distil_kernels.train import checkpoint, models, report, tracking
+from distil_kernels.train import checkpoint, models, report, samples, tracking
 from distil_kernels.train.config import Config
 from distil_kernels.train.evaluate import Evaluation, Evaluator
 from distil_kernels.train.feedback import Feedback, Prompts, verify
+from distil_kernels.train.interrupt import Interrupt
 from distil_kernels.train.objective import Sums, distil_loss, means
 from distil_kernels.train.prefix import completion_hidden, shares_prompts
 from distil_kernels.train.rollout import Sampling, sample
@@ -198,7 +198,7 @@ class Trainer:
             "seconds": elapsed,
             **{f"seconds_{phase}": spent for phase, spent in seconds.items()},
         }
-        self._record_rollouts(batch)
+        self._record_rollouts("training", batch)
         self._record(record)
         return record
 
@@ -208,7 +208,7 @@ class Trainer:
         """Trains to `config.steps`. Returns whether it got there; the directory is complete either way."""
         config = self.config
         tracking.start(self.accelerator, config, self.directory)
-        with _Interrupt(self.console) as interrupt, report.progress_bar(self.console) as bar:
+        with Interrupt(self.console) as interrupt, report.progress_bar(self.console) as bar:
             shown = bar.add_task(config.task, total=config.steps, completed=self.step, rate="")
             while True:
                 if self._evaluation_is_due():
@@ -235,12 +235,13 @@ class Trainer:
         due = self.step in (0, self.config.steps) or (every > 0 and self.step % every == 0)
         return due and self.evaluated < self.step
 
-    def _evaluate(self, interrupt: _Interrupt) -> None:
+    def _evaluate(self, interrupt: Interrupt) -> None:
         began = time.perf_counter()
         with self.accelerator.autocast():
             result: Evaluation | None = self.evaluate(self.student, self.teacher, lambda: interrupt.requested)
         if result is not None:
             record = {"kind": "evaluation", "step": self.step, **asdict(result), "seconds": time.perf_counter() - began}
+            self._record_samples()
             self._record(record)
             self.evaluated = self.step
             self.console.print(report.evaluation_line(self.step, result), style="bold", highlight=False)
@@ -310,10 +311,23 @@ class Trainer:
         checkpoint.append_lines(self.directory / "metrics.jsonl", [record])
         tracking.log(self.accelerator, record)
 
-    def _record_rollouts(self, batch: list[Sample]) -> None:
+    def _record_samples(self) -> None:
+        """Held-out problems answered as in training, with what every token costs; training's draws are left alone."""
+        batch = [
+            Sample(problem, prompt) for problem, prompt in self.evaluate.student_prompts[: self.config.eval_rollouts]
+        ]
+        if batch:
+            with self.evaluate.own_draws(self.student), self.accelerator.autocast():
+                self.roll_out(batch)
+                columns = samples.token_columns(
+                    self.student, self.teacher, batch, self.tokenizer, self.config, self.share
+                )
+            self._record_rollouts("sample", batch, columns)
+
+    def _record_rollouts(self, kind: str, batch: list[Sample], columns: list[dict[str, Any]] | None = None) -> None:
         records = [
             {
-                "kind": "training",
+                "kind": kind,
                 "step": self.step,
                 "question": entry.problem.question,
                 "answer": self.prompts.answer(completion),
@@ -325,27 +339,9 @@ class Trainer:
             for entry in batch
             for completion, feedback in zip(entry.completions, entry.feedback, strict=True)
         ]
+        for record, column in zip(records, columns or [], strict=columns is not None):
+            record.update(column)
         checkpoint.append_lines(self.directory / "rollouts.jsonl", records)
-
-
-class _Interrupt:
-    """Turns the first Ctrl-C into a request; the second one is Python's own."""
-
-    def __init__(self, console: Console) -> None:
-        self.requested = False
-        self._console = console
-
-    def __enter__(self) -> _Interrupt:
-        self._before = signal.signal(signal.SIGINT, self._on_signal)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        self.requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        self._console.print("finishing this step, then writing the checkpoint (Ctrl-C again stops at once)")
 
 
 def _rate(config: Config, step: int) -> float:

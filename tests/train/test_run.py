@@ -64,7 +64,7 @@ def test_three_steps_and_their_files(tiny_model: Path, tmp_path: Path) -> None:
         assert 0 < record["grad_norm"] < 1e4 and 1 <= record["length"] <= 4
     assert steps[0]["learning_rate"] == pytest.approx(5e-4) and steps[2]["learning_rate"] == pytest.approx(1e-3)
 
-    rollouts = read_lines(directory / "rollouts.jsonl")
+    rollouts = [record for record in read_lines(directory / "rollouts.jsonl") if record["kind"] == "training"]
     assert len(rollouts) == 3 * 3 * 2
     assert all(0 < len(record["tokens"]) <= 4 and record["expected"] in record["feedback"] for record in rollouts)
     assert (directory / "plot.png").read_bytes().startswith(b"\x89PNG")
