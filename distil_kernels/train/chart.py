@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 460, 250
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 14, 46
+LEFT, RIGHT, TOP, BOTTOM = 54, 12, 14, 46
 
 
 class Series(NamedTuple):
@@ -56,7 +56,7 @@ def line_chart(title: str, series: Sequence[Series], low: float | None = 0.0, hi
             parts.append(_point(x_at(x), y_at(y), y_at(y - _finite(error)), y_at(y + _finite(error))))
             parts.append(f"<title>{html.escape(line.label)}, step {x:g}: {_value(y, error)}</title></circle>")
         parts.append("</g>")
-    for index, line in enumerate(shown):
+    for index, line in enumerate(shown if len(shown) > 1 else ()):
         x = LEFT + index * (WIDTH - LEFT - RIGHT) / len(shown)
         parts.append(f'<g class="series s{index}"><line x1="{x:.0f}" x2="{x + 14:.0f}" y1="{HEIGHT - 10}" ')
         parts.append(f'y2="{HEIGHT - 10}"/></g><text class="legend" x="{x + 19:.0f}" y="{HEIGHT - 6}">')
@@ -84,6 +84,6 @@ def _ticks(low: float, high: float) -> list[float]:
         high = low + 1
     raw = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(index * step, 10) for index in range(first, last + 1)]

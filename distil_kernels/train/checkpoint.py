@@ -157,10 +157,10 @@ def load_state(path: Path) -> dict[str, Any]:
 
 def generator_states() -> dict[str, Any]:
     """Of python, numpy and torch, in types that torch.load takes without running code."""
-    kind, keys, *rest = numpy.random.get_state()
+    kind, keys, *rest = numpy.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
-        "numpy": (kind, keys.tolist(), *rest),  # type: ignore[union-attr]
+        "numpy": (kind, numpy.asarray(keys).tolist(), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }

@@ -102,4 +102,5 @@ def _tops(
         own = (student.logits(hidden[block]).float() / config.temperature).softmax(-1)
         best, ids = taught.topk(min(NUM_TOP, taught.shape[1]))
         for p, q, tokens in zip(best.tolist(), own.gather(1, ids).tolist(), ids.tolist(), strict=True):
-            yield [(tokenizer.decode([t]), round(a, 5), round(b, 5)) for t, a, b in zip(tokens, p, q, strict=True)]
+            texts = [str(tokenizer.decode([token])) for token in tokens]
+            yield [(text, round(a, 5), round(b, 5)) for text, a, b in zip(texts, p, q, strict=True)]

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -172,3 +173,30 @@ def test_a_reasoning_gym_task_runs(tiny_model: Path, tmp_path: Path) -> None:
         tiny_model, tmp_path, "run", "--task", "reasoning_gym:basic_arithmetic", "--layout", "chat", steps=1
     )
     assert metrics(directory)[1]["step"] == 1
+
+
+def test_a_tracker_gets_every_record(tiny_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    directory = train(tiny_model, tmp_path, "run", "--tracker", "tensorboard")
+    (events,) = {
+        path.parent for path in directory.rglob("events.out.tfevents*") if path.parent.name == "distil_kernels"
+    }
+    logged = EventAccumulator(str(events))
+    logged.Reload()
+    records = metrics(directory)
+    for tag, kind, name in (("step/ce", "step", "ce"), ("evaluation/greedy", "evaluation", "greedy")):
+        wanted = [(record["step"], record[name]) for record in records if record["kind"] == kind]
+        found = [(event.step, event.value) for event in logged.Scalars(tag)]
+        assert [step for step, _ in found] == [step for step, _ in wanted]
+        assert [value for _, value in found] == pytest.approx([value for _, value in wanted], rel=1e-6)
+
+
+def test_a_tracker_that_is_not_installed_is_said(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    arguments = ["--model", str(tiny_model), "--runs_dir", str(tmp_path), "--name", "run", "--tracker", "trackio"]
+    assert main(arguments) == 2
+    assert "pip install trackio" in capsys.readouterr().err
