@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from distil_kernels.train.page import COLORS, strengths, visible
+from distil_kernels.train.page import COLORS, harmless, strengths, visible
 
 Record = dict[str, Any]
 
@@ -47,8 +47,8 @@ def show(record: Record, color: str, console: Console) -> None:
     legend = f"{COLORS[color]}, full colour at {top:.3g} nats"
     title = f"step {record['step']}, problem {record['problem']}, score {record['score']:.2g} ({verdict})"
     parts: list[RenderableType] = [
-        Panel(Text(record["prompt"]), title="prompt", title_align="left"),
-        Panel(Text(record["feedback"]), title="feedback, which only the teacher reads", title_align="left"),
+        Panel(Text(harmless(record["prompt"])), title="prompt", title_align="left"),
+        Panel(Text(harmless(record["feedback"])), title="feedback, which only the teacher reads", title_align="left"),
         Panel(completion, title=title, title_align="left", subtitle=legend, subtitle_align="left"),
         _alternatives(record, color, top),
     ]

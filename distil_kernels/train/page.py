@@ -125,10 +125,12 @@ def _rollouts(samples: Sequence[Record]) -> str:
 
 def _problem(records: Sequence[Record], top: dict[str, float]) -> str:
     first = records[0]
+    same = len({record["feedback"] for record in records}) == 1
+    feedback = first["feedback"] if same else "beside each rollout"
     parts = [
         "<section class='card'><div class='beside'>",
         f"<div><span class='label'>question</span><pre>{html.escape(first['question'])}</pre></div>",
-        f"<div><span class='label'>feedback</span><pre>{html.escape(first['feedback'])}</pre></div></div>",
+        f"<div><span class='label'>feedback</span><pre>{html.escape(feedback)}</pre></div></div>",
     ]
     for step, own in groupby(records, key=lambda record: record["step"]):
         parts.append(f"<div class='step'><h3>step {step}</h3>")
@@ -136,7 +138,8 @@ def _problem(records: Sequence[Record], top: dict[str, float]) -> str:
             verdict = "right" if record["score"] >= 1.0 else "wrong"
             parts.append(f"<div class='rollout'><span class='{verdict}'>{record['score']:.2g}</span>")
             tokens = "".join(_token(record, index, top) for index in range(len(record["texts"])))
-            parts.append(f"<div class='tokens'>{tokens}</div></div>")
+            parts.append(f"<div class='tokens'>{tokens}</div>")
+            parts.append("</div>" if same else f"<pre>{html.escape(record['feedback'])}</pre></div>")
         parts.append("</div>")
     parts.append("<details><summary>prompts as the models read them</summary><div class='beside'>")
     for label, key in (("student", "prompt"), ("teacher, of the first rollout", "teacher_prompt")):
@@ -161,8 +164,13 @@ def _token(record: Record, index: int, top: dict[str, float]) -> str:
 
 def visible(text: str, inner: bool = False) -> str:
     """Text of a token with line ends shown, and blanks too unless it stands among others (`inner`)."""
-    shown = text.replace("\n", "⏎").replace("\t", "⇥")
+    shown = harmless(text).replace("\n", "⏎")
     return shown if inner else shown.replace(" ", "␣")
+
+
+def harmless(text: str) -> str:
+    """Text without characters that steer a terminal or turn the direction of writing: they are shown as numbers."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
 
 
 def _percent(share: float) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distil_kernels.train.__main__ import main
@@ -19,6 +20,7 @@ from distil_kernels.train.chart import Series, line_chart
 from distil_kernels.train.checkpoint import read_lines
 from distil_kernels.train.config import Config
 from distil_kernels.train.evaluate import mean_and_error, pass_at
+from distil_kernels.train.inspection import show
 from distil_kernels.train.page import page
 
 VOID = {"meta", "line", "circle", "input", "br", "i", "link", "img"}
@@ -198,6 +200,14 @@ def test_whatever_a_model_says_is_text(run: Path) -> None:
     harmed = Checker(page(Config(name=evil.replace("/", "")), evil, metrics, rollouts))
     assert harmed.count == clean.count and harmed.links == []
     assert any(evil in words for words in harmed.words)
+
+
+def test_what_steers_a_terminal_is_shown_as_numbers(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (record, *_) = [record for record in read_lines(run / "rollouts.jsonl") if record["kind"] == "sample"]
+    record["prompt"] = record["feedback"] = record["texts"][0] = "a\x1b[2Jb\u202e[red]"
+    show(record, "ce", Console(width=160))
+    shown = capsys.readouterr().out
+    assert "\x1b[2J" not in shown and "\u202e" not in shown and shown.count("a\\x1b[2Jb\\x202e[red]") >= 3
 
 
 def test_report_before_the_first_step_and_without_samples(run: Path) -> None:
