@@ -44,7 +44,8 @@ def main(arguments: list[str]) -> int:
 
 def _train(arguments: list[str]) -> int:
     config, given = configuration.parse(arguments)
-    if config.resume:
+    resumes = bool(config.resume)
+    if resumes:
         config, directory = _resumed(config, given)
     else:
         directory = _new_directory(config)
@@ -57,7 +58,7 @@ def _train(arguments: list[str]) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(configuration.resolved(config), highlight=False, markup=False)
     trainer = Trainer(config, directory, console)
-    if given & {"resume"}:
+    if resumes:
         trainer.resume()
     return 0 if trainer.run() else 130
 

@@ -35,8 +35,8 @@ STATE = "trainer.pt"
 MANIFEST = "files.json"
 
 
-class CheckpointError(OSError):
-    """A checkpoint could not be written; the ones before it are untouched."""
+class WriteError(OSError):
+    """Something could not be written (a full disk, say); the checkpoints before it are untouched."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -49,10 +49,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    with path.open("a") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        rest = f"the run is as of its last checkpoint, from which --resume {path.parent} goes on"
+        raise WriteError(f"cannot write {path}: {error.strerror}; {rest}") from error
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -84,7 +88,7 @@ def save(
     """Writes checkpoint-<step>, points `checkpoint` at it and keeps the newest `num_kept`.
 
     Raises:
-        CheckpointError: it could not be written (a full disk, say).
+        WriteError: it could not be written.
     """
     target = directory / f"{LINK}-{step:06d}"
     remove_leftovers(directory)
@@ -96,9 +100,7 @@ def save(
         before = [path.name for path in _checkpoints(directory)]
         rest = f"the run directory is as of {before[-1]}" if before else "no checkpoint was written before it"
         reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"cannot write {target}: {reason}; {rest}; --resume {directory} goes on from there"
-        ) from error
+        raise WriteError(f"cannot write {target}: {reason}; {rest}; --resume {directory} goes on from there") from error
     if target.exists():
         _remove(target)
     os.replace(beside, target)

@@ -189,6 +189,15 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(whole: Run, tiny_mode
     run.assert_same_as(whole)
 
 
+def test_a_disk_that_is_full_of_records_is_said(whole: Run, tiny_model: Path, tmp_path: Path) -> None:
+    run = Run(tiny_model, tmp_path / "run")
+    assert run.go(file_limit=3000) == 1
+    said = " ".join(run.said.read_text().split())
+    assert "cannot write" in said and ".jsonl: File too large" in said and "Traceback" not in said
+    assert run.go() == 0, run.said.read_text()
+    run.assert_same_as(whole)
+
+
 @pytest.mark.parametrize("harm", ["cut", "flipped bit", "missing file", "no manifest"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     whole: Run, tmp_path: Path, dice: random.Random, harm: str

@@ -155,6 +155,17 @@ def test_a_run_directory_is_not_overwritten_silently(
     assert not (tmp_path / "run" / "mine.txt").exists()
 
 
+def test_the_settings_that_a_run_prints_make_another_run(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = train(tiny_model, tmp_path, "first", steps=1)
+    capsys.readouterr()
+    assert main(["--config", str(first / "config.json"), "--name", "second"]) == 0
+    said = capsys.readouterr().out
+    assert "learning_rate: 0.001" in said and "name: second" in said and "no checkpoint yet" not in said
+    assert metrics(tmp_path / "second") == metrics(first)
+
+
 def test_resume_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--resume", str(tmp_path)]) == 2
     assert "no config.json" in capsys.readouterr().err
