@@ -185,7 +185,7 @@ def test_report_is_one_file_without_scripts_or_links(run: Path, capsys: pytest.C
     samples = [record for record in read_lines(run / "rollouts.jsonl") if record["kind"] == "sample"]
     assert text.count("class='tip'") == sum(len(sample["tokens"]) for sample in samples)
     assert found.count["svg"] == 6 and "pass@2" in text
-    assert f"rollouts_per_prompt: {3}" in text
+    assert "rollouts_per_prompt: 3" in text
 
 
 def test_whatever_a_model_says_is_text(run: Path) -> None:
