@@ -23,7 +23,8 @@ from torch import Tensor, nn
 class CausalLM:
     """A model taken apart: `hidden` runs the body, the fields are the head (sizes V vocabulary, D hidden)."""
 
-    model: nn.Module
+    model: Any
+    """The module that was split: a transformers or PEFT model."""
     body: nn.Module
     """Everything below the head; its first output is the hidden states after the final norm."""
     weight: Tensor

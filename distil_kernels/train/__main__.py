@@ -1,34 +1,51 @@
-"""`python -m distil_kernels.train [--option value ...]`; `--help` explains every option."""
+"""`python -m distil_kernels.train [train | eval | inspect | report] ...`; no command is train. See --help of each."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 import shutil
 import sys
 import time
 from pathlib import Path
 
+from distil_kernels.train import commands
 from distil_kernels.train import config as configuration
 from distil_kernels.train.checkpoint import write_text
 from distil_kernels.train.config import Config
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit status: 0 done, 130 stopped by Ctrl-C, 2 wrong options."""
-    config, given = configuration.parse(arguments)
+    """Returns the exit status: 0 done, 1 files could not be written, 2 wrong options, 130 stopped by Ctrl-C."""
+    command, rest = "train", arguments
+    if arguments and not arguments[0].startswith("-"):
+        command, *rest = arguments
+    if command not in COMMANDS:
+        close = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        expected = ", ".join(COMMANDS)
+        print(
+            f"python -m distil_kernels.train: expected a command ({expected}), got {command!r}{hint}", file=sys.stderr
+        )
+        return 2
     try:
-        return _run(config, given)
+        return COMMANDS[command](rest)
     except (ValueError, FileExistsError) as error:
         print(f"python -m distil_kernels.train: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"python -m distil_kernels.train: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print("stopped at once; the run directory is as of its last checkpoint", file=sys.stderr)
+        print("stopped at once; a run directory is as of its last checkpoint", file=sys.stderr)
         return 130
 
 
-def _run(config: Config, given: set[str]) -> int:
-    if config.resume:
+def _train(arguments: list[str]) -> int:
+    config, given = configuration.parse(arguments)
+    resumes = bool(config.resume)
+    if resumes:
         config, directory = _resumed(config, given)
     else:
         directory = _new_directory(config)
@@ -39,8 +56,9 @@ def _run(config: Config, given: set[str]) -> int:
     from distil_kernels.train.loop import Trainer
 
     console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(configuration.resolved(config), highlight=False, markup=False)
     trainer = Trainer(config, directory, console)
-    if given & {"resume"}:
+    if resumes:
         trainer.resume()
     return 0 if trainer.run() else 130
 
@@ -71,6 +89,9 @@ def _resumed(config: Config, given: set[str]) -> tuple[Config, Path]:
         config_before = dataclasses.replace(config_before, steps=config.steps)
         write_text(path, config_before.to_json())
     return config_before, directory
+
+
+COMMANDS = {"train": _train, "eval": commands.evaluate, "inspect": commands.inspect, "report": commands.report}
 
 
 if __name__ == "__main__":

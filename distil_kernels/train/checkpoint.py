@@ -1,13 +1,15 @@
-"""A run directory's files: checkpoints that are whole or not there, and appended metrics.
+"""A run directory's files: checkpoints that are whole or not there, and appended records.
 
     runs/<name>/config.json             the resolved configuration
                 metrics.jsonl           one line per step and per evaluation
                 rollouts.jsonl          one line per rollout
-                checkpoint              link to the newest checkpoint-<step>: model and tokenizer as transformers saves
-                                        them, and trainer.pt (optimiser, teacher, schedule, generators, position)
+                checkpoint-<step>/      model and tokenizer as transformers saves them, trainer.pt (optimiser, teacher,
+                                        schedule, generators, position), files.json (size and checksum of the others)
+                checkpoint              link to the newest of them
                 plot.png
 
-A checkpoint is written beside its place, renamed into it, and only then linked and the one before it removed.
+A checkpoint is written beside its place, forced to the disk, renamed into its place, and only then linked and the
+oldest one removed. A kill at any moment leaves the one before it whole; a damaged one is known by its checksums.
 """
 
 from __future__ import annotations
@@ -15,30 +17,46 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
-from collections.abc import Iterable
+import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 LINK = "checkpoint"
 STATE = "trainer.pt"
+MANIFEST = "files.json"
+
+
+class WriteError(OSError):
+    """Something could not be written (a full disk, say); the checkpoints before it are untouched."""
 
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a file in one step."""
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(text)
+    _force(beside)
     os.replace(beside, path)
+    _force(path.parent)
 
 
 def append_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    with path.open("a") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
+    try:
+        with path.open("a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        rest = f"the run is as of its last checkpoint, from which --resume {path.parent} goes on"
+        raise WriteError(f"cannot write {path}: {error.strerror}; {rest}") from error
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -52,52 +70,99 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def keep_steps(path: Path, last: int) -> None:
-    """Drops what was recorded after step `last`: the steps that a resumed run takes again."""
-    kept = [record for record in read_lines(path) if record["step"] <= last]
+def keep_lines(path: Path, keeps: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Drops the other records, those of steps that a resumed run takes again, and returns the kept ones."""
+    kept = [record for record in read_lines(path) if keeps(record)]
     write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+    return kept
 
 
 def save(
-    directory: Path, step: int, model: nn.Module, tokenizer: PreTrainedTokenizerBase, state: dict[str, Any]
+    directory: Path,
+    step: int,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    state: dict[str, Any],
+    num_kept: int = 1,
 ) -> None:
-    """Writes checkpoint-<step> and points `checkpoint` at it."""
-    target = directory / f"{LINK}-{step:06d}"
-    beside = directory / f"{target.name}.tmp"
-    shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    torch.save(state, beside / STATE)
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(beside, target)
-    link = directory / f"{LINK}.tmp"
-    link.unlink(missing_ok=True)
-    link.symlink_to(target.name)
-    os.replace(link, directory / LINK)
-    for other in directory.glob(f"{LINK}-*"):
-        if other.name != target.name:
-            shutil.rmtree(other)
-
-
-def load_state(directory: Path) -> dict[str, Any]:
-    """What `save` was given as state.
+    """Writes checkpoint-<step>, points `checkpoint` at it and keeps the newest `num_kept`.
 
     Raises:
-        ValueError: there is no checkpoint.
+        WriteError: it could not be written.
     """
-    path = directory / LINK / STATE
-    if not path.exists():
-        raise ValueError(f"[resume] {directory} has no checkpoint to resume from")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    target = directory / f"{LINK}-{step:06d}"
+    remove_leftovers(directory)
+    beside = directory / f"{target.name}.tmp"
+    try:
+        _write(beside, model, tokenizer, state)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports a full disk as a RuntimeError
+        shutil.rmtree(beside, ignore_errors=True)
+        before = [path.name for path in _checkpoints(directory)]
+        rest = f"the run directory is as of {before[-1]}" if before else "no checkpoint was written before it"
+        reason = " ".join(str(error).split())
+        raise WriteError(f"cannot write {target}: {reason}; {rest}; --resume {directory} goes on from there") from error
+    if target.exists():
+        _remove(target)
+    os.replace(beside, target)
+    _force(directory)
+    point_to(target)
+    # A later step than this one is a damaged checkpoint that a resumed run went back from.
+    paths = _checkpoints(directory)
+    kept = [path for path in paths if path <= target][-num_kept:]
+    for other in paths:
+        if other not in kept:
+            _remove(other)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Of writes and removals that a kill cut short."""
+    for path in directory.glob("*.tmp*"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def point_to(target: Path) -> None:
+    """Makes a run directory's `checkpoint` link name this checkpoint."""
+    link = target.with_name(f"{LINK}.tmp")
+    link.unlink(missing_ok=True)
+    link.symlink_to(target.name)
+    os.replace(link, target.with_name(LINK))
+    _force(target.parent)
+
+
+def newest_whole(directory: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose files are as they were written; None when the run has none yet.
+
+    Args:
+        say: is told of each damaged checkpoint that is passed over.
+
+    Raises:
+        ValueError: there are checkpoints and all are damaged.
+    """
+    paths = _checkpoints(directory)
+    for path in reversed(paths):
+        damage = _damage(path)
+        if damage is None:
+            return path
+        say(f"{path} is damaged ({damage}); taking the one before it")
+    if paths:
+        raise ValueError(f"[resume] every checkpoint of {directory} is damaged: remove them to start from step 0")
+    return None
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """What `save` was given as state."""
+    return torch.load(path / STATE, map_location="cpu", weights_only=True)
 
 
 def generator_states() -> dict[str, Any]:
     """Of python, numpy and torch, in types that torch.load takes without running code."""
-    kind, keys, *rest = numpy.random.get_state()
+    kind, keys, *rest = numpy.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
-        "numpy": (kind, keys.tolist(), *rest),
+        "numpy": (kind, numpy.asarray(keys).tolist(), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -110,3 +175,62 @@ def restore_generators(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def fingerprint(model: nn.Module) -> list[int]:
+    """A number per parameter that another start model would hardly share: the sum of its bits, read as integers."""
+    return [int(p.detach().view(torch.int32).sum(dtype=torch.int64)) for p in model.parameters()]
+
+
+def _write(beside: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase, state: dict[str, Any]) -> None:
+    model.save_pretrained(beside)  # type: ignore[operator]
+    tokenizer.save_pretrained(beside)
+    torch.save(state, beside / STATE)
+    files = sorted(path for path in beside.rglob("*") if path.is_file())
+    for path in files:
+        _force(path)
+    sums = {str(path.relative_to(beside)): [path.stat().st_size, _checksum(path)] for path in files}
+    write_text(beside / MANIFEST, json.dumps(sums, indent=2) + "\n")
+
+
+def _checkpoints(directory: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(path for path in directory.glob(f"{LINK}-*") if re.fullmatch(rf"{LINK}-\d+", path.name))
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files."""
+    try:
+        for name, (size, checksum) in json.loads((path / MANIFEST).read_text()).items():
+            found = (path / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes, {size} were written"
+            if _checksum(path / name) != checksum:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _remove(path: Path) -> None:
+    """Takes the name away first, so that no half of a checkpoint ever has it."""
+    beside = path.with_name(path.name + ".old.tmp")
+    os.replace(path, beside)
+    shutil.rmtree(beside)
+
+
+def _force(path: Path) -> None:
+    """Waits until a file's contents, or a directory's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

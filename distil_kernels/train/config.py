@@ -3,7 +3,8 @@
 Every option of the command line is a field of Config; there is no second list of names or defaults. Values are checked
 before any work starts.
 
-Left out: files of settings and presets. A run directory's config.json is read again by --resume.
+`--config FILE` reads a YAML file of options; the command line goes before it. A run directory's config.json is such a
+file too, and is what --resume reads.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import difflib
 import inspect
 import json
 import math
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
+
+import yaml
 
 ANY = (-math.inf, math.inf)
 POSITIVE = (1e-12, math.inf)
@@ -112,6 +115,13 @@ class Config:
     """Seed of the held-out problems and of sampling in evaluations."""
     checkpoint_every: int = _option(50, AT_LEAST_0)
     """Steps between checkpoints; one is always written at the end. 0: only then."""
+    eval_rollouts: int = _option(2, AT_LEAST_0)
+    """Held-out problems of which each evaluation keeps rollouts with what every token costs; 0 for none."""
+    keep_checkpoints: int = _option(2, AT_LEAST_1)
+    """Newest checkpoints that are kept; with two, a damaged one does not end the run."""
+
+    tracker: str = _option("none", ("none", "tensorboard", "wandb", "trackio"))
+    """Also log to one of these, through accelerate; its package must be installed."""
 
     precision: str = _option("auto", ("auto", "float32", "bfloat16"))
     """Of the model's products; weights stay float32. auto: bfloat16 on GPUs that have it, float32 on CPUs."""
@@ -168,27 +178,45 @@ class Config:
 
 def descriptions() -> dict[str, str]:
     """The docstring under each field."""
-    body = ast.parse(inspect.getsource(Config)).body[0].body
-    return {
-        item.target.id: after.value.value
-        for item, after in pairwise(body)
-        if isinstance(item, ast.AnnAssign) and isinstance(after, ast.Expr)
-    }
+    (definition,) = ast.parse(inspect.getsource(Config)).body
+    assert isinstance(definition, ast.ClassDef)
+    found = {}
+    for item, after in pairwise(definition.body):
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and isinstance(after, ast.Expr):
+            found[item.target.id] = ast.literal_eval(after.value)
+    return found
 
 
 def parse(arguments: list[str]) -> tuple[Config, set[str]]:
-    """Command line to a checked Config, and the names of the options that were given.
+    """Command line, and the file that --config names, to a checked Config and the names of the options given.
 
     Raises:
         SystemExit: --help (0), or an unknown option or bad value (2), with a message.
     """
-    parser = _Parser(
-        prog="python -m distil_kernels.train",
-        description="Trains a causal LM by distilling itself under feedback (DistIL), with the whole vocabulary.",
+    parser = option_parser(
+        "python -m distil_kernels.train",
+        "Trains a causal LM by distilling itself under feedback (DistIL), with the whole vocabulary. "
+        "Other commands, each with a --help: eval, inspect, report.",
+    )
+    config, given, _ = read_options(parser, arguments)
+    return config, given
+
+
+def resolved(config: Config) -> str:
+    """Every option with its value, as a file that --config reads."""
+    return yaml.safe_dump(asdict(config), sort_keys=False).rstrip()
+
+
+def option_parser(prog: str, description: str) -> Parser:
+    """A parser of every field of Config and of --config."""
+    parser = Parser(
+        prog=prog,
+        description=description,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
     )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; those given beside it go before it.")
     types, text = get_type_hints(Config), descriptions()
     for option in fields(Config):
         allowed = option.metadata.get("allowed", ())
@@ -201,15 +229,62 @@ def parse(arguments: list[str]) -> tuple[Config, set[str]]:
             choices = "{" + ",".join(allowed) + "}" if types[option.name] is str and allowed else None
             metavar = choices or types[option.name].__name__.upper()
             parser.add_argument(*spellings, dest=option.name, type=types[option.name], metavar=metavar, help=about)
-    given, rest = parser.parse_known_args(arguments)
+    return parser
+
+
+def read_options(parser: Parser, arguments: list[str]) -> tuple[Config, set[str], dict[str, Any]]:
+    """As `parse`; the last of the three is what the parser knows beside the options."""
+    found, rest = parser.parse_known_args(arguments)
     if rest:
         parser.error(f"unknown option {rest[0]}{_suggestion(rest[0].lstrip('-').split('=')[0])}")
-    config = Config(**vars(given))
+    given = vars(found)
+    path = given.pop("config", None)
+    others = {name: given.pop(name) for name in list(given) if name not in Config.__dataclass_fields__}
     try:
+        values = {**(from_file(Path(path)) if path else {}), **given}
+        config = Config(**values)
         config.check()
     except ValueError as error:
         parser.error(str(error))
-    return config, set(vars(given))
+    return config, set(values), others
+
+
+def from_file(path: Path) -> dict[str, Any]:
+    """Options of a YAML (or JSON) file, each of its field's type.
+
+    Raises:
+        ValueError: the file cannot be read, is no list of `option: value`, or has an unknown option or a wrong type.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ValueError(f"[config] cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"[config] {path} is no YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"[config] {path}: expected lines of `option: value`, got a {type(content).__name__}")
+    types, values = get_type_hints(Config), {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in types:
+            raise ValueError(f"[config] {path}: unknown option {key!r}{_suggestion(str(key))}")
+        if name in values:
+            raise ValueError(f"[config] {path}: {name} is given twice")
+        values[name] = _typed(name, value, types[name])
+    return values
+
+
+def _typed(name: str, value: Any, expected: type) -> Any:
+    if expected is float and not isinstance(value, bool):  # YAML reads 2e-5 as a word and 1 as an integer
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    if type(value) is not expected:
+        raise ValueError(f"[{name}] expected a value of type {expected.__name__}, got {value!r}")
+    return value
 
 
 def _suggestion(name: str) -> str:
@@ -218,7 +293,7 @@ def _suggestion(name: str) -> str:
     return f" (did you mean --{close[0]}?)" if close else " (--help lists them all)"
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """One line of what is wrong instead of the usage of forty options."""
 
     def error(self, message: str) -> NoReturn:

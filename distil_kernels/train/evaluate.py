@@ -8,7 +8,8 @@ are not independent.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,6 +35,8 @@ class Evaluation:
     teacher_se: float
     length: float
     problems: int
+    pass_at: dict[int, tuple[float, float]]
+    """Chance that one of k sampled answers is right, with its standard error, by k: 1, 2, 4, ..., eval_samples."""
 
 
 class Evaluator:
@@ -62,13 +65,24 @@ class Evaluator:
         if not self._problems:
             raise ValueError(f"[max_prompt_tokens] none of {len(held_out)} held-out problems fits")
 
+    @property
+    def student_prompts(self) -> list[tuple[Problem, list[int]]]:
+        """The held-out problems that fit, with what the student reads."""
+        return list(zip(self._problems, self._student, strict=True))
+
+    @contextmanager
+    def own_draws(self, student: CausalLM) -> Iterator[None]:
+        """In it, sampling starts from the evaluation's seed; training's generator is left alone."""
+        devices = [student.weight.device] if student.weight.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self._seed)
+            yield
+
     def __call__(
         self, student: CausalLM, teacher: Teacher, stop: Callable[[], bool] = lambda: False
     ) -> Evaluation | None:
         """None when `stop` became true between batches."""
-        devices = [student.weight.device] if student.weight.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(self._seed)
+        with self.own_draws(student):
             answers = []
             for lm, prompts, greedy in (
                 (student, self._student, False),
@@ -80,18 +94,17 @@ class Evaluator:
                 if stop():
                     return None
         (sampled, length), (greedy_scores, _), (taught, _) = answers
-        return Evaluation(
-            *mean_and_error(sampled), *mean_and_error(greedy_scores), *mean_and_error(taught), length, len(sampled)
-        )
+        means = [mean_and_error([sum(own) / len(own) for own in scores]) for scores in (sampled, greedy_scores, taught)]
+        return Evaluation(*means[0], *means[1], *means[2], length, len(sampled), pass_at(sampled))
 
     def _answers(
         self, lm: CausalLM, prompts: Sequence[list[int]], greedy: bool, stop: Callable[[], bool]
-    ) -> tuple[list[float], float]:
-        """Mean score of each problem, and mean length."""
+    ) -> tuple[list[list[float]], float]:
+        """Scores of each problem's answers, and mean length."""
         num_samples = 1 if greedy or prompts is self._teacher else self._num_samples
         sampling = replace(self._sampling, temperature=0.0) if greedy else self._sampling
         per_batch = max(1, BATCH_ROWS // num_samples)
-        scores: list[float] = []
+        scores: list[list[float]] = []
         num_tokens = 0
         for begin in range(0, len(prompts), per_batch):
             if stop():
@@ -103,9 +116,7 @@ class Evaluator:
             for first in range(0, len(rows), num_samples):
                 problem = self._problems[begin + rows[first]]
                 own = completions[first : first + num_samples]
-                scores.append(
-                    sum(verify(self._task, problem, self._prompts.answer(c)).score for c in own) / num_samples
-                )
+                scores.append([verify(self._task, problem, self._prompts.answer(c)).score for c in own])
         return scores, num_tokens / max(1, len(scores) * num_samples)
 
 
@@ -116,3 +127,19 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     if count < 2:
         return mean, math.nan
     return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1) / count)
+
+
+def pass_at(scores: Sequence[Sequence[float]]) -> dict[int, tuple[float, float]]:
+    """Mean and standard error over problems of the unbiased pass@k, k = 1, 2, 4, ... and the number of samples.
+
+    1 - C(n - c, k) / C(n, k) for c right ones (score 1) of n samples (Chen et al., arXiv 2107.03374, section 2.1).
+    """
+    num_samples = len(scores[0])
+    rates = {}
+    for k in sorted({*(2**i for i in range(num_samples.bit_length())), num_samples}):
+        chances = []
+        for own in scores:
+            wrong = sum(score < 1.0 for score in own)
+            chances.append(1.0 - math.comb(wrong, k) / math.comb(num_samples, k))
+        rates[k] = mean_and_error(chances)
+    return rates

@@ -14,7 +14,6 @@ run repeats an uninterrupted one. Ctrl-C finishes the step; a second one stops a
 from __future__ import annotations
 
 import math
-import signal
 import statistics
 import time
 from collections.abc import Iterator
@@ -26,15 +25,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate.utils import set_seed
 from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
 
 from distil_kernels.hf import split
-from distil_kernels.train import checkpoint, models, report
+from distil_kernels.train import checkpoint, models, report, samples, tracking
 from distil_kernels.train.config import Config
 from distil_kernels.train.evaluate import Evaluation, Evaluator
 from distil_kernels.train.feedback import Feedback, Prompts, verify
+from distil_kernels.train.interrupt import Interrupt
 from distil_kernels.train.objective import Sums, distil_loss, means
 from distil_kernels.train.prefix import completion_hidden, shares_prompts
 from distil_kernels.train.rollout import Sampling, sample
@@ -64,10 +64,10 @@ class Trainer:
 
     def __init__(self, config: Config, directory: Path, console: Console) -> None:
         self.config, self.directory, self.console = config, directory, console
-        self.accelerator = Accelerator(mixed_precision="bf16" if _computes_in_bfloat16(config) else "no")
+        self.accelerator = tracking.accelerator(config, directory, _computes_in_bfloat16(config))
         if self.accelerator.num_processes > 1:
             raise ValueError(f"[accelerate] one process is supported, got {self.accelerator.num_processes}")
-        torch.manual_seed(config.seed)
+        set_seed(config.seed)
         model, self.tokenizer = models.load(config.model)
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
@@ -76,6 +76,7 @@ class Trainer:
         self.model, self.optimizer, self.scheduler = self.accelerator.prepare(model, optimizer, scheduler)
         self.student = split(self.accelerator.unwrap_model(self.model))
         self.teacher = Teacher(self.student, config.teacher, config.ema_rate)
+        self.start = checkpoint.fingerprint(self.student.model) if config.teacher == "frozen" else []
         self.share = _shares(config, shares_prompts(self.student))
 
         self.task = make_task(config.task, config.seed)
@@ -99,6 +100,10 @@ class Trainer:
         self.step = 0
         self.position = 0
         self.skipped = 0
+        self.evaluated = -1
+        """Step of the last evaluation."""
+        self.saved = -1
+        """Step of the last checkpoint."""
 
     # One step.
 
@@ -193,8 +198,8 @@ class Trainer:
             "seconds": elapsed,
             **{f"seconds_{phase}": spent for phase, spent in seconds.items()},
         }
-        self._record_rollouts(batch)
-        checkpoint.append_lines(self.directory / "metrics.jsonl", [record])
+        self._record_rollouts("training", batch)
+        self._record(record)
         return record
 
     # The run.
@@ -202,64 +207,127 @@ class Trainer:
     def run(self) -> bool:
         """Trains to `config.steps`. Returns whether it got there; the directory is complete either way."""
         config = self.config
-        with _Interrupt(self.console) as interrupt, report.progress_bar(self.console) as bar:
-            if self.step == 0:
-                self._evaluate(interrupt)
+        tracking.start(self.accelerator, config, self.directory)
+        with Interrupt(self.console) as interrupt, report.progress_bar(self.console) as bar:
             shown = bar.add_task(config.task, total=config.steps, completed=self.step, rate="")
-            while self.step < config.steps and not interrupt.requested:
+            while True:
+                if self._evaluation_is_due():
+                    self._evaluate(interrupt)
+                done = self.step >= config.steps or interrupt.requested
+                if done or (self.step and config.checkpoint_every and self.step % config.checkpoint_every == 0):
+                    self.save()
+                if done:
+                    break
                 record = self.train_step()
                 bar.update(shown, completed=self.step, rate=f"{record['seconds']:.1f} s/step")
                 self.console.print(report.step_line(record), highlight=False)
-                if self.step == config.steps or (config.eval_every and self.step % config.eval_every == 0):
-                    self._evaluate(interrupt)
-                if config.checkpoint_every and self.step % config.checkpoint_every == 0 and self.step < config.steps:
-                    self.save()
-            self.save()
             records = checkpoint.read_lines(self.directory / "metrics.jsonl")
             report.plot(records, self.directory / "plot.png", f"{config.task}, {config.teacher} teacher, {config.cost}")
+        self.accelerator.end_training()
         evaluations = [record for record in records if record["kind"] == "evaluation"]
         if evaluations:
             self.console.print(report.final_table(evaluations))
         self.console.print(f"run directory: {self.directory}", highlight=False)
         return self.step >= config.steps
 
-    def _evaluate(self, interrupt: _Interrupt) -> None:
+    def _evaluation_is_due(self) -> bool:
+        every = self.config.eval_every
+        due = self.step in (0, self.config.steps) or (every > 0 and self.step % every == 0)
+        return due and self.evaluated < self.step
+
+    def _evaluate(self, interrupt: Interrupt) -> None:
         began = time.perf_counter()
         with self.accelerator.autocast():
             result: Evaluation | None = self.evaluate(self.student, self.teacher, lambda: interrupt.requested)
         if result is not None:
             record = {"kind": "evaluation", "step": self.step, **asdict(result), "seconds": time.perf_counter() - began}
-            checkpoint.append_lines(self.directory / "metrics.jsonl", [record])
+            self._record_samples()
+            self._record(record)
+            self.evaluated = self.step
             self.console.print(report.evaluation_line(self.step, result), style="bold", highlight=False)
 
     def save(self) -> None:
+        """Writes a checkpoint, unless the last one is of this step."""
+        if self.saved == self.step:
+            return
         state = {
             "step": self.step,
             "position": self.position,
             "skipped": self.skipped,
+            "start": self.start,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "teacher": self.teacher.state_dict(),
             "generators": checkpoint.generator_states(),
         }
-        checkpoint.save(self.directory, self.step, self.student.model, self.tokenizer, state)
+        checkpoint.save(
+            self.directory, self.step, self.student.model, self.tokenizer, state, self.config.keep_checkpoints
+        )
+        self.saved = self.step
 
     def resume(self) -> None:
-        """Takes up the run directory's last checkpoint."""
-        state = checkpoint.load_state(self.directory)
-        weights, _ = models.load(str(self.directory / checkpoint.LINK))
+        """Takes up the run directory's last checkpoint, or its beginning, and drops the records after it."""
+        checkpoint.remove_leftovers(self.directory)
+        path = checkpoint.newest_whole(self.directory, self._say)
+        if path is None:
+            self._say(f"{self.directory} has no checkpoint yet: starting from step 0")
+        else:
+            self.load(path)
+            checkpoint.point_to(path)
+            self._say(f"resuming from {path}")
+        last = self.saved  # -1 without a checkpoint: nothing is kept
+        kept = checkpoint.keep_lines(self.directory / "metrics.jsonl", lambda record: record["step"] <= last)
+        self.evaluated = max((record["step"] for record in kept if record["kind"] == "evaluation"), default=-1)
+        last_of = {"training": last, "sample": min(last, self.evaluated)}
+        checkpoint.keep_lines(
+            self.directory / "rollouts.jsonl", lambda record: record["step"] <= last_of[record["kind"]]
+        )
+
+    def load(self, path: Path) -> None:
+        """Takes up a checkpoint directory and changes no file.
+
+        Raises:
+            ValueError: the model that the run started from, which is its frozen teacher, is not the same any more.
+        """
+        state = checkpoint.load_state(path)
+        if state["start"] != self.start:
+            raise ValueError(
+                f"[resume] {self.config.model} has other weights than when the run started, and a frozen teacher is "
+                "made of them: expected the same model"
+            )
+        weights, _ = models.load(str(path))
         self.student.model.load_state_dict(weights.state_dict())
         self.teacher.load_state_dict(state["teacher"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.step, self.position, self.skipped = state["step"], state["position"], state["skipped"]
         checkpoint.restore_generators(state["generators"])
-        for name in ("metrics.jsonl", "rollouts.jsonl"):
-            checkpoint.keep_steps(self.directory / name, self.step)
+        self.saved = self.step
 
-    def _record_rollouts(self, batch: list[Sample]) -> None:
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _record(self, record: dict[str, Any]) -> None:
+        checkpoint.append_lines(self.directory / "metrics.jsonl", [record])
+        tracking.log(self.accelerator, record)
+
+    def _record_samples(self) -> None:
+        """Held-out problems answered as in training, with what every token costs; training's draws are left alone."""
+        batch = [
+            Sample(problem, prompt) for problem, prompt in self.evaluate.student_prompts[: self.config.eval_rollouts]
+        ]
+        if batch:
+            with self.evaluate.own_draws(self.student), self.accelerator.autocast():
+                self.roll_out(batch)
+                columns = samples.token_columns(
+                    self.student, self.teacher, batch, self.tokenizer, self.config, self.share
+                )
+            self._record_rollouts("sample", batch, columns)
+
+    def _record_rollouts(self, kind: str, batch: list[Sample], columns: list[dict[str, Any]] | None = None) -> None:
         records = [
             {
+                "kind": kind,
                 "step": self.step,
                 "question": entry.problem.question,
                 "answer": self.prompts.answer(completion),
@@ -271,27 +339,9 @@ class Trainer:
             for entry in batch
             for completion, feedback in zip(entry.completions, entry.feedback, strict=True)
         ]
+        for record, column in zip(records, columns or [], strict=columns is not None):
+            record.update(column)
         checkpoint.append_lines(self.directory / "rollouts.jsonl", records)
-
-
-class _Interrupt:
-    """Turns the first Ctrl-C into a request; the second one is Python's own."""
-
-    def __init__(self, console: Console) -> None:
-        self.requested = False
-        self._console = console
-
-    def __enter__(self) -> _Interrupt:
-        self._before = signal.signal(signal.SIGINT, self._on_signal)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        self.requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        self._console.print("finishing this step, then writing the checkpoint (Ctrl-C again stops at once)")
 
 
 def _rate(config: Config, step: int) -> float:

@@ -55,8 +55,9 @@ class Teacher:
     def follow(self) -> None:
         """Moves the average after an optimiser step."""
         if self.kind == "ema":
-            mine, theirs = list(self.lm.model.parameters()), list(self._student.model.parameters())
-            torch._foreach_lerp_(mine, [parameter.to(torch.float32) for parameter in theirs], self._rate)
+            mine: list[Tensor] = list(self.lm.model.parameters())
+            theirs = [parameter.to(torch.float32) for parameter in self._student.model.parameters()]
+            torch._foreach_lerp_(mine, theirs, self._rate)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Empty unless the teacher has a state that the start and the student do not give."""

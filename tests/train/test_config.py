@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
-from distil_kernels.train.config import Config, descriptions, parse
+from distil_kernels.train.config import Config, descriptions, parse, resolved
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -93,3 +94,45 @@ def test_json_round_trip_refuses_unknown_keys() -> None:
     assert Config.from_json(config.to_json()) == config
     with pytest.raises(ValueError, match=r"'step'.*did you mean --steps"):
         Config.from_json('{"step": 1}')
+
+
+def test_a_file_gives_options_and_the_command_line_goes_before_it(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("learning_rate: 1e-4  # a word to YAML\nmax-new-tokens: 7\noff_policy: true\ndiscount: 1\n")
+    config, given = parse(["--config", str(file), "--max_new_tokens", "9"])
+    assert config == Config(learning_rate=1e-4, max_new_tokens=9, off_policy=True, discount=1.0)
+    assert type(config.discount) is float
+    assert given == {"learning_rate", "max_new_tokens", "off_policy", "discount"}
+    file.write_text(resolved(config))
+    assert parse(["--config", str(file)])[0] == config
+    file.write_text(config.to_json())
+    assert parse(["--config", str(file)])[0] == config
+    file.write_text("")
+    assert parse(["--config", str(file)])[0] == Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("learning_rte: 1", ["'learning_rte'", "did you mean --learning_rate"]),
+        ("steps: many", ["[steps]", "type int", "'many'"]),
+        ("steps: 2.5", ["[steps]", "type int", "2.5"]),
+        ("steps: true", ["[steps]", "type int", "True"]),
+        ("learning_rate: fast", ["[learning_rate]", "type float", "'fast'"]),
+        ("off_policy: 1", ["[off_policy]", "type bool", "1"]),
+        ("name: 3", ["[name]", "type str", "3"]),
+        ("steps: -1", ["[steps]", "at least 0", "-1"]),
+        ("top_k: 1\ntop-k: 2", ["top_k", "twice"]),
+        ("- steps", ["option: value", "list"]),
+        ("a: [", ["no YAML"]),
+    ],
+)
+def test_files_are_checked_as_the_command_line_is(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, parts: list[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    message = refused(capsys, "--config", str(file))
+    for part in parts:
+        assert part in message
+    assert "cannot read" in refused(capsys, "--config", str(tmp_path / "none.yaml"))

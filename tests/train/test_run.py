@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def test_three_steps_and_their_files(tiny_model: Path, tmp_path: Path) -> None:
         assert 0 < record["grad_norm"] < 1e4 and 1 <= record["length"] <= 4
     assert steps[0]["learning_rate"] == pytest.approx(5e-4) and steps[2]["learning_rate"] == pytest.approx(1e-3)
 
-    rollouts = read_lines(directory / "rollouts.jsonl")
+    rollouts = [record for record in read_lines(directory / "rollouts.jsonl") if record["kind"] == "training"]
     assert len(rollouts) == 3 * 3 * 2
     assert all(0 < len(record["tokens"]) <= 4 and record["expected"] in record["feedback"] for record in rollouts)
     assert (directory / "plot.png").read_bytes().startswith(b"\x89PNG")
@@ -154,6 +155,17 @@ def test_a_run_directory_is_not_overwritten_silently(
     assert not (tmp_path / "run" / "mine.txt").exists()
 
 
+def test_the_settings_that_a_run_prints_make_another_run(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = train(tiny_model, tmp_path, "first", steps=1)
+    capsys.readouterr()
+    assert main(["--config", str(first / "config.json"), "--name", "second"]) == 0
+    said = capsys.readouterr().out
+    assert "learning_rate: 0.001" in said and "name: second" in said and "no checkpoint yet" not in said
+    assert metrics(tmp_path / "second") == metrics(first)
+
+
 def test_resume_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--resume", str(tmp_path)]) == 2
     assert "no config.json" in capsys.readouterr().err
@@ -172,3 +184,30 @@ def test_a_reasoning_gym_task_runs(tiny_model: Path, tmp_path: Path) -> None:
         tiny_model, tmp_path, "run", "--task", "reasoning_gym:basic_arithmetic", "--layout", "chat", steps=1
     )
     assert metrics(directory)[1]["step"] == 1
+
+
+def test_a_tracker_gets_every_record(tiny_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    directory = train(tiny_model, tmp_path, "run", "--tracker", "tensorboard")
+    (events,) = {
+        path.parent for path in directory.rglob("events.out.tfevents*") if path.parent.name == "distil_kernels"
+    }
+    logged = EventAccumulator(str(events))
+    logged.Reload()
+    records = metrics(directory)
+    for tag, kind, name in (("step/ce", "step", "ce"), ("evaluation/greedy", "evaluation", "greedy")):
+        wanted = [(record["step"], record[name]) for record in records if record["kind"] == kind]
+        found = [(event.step, event.value) for event in logged.Scalars(tag)]
+        assert [step for step, _ in found] == [step for step, _ in wanted]
+        assert [value for _, value in found] == pytest.approx([value for _, value in wanted], rel=1e-6)
+
+
+def test_a_tracker_that_is_not_installed_is_said(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    arguments = ["--model", str(tiny_model), "--runs_dir", str(tmp_path), "--name", "run", "--tracker", "trackio"]
+    assert main(arguments) == 2
+    assert "pip install trackio" in capsys.readouterr().err

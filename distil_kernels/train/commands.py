@@ -1,0 +1,123 @@
+"""The commands beside `train`: eval, inspect, report. None changes a run; report writes its file."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from distil_kernels.train.checkpoint import newest_whole, read_lines, write_text
+from distil_kernels.train.config import Config, Parser, option_parser, read_options
+
+PROG = "python -m distil_kernels.train"
+EVAL_OPTIONS = {
+    "task", "max_new_tokens", "eval_problems", "eval_samples", "eval_seed", "precision", "backend", "share_prompts",
+}  # fmt: skip
+"""What may be asked of a run otherwise than it was trained."""
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Pass rates of a run's last checkpoint, or of any model, on held-out problems: a table and a JSON line."""
+    parser = option_parser(
+        f"{PROG} eval",
+        "Accuracy on held-out problems, greedy and sampled, and unbiased pass@k, with standard errors. A run keeps its "
+        f"own settings; given beside it may be {', '.join(sorted(EVAL_OPTIONS))}. A model takes every option.",
+    )
+    parser.add_argument("target", metavar="RUN_OR_MODEL", help="run directory, or path or hub name of a model")
+    config, given, own = read_options(parser, arguments)
+    target = own["target"]
+    console = _console()
+    from distil_kernels.train.loop import Trainer
+
+    if _is_run(Path(target)):
+        extra = sorted(given - EVAL_OPTIONS)
+        if extra:
+            raise ValueError(f"[eval] a run keeps its settings: expected {sorted(EVAL_OPTIONS)}, got --{extra[0]}")
+        path = newest_whole(Path(target), lambda text: print(text, file=sys.stderr))
+        if path is None:
+            raise ValueError(f"[eval] {target} has no checkpoint yet")
+        trained = dataclasses.replace(_config(Path(target)), **{name: getattr(config, name) for name in given})
+        trained = dataclasses.replace(trained, tracker="none")
+        trained.check()
+        trainer = Trainer(trained, Path(target), console)
+        trainer.load(path)
+    else:
+        if "model" in given:
+            raise ValueError(f"[model] the model to evaluate is {target}, got --model {config.model} too")
+        trainer = Trainer(dataclasses.replace(config, model=target, teacher="live", tracker="none"), Path(), console)
+    with trainer.accelerator.autocast():
+        result = trainer.evaluate(trainer.student, trainer.teacher)
+    assert result is not None
+    table = Table(title=f"{target}: {result.problems} held-out problems of {trainer.config.task}")
+    for column in ("", "mean", "standard error"):
+        table.add_column(column, justify="right" if column else "left")
+    rows = [("greedy", result.greedy, result.greedy_se), ("sampled", result.sampled, result.sampled_se)]
+    rows += [(f"pass@{k}", *value) for k, value in result.pass_at.items()]
+    for label, mean, error in [*rows, ("sampled, having read the feedback", result.teacher, result.teacher_se)]:
+        table.add_row(label, f"{mean:.3f}", f"{error:.3f}")
+    console.print(table)
+    print(json.dumps({"target": target, "step": trainer.step, **dataclasses.asdict(result)}))
+    return 0
+
+
+def inspect(arguments: list[str]) -> int:
+    """A sample rollout of a run, in the terminal."""
+    parser = _parser("inspect", "Shows a rollout of a held-out problem, each token coloured by what it costs.")
+    parser.add_argument("--step", type=int, help="evaluation to take it from [the last]")
+    parser.add_argument("--problem", type=int, default=0, help="which of the problems [0]")
+    parser.add_argument("--rollout", type=int, default=0, help="which of its rollouts [0]")
+    parser.add_argument("--color", choices=("ce", "kl", "credit"), default="ce", help="what colours the tokens [ce]")
+    options = parser.parse_args(arguments)
+    directory = _run_directory(options.run)
+    from distil_kernels.train import inspection
+
+    records = read_lines(directory / "rollouts.jsonl")
+    record = inspection.choose(records, options.step, options.problem, options.rollout)
+    inspection.show(record, options.color, _console())
+    return 0
+
+
+def report(arguments: list[str]) -> int:
+    """A run as one HTML file."""
+    parser = _parser("report", "Writes a run as one HTML file: curves, before and after, rollouts, configuration.")
+    parser.add_argument("--output", help="the file [RUN/report.html]")
+    options = parser.parse_args(arguments)
+    directory = _run_directory(options.run)
+    from distil_kernels.train.page import page
+
+    metrics, rollouts = (read_lines(directory / name) for name in ("metrics.jsonl", "rollouts.jsonl"))
+    target = Path(options.output) if options.output else directory / "report.html"
+    write_text(target, page(_config(directory), directory.resolve().name, metrics, rollouts))
+    print(target)
+    return 0
+
+
+def _parser(command: str, description: str) -> argparse.ArgumentParser:
+    parser = Parser(prog=f"{PROG} {command}", description=description, allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN", help="run directory")
+    return parser
+
+
+def _is_run(directory: Path) -> bool:
+    """Whether this is a run's directory; a model's has a config.json too, of another kind."""
+    path = directory / "config.json"
+    return path.is_file() and "rollouts_per_prompt" in json.loads(path.read_text())
+
+
+def _run_directory(name: str) -> Path:
+    if not _is_run(Path(name)):
+        raise ValueError(f"[RUN] {name} is no run directory (it has no config.json of a run)")
+    return Path(name)
+
+
+def _config(directory: Path) -> Config:
+    return Config.from_json((directory / "config.json").read_text())
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 160)

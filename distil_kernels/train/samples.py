@@ -1,0 +1,106 @@
+"""What every token of a rollout costs, and what the teacher would have said instead: for `inspect` and `report`.
+
+    ce      H(teacher, student) at the token's position, nats
+    kl      KL(teacher || student) there
+    credit  the weight of grad log S[token]: discounted cost to come, less its baseline
+    top     the teacher's likeliest tokens with both models' probabilities
+
+The numbers are those of the loss on these rollouts (the same op without gradients). Logits exist for BLOCK_ROWS tokens
+at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from distil_kernels import fused_distil_loss
+from distil_kernels.hf import CausalLM
+from distil_kernels.train.config import Config
+from distil_kernels.train.prefix import completion_hidden
+from distil_kernels.train.teacher import Teacher
+
+if TYPE_CHECKING:
+    from distil_kernels.train.loop import Sample
+
+NUM_TOP = 5
+BLOCK_ROWS = 64
+
+
+@torch.no_grad()
+def token_columns(
+    student: CausalLM,
+    teacher: Teacher,
+    batch: Sequence[Sample],
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    share: bool,
+) -> list[dict[str, Any]]:
+    """For each rollout of each problem: prompts as text, and lists with one entry per token."""
+    completions = [done for entry in batch for done in entry.completions]
+    rows = [row for row, entry in enumerate(batch) for _ in entry.completions]
+    teacher_prompts = [prompt for entry in batch for prompt in entry.teacher_prompts]
+    hidden = completion_hidden(student, [entry.prompt for entry in batch], rows, completions, share)
+    teacher_hidden = teacher.hidden(teacher_prompts, range(len(completions)), completions, share)
+    hidden, teacher_hidden = hidden.to(student.weight.dtype), teacher_hidden.to(student.weight.dtype)
+    weight, bias = teacher.head
+    lengths = [len(done) for done in completions]
+    out = fused_distil_loss(
+        hidden,
+        student.weight,
+        teacher_hidden,
+        weight,
+        student_bias=student.bias,
+        teacher_bias=bias,
+        temperature=config.temperature,
+        teacher_temperature=config.teacher_temperature,
+        logit_softcap=student.softcap,
+        tokens=torch.tensor([token for done in completions for token in done], device=hidden.device),
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
+        cost=config.cost,
+        credit_span=config.credit_span,
+        discount=config.discount,
+        baseline=None if config.baseline == "none" or config.credit_span == "none" else config.baseline,
+        group_size=config.rollouts_per_prompt,
+        credit_scale=config.credit_scale,
+        backend=config.backend,
+    )
+    numbers = {"ce": out.stats.ce, "kl": out.stats.kl, "credit": out.credit}
+    by_rollout = {name: values.split(lengths) for name, values in numbers.items()}
+    tops = _tops(student, hidden, teacher, teacher_hidden, tokenizer, config)
+    columns = []
+    for index, done in enumerate(completions):
+        columns.append(
+            {
+                "problem": rows[index],
+                "prompt": tokenizer.decode(batch[rows[index]].prompt),
+                "teacher_prompt": tokenizer.decode(teacher_prompts[index]),
+                "texts": [tokenizer.decode([token]) for token in done],
+                **{name: [round(float(v), 5) for v in values[index]] for name, values in by_rollout.items()},
+                "top": [next(tops) for _ in done],
+            }
+        )
+    return columns
+
+
+def _tops(
+    student: CausalLM,
+    hidden: Tensor,
+    teacher: Teacher,
+    teacher_hidden: Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+) -> Iterator[list[tuple[str, float, float]]]:
+    """For each token position the teacher's likeliest tokens: text, teacher's and student's probability."""
+    for begin in range(0, len(hidden), BLOCK_ROWS):
+        block = slice(begin, begin + BLOCK_ROWS)
+        taught = (teacher.lm.logits(teacher_hidden[block]).float() / config.teacher_temperature).softmax(-1)
+        own = (student.logits(hidden[block]).float() / config.temperature).softmax(-1)
+        best, ids = taught.topk(min(NUM_TOP, taught.shape[1]))
+        for p, q, tokens in zip(best.tolist(), own.gather(1, ids).tolist(), ids.tolist(), strict=True):
+            texts = [str(tokenizer.decode([token])) for token in tokens]
+            yield [(text, round(a, 5), round(b, 5)) for text, a, b in zip(texts, p, q, strict=True)]
