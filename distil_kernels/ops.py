@@ -129,7 +129,9 @@ def _scale_in_place(
     if scale.device.type != "cpu" or scale.item() != 1.0:  # on a GPU asking would wait for it
         for gradient in (grad_hidden, grad_weight, grad_bias):
             gradient.mul_(scale)
-    return grad_hidden, grad_weight.to(weight_dtype), grad_bias
+    if grad_weight.dtype != weight_dtype:
+        grad_weight = memory.empty(*grad_weight.shape, like=grad_weight, dtype=weight_dtype).copy_(grad_weight)
+    return grad_hidden, grad_weight, grad_bias
 
 
 @torch.library.custom_op("distil_kernels::scale_gradients", mutates_args=())
