@@ -11,8 +11,8 @@ pytestmark = pytest.mark.skipif(
     not gemm.has_bf16_product(), reason="this processor (or this build) has no bfloat16 product"
 )
 
-# Below, at and above the kernel's tile (8 x 48), vector pair (32) and blocks (256 x 1920 x 576).
-SIZES = [(1, 1, 1), (3, 5, 7), (8, 48, 32), (17, 100, 33), (257, 50, 1300), (300, 2000, 600)]
+# Below, at and above the tile (8 x 48), transposition (32) and blocks (256 x 1920 x 576); rows of whole and cut lines.
+SIZES = [(1, 1, 1), (3, 5, 7), (8, 48, 32), (17, 100, 33), (40, 480, 64), (257, 50, 1300), (300, 2000, 600)]
 
 
 @pytest.fixture(params=[1, 2], ids=["1thread", "2threads"])
@@ -32,7 +32,7 @@ def test_product(size, transposed, left_dtype, threads, generator):
     right = torch.randn(columns, depth + 2, generator=generator).bfloat16()[:, :depth].t()
     left = left if transposed[0] else left.contiguous()
     right = right if transposed[1] else right.contiguous()
-    wide = torch.full((rows, columns + 5), torch.nan)  # a view: what lies beside it stays as it is
+    wide = torch.full((rows, columns + 16), torch.nan)  # a view: what lies beside it stays as it is
     out = wide[:, :columns]
     exact = left.bfloat16().double() @ right.double()
     bound = 4e-6 * left.bfloat16().double().abs() @ right.double().abs() + 1e-30

@@ -1,11 +1,12 @@
 // C (+)= A B with bfloat16 operands and float32 results, on processors that have AVX512-BF16.
 //
-// Vendor libraries behind torch round such a product's result to bfloat16 on the CPU, which costs the logits the digits
-// that their difference needs. Here sums stay float32; float32 operands are rounded to bfloat16 while they are packed.
+// Vendor libraries behind torch round such a product's result to bfloat16 on the CPU, which costs the logits the
+// digits that their difference needs. Here sums stay float32; float32 operands are rounded to bfloat16 while they
+// are packed.
 //
-// The usual three levels: a panel of B (kDepth x kColumns) stays in the outer cache, a block of A (kRows x kDepth) in
-// the second level, and the inner kernel keeps an 8 x 48 tile of C in 24 registers. vdpbf16ps multiplies pairs of
-// neighbours along the depth, so packed panels hold [depth / 2][lanes][2], padded with zeros to whole panels.
+// The usual three levels: a panel of B (kDepth x kColumns) stays in the outer cache, a block of A (kRows x kDepth)
+// in the second level, and the inner kernel keeps an 8 x 48 tile of C in 24 registers. vdpbf16ps multiplies pairs
+// of neighbours along the depth, so packed panels hold [depth / 2][lanes][2], padded with zeros to whole panels.
 #include "gemm_bf16.h"
 
 #include <immintrin.h>
@@ -108,7 +109,8 @@ void pack(const Lanes& in, std::int64_t lane, std::int64_t num_lanes, std::int64
       for (std::int64_t k = 0; k < num_depths; k += kTransposed) {
         __m512i rows[kVector];
         for (int i = 0; i < kVector; ++i) {
-          rows[i] = i < rows_here ? load_pairs(in, lane + l + i, depth + k, num_depths - k) : _mm512_setzero_si512();
+          rows[i] =
+              i < rows_here ? load_pairs(in, lane + l + i, depth + k, num_depths - k) : _mm512_setzero_si512();
         }
         transpose(rows);
         const int pairs_here = static_cast<int>(std::min<std::int64_t>(kVector, num_pairs - k / 2));
@@ -129,9 +131,13 @@ void pack(const Lanes& in, std::int64_t lane, std::int64_t num_lanes, std::int64
   }
 }
 
-// c[0:rows, 0:columns] (+)= one panel of A times one panel of B.
+// What becomes of a tile: added to C, written, or written past the caches. The last is for a C that is larger than
+// they are and complete: fetching 50 MB of lines only to overwrite them costs a tenth of the product.
+enum class Store { kAdd, kWrite, kStream };
+
+// One panel of A times one panel of B to c[0:rows, 0:columns].
 void multiply_tile(const Pair* a, const Pair* b, std::int64_t num_pairs, float* c, std::int64_t c_stride, int rows,
-                   int columns, bool accumulate) {
+                   int columns, Store store) {
   constexpr int kVectors = kTileColumns / kVector;
   __m512 sums[kTileRows][kVectors];
   for (auto& row : sums) {
@@ -145,12 +151,20 @@ void multiply_tile(const Pair* a, const Pair* b, std::int64_t num_pairs, float* 
       for (int j = 0; j < kVectors; ++j) sums[i][j] = _mm512_dpbf16_ps(sums[i][j], left, right[j]);
     }
   }
-  for (int i = 0; i < kTileRows; ++i) {  // unrolled, so that the sums stay in registers
+  const bool whole_lines = rows == kTileRows && columns == kTileColumns && c_stride % kVector == 0 &&
+                           reinterpret_cast<std::uintptr_t>(c) % sizeof(__m512) == 0;
+  if (store == Store::kStream && whole_lines) {
+    for (int i = 0; i < kTileRows; ++i) {
+      for (int j = 0; j < kVectors; ++j) _mm512_stream_ps(c + i * c_stride + j * kVector, sums[i][j]);
+    }
+    return;
+  }
+  for (int i = 0; i < kTileRows; ++i) {
     if (i >= rows) break;
     for (int j = 0; j < kVectors; ++j) {
       const __mmask16 mask = first(columns - j * kVector);
       float* to = c + i * c_stride + j * kVector;
-      const __m512 before = accumulate ? _mm512_maskz_loadu_ps(mask, to) : _mm512_setzero_ps();
+      const __m512 before = store == Store::kAdd ? _mm512_maskz_loadu_ps(mask, to) : _mm512_setzero_ps();
       _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(before, sums[i][j]));
     }
   }
@@ -173,10 +187,11 @@ void multiply_part(const Lanes& a, const Lanes& b, std::int64_t row, std::int64_
   Pair* const packed_a = packing_room();
   Pair* const packed_b = packed_a + kRows * kDepth / 2;
   const std::int64_t num_blocks = (depth + kDepth - 1) / kDepth;
-  const std::int64_t block = round_up((depth + num_blocks - 1) / std::max<std::int64_t>(num_blocks, 1), kTransposed);
+  const std::int64_t block =
+      round_up((depth + num_blocks - 1) / std::max<std::int64_t>(num_blocks, 1), kTransposed);
   for (std::int64_t k = 0; k < depth; k += block) {
     const std::int64_t depth_here = std::min(block, depth - k), num_pairs = (depth_here + 1) / 2;
-    const bool add = accumulate || k > 0;
+    const Store store = accumulate || k > 0 ? Store::kAdd : num_blocks == 1 ? Store::kStream : Store::kWrite;
     for (std::int64_t j = column; j < column_end; j += kColumns) {
       const std::int64_t columns = std::min(kColumns, column_end - j);
       pack<kTileColumns>(b, j, columns, k, depth_here, packed_b);
@@ -188,12 +203,13 @@ void multiply_part(const Lanes& a, const Lanes& b, std::int64_t row, std::int64_
             multiply_tile(packed_a + ii * num_pairs, packed_b + jj * num_pairs, num_pairs,
                           c + (i + ii) * c_stride + j + jj, c_stride,
                           static_cast<int>(std::min<std::int64_t>(kTileRows, rows - ii)),
-                          static_cast<int>(std::min<std::int64_t>(kTileColumns, columns - jj)), add);
+                          static_cast<int>(std::min<std::int64_t>(kTileColumns, columns - jj)), store);
           }
         }
       }
     }
   }
+  _mm_sfence();  // streamed tiles are seen by other threads
 }
 
 }  // namespace
