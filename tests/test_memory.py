@@ -65,7 +65,7 @@ def test_peak_does_not_grow_with_rows(op):
     # What grows: the hidden states' gradient, and a few numbers per row.
     per_row = D * 4 + 64 * 4
     growth = peak(op, large) - peak(op, small)
-    slack = 3 * 2**20  # of the allocator; logits for the additional rows would be 448 MiB
+    slack = 6 * 2**20  # of the allocator and 2 MiB pages; logits for the additional rows would be 448 MiB
     assert growth <= (large - small) * per_row + slack, f"{growth / 2**20:.1f} MiB"
 
 
