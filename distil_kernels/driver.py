@@ -148,7 +148,7 @@ class _Workspace:
         return statistics
 
 
-class _GradientSums:
+class GradientSums:
     """Takes chunks of logit gradients to the gradients of hidden states, weight and bias.
 
     For each chunk: write its gradient to `room`, then `add` it. With a ring, rows wait there until it is full.
@@ -171,9 +171,8 @@ class _GradientSums:
         self._waiting: list[Rows] = []
         self._num_waiting = 0
 
-    def room(self, chunk: _Chunk) -> Tensor:
+    def room(self, student_logits: Tensor) -> Tensor:
         """Where the gradient of the chunk's logits belongs."""
-        student_logits = chunk.logits.student
         if self._ring is None:
             return student_logits
         num_rows = student_logits.shape[0]
@@ -251,12 +250,12 @@ def _in_one_pass(
     credit_weights = torch.zeros_like(row_weight)
     scan = CreditScan(credit, lengths, problem.dtype, row_weight.device)
     workspace = _Workspace(problem, plan.chunk_rows)
-    sums = _GradientSums(
+    sums = GradientSums(
         problem.student_hidden, problem.student_weight, needs, plan.ring_rows, problem.gradient_threshold
     )
     for rows, credit_chunk in _ordered_chunks(problem, credit, lengths, plan.chunk_rows):
         chunk = workspace.load(rows)
-        ce_weight, out = row_weight[rows], sums.room(chunk)
+        ce_weight, out = row_weight[rows], sums.room(chunk.logits.student)
         if credit_chunk is None:
             chunk_statistics = workspace.row_stats_grad(chunk, ce_weight, out)
         else:
@@ -285,7 +284,7 @@ def _in_two_passes(
             statistics,
             credit_weights,
             nothing_dropped,
-            _GradientSums(problem.student_hidden, problem.student_weight, NO_GRADIENTS, ring_rows=0).result(),
+            GradientSums(problem.student_hidden, problem.student_weight, NO_GRADIENTS, ring_rows=0).result(),
         )
     logprob_weight = None if credit.span == "none" else credit_weights
     gradients = rows_backward(problem, plan, needs, statistics, row_weight, logprob_weight)
@@ -298,20 +297,20 @@ def rows_statistics(problem: Problem, plan: Plan) -> RowsResult:
     operand = gemm.operand_dtype(problem.student_hidden.dtype, problem.student_hidden.device.type)
     kept_shape = (problem.num_rows, problem.vocab_size) if keeps else 0
     kept = problem.student_hidden.new_zeros(kept_shape, dtype=operand)
-    sums = _GradientSums(
+    sums = GradientSums(
         problem.student_hidden, problem.student_weight, Needs(frozen, False, False), plan.ring_rows if frozen else 0
     )
     if not (keeps or frozen) and hasattr(problem.kernels, "head_stats"):
         return RowsResult(_head_statistics(problem), sums.result().hidden, kept)
     statistics = _new_statistics(problem)
     workspace = _Workspace(problem, plan.chunk_rows)
-    for rows in _plain_chunks(problem, plan.chunk_rows):
+    for rows in plain_chunks(problem.counted, problem.num_rows, plan.chunk_rows):
         chunk = workspace.load(rows)
         ones = torch.ones_like(chunk.logits.student[:, 0])
         if keeps:
             statistics[:, rows] = _keep_gradient(workspace, chunk, ones, kept)
         elif frozen:
-            out = sums.room(chunk)
+            out = sums.room(chunk.logits.student)
             statistics[:, rows] = workspace.row_stats_grad(chunk, ones, out)
             sums.add(rows, out)
         else:
@@ -355,10 +354,13 @@ def rows_backward(
 ) -> Gradients:
     """Gradients of sum(ce_weight * ce + logprob_weight * logprob), logits computed anew. Weights are [N]."""
     workspace = _Workspace(problem, plan.chunk_rows)
-    sums = _GradientSums(problem.student_hidden, problem.student_weight, needs, plan.ring_rows)
-    for rows in _plain_chunks(problem, plan.chunk_rows):
+    sums = GradientSums(problem.student_hidden, problem.student_weight, needs, plan.ring_rows)
+    for rows in plain_chunks(problem.counted, problem.num_rows, plan.chunk_rows):
         chunk = workspace.load(rows)
-        out, weights = sums.room(chunk), (ce_weight[rows], None if logprob_weight is None else logprob_weight[rows])
+        out, weights = (
+            sums.room(chunk.logits.student),
+            (ce_weight[rows], None if logprob_weight is None else logprob_weight[rows]),
+        )
         workspace.row_grad(chunk, statistics[:, rows].contiguous(), *weights, out)
         sums.add(rows, out)
     return sums.result()
@@ -368,20 +370,20 @@ def kept_backward(
     student_hidden: Tensor, student_weight: Tensor, chunk_rows: int, needs: Needs, kept: Tensor, ce_weight: Tensor
 ) -> Gradients:
     """Gradients of sum(ce_weight * ce) from the kept gradient of the logits [N, V]."""
-    sums = _GradientSums(student_hidden, student_weight, needs, ring_rows=0)
+    sums = GradientSums(student_hidden, student_weight, needs, ring_rows=0)
     for begin in range(0, student_hidden.shape[0], chunk_rows):
         rows = slice(begin, begin + chunk_rows)
         sums.multiply(rows, kept[rows], ce_weight[rows])
     return sums.result()
 
 
-def _plain_chunks(problem: Problem, chunk_rows: int) -> Iterator[Rows]:
-    """Rows that count, in their own order."""
-    if problem.counted is None:
-        for begin in range(0, problem.num_rows, chunk_rows):
-            yield slice(begin, min(begin + chunk_rows, problem.num_rows))
+def plain_chunks(counted: Tensor | None, num_rows: int, chunk_rows: int) -> Iterator[Rows]:
+    """Rows that count ([N] bool, None for all), in their own order."""
+    if counted is None:
+        for begin in range(0, num_rows, chunk_rows):
+            yield slice(begin, min(begin + chunk_rows, num_rows))
     else:
-        yield from problem.counted.nonzero()[:, 0].split(chunk_rows)
+        yield from counted.nonzero()[:, 0].split(chunk_rows)
 
 
 def _ordered_chunks(
@@ -389,7 +391,7 @@ def _ordered_chunks(
 ) -> Iterator[tuple[Rows, Chunk | None]]:
     """Chunks in the order that the credit asks for."""
     if credit.span == "none":
-        for rows in _plain_chunks(problem, max_rows):
+        for rows in plain_chunks(problem.counted, problem.num_rows, max_rows):
             yield rows, None
     else:
         counted = None if problem.counted is None else problem.counted.cpu()

@@ -86,7 +86,7 @@ def _(student_hidden: Tensor, student_weight: Tensor, *rest: Any) -> tuple[Tenso
         student_hidden.new_empty(NUM_STATISTICS, num_rows, dtype=dtype),
         student_hidden.new_empty(num_rows, dtype=dtype),
         student_hidden.new_empty(num_rows, dtype=dtype),
-        *_fake_gradients(student_hidden, student_weight, rest[-1]),
+        *fake_gradients(student_hidden, student_weight, rest[-1]),
     )
 
 
@@ -98,7 +98,8 @@ def _scalar_loss_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.weight_dtype, ctx.needs, ctx.num_inputs = inputs[1].dtype, inputs[-1], len(inputs)
 
 
-def _scalar_loss_backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor) -> tuple:
+def scaled_gradients(ctx: Any, grad_loss: Tensor | None, *_: Tensor) -> tuple:
+    """Backward of an op that formed its gradients in the forward pass."""
     if grad_loss is None:
         return (None,) * ctx.num_inputs
     if _is_traced() or _keeps_graph():
@@ -108,7 +109,7 @@ def _scalar_loss_backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor) -> tup
     return _input_gradients(gradients, ctx.needs, ctx.num_inputs)
 
 
-scalar_loss.register_autograd(_scalar_loss_backward, setup_context=_scalar_loss_context)
+scalar_loss.register_autograd(scaled_gradients, setup_context=_scalar_loss_context)
 
 
 def _is_traced() -> bool:
@@ -278,7 +279,7 @@ def rows_backward(
 
 @rows_backward.register_fake
 def _(student_hidden: Tensor, student_weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight, bias = _fake_gradients(student_hidden, student_weight, rest[-1])
+    hidden, weight, bias = fake_gradients(student_hidden, student_weight, rest[-1])
     return hidden, weight.to(student_weight.dtype), bias
 
 
@@ -298,7 +299,7 @@ def kept_backward(
 
 @kept_backward.register_fake
 def _(student_hidden: Tensor, student_weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight, bias = _fake_gradients(student_hidden, student_weight, rest[-1])
+    hidden, weight, bias = fake_gradients(student_hidden, student_weight, rest[-1])
     return hidden, weight.to(student_weight.dtype), bias
 
 
@@ -337,7 +338,7 @@ def _problem(
     )
 
 
-def _fake_gradients(student_hidden: Tensor, student_weight: Tensor, needs: list[bool]) -> tuple[Tensor, ...]:
+def fake_gradients(student_hidden: Tensor, student_weight: Tensor, needs: list[bool]) -> tuple[Tensor, ...]:
     dtype = accumulation_dtype(student_weight.dtype)
     return (
         student_hidden.new_empty(student_hidden.shape if needs[0] else 0),

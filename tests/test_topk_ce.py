@@ -1,0 +1,179 @@
+"""fused_topk_ce against float64 autograd on dense logits, and where it must not break: no tail, hardly any, padding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from distil_kernels import fused_forward_ce, fused_topk_ce
+from distil_kernels.testing import assert_within_budget, make_inputs
+
+N, V, D = 23, 67, 16
+
+
+def teacher_topk(num_rows, vocab_size, num_kept, generator, num_padding=0):
+    """Ids and float64 log-probs of the largest entries of random distributions; the last ones unknown."""
+    logprobs = (3 * torch.randn(num_rows, vocab_size, generator=generator).double()).log_softmax(-1)
+    top = logprobs.topk(num_kept)
+    ids, values = top.indices.clone(), top.values.clone()
+    if num_padding:
+        ids[:, -num_padding:], values[:, -num_padding:] = -1, torch.nan
+    return ids, values
+
+
+def dense(hidden, weight, ids, logprobs, bias=None, temperature=1.0, softcap=None, row_weight=None):
+    """Sum over rows of weight * CE in the dtype of the inputs, row by row."""
+    total = hidden.new_zeros(())
+    for row in range(len(hidden)):
+        if row_weight is not None and row_weight[row] == 0:
+            continue
+        logits = hidden[row] @ weight.T + (0 if bias is None else bias)
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        log_s = (logits / temperature).log_softmax(-1)
+        keep = ids[row] >= 0
+        named, probs = ids[row][keep], logprobs[row][keep].to(hidden.dtype).exp()
+        others = torch.ones(len(weight), dtype=torch.bool)
+        others[named] = False
+        ce = -(probs * log_s[named]).sum()
+        if others.any():
+            ce = ce - (1 - probs.sum()).clamp(min=0) * log_s[others].logsumexp(0)
+        total = total + (1 if row_weight is None else row_weight[row]) * ce
+    return total
+
+
+def gradients(loss, leaves):
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def leaves_of(inputs, dtype, bias):
+    cast = [inputs.student_hidden, inputs.student_weight, *([bias] if bias is not None else [])]
+    return [leaf.detach().to(dtype).requires_grad_() for leaf in cast]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("num_kept", "num_padding", "options"),
+    [
+        (5, 0, {}),
+        (1, 0, {}),
+        (6, 3, {"temperature": 0.7}),
+        (8, 0, {"softcap": 3.0, "temperature": 1.3}),
+        (V, 0, {}),
+        (V - 1, 0, {}),
+    ],
+    ids=["five", "one", "padded", "softcap", "all", "all but one"],
+)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_value_and_gradients(num_kept, num_padding, options, with_bias, dtype, generator, monkeypatch):
+    monkeypatch.setattr("distil_kernels.topk.choose_chunk_rows", lambda shape: 8)
+    inputs = make_inputs(N, V, D, generator=generator)
+    bias = torch.randn(V, generator=generator) if with_bias else None
+    ids, logprobs = teacher_topk(N, V, num_kept, generator, num_padding)
+    leaves = leaves_of(inputs, dtype, bias)
+    exact_leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    exact = gradients(dense(*exact_leaves[:2], ids, logprobs, *exact_leaves[2:], **options), exact_leaves)
+    plain_leaves = [leaf.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_() for leaf in leaves]
+    plain = gradients(dense(*plain_leaves[:2], ids, logprobs, *plain_leaves[2:], **options), plain_leaves)
+    names = {"softcap": "logit_softcap"}
+    keywords = {names.get(name, name): value for name, value in options.items()}
+    ours = gradients(
+        fused_topk_ce(*leaves[:2], ids, logprobs.to(plain_leaves[0].dtype), reduction="sum",
+                      student_bias=leaves[2] if with_bias else None, **keywords),
+        leaves,
+    )  # fmt: skip
+    for name, mine, naive, truth in zip(("loss", "dh", "dW", "db"), ours, plain, exact, strict=False):
+        # bfloat16: the gradient of the logits is rounded once, on its way into the products.
+        terms = float(truth.abs().max()) * (2**13 if dtype == torch.bfloat16 else 64)
+        assert_within_budget(name, mine, [naive], truth, terms=terms)
+
+
+def test_all_tokens_known_is_the_forward_cross_entropy(generator):
+    inputs = make_inputs(N, V, D, generator=generator)
+    logprobs = (inputs.teacher_hidden @ inputs.teacher_weight.T).log_softmax(-1)
+    ids = torch.arange(V).expand(N, V)
+    leaves = list(inputs.leaves.values())[:2]
+    ours = gradients(fused_topk_ce(*inputs.heads[:2], ids, logprobs), leaves)
+    theirs = gradients(fused_forward_ce(*inputs.heads), leaves)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tail_of_1e_12_keeps_its_digits(generator):
+    """1 - sum S_k is 0 in float32 where the student is sure; the tail's own sum is not."""
+    hidden = torch.zeros(1, 2)
+    hidden[0, 0] = 1.0
+    weight = torch.zeros(V, 2)
+    weight[3, 0] = 40.0
+    hidden.requires_grad_()
+    loss = fused_topk_ce(hidden, weight, torch.tensor([[3]]), torch.tensor([[0.5]]).log(), reduction="sum")
+    exact = 0.5 * (40.0 - torch.tensor(V - 1.0).log())
+    assert abs(loss.item() - exact.item()) < 1e-4
+    (grad,) = torch.autograd.grad(loss, hidden)
+    assert abs(grad[0, 0].item() - 0.5 * 40.0) < 1e-3
+
+
+def test_rows_that_do_not_count_are_not_read(generator):
+    inputs = make_inputs(N, V, D, generator=generator)
+    ids, logprobs = teacher_topk(N, V, 4, generator)
+    mask = torch.rand(N, generator=generator) < 0.6
+    weight = torch.rand(N, generator=generator)
+    weight[mask.nonzero()[0]] = 0.0
+    hidden = inputs.student_hidden.detach().clone()
+    hidden[~mask], ids[~mask], logprobs[~mask] = torch.nan, V + 7, torch.nan
+    hidden.requires_grad_()
+    loss = fused_topk_ce(hidden, inputs.student_weight, ids, logprobs, token_mask=mask, token_weight=weight)
+    ours = gradients(loss, [hidden, inputs.student_weight])
+    exact_leaves = [leaf.detach().double().requires_grad_() for leaf in (hidden, inputs.student_weight)]
+    row_weight = torch.where(mask, weight, 0.0).double()
+    exact = gradients(dense(*exact_leaves, ids, logprobs, row_weight=row_weight) / row_weight.sum(), exact_leaves)
+    for mine, truth in zip(ours, exact, strict=True):
+        torch.testing.assert_close(mine.double(), truth, rtol=1e-4, atol=1e-6)
+    assert (ours[1][~mask] == 0).all()
+
+
+def test_nothing_known_and_nothing_counted(generator):
+    inputs = make_inputs(N, V, D, generator=generator)
+    ids, logprobs = torch.full((N, 2), -1), torch.full((N, 2), torch.nan)
+    loss = fused_topk_ce(*inputs.heads[:2], ids, logprobs)
+    loss.backward()
+    assert abs(loss.item()) < 1e-6  # one bucket holds everything: both agree on it
+    assert inputs.student_weight.grad.abs().max() < 1e-6
+    mask = torch.zeros(N, dtype=torch.bool)
+    assert fused_topk_ce(*inputs.heads[:2], ids, logprobs, token_mask=mask).item() == 0.0
+
+
+def test_gradcheck(generator):
+    inputs = make_inputs(4, 9, 5, dtype=torch.float64, generator=generator)
+    ids, logprobs = teacher_topk(4, 9, 3, generator)
+    leaves = list(inputs.leaves.values())[:2]
+    assert torch.autograd.gradcheck(lambda h, w: fused_topk_ce(h, w, ids, logprobs), leaves)
+
+
+def test_opcheck(generator):
+    from distil_kernels.topk import topk_loss
+
+    inputs = make_inputs(4, 9, 5, generator=generator)
+    ids, logprobs = teacher_topk(4, 9, 3, generator)
+    arguments = (*inputs.heads[:2], None, ids, logprobs.float(), None, torch.ones(4), 1.0, None, [True, True, False])
+    torch.library.opcheck(topk_loss, arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"teacher_ids": torch.full((N, 2), V)}, "expected 0 to 66"),
+        ({"teacher_ids": torch.full((N, 2), 3)}, "twice"),
+        ({"teacher_logprobs": torch.full((N, 2), 0.1)}, "expected at most 1"),
+        ({"teacher_logprobs": torch.full((N, 2), torch.nan)}, "expected at most 1"),
+        ({"teacher_logprobs": torch.zeros(N, 3)}, "expected one"),
+        ({"teacher_ids": torch.zeros(N - 1, 2, dtype=torch.int64)}, "teacher_ids is"),
+        ({"reduction": "none"}, "reduction is 'none'"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+    ],
+)
+def test_the_door(change, message, generator):
+    inputs = make_inputs(N, V, D, generator=generator)
+    ids, logprobs = teacher_topk(N, V, 2, generator)
+    arguments = {"teacher_ids": ids, "teacher_logprobs": logprobs} | change
+    with pytest.raises(ValueError, match=message):
+        fused_topk_ce(*inputs.heads[:2], **arguments)
