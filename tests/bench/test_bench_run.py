@@ -56,11 +56,13 @@ def test_quick_run_times_checks_and_weighs_every_plan_that_can_run(quick_run: tu
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory of a CPU process is read from Linux")
 def test_quick_run_measures_the_memory_that_the_plan_has(quick_run: tuple[str, dict]) -> None:
-    """A chunk of logits and the dW accumulator; the pages around them are allowed 2 MiB more.
+    """A chunk of logits and the dW accumulator, to a huge page (2 MiB) either way.
 
     The peak is in forward, before dW itself exists, whose bytes are taken off as a gradient's: the accumulator may
-    stand in its place, and then the chunk is all that is left.
+    stand in its place, and then the chunk is all that is left, less the part of it that lies in pages which the
+    process already had.
     """
+    huge_page = 2 * 2**20
     case = quick_run[1]["tables"][0]["case"]
     chunk = 4 * case["vocab_size"] * 2 * case["num_rows"]
     accumulator = 4 * case["vocab_size"] * case["hidden_size"]
@@ -68,7 +70,7 @@ def test_quick_run_measures_the_memory_that_the_plan_has(quick_run: tuple[str, d
     name = next((name for name in ("ours cpu gradient_in_forward",) if name in rows and not rows[name]["reason"]), None)
     if name is None:
         pytest.skip("the cpu back end is not built")
-    assert chunk <= rows[name]["peak_extra_bytes"] <= chunk + accumulator + 2 * 2**20
+    assert chunk - huge_page <= rows[name]["peak_extra_bytes"] <= chunk + accumulator + huge_page
 
 
 def test_quick_run_ends_with_its_json_and_says_where_it_ran(quick_run: tuple[str, dict]) -> None:
