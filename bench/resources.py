@@ -33,6 +33,7 @@ class Resources(NamedTuple):
 
 
 def triton_resources() -> Iterator[Resources]:
+    from distil_kernels.backends import Statistic
     from distil_kernels.backends import triton as backend
     from distil_kernels.backends import triton_kernels as kernels
 
@@ -46,7 +47,10 @@ def triton_resources() -> Iterator[Resources]:
         yield _triton(kernels.row_partials, {**flags, "HAS_TOKENS": True, "BLOCK": 4096}, capability, 8, 3)
         yield _triton(kernels.row_partials, {**plain, "HAS_TOKENS": False, "BLOCK": 4096}, capability, 8, 3)
         yield _triton(kernels.merge_partials, {"HAS_TOKENS": True, "SPLITS": 64}, capability, 1, 3)
-        yield _triton(kernels.row_grad, {**flags, "HAS_LOGPROB": True, "BLOCK": 4096}, capability, 8, 3)
+        yield _triton(kernels.mixture_partials, {**flags, "BLOCK": 4096}, capability, 8, 3)
+        for cost in (Statistic.FORWARD_CE, Statistic.REVERSE_KL, Statistic.JSD, Statistic.ENTROPY):
+            constants = {**flags, "HAS_LOGPROB": True, "COST": int(cost), "BLOCK": 4096}
+            yield _triton(kernels.row_grad, constants, capability, 8, 3)
         yield _triton(kernels.head_partials, {**flags, **shape, "HAS_TOKENS": True, "WIDEN": False}, capability,
                       tile.num_warps, tile.num_stages)  # fmt: skip
 
@@ -88,7 +92,7 @@ def _triton_type(name: str, constants: dict[str, object]) -> str:
         return "*bf16"
     if name.endswith("_ptr"):
         return "*fp32"
-    if name.endswith(("softcap", "temperature")):
+    if name.endswith(("softcap", "temperature", "jsd_weight")):
         return "fp32"
     return "i64" if name.endswith("_stride") else "i32"
 

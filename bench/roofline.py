@@ -23,7 +23,7 @@ from timing import forward_backward, interleaved
 
 import distil_kernels as dk
 from distil_kernels import gemm
-from distil_kernels.backends import LogitPair, LogitTransform, cpu
+from distil_kernels.backends import FORWARD_CE, LogitPair, LogitTransform, cpu
 
 ROW_STATS_OPERATIONS, ROW_GRAD_OPERATIONS = 46, 36
 """Per logit pair: two exponentials of 15, and what is summed or subtracted around them (csrc/row_math.h)."""
@@ -104,13 +104,13 @@ def _parts(rows: int, dtype: str, threads: int) -> list[Part]:
 def _row_parts(logits: LogitPair) -> list[Part]:
     rows, vocab_size = logits.student.shape
     transform, tokens, ones = LogitTransform(None, None, 1.0), torch.arange(rows), torch.ones(rows)
-    statistics = cpu.row_stats(logits, transform, transform, tokens)
+    rows = logits, transform, transform, tokens, FORWARD_CE
+    statistics = cpu.row_stats(*rows)
     out = torch.empty_like(logits.student)
     pairs = rows * vocab_size
     return [
-        Part("row_stats", lambda: cpu.row_stats(logits, transform, transform, tokens), ROW_STATS_OPERATIONS * pairs,
-             8 * pairs),
-        Part("row_grad", lambda: cpu.row_grad(logits, transform, transform, tokens, statistics, ones, ones, out),
+        Part("row_stats", lambda: cpu.row_stats(*rows), ROW_STATS_OPERATIONS * pairs, 8 * pairs),
+        Part("row_grad", lambda: cpu.row_grad(*rows[:4], statistics, FORWARD_CE, ones, ones, out),
              ROW_GRAD_OPERATIONS * pairs, 12 * pairs),
     ]  # fmt: skip
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from distil_kernels.backends import LogitPair, LogitTransform, cpu
+from distil_kernels.backends import FORWARD_CE, LogitPair, LogitTransform, cpu
 
 ROWS, VOCAB = 64, 49152
 THREADS = sorted({1, torch.get_num_threads()})
@@ -42,13 +42,13 @@ def test_row_kernel(
 ) -> None:  # fmt: skip
     transform = LogitTransform(None, softcap, 1.0)
     tokens, weight = torch.arange(ROWS), torch.ones(ROWS)
-    statistics = cpu.row_stats(logits, transform, transform, tokens, instruction_set=instruction_set)
+    statistics = cpu.row_stats(logits, transform, transform, tokens, FORWARD_CE, instruction_set=instruction_set)
     if kernel == "row_stats":
-        benchmark(cpu.row_stats, logits, transform, transform, tokens, instruction_set=instruction_set)
+        benchmark(cpu.row_stats, logits, transform, transform, tokens, FORWARD_CE, instruction_set=instruction_set)
     else:
         out = torch.empty_like(logits.student)
         benchmark(
-            cpu.row_grad, logits, transform, transform, tokens, statistics, weight, weight, out,
+            cpu.row_grad, logits, transform, transform, tokens, statistics, FORWARD_CE, weight, weight, out,
             instruction_set=instruction_set,
         )  # fmt: skip
     benchmark.extra_info["ns_per_pair"] = benchmark.stats["median"] / (ROWS * VOCAB) * 1e9

@@ -28,7 +28,15 @@ enum Statistic : int {
   kLogNormalizer = 9,     // log sum_v exp(s_v - max)
   kTeacherMaxLogit = 10,  // the same two of the teacher
   kTeacherLogNormalizer = 11,
-  kNumStatistics = 12,
+  kJsd = 12,               // b KL(T || M) + (1 - b) KL(S || M), M = b T + (1 - b) S, b = Cost::jsd_weight
+  kStudentMixtureKl = 13,  // KL(S || M)
+  kNumStatistics = 14,
+};
+
+// What a row costs: kForwardCe, kForwardKl (the same gradient), kReverseKl, kJsd or kEntropy.
+struct Cost {
+  Statistic statistic;
+  float jsd_weight;  // of the teacher in the mixture, between 0 and 1; for kJsd
 };
 
 // Raw logits of one model for some rows.
@@ -45,16 +53,17 @@ enum class InstructionSet : int { kBest = 0, kPortable = 1, kAvx2 = 2, kAvx512 =
 // Whether this build has a kernel for the instruction set and this processor can run it.
 bool cpu_supports(InstructionSet instruction_set);
 
-// statistics[k * num_rows + r] for every Statistic k. tokens is [num_rows], or nullptr: the log-probs are then 0.
-void cpu_row_stats(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
+// statistics[k * num_rows + r] for every Statistic k; the last two are 0 unless they are what a row costs. tokens is
+// [num_rows], or nullptr: the log-probs are then 0.
+void cpu_row_stats(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens, const Cost& cost,
                    std::int64_t num_rows, std::int64_t vocab_size, float* statistics, int num_threads,
                    InstructionSet instruction_set);
 
-// grad[r * grad_stride + v] = d(ce_weight * H(T, S) + logprob_weight * log S[token]) / d raw student logit.
+// grad[r * grad_stride + v] = d(cost_weight * cost + logprob_weight * log S[token]) / d raw student logit.
 // grad may be the student's own raw logits (in place). A row whose two weights are 0 gets zeros whatever it holds.
 // logprob_weight is [num_rows] or nullptr.
 void cpu_row_grad(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
-                  const float* statistics, const float* ce_weight, const float* logprob_weight,
+                  const float* statistics, const Cost& cost, const float* cost_weight, const float* logprob_weight,
                   std::int64_t num_rows, std::int64_t vocab_size, float* grad, std::int64_t grad_stride,
                   int num_threads, InstructionSet instruction_set);
 
@@ -127,15 +136,15 @@ struct GradRows {
 int cuda_device_error();
 const char* cuda_error_text(int error);
 
-int cuda_row_stats(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
+int cuda_row_stats(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens, const Cost& cost,
                    std::int64_t num_rows, std::int64_t vocab_size, float* statistics, void* stream);
 
 // As cpu_row_grad. grad may be the student's own raw logits where its type is float32.
 int cuda_row_grad(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
-                  const float* statistics, const float* ce_weight, const float* logprob_weight,
+                  const float* statistics, const Cost& cost, const float* cost_weight, const float* logprob_weight,
                   std::int64_t num_rows, std::int64_t vocab_size, const GradRows& grad, void* stream);
 
-// Both in one read of the logits, without log-prob weights; a row lies in the shared memory of cluster_size blocks
+// Both in one read of the logits, for kForwardCe without log-prob weights; a row lies in the shared memory of cluster_size blocks
 // (1, 2, 4 or 8; compute capability 9.0). All rows begin at multiples of 16 bytes.
 int cuda_row_stats_grad(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
                         const float* ce_weight, std::int64_t num_rows, std::int64_t vocab_size, int cluster_size,

@@ -77,6 +77,29 @@ DISTIL_INLINE float tanh_accurate(float x) {
   return magnitude < 0.625f ? near_zero : (x < 0.0f ? -far : far);
 }
 
+// log(1 + x) for x > -1, within 2 ulp: 2 atanh(z) with z = f / (2 + f), where 1 + x = 2^n (1 + f) and f is x itself
+// near 0, so that small x keep their digits.
+DISTIL_INLINE float log1p_accurate(float x) {
+#if defined(__CUDA_ARCH__)
+  return log1pf(x);
+#else
+  const float y = 1.0f + x;
+  std::int32_t bits;
+  std::memcpy(&bits, &y, sizeof bits);
+  const std::int32_t exponent = (bits - 0x3f3504f3) >> 23;  // of y over sqrt(1/2)
+  bits -= exponent << 23;
+  float mantissa;
+  std::memcpy(&mantissa, &bits, sizeof mantissa);
+  const float f = exponent == 0 ? x : mantissa - 1.0f;
+  const float z = f / (2.0f + f), square = z * z;
+  float p = 1.11111111e-1f * square + 1.42857143e-1f;
+  p = p * square + 2.0e-1f;
+  p = p * square + 3.33333333e-1f;
+  const float n = static_cast<float>(exponent);
+  return n * 0.693359375f + (2.0f * z * (1.0f + square * p) - n * 2.12194440e-4f);
+#endif
+}
+
 // A logit after bias, softcap and temperature, and the derivative that the gradient needs.
 struct Logit {
   float value;       // after bias, softcap and temperature
@@ -156,13 +179,64 @@ DISTIL_INLINE RowResult<Real> finish(const RowSums<Real>& sums) {
   return result;
 }
 
-// d(ce_weight * H(T, S) + logprob_weight * log S[token]) / d s for an entry that is not the token;
-// the token's own entry gets logprob_weight on top. s, t are relative to the maxima.
-DISTIL_INLINE float grad_logit(float s, float t, float log_normalizer, float teacher_log_normalizer,
-                               float ce_weight, float logprob_weight) {
-  const float p = exp_shifted(s - log_normalizer);
-  const float q = exp_shifted(t - teacher_log_normalizer);
-  return ce_weight * (p - q) - logprob_weight * p;
+// Below this a probability is 0 in what divides by it.
+constexpr float kTiny = 1e-37f;
+
+// p - m over p with m the mixture, less 1: log(M / S) is log1p of it. 0 where p is 0.
+DISTIL_INLINE float mixture_excess(float p, float q, float weight) {
+  return p < kTiny ? 0.0f : weight * (q - p) / p;
+}
+
+// One entry's share of KL(S || M) and KL(T || M). Neither can be negative: what is added, b (q - p) and (1 - b) (p - q),
+// sums to 0 over the vocabulary and takes the terms' first order away, which would cancel.
+struct MixtureTerm {
+  float student, teacher;
+};
+
+DISTIL_INLINE MixtureTerm mixture_term(float p, float q, float jsd_weight) {
+  const float own = 1.0f - jsd_weight;
+  return {jsd_weight * (q - p) - p * log1p_accurate(mixture_excess(p, q, jsd_weight)),
+          own * (p - q) - q * log1p_accurate(mixture_excess(q, p, own))};
+}
+
+// What the gradient of one row needs beside its logits.
+struct RowGradient {
+  float log_normalizer, teacher_log_normalizer;
+  float cost_weight, logprob_weight;
+  float mean;        // of what the cost weighs probabilities with: KL(S || T), KL(S || M) or H(S)
+  float jsd_weight;
+};
+
+// Which statistic `mean` is.
+DISTIL_INLINE Statistic mean_statistic(Statistic cost) {
+  return cost == kJsd ? kStudentMixtureKl : (cost == kEntropy ? kEntropy : kReverseKl);
+}
+
+// d(cost_weight * cost + logprob_weight * log S[token]) / d s for an entry that is not the token; the token's own
+// entry gets logprob_weight on top. s, t are relative to the maxima.
+//
+//     cross-entropy, forward KL   S - T
+//     reverse KL                  S (log S/T - KL(S || T))
+//     JSD                         (1 - b) S (log S/M - KL(S || M))
+//     entropy                     -S (log S + H(S))
+template <Statistic kCost>
+DISTIL_INLINE float grad_logit(float s, float t, const RowGradient& row) {
+  const float p = exp_shifted(s - row.log_normalizer);
+  const float q = kCost == kEntropy ? 0.0f : exp_shifted(t - row.teacher_log_normalizer);
+  float cost;
+  if (kCost == kReverseKl) {
+    const float ratio =
+        (at_least_floor(s) - at_least_floor(t)) - (row.log_normalizer - row.teacher_log_normalizer);
+    cost = p * (ratio - row.mean);
+  } else if (kCost == kJsd) {
+    const float ratio = -log1p_accurate(mixture_excess(p, q, row.jsd_weight));
+    cost = (1.0f - row.jsd_weight) * p * (ratio - row.mean);
+  } else if (kCost == kEntropy) {
+    cost = -p * ((at_least_floor(s) - row.log_normalizer) + row.mean);
+  } else {
+    cost = p - q;
+  }
+  return row.cost_weight * cost - row.logprob_weight * p;
 }
 
 }  // namespace distil_kernels

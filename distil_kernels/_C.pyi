@@ -11,6 +11,9 @@ class InstructionSet(Enum):
     avx2 = 2
     avx512 = 3
 
+class Cost:
+    def __init__(self, statistic: int, jsd_weight: float) -> None: ...
+
 class LogitRows:
     def __init__(self, raw: int, row_stride: int, bias: int, softcap: float, inverse_temperature: float) -> None: ...
 
@@ -37,6 +40,7 @@ def cpu_row_stats(
     student: LogitRows,
     teacher: LogitRows,
     tokens: int,
+    cost: Cost,
     num_rows: int,
     vocab_size: int,
     statistics: int,
@@ -48,7 +52,8 @@ def cpu_row_grad(
     teacher: LogitRows,
     tokens: int,
     statistics: int,
-    ce_weight: int,
+    cost: Cost,
+    cost_weight: int,
     logprob_weight: int,
     num_rows: int,
     vocab_size: int,
@@ -108,6 +113,7 @@ def cuda_row_stats(
     student: LogitRows,
     teacher: LogitRows,
     tokens: int,
+    cost: Cost,
     num_rows: int,
     vocab_size: int,
     statistics: int,
@@ -118,7 +124,8 @@ def cuda_row_grad(
     teacher: LogitRows,
     tokens: int,
     statistics: int,
-    ce_weight: int,
+    cost: Cost,
+    cost_weight: int,
     logprob_weight: int,
     num_rows: int,
     vocab_size: int,

@@ -133,6 +133,12 @@ class Door:
         if not (math.isfinite(value) and low <= value <= high):
             self.value_error(f"{name} is {value}, expected a finite number from {low} to {high}")
 
+    def share(self, name: str, value: float) -> None:
+        """A number above 0 and below 1."""
+        self.between(name, value, 0.0, 1.0)
+        if value in (0.0, 1.0):
+            self.value_error(f"{name} is {value}, expected a number above 0 and below 1")
+
     def threshold(self, name: str, value: float) -> None:
         """A number from 0 to 1, 1 excluded: a row's largest entry is never below it."""
         self.between(name, value, 0.0, 1.0)

@@ -7,9 +7,6 @@
         dlogits = row_grad(logits, weights)   overwrites the student's logits, or goes to the ring
         dh      = dlogits @ W,  dW += dlogits^T @ h      per chunk, or per full ring
 
-The ring holds gradient rows of several chunks in the dtype of the products' operands: on a GPU small chunks of logits
-would otherwise read and write the whole float32 dW too often (`plan` has the numbers). On the CPU there is none.
-
 Peak extra memory is one chunk of logits, the ring and the dW accumulator (formula in `plan`), whatever the number of
 rows. A shared head takes both models' hidden states in one product. Rows that do not count are never touched, so they
 may hold anything, NaN included. Callers have checked every argument.
@@ -17,6 +14,7 @@ may hold anything, NaN included. Callers have checked every argument.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -25,14 +23,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distil_kernels import gemm, memory
-from distil_kernels.backends import NUM_STATISTICS, LogitPair, LogitTransform, Statistic
+from distil_kernels import gemm
+from distil_kernels.backends import FORWARD_CE, NUM_STATISTICS, Cost, LogitPair, LogitTransform, Statistic
 from distil_kernels.credit import Chunk, Credit, CreditScan, reverse_chunks
+from distil_kernels.gradients import NO_GRADIENTS, Gradients, GradientSums, Needs, Rows, new_rows
 from distil_kernels.plan import Plan
-from distil_kernels.sparse import LargeEntries, large_entries
-
-Rows = slice | Tensor
-"""Which rows a chunk holds: a slice where they are consecutive (no copy), else int64 indices."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +36,14 @@ class Problem:
 
     student_hidden: Tensor  # [N, D]
     student_weight: Tensor  # [V, D]
-    teacher_hidden: Tensor  # [N, D_T]
+    teacher_hidden: Tensor | None  # [N, D_T]; None for no teacher
     teacher_weight: Tensor | None  # [V, D_T]; None shares the student's
     student: LogitTransform
     teacher: LogitTransform
     tokens: Tensor | None  # [N] int64
     counted: Tensor | None  # [N] bool; None counts every row
     kernels: ModuleType
+    cost: Cost = FORWARD_CE
     gradient_threshold: float = 0.0  # smaller entries of the logits' gradient, relative to their row, are left out
 
     @property
@@ -64,23 +60,33 @@ class Problem:
         return gemm.accumulation_dtype(self.student_hidden.dtype)
 
 
-class Gradients(NamedTuple):
-    """Of the student's inputs; an input that needs none has an empty tensor."""
+class Policy(NamedTuple):
+    """A policy-gradient loss of tokens that were sampled under other log-probs."""
 
-    hidden: Tensor  # [N, D] in the dtype of the hidden states
-    weight: Tensor  # [V, D] in the accumulation dtype
-    bias: Tensor  # [V] in the accumulation dtype
+    advantages: Tensor  # [N]
+    old_logprobs: Tensor | None  # [N]; None for the present ones, held still
+    clip_low: float | None  # the ratio stops counting below 1 - clip_low, for advantages below 0; None for never
+    clip_high: float | None  # above 1 + clip_high, for advantages above 0
+    entropy_weight: float
+
+    def surrogate(self, logprob: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """-min(ratio A, clip(ratio) A) and its derivative by the log-prob, of some rows."""
+        advantages = self.advantages[rows].to(logprob.dtype)
+        old = logprob if self.old_logprobs is None else self.old_logprobs[rows].to(logprob.dtype)
+        ratio = (logprob - old).exp()
+        low = 0.0 if self.clip_low is None else 1.0 - self.clip_low
+        high = math.inf if self.clip_high is None else 1.0 + self.clip_high
+        clipped = ((ratio > high) & (advantages > 0)) | ((ratio < low) & (advantages < 0))
+        loss = -torch.where(clipped, ratio.clamp(low, high), ratio) * advantages
+        return loss, torch.where(clipped, 0.0, loss)
 
 
-class Needs(NamedTuple):
-    """Which gradients are wanted."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
-
-
-NO_GRADIENTS = Needs(hidden=False, weight=False, bias=False)
+class PolicyResult(NamedTuple):
+    loss: Tensor  # []
+    statistics: Tensor  # [NUM_STATISTICS, N]
+    surrogate: Tensor  # [N]
+    clipped: Tensor  # [N] bool
+    gradients: Gradients
 
 
 class ScalarResult(NamedTuple):
@@ -93,8 +99,8 @@ class ScalarResult(NamedTuple):
 
 class RowsResult(NamedTuple):
     statistics: Tensor  # [NUM_STATISTICS, N]
-    base_hidden: Tensor  # [N, D]: gradient for unit upstream of ce (`frozen_head`), else empty
-    kept: Tensor  # [N, V]: gradient of the logits for unit upstream of ce (`kept_gradient`), else empty
+    base_hidden: Tensor  # [N, D]: gradient for unit upstream of the cost (`frozen_head`), else empty
+    kept: Tensor  # [N, V]: gradient of the logits for unit upstream of the cost (`kept_gradient`), else empty
 
 
 class _Chunk(NamedTuple):
@@ -105,17 +111,24 @@ class _Chunk(NamedTuple):
     tokens: Tensor | None
 
 
-class _Workspace:
+class Workspace:
     """Room for one chunk of both models' logits, filled again for every chunk."""
 
     def __init__(self, problem: Problem, chunk_rows: int) -> None:
         self._problem = problem
-        self._logits = _new_rows(problem.student_hidden, 2 * chunk_rows, problem.vocab_size, problem.dtype)
+        num_models = 1 if problem.teacher_hidden is None else 2
+        self._logits = new_rows(problem.student_hidden, num_models * chunk_rows, problem.vocab_size, problem.dtype)
 
     def load(self, rows: Rows) -> _Chunk:
         problem = self._problem
-        hidden, teacher_hidden = problem.student_hidden[rows], problem.teacher_hidden[rows]
+        hidden = problem.student_hidden[rows]
         num_rows = hidden.shape[0]
+        tokens = None if problem.tokens is None else problem.tokens[rows]
+        if problem.teacher_hidden is None:
+            own = self._logits[:num_rows]
+            gemm.lm_head(hidden, problem.student_weight, out=own)
+            return _Chunk(rows, LogitPair(own, own), tokens)
+        teacher_hidden = problem.teacher_hidden[rows]
         both = self._logits[: 2 * num_rows]
         pair = LogitPair(both[:num_rows], both[num_rows:])
         if problem.teacher_weight is None:
@@ -123,153 +136,98 @@ class _Workspace:
         else:
             gemm.lm_head(hidden, problem.student_weight, out=pair.student)
             gemm.lm_head(teacher_hidden, problem.teacher_weight, out=pair.teacher)
-        return _Chunk(rows, pair, None if problem.tokens is None else problem.tokens[rows])
+        return _Chunk(rows, pair, tokens)
 
     def row_stats(self, chunk: _Chunk) -> Tensor:
         problem = self._problem
-        return problem.kernels.row_stats(chunk.logits, problem.student, problem.teacher, chunk.tokens)
+        return problem.kernels.row_stats(chunk.logits, problem.student, problem.teacher, chunk.tokens, problem.cost)
 
     def row_grad(
-        self, chunk: _Chunk, statistics: Tensor, ce_weight: Tensor, logprob_weight: Tensor | None, out: Tensor
+        self, chunk: _Chunk, statistics: Tensor, cost_weight: Tensor, logprob_weight: Tensor | None, out: Tensor
     ) -> None:
         problem = self._problem
         problem.kernels.row_grad(
-            chunk.logits, problem.student, problem.teacher, chunk.tokens, statistics, ce_weight, logprob_weight, out
+            chunk.logits, problem.student, problem.teacher, chunk.tokens, statistics, problem.cost, cost_weight,
+            logprob_weight, out,
         )  # fmt: skip
 
-    def row_stats_grad(self, chunk: _Chunk, ce_weight: Tensor, out: Tensor) -> Tensor:
+    def row_stats_grad(self, chunk: _Chunk, cost_weight: Tensor, out: Tensor) -> Tensor:
         """Both, where no weight depends on the statistics: back ends may then read the logits once."""
         problem = self._problem
         at_once = getattr(problem.kernels, "row_stats_grad", None)
-        if at_once is not None:
-            return at_once(chunk.logits, problem.student, problem.teacher, chunk.tokens, ce_weight, out)
+        if at_once is not None and problem.cost.statistic in (Statistic.FORWARD_CE, Statistic.FORWARD_KL):
+            return at_once(chunk.logits, problem.student, problem.teacher, chunk.tokens, cost_weight, out)
         statistics = self.row_stats(chunk)
-        self.row_grad(chunk, statistics, ce_weight, None, out)
+        self.row_grad(chunk, statistics, cost_weight, None, out)
         return statistics
 
 
-class GradientSums:
-    """Takes chunks of logit gradients to the gradients of hidden states, weight and bias.
-
-    For each chunk: write its gradient to `room`, then `add` it. With a ring, rows wait there until it is full.
-    """
-
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, needs: Needs, ring_rows: int, gradient_threshold: float = 0.0
-    ) -> None:
-        dtype = gemm.accumulation_dtype(hidden.dtype)
-        self._gradient_threshold = gradient_threshold
-        self.dropped = hidden.new_zeros(hidden.shape[0], dtype=dtype)
-        self._hidden, self._weight, self._needs = hidden, weight, needs
-        self._result = Gradients(
-            hidden.new_zeros(hidden.shape if needs.hidden else 0),
-            memory.zeros(*(weight.shape if needs.weight else (0,)), like=weight, dtype=dtype),
-            weight.new_zeros(weight.shape[0] if needs.bias else 0, dtype=dtype),
-        )
-        operand = gemm.operand_dtype(hidden.dtype, hidden.device.type)
-        self._ring = _new_rows(hidden, ring_rows, weight.shape[0], operand) if ring_rows else None
-        self._waiting: list[Rows] = []
-        self._num_waiting = 0
-
-    def room(self, student_logits: Tensor) -> Tensor:
-        """Where the gradient of the chunk's logits belongs."""
-        if self._ring is None:
-            return student_logits
-        num_rows = student_logits.shape[0]
-        if self._num_waiting + num_rows > self._ring.shape[0]:
-            self._empty_ring()
-        return self._ring[self._num_waiting : self._num_waiting + num_rows]
-
-    def add(self, rows: Rows, grad_logits: Tensor) -> None:
-        if self._ring is None:
-            self.multiply(rows, grad_logits)
-        else:
-            self._waiting.append(rows)
-            self._num_waiting += grad_logits.shape[0]
-
-    def multiply(self, rows: Rows, grad_logits: Tensor, upstream: Tensor | None = None) -> None:
-        """The products. `upstream` [R] scales rows of grad_logits that were formed before it was known."""
-        kept = self._large_entries(rows, grad_logits)
-        if self._needs.hidden:
-            if kept is None:
-                grad = gemm.grad_hidden(grad_logits, self._weight)
-            else:
-                grad = self._hidden.new_zeros(grad_logits.shape[0], self._hidden.shape[1], dtype=grad_logits.dtype)
-                kept.add_product(self._weight, out=grad)
-            self._result.hidden[rows] = (grad if upstream is None else grad * upstream[:, None]).to(self._hidden.dtype)
-        if self._needs.weight:
-            hidden = self._hidden[rows]
-            if upstream is not None:
-                hidden = (hidden.to(upstream.dtype) * upstream[:, None]).to(grad_logits.dtype)
-            if kept is None:
-                gemm.add_grad_weight(grad_logits, hidden, out=self._result.weight)
-            else:
-                kept.transposed().add_product(hidden, out=self._result.weight)
-        if self._needs.bias:
-            gemm.add_grad_bias(grad_logits, upstream, out=self._result.bias)
-
-    def _large_entries(self, rows: Rows, grad_logits: Tensor) -> LargeEntries | None:
-        """What the products may do with alone, or None for all."""
-        if not self._gradient_threshold:
-            return None
-        kept, self.dropped[rows] = large_entries(grad_logits, self._gradient_threshold)
-        return kept
-
-    def result(self) -> Gradients:
-        self._empty_ring()
-        return self._result
-
-    def _empty_ring(self) -> None:
-        if self._waiting:
-            assert self._ring is not None
-            self.multiply(_joined(self._waiting), self._ring[: self._num_waiting])
-            self._waiting, self._num_waiting = [], 0
-
-
 def scalar_loss(
-    problem: Problem, plan: Plan, needs: Needs, row_weight: Tensor, cost: Statistic, credit: Credit, lengths: Tensor
+    problem: Problem, plan: Plan, needs: Needs, row_weight: Tensor, credit: Credit, lengths: Tensor
 ) -> ScalarResult:
     """Sum over rows of row_weight * cost, and its sequence-level gradient.
 
     Args:
         row_weight: [N] in the accumulation dtype, 0 for rows that do not count.
-        cost: FORWARD_CE or FORWARD_KL; their local gradients are the same.
         lengths: [B] int64 on the CPU, rows of each sequence.
     """
     one_pass = plan.name in ("gradient_in_forward", "frozen_head")
     compute = _in_one_pass if one_pass else _in_two_passes
-    statistics, credit_weights, dropped, gradients = compute(problem, plan, needs, row_weight, cost, credit, lengths)
-    return ScalarResult((row_weight * statistics[cost]).sum(), statistics, credit_weights, dropped, gradients)
+    statistics, credit_weights, dropped, gradients = compute(problem, plan, needs, row_weight, credit, lengths)
+    total = (row_weight * statistics[problem.cost.statistic]).sum()
+    return ScalarResult(total, statistics, credit_weights, dropped, gradients)
+
+
+def policy_loss(problem: Problem, plan: Plan, needs: Needs, row_weight: Tensor, policy: Policy) -> PolicyResult:
+    """Sum over rows of row_weight * (surrogate - entropy_weight * entropy); the problem's cost is the entropy.
+
+    A row's weights follow from its own log-prob, so one pass does for any rows in any order.
+    """
+    statistics = _new_statistics(problem)
+    surrogate, clipped = torch.zeros_like(row_weight), torch.zeros_like(row_weight, dtype=torch.bool)
+    workspace = Workspace(problem, plan.chunk_rows)
+    sums = GradientSums(problem.student_hidden, problem.student_weight, needs, plan.ring_rows)
+    for rows in plain_chunks(problem.counted, problem.num_rows, plan.chunk_rows):
+        chunk, weight = workspace.load(rows), row_weight[rows]
+        statistics[:, rows] = chunk_statistics = workspace.row_stats(chunk)
+        surrogate[rows], derivative = policy.surrogate(chunk_statistics[Statistic.LOGPROB], rows)
+        clipped[rows] = (derivative == 0) & (surrogate[rows] != 0)
+        if any(needs):
+            out = sums.room(chunk.logits.student)
+            workspace.row_grad(chunk, chunk_statistics, -policy.entropy_weight * weight, weight * derivative, out)
+            sums.add(rows, out)
+    rows_loss = surrogate - policy.entropy_weight * statistics[Statistic.ENTROPY]
+    return PolicyResult((row_weight * rows_loss).sum(), statistics, surrogate, clipped, sums.result())
 
 
 def _in_one_pass(
-    problem: Problem, plan: Plan, needs: Needs, row_weight: Tensor, cost: Statistic, credit: Credit, lengths: Tensor
+    problem: Problem, plan: Plan, needs: Needs, row_weight: Tensor, credit: Credit, lengths: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Gradients]:
     """The fields of ScalarResult but for the loss."""
     statistics = _new_statistics(problem)
     credit_weights = torch.zeros_like(row_weight)
     scan = CreditScan(credit, lengths, problem.dtype, row_weight.device)
-    workspace = _Workspace(problem, plan.chunk_rows)
+    workspace = Workspace(problem, plan.chunk_rows)
     sums = GradientSums(
         problem.student_hidden, problem.student_weight, needs, plan.ring_rows, problem.gradient_threshold
     )
     for rows, credit_chunk in _ordered_chunks(problem, credit, lengths, plan.chunk_rows):
         chunk = workspace.load(rows)
-        ce_weight, out = row_weight[rows], sums.room(chunk.logits.student)
+        cost_weight, out = row_weight[rows], sums.room(chunk.logits.student)
         if credit_chunk is None:
-            chunk_statistics = workspace.row_stats_grad(chunk, ce_weight, out)
+            chunk_statistics = workspace.row_stats_grad(chunk, cost_weight, out)
         else:
             chunk_statistics = workspace.row_stats(chunk)
-            logprob_weight = scan.weights(ce_weight * chunk_statistics[cost], credit_chunk)
+            logprob_weight = scan.weights(cost_weight * chunk_statistics[problem.cost.statistic], credit_chunk)
             credit_weights[rows] = logprob_weight
-            workspace.row_grad(chunk, chunk_statistics, ce_weight, logprob_weight, out)
+            workspace.row_grad(chunk, chunk_statistics, cost_weight, logprob_weight, out)
         statistics[:, rows] = chunk_statistics
         sums.add(rows, out)
     return statistics, credit_weights, sums.dropped, sums.result()
 
 
 def _in_two_passes(
-    problem: Problem, plan: Plan, needs: Needs, row_weight: Tensor, cost: Statistic, credit: Credit, lengths: Tensor
+    problem: Problem, plan: Plan, needs: Needs, row_weight: Tensor, credit: Credit, lengths: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Gradients]:
     """Statistics of every row, then all the credit, then the gradient; for `recompute` and `stats_only`."""
     statistics = rows_statistics(problem, plan).statistics
@@ -277,7 +235,8 @@ def _in_two_passes(
     scan = CreditScan(credit, lengths, problem.dtype, row_weight.device)
     for rows, credit_chunk in _ordered_chunks(problem, credit, lengths, problem.num_rows):
         if credit_chunk is not None:
-            credit_weights[rows] = scan.weights((row_weight * statistics[cost])[rows], credit_chunk)
+            costs = row_weight * statistics[problem.cost.statistic]
+            credit_weights[rows] = scan.weights(costs[rows], credit_chunk)
     nothing_dropped = torch.zeros_like(row_weight)
     if plan.name == "stats_only":
         return (
@@ -300,10 +259,11 @@ def rows_statistics(problem: Problem, plan: Plan) -> RowsResult:
     sums = GradientSums(
         problem.student_hidden, problem.student_weight, Needs(frozen, False, False), plan.ring_rows if frozen else 0
     )
-    if not (keeps or frozen) and hasattr(problem.kernels, "head_stats"):
+    one_read = problem.teacher_hidden is not None and problem.cost.statistic != Statistic.JSD
+    if one_read and not (keeps or frozen) and hasattr(problem.kernels, "head_stats"):
         return RowsResult(_head_statistics(problem), sums.result().hidden, kept)
     statistics = _new_statistics(problem)
-    workspace = _Workspace(problem, plan.chunk_rows)
+    workspace = Workspace(problem, plan.chunk_rows)
     for rows in plain_chunks(problem.counted, problem.num_rows, plan.chunk_rows):
         chunk = workspace.load(rows)
         ones = torch.ones_like(chunk.logits.student[:, 0])
@@ -320,6 +280,7 @@ def rows_statistics(problem: Problem, plan: Plan) -> RowsResult:
 
 def _head_statistics(problem: Problem) -> Tensor:
     """Statistics of every row that counts from a kernel that forms no logits."""
+    assert problem.teacher_hidden is not None
     rows: Rows = slice(None) if problem.counted is None else problem.counted.nonzero()[:, 0]
     teacher_weight = problem.student_weight if problem.teacher_weight is None else problem.teacher_weight
     found = problem.kernels.head_stats(
@@ -333,13 +294,13 @@ def _head_statistics(problem: Problem) -> Tensor:
     return statistics
 
 
-def _keep_gradient(workspace: _Workspace, chunk: _Chunk, ce_weight: Tensor, kept: Tensor) -> Tensor:
+def _keep_gradient(workspace: Workspace, chunk: _Chunk, cost_weight: Tensor, kept: Tensor) -> Tensor:
     """Fills the chunk's rows of `kept`, returns its statistics."""
     if isinstance(chunk.rows, slice):
-        return workspace.row_stats_grad(chunk, ce_weight, kept[chunk.rows])
+        return workspace.row_stats_grad(chunk, cost_weight, kept[chunk.rows])
     student_logits = chunk.logits.student
     out = student_logits if student_logits.dtype == kept.dtype else torch.empty_like(student_logits, dtype=kept.dtype)
-    statistics = workspace.row_stats_grad(chunk, ce_weight, out)
+    statistics = workspace.row_stats_grad(chunk, cost_weight, out)
     kept[chunk.rows] = out
     return statistics
 
@@ -349,31 +310,29 @@ def rows_backward(
     plan: Plan,
     needs: Needs,
     statistics: Tensor,
-    ce_weight: Tensor,
+    cost_weight: Tensor,
     logprob_weight: Tensor | None,
 ) -> Gradients:
-    """Gradients of sum(ce_weight * ce + logprob_weight * logprob), logits computed anew. Weights are [N]."""
-    workspace = _Workspace(problem, plan.chunk_rows)
+    """Gradients of sum(cost_weight * cost + logprob_weight * logprob), logits computed anew. Weights are [N]."""
+    workspace = Workspace(problem, plan.chunk_rows)
     sums = GradientSums(problem.student_hidden, problem.student_weight, needs, plan.ring_rows)
     for rows in plain_chunks(problem.counted, problem.num_rows, plan.chunk_rows):
         chunk = workspace.load(rows)
-        out, weights = (
-            sums.room(chunk.logits.student),
-            (ce_weight[rows], None if logprob_weight is None else logprob_weight[rows]),
-        )
-        workspace.row_grad(chunk, statistics[:, rows].contiguous(), *weights, out)
+        out = sums.room(chunk.logits.student)
+        score_weight = None if logprob_weight is None else logprob_weight[rows]
+        workspace.row_grad(chunk, statistics[:, rows].contiguous(), cost_weight[rows], score_weight, out)
         sums.add(rows, out)
     return sums.result()
 
 
 def kept_backward(
-    student_hidden: Tensor, student_weight: Tensor, chunk_rows: int, needs: Needs, kept: Tensor, ce_weight: Tensor
+    student_hidden: Tensor, student_weight: Tensor, chunk_rows: int, needs: Needs, kept: Tensor, cost_weight: Tensor
 ) -> Gradients:
-    """Gradients of sum(ce_weight * ce) from the kept gradient of the logits [N, V]."""
+    """Gradients of sum(cost_weight * cost) from the kept gradient of the logits [N, V]."""
     sums = GradientSums(student_hidden, student_weight, needs, ring_rows=0)
     for begin in range(0, student_hidden.shape[0], chunk_rows):
         rows = slice(begin, begin + chunk_rows)
-        sums.multiply(rows, kept[rows], ce_weight[rows])
+        sums.multiply(rows, kept[rows], cost_weight[rows])
     return sums.result()
 
 
@@ -401,17 +360,3 @@ def _ordered_chunks(
 
 def _new_statistics(problem: Problem) -> Tensor:
     return problem.student_hidden.new_zeros(NUM_STATISTICS, problem.num_rows, dtype=problem.dtype)
-
-
-def _new_rows(like: Tensor, num_rows: int, vocab_size: int, dtype: torch.dtype) -> Tensor:
-    """[num_rows, V]. On a GPU rows begin at multiples of 64 bytes whatever V, for wide loads and fast products."""
-    stride = vocab_size if like.device.type == "cpu" else -(-vocab_size // 32) * 32
-    return memory.empty(num_rows, stride, like=like, dtype=dtype)[:, :vocab_size]
-
-
-def _joined(chunks: list[Rows]) -> Rows:
-    """The rows of consecutive chunks; still a slice where they are neighbours in order."""
-    first, last = chunks[0], chunks[-1]
-    if isinstance(first, slice) and isinstance(last, slice):
-        return slice(first.start, last.stop)
-    return torch.cat([chunk for chunk in chunks if isinstance(chunk, Tensor)])

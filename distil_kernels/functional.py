@@ -4,6 +4,8 @@
     token_stats        everything per token; ce and logprob differentiable    logits computed again in backward
     fused_distil_loss  sequences with credit for future disagreement      gradients in the forward pass, reverse time
 
+What costs other than H(T, S) add is in `losses`, the loss without a teacher in `policy`.
+
 H(T, S) = logsumexp(s) - sum_v T_v s_v with s, t the logits (hidden @ weight^T + bias, softcapped, over temperature),
 T = softmax(t), S = softmax(s). The mathematics is in docs/mathematics.md, the plans in `plan`, the loop in `driver`.
 """
@@ -15,16 +17,19 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from distil_kernels import ops
-from distil_kernels.backends import Statistic
-from distil_kernels.backends.dispatch import choose_backend
+from distil_kernels.backends import FORWARD_CE, Cost, Statistic
+from distil_kernels.call import Call
 from distil_kernels.checks import Door
-from distil_kernels.credit import BASELINES, SPANS, Credit, known_in_order
-from distil_kernels.gemm import accumulation_dtype
-from distil_kernels.plan import Plan, Shape, choose_chunk_rows, choose_plan
+from distil_kernels.credit import BASELINES, SPANS, Credit
+from distil_kernels.plan import Plan
 
 REDUCTIONS = ("mean", "sum", "none")
-COSTS = {"ce": Statistic.FORWARD_CE, "kl": Statistic.FORWARD_KL}
+COSTS = {
+    "ce": Statistic.FORWARD_CE,
+    "kl": Statistic.FORWARD_KL,
+    "reverse_kl": Statistic.REVERSE_KL,
+    "jsd": Statistic.JSD,
+}
 
 
 class TokenStats(NamedTuple):
@@ -135,7 +140,39 @@ def fused_forward_ce(  # type: ignore[misc]  # the overloads leave the other arg
         ValueError, TypeError: an argument is wrong; the message names it.
         RuntimeError: `backend` was asked for by name and cannot run on these tensors.
     """
-    door = Door("fused_forward_ce")
+    return token_loss(
+        "fused_forward_ce", FORWARD_CE, student_hidden, student_weight, teacher_hidden, teacher_weight,
+        student_bias=student_bias, teacher_bias=teacher_bias, token_mask=token_mask, token_weight=token_weight,
+        temperature=temperature, teacher_temperature=teacher_temperature, logit_softcap=logit_softcap,
+        reduction=reduction, normalizer=normalizer, gradient_threshold=gradient_threshold,
+        return_dropped=return_dropped, backend=backend, plan=plan,
+    )  # fmt: skip
+
+
+def token_loss(
+    function: str,
+    cost: Cost,
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    logit_softcap: float | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    gradient_threshold: float = 0.0,
+    return_dropped: bool = False,
+    backend: str = "auto",
+    plan: str | Plan = "auto",
+) -> Any:
+    """`fused_forward_ce` for any cost; `function` begins the messages of what is wrong."""
+    door = Door(function)
     door.one_of("reduction", reduction, REDUCTIONS)
     door.normalizer(normalizer, student_hidden)
     if normalizer is not None and reduction != "mean":
@@ -146,13 +183,13 @@ def fused_forward_ce(  # type: ignore[misc]  # the overloads leave the other arg
             f"gradient_threshold is {gradient_threshold} and return_dropped {return_dropped} with reduction='none', "
             "expected 'mean' or 'sum': the gradient of a row must be formed in the forward pass"
         )
-    call = _Call(door, student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias,
+    call = Call(door, student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias,
                  token_mask, token_weight, temperature, teacher_temperature, logit_softcap, backend)  # fmt: skip
     if reduction == "none":
-        ce = call.differentiable_statistics(None, plan, logprob_grad=False)[Statistic.FORWARD_CE]
+        costs = call.differentiable_statistics(None, cost, plan, logprob_grad=False)[cost.statistic]
         weights = call.row_weight()
-        return (ce if weights is None else ce * weights).reshape(student_hidden.shape[:-1])
-    found = call.scalar_loss(None, None, Statistic.FORWARD_CE, Credit(span="none"), plan, gradient_threshold)
+        return (costs if weights is None else costs * weights).reshape(student_hidden.shape[:-1])
+    found = call.scalar_loss(None, None, cost, Credit(span="none"), plan, gradient_threshold)
     loss = found.total if reduction == "sum" else found.total / call.denominator(normalizer)
     return ForwardCE(loss, found.dropped.reshape(student_hidden.shape[:-1])) if return_dropped else loss
 
@@ -187,10 +224,10 @@ def token_stats(
         As `fused_forward_ce`; ValueError for token ids outside the vocabulary (checked on the CPU).
     """
     door = Door("token_stats")
-    call = _Call(door, student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias,
+    call = Call(door, student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias,
                  token_mask, None, temperature, teacher_temperature, logit_softcap, backend)  # fmt: skip
     door.rows("tokens", tokens, student_hidden, "int64")
-    statistics = call.differentiable_statistics(tokens.reshape(-1), plan, logprob_grad=True)
+    statistics = call.differentiable_statistics(tokens.reshape(-1), FORWARD_CE, plan, logprob_grad=True)
     return _token_stats(statistics, student_hidden.shape[:-1])
 
 
@@ -210,6 +247,7 @@ def fused_distil_loss(
     teacher_temperature: float | None = None,
     logit_softcap: float | None = None,
     cost: str = "ce",
+    jsd_weight: float = 0.5,
     credit_span: str = "future",
     discount: float = 1.0,
     baseline: str | Tensor | None = None,
@@ -232,7 +270,9 @@ def fused_distil_loss(
         cu_seqlens: [B + 1] int32 or int64, borders of the sequences. Keep it on the CPU.
         token_mask: [N] bool. Other rows (a tool's output) have neither cost nor credit, but keep their position.
         token_weight: [N] float, w_t: multiplies the token's cost, in the sum and in the credit of earlier tokens.
-        cost: "ce" for H(T, S) (the paper) or "kl" for KL(T || S): the same local gradient, another credit.
+        cost: "ce" for H(T, S) (the paper) or "kl" for KL(T || S): the same local gradient, another credit; "reverse_kl"
+            for KL(S || T); "jsd" for b KL(T || M) + (1 - b) KL(S || M) with M = b T + (1 - b) S.
+        jsd_weight: b, between 0 and 1; its ends are the costs "kl" and "reverse_kl" and not limits of "jsd".
         credit_span: "none" (token-wise gradient), "future" (i > t), or "sequence": the whole sequence's cost for
             every token, exact when the feedback was computed from the rollout itself.
         discount: of the cost-to-go per token, 0 to 1; below 1 is biased. "sequence" takes 1 only.
@@ -251,11 +291,12 @@ def fused_distil_loss(
         do not cover the rows.
     """
     door = Door("fused_distil_loss")
-    call = _Call(door, student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias,
+    call = Call(door, student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias,
                  token_mask, token_weight, temperature, teacher_temperature, logit_softcap, backend)  # fmt: skip
     door.packed(student_hidden, cu_seqlens)
     door.rows("tokens", tokens, student_hidden, "int64")
     door.one_of("cost", cost, tuple(COSTS))
+    door.share("jsd_weight", jsd_weight)
     door.one_of("credit_span", credit_span, SPANS)
     door.between("discount", discount, 0.0, 1.0)
     door.between("credit_scale", credit_scale, 0.0, float("inf"))
@@ -272,138 +313,10 @@ def fused_distil_loss(
     if baseline == "leave_one_out" and (group_size is None or group_size < 2):
         door.value_error(f"group_size is {group_size} with baseline='leave_one_out', expected at least 2")
     credit = Credit(credit_span, discount, baseline, group_size or 1, credit_scale)
-    found = call.scalar_loss(tokens, cu_seqlens, COSTS[cost], credit, plan, gradient_threshold)
+    found = call.scalar_loss(tokens, cu_seqlens, Cost(COSTS[cost], jsd_weight), credit, plan, gradient_threshold)
     denominator = cu_seqlens.numel() - 1 if normalizer is None else normalizer
     stats = _token_stats(found.statistics.detach(), student_hidden.shape[:-1])
     return DistilLoss(found.total / denominator, stats, found.credit.detach(), found.dropped)
-
-
-class _ScalarLoss(NamedTuple):
-    """Sum of weighted costs [], statistics [NUM_STATISTICS, N], credit [N], dropped [N]."""
-
-    total: Tensor
-    statistics: Tensor
-    credit: Tensor
-    dropped: Tensor
-
-
-class _Call:
-    """Checked arguments of one call, rows flattened to [N]; autocast applied."""
-
-    def __init__(
-        self,
-        door: Door,
-        student_hidden: Tensor,
-        student_weight: Tensor,
-        teacher_hidden: Tensor,
-        teacher_weight: Tensor | None,
-        student_bias: Tensor | None,
-        teacher_bias: Tensor | None,
-        token_mask: Tensor | None,
-        token_weight: Tensor | None,
-        temperature: float,
-        teacher_temperature: float | None,
-        logit_softcap: float | None,
-        backend: str,
-    ) -> None:
-        self._door = door
-        door.positive("temperature", temperature, optional=False)
-        door.positive("teacher_temperature", teacher_temperature)
-        door.positive("logit_softcap", logit_softcap)
-        if isinstance(student_hidden, Tensor) and torch.is_autocast_enabled(student_hidden.device.type):
-            # As for a linear layer: the products run in the autocast dtype; results stay float32.
-            dtype = torch.get_autocast_dtype(student_hidden.device.type)
-            student_hidden, student_weight = _cast(student_hidden, dtype), _cast(student_weight, dtype)
-            teacher_hidden = _cast(teacher_hidden, dtype)
-            teacher_weight = None if teacher_weight is None else _cast(teacher_weight, dtype)
-        door.heads(student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias)
-        door.rows("token_mask", token_mask, student_hidden, "bool")
-        door.rows("token_weight", token_weight, student_hidden, "float")
-        if teacher_weight is None and teacher_bias is None:
-            teacher_bias = student_bias
-        self._accumulation_dtype = accumulation_dtype(student_hidden.dtype)
-        self._tensors = (
-            student_hidden.reshape(-1, student_hidden.shape[-1]),
-            student_weight,
-            student_bias,
-            teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
-            None if teacher_weight is None else teacher_weight.detach(),
-            None if teacher_bias is None else teacher_bias.detach(),
-        )
-        self._counted = None if token_mask is None else token_mask.reshape(-1)
-        self._token_weight = None if token_weight is None else token_weight.detach().reshape(-1)
-        self._transform = (
-            float(temperature),
-            float(temperature if teacher_temperature is None else teacher_temperature),
-            logit_softcap,
-        )
-        self._backend = choose_backend(backend, student_hidden.device, student_hidden.dtype).name
-        grad_enabled = torch.is_grad_enabled()
-        self._needs = [
-            grad_enabled and tensor is not None and tensor.requires_grad
-            for tensor in (student_hidden, student_weight, student_bias)
-        ]
-
-    def row_weight(self) -> Tensor | None:
-        """[N] mask times weight, or None where every row counts once."""
-        if self._token_weight is None:
-            return None if self._counted is None else self._counted.to(self._accumulation_dtype)
-        weight = self._token_weight.to(self._accumulation_dtype)
-        return weight if self._counted is None else torch.where(self._counted, weight, 0.0)
-
-    def denominator(self, normalizer: float | Tensor | None) -> float | Tensor:
-        if normalizer is not None:
-            return normalizer
-        weight = self.row_weight()
-        if weight is None:
-            return max(self._tensors[0].shape[0], 1)
-        total = weight.sum()
-        return torch.where(total == 0, 1.0, total)
-
-    def scalar_loss(
-        self, tokens: Tensor | None, cu_seqlens: Tensor | None, cost: Statistic, credit: Credit, plan: str | Plan,
-        gradient_threshold: float,
-    ) -> _ScalarLoss:  # fmt: skip
-        shape = self._shape(scalar=True, logprob_grad=credit.span != "none")
-        in_order = True
-        if cu_seqlens is not None:
-            num_sequences = cu_seqlens.numel() - 1
-            max_rows = plan.chunk_rows if isinstance(plan, Plan) else choose_chunk_rows(shape)
-            in_order = known_in_order(credit, num_sequences, shape.num_rows, max_rows)
-        chosen = choose_plan(shape, plan, credit_in_one_pass=in_order)
-        if gradient_threshold:
-            self._door.sparse_gradient(gradient_threshold, self._backend, shape.dtype, chosen.name)
-        values = isinstance(credit.baseline, Tensor)
-        total, statistics, weights, dropped, *_ = ops.scalar_loss(
-            *self._tensors, tokens, self._counted, self.row_weight(), cu_seqlens,
-            credit.baseline if values else None, *self._transform, int(cost), credit.span, credit.discount,
-            "values" if values else (credit.baseline or ""), credit.group_size, credit.scale, gradient_threshold,
-            self._backend, chosen.name, chosen.chunk_rows, chosen.ring_rows, self._needs,
-        )  # fmt: skip
-        return _ScalarLoss(total, statistics, weights, dropped)
-
-    def differentiable_statistics(self, tokens: Tensor | None, plan: str | Plan, *, logprob_grad: bool) -> Tensor:
-        """[NUM_STATISTICS, N]; gradients flow through FORWARD_CE and LOGPROB."""
-        chosen = choose_plan(self._shape(scalar=False, logprob_grad=logprob_grad), plan)
-        statistics, _, _ = ops.row_statistics(
-            *self._tensors, tokens, self._counted, *self._transform,
-            self._backend, chosen.name, chosen.chunk_rows, chosen.ring_rows, self._needs,
-        )  # fmt: skip
-        return statistics
-
-    def _shape(self, *, scalar: bool, logprob_grad: bool) -> Shape:
-        hidden, weight = self._tensors[:2]
-        return Shape(
-            hidden.shape[0], weight.shape[0], weight.shape[1], hidden.dtype, hidden.device.type, scalar, logprob_grad,
-            grad_hidden=self._needs[0], grad_head=self._needs[1] or self._needs[2],
-        )  # fmt: skip
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """As autocast does: float64 stays as it is."""
-    if not isinstance(tensor, Tensor) or tensor.dtype == torch.float64 or not tensor.is_floating_point():
-        return tensor
-    return tensor.to(dtype)
 
 
 def _token_stats(statistics: Tensor, shape: torch.Size) -> TokenStats:

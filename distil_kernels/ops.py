@@ -2,23 +2,25 @@
 
     scalar_loss      forward: loss and, unless two passes are needed, its gradients; backward: scale_gradients
     row_statistics   forward: statistics per row; backward: rows_backward (logits again), kept_backward, or a row scale
+    policy_loss      forward: loss and its gradients; backward: scale_gradients
     scale_gradients, rows_backward, kept_backward have no gradient of their own: differentiating twice is an error
 
 Arguments arrive checked, from `functional`. Gradients that nobody wants are tensors of size 0.
 """
 
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from distil_kernels import driver, memory
-from distil_kernels.backends import NUM_STATISTICS, LogitTransform, Statistic
+from distil_kernels.backends import FORWARD_CE, NUM_STATISTICS, Cost, LogitTransform, Statistic
 from distil_kernels.backends.dispatch import BACKENDS
 from distil_kernels.checks import check_tokens, sequence_lengths
 from distil_kernels.credit import Credit
 from distil_kernels.gemm import accumulation_dtype, operand_dtype
+from distil_kernels.gradients import Needs
 from distil_kernels.plan import Plan
 
 # torch reads the annotations of a custom op at run time and knows Optional[Tensor], not Tensor | None.
@@ -42,6 +44,7 @@ def scalar_loss(
     teacher_temperature: float,
     logit_softcap: Optional[float],
     cost: int,
+    jsd_weight: float,
     credit_span: str,
     discount: float,
     baseline: str,
@@ -55,9 +58,10 @@ def scalar_loss(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss [], statistics [NUM_STATISTICS, N], credit [N], dropped [N], gradients of hidden, weight and bias)."""
-    problem = _problem(
+    problem = make_problem(
         student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
-        tokens, counted, temperature, teacher_temperature, logit_softcap, backend, gradient_threshold,
+        tokens, counted, temperature, teacher_temperature, logit_softcap, backend,
+        Cost(Statistic(cost), jsd_weight), gradient_threshold,
     )  # fmt: skip
     if row_weight is None:
         row_weight = student_hidden.new_ones(problem.num_rows, dtype=problem.dtype)
@@ -67,9 +71,8 @@ def scalar_loss(
     result = driver.scalar_loss(
         problem,
         Plan(plan, chunk_rows, ring_rows),
-        driver.Needs(*needs),
+        Needs(*needs),
         row_weight,
-        Statistic(cost),
         Credit(credit_span, discount, baseline_values if baseline == "values" else baseline or None,
                group_size, credit_scale),
         lengths,
@@ -110,6 +113,65 @@ def scaled_gradients(ctx: Any, grad_loss: Tensor | None, *_: Tensor) -> tuple:
 
 
 scalar_loss.register_autograd(scaled_gradients, setup_context=_scalar_loss_context)
+
+
+class PolicyLoss(NamedTuple):
+    """The first outputs of `policy_loss`."""
+
+    total: Tensor  # []
+    statistics: Tensor  # [NUM_STATISTICS, N]
+    surrogate: Tensor  # [N]
+    clipped: Tensor  # [N] bool
+
+
+@torch.library.custom_op("distil_kernels::policy_loss", mutates_args=())
+def policy_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Optional[Tensor],
+    tokens: Tensor,
+    counted: Optional[Tensor],
+    row_weight: Optional[Tensor],
+    advantages: Tensor,
+    old_logprobs: Optional[Tensor],
+    clip_low: Optional[float],
+    clip_high: Optional[float],
+    entropy_weight: float,
+    temperature: float,
+    logit_softcap: Optional[float],
+    backend: str,
+    plan: str,
+    chunk_rows: int,
+    ring_rows: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of PolicyLoss, then gradients of hidden, weight and bias."""
+    problem = make_problem(
+        student_hidden, student_weight, student_bias, None, None, None, tokens, counted, temperature, temperature,
+        logit_softcap, backend, Cost(Statistic.ENTROPY),
+    )  # fmt: skip
+    if row_weight is None:
+        row_weight = student_hidden.new_ones(problem.num_rows, dtype=problem.dtype)
+    policy = driver.Policy(advantages, old_logprobs, clip_low, clip_high, entropy_weight)
+    result = driver.policy_loss(
+        problem, Plan(plan, chunk_rows, ring_rows), Needs(*needs), row_weight, policy
+    )  # fmt: skip
+    return (result.loss, result.statistics, result.surrogate, result.clipped, *result.gradients)
+
+
+@policy_loss.register_fake
+def _(student_hidden: Tensor, student_weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    dtype, num_rows = accumulation_dtype(student_hidden.dtype), student_hidden.shape[0]
+    return (
+        student_hidden.new_empty((), dtype=dtype),
+        student_hidden.new_empty(NUM_STATISTICS, num_rows, dtype=dtype),
+        student_hidden.new_empty(num_rows, dtype=dtype),
+        student_hidden.new_empty(num_rows, dtype=torch.bool),
+        *fake_gradients(student_hidden, student_weight, rest[-1]),
+    )
+
+
+policy_loss.register_autograd(scaled_gradients, setup_context=_scalar_loss_context)
 
 
 def _is_traced() -> bool:
@@ -163,7 +225,7 @@ def row_statistics(
     student_hidden: Tensor,
     student_weight: Tensor,
     student_bias: Optional[Tensor],
-    teacher_hidden: Tensor,
+    teacher_hidden: Optional[Tensor],
     teacher_weight: Optional[Tensor],
     teacher_bias: Optional[Tensor],
     tokens: Optional[Tensor],
@@ -171,6 +233,8 @@ def row_statistics(
     temperature: float,
     teacher_temperature: float,
     logit_softcap: Optional[float],
+    cost: int,
+    jsd_weight: float,
     backend: str,
     plan: str,
     chunk_rows: int,
@@ -178,9 +242,9 @@ def row_statistics(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(statistics [NUM_STATISTICS, N], hidden gradient for unit upstream [N, D], kept logit gradient [N, V])."""
-    problem = _problem(
+    problem = make_problem(
         student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
-        tokens, counted, temperature, teacher_temperature, logit_softcap, backend,
+        tokens, counted, temperature, teacher_temperature, logit_softcap, backend, Cost(Statistic(cost), jsd_weight),
     )  # fmt: skip
     result = driver.rows_statistics(problem, Plan(plan, chunk_rows, ring_rows))
     return result.statistics, result.base_hidden, result.kept
@@ -204,9 +268,10 @@ def _row_statistics_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     statistics, base_hidden, kept = output
     ctx.mark_non_differentiable(base_hidden, kept)
     ctx.set_materialize_grads(False)  # else backward begins with zeros of the size of `kept`
-    *tensors, temperature, teacher_temperature, logit_softcap, backend, plan, chunk_rows, ring_rows, needs = inputs
+    *rest, backend, plan, chunk_rows, ring_rows, needs = inputs
+    tensors, ctx.settings = rest[:-5], rest[-5:]  # temperatures, softcap, cost and its weight
     ctx.save_for_backward(*tensors, statistics, base_hidden, kept)
-    ctx.transform, ctx.backend = (temperature, teacher_temperature, logit_softcap), backend
+    ctx.backend = backend
     ctx.plan, ctx.chunk_rows, ctx.ring_rows = plan, chunk_rows, ring_rows
     ctx.needs, ctx.num_inputs = needs, len(inputs)
 
@@ -215,16 +280,17 @@ def _row_statistics_backward(ctx: Any, grad_statistics: Tensor | None, *_: Tenso
     if grad_statistics is None:
         return (None,) * ctx.num_inputs
     *tensors, statistics, base_hidden, kept = ctx.saved_tensors
-    ce_weight, logprob_weight = grad_statistics[Statistic.FORWARD_CE], grad_statistics[Statistic.LOGPROB]
+    cost = ctx.settings[-2]
+    cost_weight, logprob_weight = grad_statistics[cost], grad_statistics[Statistic.LOGPROB]
     if ctx.plan == "frozen_head":
-        gradients = scale_rows(base_hidden, ce_weight), base_hidden, base_hidden
+        gradients = scale_rows(base_hidden, cost_weight), base_hidden, base_hidden
     elif ctx.plan == "kept_gradient":
         gradients = kept_backward(
-            tensors[0], tensors[1], kept, ce_weight, max(ctx.chunk_rows, ctx.ring_rows), ctx.needs
+            tensors[0], tensors[1], kept, cost_weight, max(ctx.chunk_rows, ctx.ring_rows), ctx.needs
         )
     else:
         gradients = rows_backward(
-            *tensors, statistics, ce_weight, logprob_weight, *ctx.transform, ctx.backend,
+            *tensors, statistics, cost_weight, logprob_weight, *ctx.settings, ctx.backend,
             ctx.chunk_rows, ctx.ring_rows, ctx.needs,
         )  # fmt: skip
     return _input_gradients(gradients, ctx.needs, ctx.num_inputs)
@@ -249,29 +315,31 @@ def rows_backward(
     student_hidden: Tensor,
     student_weight: Tensor,
     student_bias: Optional[Tensor],
-    teacher_hidden: Tensor,
+    teacher_hidden: Optional[Tensor],
     teacher_weight: Optional[Tensor],
     teacher_bias: Optional[Tensor],
     tokens: Optional[Tensor],
     counted: Optional[Tensor],
     statistics: Tensor,
-    ce_weight: Tensor,
+    cost_weight: Tensor,
     logprob_weight: Tensor,
     temperature: float,
     teacher_temperature: float,
     logit_softcap: Optional[float],
+    cost: int,
+    jsd_weight: float,
     backend: str,
     chunk_rows: int,
     ring_rows: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of sum(ce_weight * ce + logprob_weight * logprob), weights [N]."""
-    problem = _problem(
+    """Gradients of sum(cost_weight * cost + logprob_weight * logprob), weights [N]."""
+    problem = make_problem(
         student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
-        tokens, counted, temperature, teacher_temperature, logit_softcap, backend,
+        tokens, counted, temperature, teacher_temperature, logit_softcap, backend, Cost(Statistic(cost), jsd_weight),
     )  # fmt: skip
     gradients = driver.rows_backward(
-        problem, Plan("recompute", chunk_rows, ring_rows), driver.Needs(*needs), statistics, ce_weight.contiguous(),
+        problem, Plan("recompute", chunk_rows, ring_rows), Needs(*needs), statistics, cost_weight.contiguous(),
         None if tokens is None else logprob_weight.contiguous(),
     )  # fmt: skip
     return gradients.hidden, gradients.weight.to(student_weight.dtype), gradients.bias
@@ -288,12 +356,12 @@ def kept_backward(
     student_hidden: Tensor,
     student_weight: Tensor,
     kept: Tensor,
-    ce_weight: Tensor,
+    cost_weight: Tensor,
     chunk_rows: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of sum(ce_weight * ce) from the logits' gradient [N, V] for unit weights."""
-    gradients = driver.kept_backward(student_hidden, student_weight, chunk_rows, driver.Needs(*needs), kept, ce_weight)
+    """Gradients of sum(cost_weight * cost) from the logits' gradient [N, V] for unit weights."""
+    gradients = driver.kept_backward(student_hidden, student_weight, chunk_rows, Needs(*needs), kept, cost_weight)
     return gradients.hidden, gradients.weight.to(student_weight.dtype), gradients.bias
 
 
@@ -303,11 +371,11 @@ def _(student_hidden: Tensor, student_weight: Tensor, *rest: Any) -> tuple[Tenso
     return hidden, weight.to(student_weight.dtype), bias
 
 
-def _problem(
+def make_problem(
     student_hidden: Tensor,
     student_weight: Tensor,
     student_bias: Tensor | None,
-    teacher_hidden: Tensor,
+    teacher_hidden: Tensor | None,
     teacher_weight: Tensor | None,
     teacher_bias: Tensor | None,
     tokens: Tensor | None,
@@ -316,6 +384,7 @@ def _problem(
     teacher_temperature: float,
     logit_softcap: float | None,
     backend: str,
+    cost: Cost = FORWARD_CE,
     gradient_threshold: float = 0.0,
 ) -> driver.Problem:
     check_tokens(tokens, counted, student_weight.shape[0])
@@ -334,6 +403,7 @@ def _problem(
         tokens,
         counted,
         BACKENDS[backend],
+        cost,
         gradient_threshold,
     )
 

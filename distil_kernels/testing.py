@@ -11,6 +11,7 @@ terms matter where large ones cancel: sum_v (S - T) W over weights of 12 cannot 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -156,6 +157,22 @@ class Oracle(NamedTuple):
     lse: Tensor
     teacher_lse: Tensor
     agree: Tensor
+
+
+def cost_by_definition(inputs: Inputs, cost: str, jsd_weight: float = 0.5) -> Tensor:
+    """[N] "ce", "reverse_kl", "jsd" or "entropy" in the dtype of the inputs; differentiable."""
+    s, t = (each.log_softmax(-1) for each in logits(inputs))
+    # Entries that a model excludes: their log-probs of -inf take no part, not 0 * inf.
+    floor = torch.finfo(s.dtype).min / 1e4
+    s, t = s.clamp(min=floor), t.clamp(min=floor)
+    if cost == "ce":
+        return -(t.exp() * s).sum(-1)
+    if cost == "reverse_kl":
+        return (s.exp() * (s - t)).sum(-1)
+    if cost == "entropy":
+        return -(s.exp() * s).sum(-1)
+    m = torch.logaddexp(t + math.log(jsd_weight), s + math.log1p(-jsd_weight))
+    return jsd_weight * (t.exp() * (t - m)).sum(-1) + (1.0 - jsd_weight) * (s.exp() * (s - m)).sum(-1)
 
 
 def logits(inputs: Inputs) -> tuple[Tensor, Tensor]:

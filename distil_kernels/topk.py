@@ -21,8 +21,9 @@ from torch import Tensor
 
 from distil_kernels import memory, ops
 from distil_kernels.checks import Door
-from distil_kernels.driver import GradientSums, Needs, plain_chunks
+from distil_kernels.driver import plain_chunks
 from distil_kernels.gemm import accumulation_dtype, lm_head
+from distil_kernels.gradients import GradientSums, Needs
 from distil_kernels.plan import Shape, choose_chunk_rows, choose_ring_rows
 
 # ruff: noqa: UP045  (torch reads the annotations of a custom op and knows Optional[Tensor])

@@ -22,6 +22,8 @@ dk::LogitRows logit_rows(Address raw, std::int64_t row_stride, Address bias, flo
   return {pointer<const float>(raw), row_stride, pointer<const float>(bias), softcap, inverse_temperature};
 }
 
+dk::Cost cost(int statistic, float jsd_weight) { return {static_cast<dk::Statistic>(statistic), jsd_weight}; }
+
 dk::Matrix matrix(Address data, std::int64_t row_stride, std::int64_t column_stride, bool is_bf16) {
   return {pointer<const void>(data), row_stride, column_stride, is_bf16};
 }
@@ -58,7 +60,11 @@ PYBIND11_MODULE(_C, m) {
       .value("max_logit", dk::kMaxLogit)
       .value("log_normalizer", dk::kLogNormalizer)
       .value("teacher_max_logit", dk::kTeacherMaxLogit)
-      .value("teacher_log_normalizer", dk::kTeacherLogNormalizer);
+      .value("teacher_log_normalizer", dk::kTeacherLogNormalizer)
+      .value("jsd", dk::kJsd)
+      .value("student_mixture_kl", dk::kStudentMixtureKl);
+
+  py::class_<dk::Cost>(m, "Cost").def(py::init(&cost), py::arg("statistic"), py::arg("jsd_weight"));
 
   py::enum_<dk::InstructionSet>(m, "InstructionSet")
       .value("best", dk::InstructionSet::kBest)
@@ -74,26 +80,28 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "cpu_row_stats",
-      [](const dk::LogitRows& student, const dk::LogitRows& teacher, Address tokens, std::int64_t num_rows,
-         std::int64_t vocab_size, Address statistics, int num_threads, dk::InstructionSet instruction_set) {
-        dk::cpu_row_stats(student, teacher, pointer<const std::int64_t>(tokens), num_rows, vocab_size,
+      [](const dk::LogitRows& student, const dk::LogitRows& teacher, Address tokens, const dk::Cost& cost,
+         std::int64_t num_rows, std::int64_t vocab_size, Address statistics, int num_threads,
+         dk::InstructionSet instruction_set) {
+        dk::cpu_row_stats(student, teacher, pointer<const std::int64_t>(tokens), cost, num_rows, vocab_size,
                           pointer<float>(statistics), num_threads, instruction_set);
       },
-      py::arg("student"), py::arg("teacher"), py::arg("tokens"), py::arg("num_rows"), py::arg("vocab_size"),
-      py::arg("statistics"), py::arg("num_threads"), py::arg("instruction_set"),
+      py::arg("student"), py::arg("teacher"), py::arg("tokens"), py::arg("cost"), py::arg("num_rows"),
+      py::arg("vocab_size"), py::arg("statistics"), py::arg("num_threads"), py::arg("instruction_set"),
       py::call_guard<py::gil_scoped_release>());
 
   m.def(
       "cpu_row_grad",
       [](const dk::LogitRows& student, const dk::LogitRows& teacher, Address tokens, Address statistics,
-         Address ce_weight, Address logprob_weight, std::int64_t num_rows, std::int64_t vocab_size, Address grad,
-         std::int64_t grad_stride, int num_threads, dk::InstructionSet instruction_set) {
+         const dk::Cost& cost, Address cost_weight, Address logprob_weight, std::int64_t num_rows,
+         std::int64_t vocab_size, Address grad, std::int64_t grad_stride, int num_threads,
+         dk::InstructionSet instruction_set) {
         dk::cpu_row_grad(student, teacher, pointer<const std::int64_t>(tokens), pointer<const float>(statistics),
-                         pointer<const float>(ce_weight), pointer<const float>(logprob_weight), num_rows,
+                         cost, pointer<const float>(cost_weight), pointer<const float>(logprob_weight), num_rows,
                          vocab_size, pointer<float>(grad), grad_stride, num_threads, instruction_set);
       },
-      py::arg("student"), py::arg("teacher"), py::arg("tokens"), py::arg("statistics"), py::arg("ce_weight"),
-      py::arg("logprob_weight"), py::arg("num_rows"), py::arg("vocab_size"), py::arg("grad"),
+      py::arg("student"), py::arg("teacher"), py::arg("tokens"), py::arg("statistics"), py::arg("cost"),
+      py::arg("cost_weight"), py::arg("logprob_weight"), py::arg("num_rows"), py::arg("vocab_size"), py::arg("grad"),
       py::arg("grad_stride"), py::arg("num_threads"), py::arg("instruction_set"),
       py::call_guard<py::gil_scoped_release>());
 
@@ -183,26 +191,27 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "cuda_row_stats",
-      [](const dk::LogitRows& student, const dk::LogitRows& teacher, Address tokens, std::int64_t num_rows,
-         std::int64_t vocab_size, Address statistics, Address stream) {
-        return dk::cuda_row_stats(student, teacher, pointer<const std::int64_t>(tokens), num_rows, vocab_size,
+      [](const dk::LogitRows& student, const dk::LogitRows& teacher, Address tokens, const dk::Cost& cost,
+         std::int64_t num_rows, std::int64_t vocab_size, Address statistics, Address stream) {
+        return dk::cuda_row_stats(student, teacher, pointer<const std::int64_t>(tokens), cost, num_rows, vocab_size,
                                   pointer<float>(statistics), pointer<void>(stream));
       },
-      py::arg("student"), py::arg("teacher"), py::arg("tokens"), py::arg("num_rows"), py::arg("vocab_size"),
-      py::arg("statistics"), py::arg("stream"));
+      py::arg("student"), py::arg("teacher"), py::arg("tokens"), py::arg("cost"), py::arg("num_rows"),
+      py::arg("vocab_size"), py::arg("statistics"), py::arg("stream"));
 
   m.def(
       "cuda_row_grad",
       [](const dk::LogitRows& student, const dk::LogitRows& teacher, Address tokens, Address statistics,
-         Address ce_weight, Address logprob_weight, std::int64_t num_rows, std::int64_t vocab_size,
-         const dk::GradRows& grad, Address stream) {
+         const dk::Cost& cost, Address cost_weight, Address logprob_weight, std::int64_t num_rows,
+         std::int64_t vocab_size, const dk::GradRows& grad, Address stream) {
         return dk::cuda_row_grad(student, teacher, pointer<const std::int64_t>(tokens),
-                                 pointer<const float>(statistics), pointer<const float>(ce_weight),
+                                 pointer<const float>(statistics), cost, pointer<const float>(cost_weight),
                                  pointer<const float>(logprob_weight), num_rows, vocab_size, grad,
                                  pointer<void>(stream));
       },
-      py::arg("student"), py::arg("teacher"), py::arg("tokens"), py::arg("statistics"), py::arg("ce_weight"),
-      py::arg("logprob_weight"), py::arg("num_rows"), py::arg("vocab_size"), py::arg("grad"), py::arg("stream"));
+      py::arg("student"), py::arg("teacher"), py::arg("tokens"), py::arg("statistics"), py::arg("cost"),
+      py::arg("cost_weight"), py::arg("logprob_weight"), py::arg("num_rows"), py::arg("vocab_size"), py::arg("grad"),
+      py::arg("stream"));
 
   m.def(
       "cuda_row_stats_grad",

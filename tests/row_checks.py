@@ -9,8 +9,8 @@ from types import ModuleType
 
 import torch
 
-from distil_kernels.backends import LogitPair, LogitTransform, Statistic
-from distil_kernels.testing import Inputs, assert_within_budget, baselines, oracle
+from distil_kernels.backends import FORWARD_CE, NUM_STATISTICS, Cost, LogitPair, LogitTransform, Statistic
+from distil_kernels.testing import Inputs, assert_within_budget, baselines, cost_by_definition, oracle
 
 NAMES = {
     "ce": Statistic.FORWARD_CE, "kl": Statistic.FORWARD_KL, "reverse_kl": Statistic.REVERSE_KL,
@@ -41,29 +41,40 @@ def as_inputs(logits: LogitPair, tokens: torch.Tensor, **options: object) -> Inp
     return Inputs(logits.student.clone().requires_grad_(), eye, logits.teacher.clone(), eye, tokens, options)
 
 
-def expected(inputs: Inputs, ce_weight: torch.Tensor, logprob_weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    found = oracle(inputs)
-    dtype = found.ce.dtype
-    total = (ce_weight.to(dtype) * found.ce + logprob_weight.to(dtype) * found.logprob).sum()
+COSTS = {
+    "ce": Cost(Statistic.FORWARD_CE), "reverse_kl": Cost(Statistic.REVERSE_KL), "jsd": Cost(Statistic.JSD, 0.3),
+    "entropy": Cost(Statistic.ENTROPY),
+}  # fmt: skip
+
+
+def expected(
+    inputs: Inputs, cost: str, cost_weight: torch.Tensor, logprob_weight: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    found, costs = oracle(inputs), cost_by_definition(inputs, cost, COSTS[cost].jsd_weight)
+    dtype = costs.dtype
+    total = (cost_weight.to(dtype) * costs + logprob_weight.to(dtype) * found.logprob).sum()
     (gradient,) = torch.autograd.grad(total, inputs.student_hidden)
-    return {name: getattr(found, name).detach() for name in NAMES} | {"student_hidden": gradient}
+    rows = {name: getattr(found, name).detach() for name in NAMES}
+    return rows | {cost: costs.detach(), "student_hidden": gradient}
 
 
 def check(
     kernels: ModuleType,
-    logits: LogitPair, student: LogitTransform, teacher: LogitTransform, inputs: Inputs, ce_weight: torch.Tensor,
-    logprob_weight: torch.Tensor,
+    logits: LogitPair, student: LogitTransform, teacher: LogitTransform, inputs: Inputs, cost_weight: torch.Tensor,
+    logprob_weight: torch.Tensor, cost: str = "ce",
 ) -> None:  # fmt: skip
-    exact = expected(inputs.to(torch.float64), ce_weight, logprob_weight)
-    base = baselines(inputs, lambda copy: expected(copy, ce_weight, logprob_weight))
+    exact = expected(inputs.to(torch.float64), cost, cost_weight, logprob_weight)
+    base = baselines(inputs, lambda copy: expected(copy, cost, cost_weight, logprob_weight))
     largest = max(float(each.abs().max()) for each in logits)
-    statistics = kernels.row_stats(logits, student, teacher, inputs.tokens)
-    for name, index in NAMES.items():
+    statistics = kernels.row_stats(logits, student, teacher, inputs.tokens, COSTS[cost])
+    for name, index in (NAMES | {cost: COSTS[cost].statistic}).items():
         assert_within_budget(name, statistics[index], base[name], exact[name], terms=largest)
-    arguments = logits, student, teacher, inputs.tokens, statistics, ce_weight, logprob_weight
+    arguments = logits, student, teacher, inputs.tokens, statistics, COSTS[cost], cost_weight, logprob_weight
     out = torch.full_like(logits.student, float("nan"))
     kernels.row_grad(*arguments, out)
-    assert_within_budget("gradient", out, base["student_hidden"], exact["student_hidden"], terms=3.0)
+    # Entropy and divergences weigh S with logits, whose rounding is of their size.
+    terms = 3.0 if cost == "ce" else 3.0 * (1.0 + largest)
+    assert_within_budget("gradient", out, base["student_hidden"], exact["student_hidden"], terms=terms)
     rounded = torch.full_like(logits.student, float("nan"), dtype=torch.bfloat16)
     kernels.row_grad(*arguments, rounded)
     assert ((rounded - out).abs() <= 2**-7 * out.abs()).all()  # an interpreter may cut off
@@ -71,16 +82,23 @@ def check(
     assert torch.equal(logits.student, out)
 
 
-def check_kinds(kernels: ModuleType, vocab_size: int, kind: str, generator: torch.Generator, padding: int = 5) -> None:
+def check_kinds(
+    kernels: ModuleType,
+    vocab_size: int,
+    kind: str,
+    generator: torch.Generator,
+    padding: int = 5,
+    cost: str = "ce",
+) -> None:
     """Ordinary and difficult logits with everything that a kernel is asked for but the softcap."""
     logits = make_logits(3, vocab_size, generator, kind, padding)
     tokens = torch.randint(vocab_size, (3,), generator=generator)
-    ce_weight, logprob_weight = torch.rand(2, 3, generator=generator) + 0.1
+    cost_weight, logprob_weight = torch.rand(2, 3, generator=generator) + 0.1
     bias = torch.randn(vocab_size, generator=generator)
     student, teacher = LogitTransform(bias, None, 0.7), LogitTransform(None, None, 1.3)
     inputs = as_inputs(logits, tokens, student_bias=bias, temperature=0.7, teacher_temperature=1.3,
                        teacher_bias=torch.zeros(vocab_size))  # fmt: skip
-    check(kernels, logits, student, teacher, inputs, ce_weight, logprob_weight)
+    check(kernels, logits, student, teacher, inputs, cost_weight, logprob_weight, cost)
 
 
 def check_softcap_and_minus_infinity(kernels: ModuleType, generator: torch.Generator) -> None:
@@ -106,7 +124,7 @@ def check_blocks(kernels: ModuleType, generator: torch.Generator) -> None:
     logits.student[0, 4098] = logits.teacher[0, 4098] = 9.0
     logits.student[1, 3], logits.teacher[1, 4097] = 9.0, 9.0
     plain, tokens = LogitTransform(None, None, 1.0), torch.tensor([4098, 4095])
-    statistics = kernels.row_stats(logits, plain, plain, tokens)
+    statistics = kernels.row_stats(logits, plain, plain, tokens, FORWARD_CE)
     s, t = (each.double().log_softmax(-1) for each in logits)
     exact = {
         Statistic.FORWARD_CE: -(t.exp() * s).sum(-1),
@@ -130,7 +148,7 @@ def check_first_of_equal_maxima(kernels: ModuleType) -> None:
     logits.teacher[0, [5, 4098]] = 1.0
     logits.teacher[1, [4, 4098]] = 1.0
     plain = LogitTransform(None, None, 1.0)
-    statistics = kernels.row_stats(logits, plain, plain, None)
+    statistics = kernels.row_stats(logits, plain, plain, None, FORWARD_CE)
     assert statistics[Statistic.AGREE].tolist() == [1.0, 0.0]
     assert statistics[Statistic.LOGPROB].tolist() == [0.0, 0.0]
 
@@ -141,11 +159,11 @@ def check_unused_rows_and_nan(kernels: ModuleType, generator: torch.Generator) -
     logits.student[0] = float("nan")
     logits.student[1, 7] = float("nan")
     plain, tokens = LogitTransform(None, None, 1.0), torch.tensor([1, 2, 3])
-    statistics = kernels.row_stats(logits, plain, plain, tokens)
+    statistics = kernels.row_stats(logits, plain, plain, tokens, FORWARD_CE)
     assert statistics[Statistic.FORWARD_CE].isnan().tolist() == [True, True, False]
     out = torch.empty_like(logits.student)
     weights = torch.tensor([0.0, 1.0, 1.0]), torch.tensor([0.0, 0.0, 1.0])
-    kernels.row_grad(logits, plain, plain, tokens, statistics, *weights, out)
+    kernels.row_grad(logits, plain, plain, tokens, statistics, FORWARD_CE, *weights, out)
     assert out[0].eq(0).all() and out[1].isnan().any() and out[2].isfinite().all()
 
 
@@ -153,13 +171,13 @@ def check_tokens_outside(kernels: ModuleType, generator: torch.Generator) -> Non
     """A token outside the vocabulary gets NaN and reads nothing."""
     logits = make_logits(3, 7, generator)
     plain = LogitTransform(None, None, 1.0)
-    statistics = kernels.row_stats(logits, plain, plain, torch.tensor([-1, 7, 6]))
+    statistics = kernels.row_stats(logits, plain, plain, torch.tensor([-1, 7, 6]), FORWARD_CE)
     assert statistics[Statistic.LOGPROB].isnan().tolist() == [True, True, False]
     assert statistics[Statistic.FORWARD_CE].isfinite().all()
 
 
 def check_no_rows(kernels: ModuleType) -> None:
     plain, logits = LogitTransform(None, None, 1.0), LogitPair(torch.empty(0, 7), torch.empty(0, 7))
-    statistics = kernels.row_stats(logits, plain, plain, torch.empty(0, dtype=torch.int64))
-    assert statistics.shape == (12, 0)
-    kernels.row_grad(logits, plain, plain, None, statistics, torch.empty(0), None, torch.empty(0, 7))
+    statistics = kernels.row_stats(logits, plain, plain, torch.empty(0, dtype=torch.int64), FORWARD_CE)
+    assert statistics.shape == (NUM_STATISTICS, 0)
+    kernels.row_grad(logits, plain, plain, None, statistics, FORWARD_CE, torch.empty(0), None, torch.empty(0, 7))

@@ -91,6 +91,13 @@ def test_statistics_and_gradient(kernels, vocab_size, kind, padding, generator):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ordinary", "peaked", "near"])
+@pytest.mark.parametrize("cost", ["reverse_kl", "jsd", "entropy"])
+def test_other_costs(kernels, cost, kind, generator):
+    row_checks.check_kinds(kernels, 131, kind, generator, padding=1, cost=cost)
+
+
+@pytest.mark.slow
 def test_corners(kernels, generator):
     row_checks.check_softcap_and_minus_infinity(kernels, generator)
     row_checks.check_blocks(kernels, generator)

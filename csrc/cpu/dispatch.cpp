@@ -39,11 +39,11 @@ bool cpu_supports(InstructionSet instruction_set) {
   }
 }
 
-void cpu_row_stats(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
+void cpu_row_stats(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens, const Cost& cost,
                    std::int64_t num_rows, std::int64_t vocab_size, float* statistics, int num_threads,
                    InstructionSet instruction_set) {
   const auto run = [&](auto row_stats) {
-    row_stats(student, teacher, tokens, num_rows, vocab_size, statistics, num_threads);
+    row_stats(student, teacher, tokens, cost, num_rows, vocab_size, statistics, num_threads);
   };
   switch (resolve(instruction_set)) {
 #if defined(DISTIL_X86_64)
@@ -58,11 +58,11 @@ void cpu_row_stats(const LogitRows& student, const LogitRows& teacher, const std
 }
 
 void cpu_row_grad(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
-                  const float* statistics, const float* ce_weight, const float* logprob_weight,
+                  const float* statistics, const Cost& cost, const float* cost_weight, const float* logprob_weight,
                   std::int64_t num_rows, std::int64_t vocab_size, float* grad, std::int64_t grad_stride,
                   int num_threads, InstructionSet instruction_set) {
   const auto run = [&](auto row_grad) {
-    row_grad(student, teacher, tokens, statistics, ce_weight, logprob_weight, num_rows, vocab_size, grad,
+    row_grad(student, teacher, tokens, statistics, cost, cost_weight, logprob_weight, num_rows, vocab_size, grad,
              grad_stride, num_threads);
   };
   switch (resolve(instruction_set)) {

@@ -88,6 +88,10 @@ inline RowSums<float> sum_block(const float* student_logits, const float* teache
   return sums;
 }
 
+struct MixtureSums {
+  double student = 0, teacher = 0;
+};
+
 inline float token_logprob(const LogitRows& rows, std::int64_t row, std::int64_t token, float maximum,
                            double log_normalizer) {
   float buffer, derivative;
@@ -95,8 +99,34 @@ inline float token_logprob(const LogitRows& rows, std::int64_t row, std::int64_t
   return static_cast<float>((logit - maximum) - log_normalizer);
 }
 
+// The sums of `mixture_term` over a row whose normalisers are known.
+inline MixtureSums mixture_of_row(const LogitRows& student, const LogitRows& teacher, std::int64_t row,
+                                  std::int64_t vocab_size, float student_max, float log_normalizer,
+                                  float teacher_max, float teacher_log_normalizer, float jsd_weight) {
+  Block block;
+  MixtureSums sums;
+  for (std::int64_t begin = 0; begin < vocab_size; begin += kBlock) {
+    const std::int64_t size = vocab_size - begin < kBlock ? vocab_size - begin : kBlock;
+    const float* student_logits = load(student, row, begin, size, block.student, block.derivative);
+    const float* teacher_logits = load(teacher, row, begin, size, block.teacher, block.derivative);
+    float student_sum = 0, teacher_sum = 0;
+#pragma omp simd reduction(+ : student_sum, teacher_sum)
+    for (std::int64_t v = 0; v < size; ++v) {
+      const float p = exp_shifted(student_logits[v] - student_max - log_normalizer);
+      const float q = exp_shifted(teacher_logits[v] - teacher_max - teacher_log_normalizer);
+      const MixtureTerm term = mixture_term(p, q, jsd_weight);
+      student_sum += term.student;
+      teacher_sum += term.teacher;
+    }
+    sums.student += student_sum;
+    sums.teacher += teacher_sum;
+  }
+  return sums;
+}
+
 inline void stats_of_row(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
-                         std::int64_t row, std::int64_t num_rows, std::int64_t vocab_size, float* statistics) {
+                         const Cost& cost, std::int64_t row, std::int64_t num_rows, std::int64_t vocab_size,
+                         float* statistics) {
   Block block;
   Maximum student_max, teacher_max;
   RowSums<double> sums;
@@ -129,39 +159,67 @@ inline void stats_of_row(const LogitRows& student, const LogitRows& teacher, con
   store(kLogNormalizer, result.log_normalizer);
   store(kTeacherMaxLogit, teacher_max.value);
   store(kTeacherLogNormalizer, result.teacher_log_normalizer);
+  MixtureSums mixture;
+  if (cost.statistic == kJsd) {
+    mixture = mixture_of_row(student, teacher, row, vocab_size, student_max.value, result.log_normalizer,
+                             teacher_max.value, result.teacher_log_normalizer, cost.jsd_weight);
+  }
+  store(kJsd, cost.jsd_weight * mixture.teacher + (1.0 - cost.jsd_weight) * mixture.student);
+  store(kStudentMixtureKl, mixture.student);
   store(kLogprob,
         tokens ? token_logprob(student, row, tokens[row], student_max.value, result.log_normalizer) : 0.0);
   store(kTeacherLogprob,
         tokens ? token_logprob(teacher, row, tokens[row], teacher_max.value, result.teacher_log_normalizer) : 0.0);
 }
 
+template <Statistic kCost>
+inline void grad_block(const float* student_logits, const float* teacher_logits, std::int64_t size, float student_max,
+                       float teacher_max, const RowGradient& row, float* out) {
+#pragma omp simd
+  for (std::int64_t v = 0; v < size; ++v) {
+    out[v] = grad_logit<kCost>(student_logits[v] - student_max, teacher_logits[v] - teacher_max, row);
+  }
+}
+
+inline auto grad_block_of(Statistic cost) {
+  switch (cost) {
+    case kReverseKl:
+      return grad_block<kReverseKl>;
+    case kJsd:
+      return grad_block<kJsd>;
+    case kEntropy:
+      return grad_block<kEntropy>;
+    default:
+      return grad_block<kForwardCe>;
+  }
+}
+
 inline void grad_of_row(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
-                        const float* statistics, float ce_weight, float logprob_weight, std::int64_t row,
-                        std::int64_t num_rows, std::int64_t vocab_size, float* grad) {
-  if (ce_weight == 0.0f && logprob_weight == 0.0f) {
+                        const float* statistics, const Cost& cost, float cost_weight, float logprob_weight,
+                        std::int64_t row, std::int64_t num_rows, std::int64_t vocab_size, float* grad) {
+  if (cost_weight == 0.0f && logprob_weight == 0.0f) {
     for (std::int64_t v = 0; v < vocab_size; ++v) grad[v] = 0.0f;
     return;
   }
   Block block;
   const auto statistic = [&](Statistic which) { return statistics[which * num_rows + row]; };
   const float student_max = statistic(kMaxLogit), teacher_max = statistic(kTeacherMaxLogit);
-  const float log_normalizer = statistic(kLogNormalizer), teacher_log_normalizer = statistic(kTeacherLogNormalizer);
   const std::int64_t token = logprob_weight != 0.0f ? tokens[row] : -1;
   const bool softcap = student.softcap != 0.0f;
   if (!softcap) {  // then d logit / d raw is one number
-    ce_weight *= student.inverse_temperature;
+    cost_weight *= student.inverse_temperature;
     logprob_weight *= student.inverse_temperature;
   }
+  const RowGradient gradient{statistic(kLogNormalizer), statistic(kTeacherLogNormalizer),
+                             cost_weight,               logprob_weight,
+                             statistic(mean_statistic(cost.statistic)), cost.jsd_weight};
+  const auto grad_block = grad_block_of(cost.statistic);
   for (std::int64_t begin = 0; begin < vocab_size; begin += kBlock) {
     const std::int64_t size = vocab_size - begin < kBlock ? vocab_size - begin : kBlock;
     const float* teacher_logits = load(teacher, row, begin, size, block.teacher, block.derivative);
     const float* student_logits = load(student, row, begin, size, block.student, block.derivative);
     float* out = grad + begin;
-#pragma omp simd
-    for (std::int64_t v = 0; v < size; ++v) {
-      out[v] = grad_logit(student_logits[v] - student_max, teacher_logits[v] - teacher_max, log_normalizer,
-                          teacher_log_normalizer, ce_weight, logprob_weight);
-    }
+    grad_block(student_logits, teacher_logits, size, student_max, teacher_max, gradient, out);
     if (token >= begin && token < begin + size) out[token - begin] += logprob_weight;
     if (softcap) {
 #pragma omp simd
@@ -172,21 +230,22 @@ inline void grad_of_row(const LogitRows& student, const LogitRows& teacher, cons
 
 }  // namespace
 
-void row_stats(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
+void row_stats(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens, const Cost& cost,
                std::int64_t num_rows, std::int64_t vocab_size, float* statistics, int num_threads) {
 #pragma omp parallel for num_threads(num_threads) schedule(static)
   for (std::int64_t row = 0; row < num_rows; ++row) {
-    stats_of_row(student, teacher, tokens, row, num_rows, vocab_size, statistics);
+    stats_of_row(student, teacher, tokens, cost, row, num_rows, vocab_size, statistics);
   }
 }
 
 void row_grad(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
-              const float* statistics, const float* ce_weight, const float* logprob_weight, std::int64_t num_rows,
-              std::int64_t vocab_size, float* grad, std::int64_t grad_stride, int num_threads) {
+              const float* statistics, const Cost& cost, const float* cost_weight, const float* logprob_weight,
+              std::int64_t num_rows, std::int64_t vocab_size, float* grad, std::int64_t grad_stride,
+              int num_threads) {
 #pragma omp parallel for num_threads(num_threads) schedule(static)
   for (std::int64_t row = 0; row < num_rows; ++row) {
-    grad_of_row(student, teacher, tokens, statistics, ce_weight[row], logprob_weight ? logprob_weight[row] : 0.0f,
-                row, num_rows, vocab_size, grad + row * grad_stride);
+    grad_of_row(student, teacher, tokens, statistics, cost, cost_weight[row],
+                logprob_weight ? logprob_weight[row] : 0.0f, row, num_rows, vocab_size, grad + row * grad_stride);
   }
 }
 

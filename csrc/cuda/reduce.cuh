@@ -58,6 +58,16 @@ __device__ inline RowSums<Real> warp_sums(const RowSums<Real>& sums) {
   return total;
 }
 
+// The sum over a block's threads, in thread 0. `scratch` is of no other sum.
+__device__ inline double block_sum(float value, double (&scratch)[kWarps]) {
+  const float warp_total = warp_sum(value);
+  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = warp_total;
+  __syncthreads();
+  double total = 0;
+  if (threadIdx.x < kWarp) total = warp_sum(threadIdx.x < kWarps ? scratch[threadIdx.x] : 0.0);
+  return total;
+}
+
 // What is known of a row, or of a part of it.
 template <typename Real>
 struct RowState {

@@ -76,8 +76,8 @@ __device__ inline void sum_part(const LogitRows& student, const LogitRows& teach
 template <bool kSoftcap>
 __device__ inline void write_grad(const LogitRows& student, const Slice& slice, const RowState<double>& row_state,
                                   float ce_weight, std::int64_t row, const GradRows& grad) {
-  const float log_normalizer = static_cast<float>(log(row_state.sums.student));
-  const float teacher_log_normalizer = static_cast<float>(log(row_state.sums.teacher));
+  const RowGradient gradient{static_cast<float>(log(row_state.sums.student)),
+                             static_cast<float>(log(row_state.sums.teacher)), ce_weight, 0.0f, 0.0f, 0.0f};
   for (std::int64_t i = threadIdx.x * kVector; i < slice.size; i += kThreads * kVector) {
     float s[kVector], t[kVector], out[kVector] = {};
     load_floats<kVector>(slice.student + i, kVector, 0.0f, s);
@@ -85,9 +85,8 @@ __device__ inline void write_grad(const LogitRows& student, const Slice& slice, 
     if (ce_weight != 0.0f) {
 #pragma unroll
       for (int k = 0; k < kVector; ++k) {
-        out[k] = grad_logit(at_least_floor(s[k] - row_state.student.value),
-                            at_least_floor(t[k] - row_state.teacher.value), log_normalizer, teacher_log_normalizer,
-                            ce_weight, 0.0f);
+        out[k] = grad_logit<kForwardCe>(at_least_floor(s[k] - row_state.student.value),
+                                        at_least_floor(t[k] - row_state.teacher.value), gradient);
         out[k] *= derivative_at<kSoftcap>(student, s[k]);
       }
     }

@@ -36,18 +36,51 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// What is a JSD in `statistics`, from the maxima and normalisers that are there.
 template <int kWidth, bool kSoftcap>
 __global__ void __launch_bounds__(kThreads)
-    row_grad(LogitRows student, LogitRows teacher, const std::int64_t* tokens, const float* statistics,
-             const float* ce_weights, const float* logprob_weights, std::int64_t num_rows, std::int64_t vocab_size,
-             GradRows grad) {
+    row_mixture(LogitRows student, LogitRows teacher, float jsd_weight, std::int64_t num_rows,
+                std::int64_t vocab_size, float* statistics) {
+  __shared__ double scratch[2][kWarps];
   const std::int64_t row = blockIdx.x;
-  const float ce_weight = ce_weights[row], logprob_weight = logprob_weights ? logprob_weights[row] : 0.0f;
-  const bool used = ce_weight != 0.0f || logprob_weight != 0.0f;
+  const auto statistic = [&](Statistic which) -> float& { return statistics[which * num_rows + row]; };
+  const float student_max = statistic(kMaxLogit), teacher_max = statistic(kTeacherMaxLogit);
+  const float log_normalizer = statistic(kLogNormalizer), teacher_log_normalizer = statistic(kTeacherLogNormalizer);
+  MixtureTerm sums{0.0f, 0.0f};
+  for (std::int64_t column = threadIdx.x * kWidth; column < vocab_size; column += kThreads * kWidth) {
+    float s[kWidth], t[kWidth];
+    load_logits<kWidth, kSoftcap>(student, row, column, vocab_size - column, s);
+    load_logits<kWidth, kSoftcap>(teacher, row, column, vocab_size - column, t);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      const MixtureTerm term =
+          mixture_term(exp_shifted(at_least_floor(s[i] - student_max) - log_normalizer),
+                       exp_shifted(at_least_floor(t[i] - teacher_max) - teacher_log_normalizer), jsd_weight);
+      sums.student += term.student;
+      sums.teacher += term.teacher;
+    }
+  }
+  const double student_sum = block_sum(sums.student, scratch[0]), teacher_sum = block_sum(sums.teacher, scratch[1]);
+  if (threadIdx.x == 0) {
+    statistic(kStudentMixtureKl) = static_cast<float>(student_sum);
+    statistic(kJsd) = static_cast<float>(jsd_weight * teacher_sum + (1.0 - jsd_weight) * student_sum);
+  }
+}
+
+template <int kWidth, bool kSoftcap>
+__global__ void __launch_bounds__(kThreads)
+    row_grad(LogitRows student, LogitRows teacher, const std::int64_t* tokens, const float* statistics, Cost cost,
+             const float* cost_weights, const float* logprob_weights, std::int64_t num_rows,
+             std::int64_t vocab_size, GradRows grad) {
+  const std::int64_t row = blockIdx.x;
+  const float cost_weight = cost_weights[row], logprob_weight = logprob_weights ? logprob_weights[row] : 0.0f;
+  const bool used = cost_weight != 0.0f || logprob_weight != 0.0f;
   const std::int64_t token = logprob_weight != 0.0f ? tokens[row] : -1;
   const auto statistic = [&](Statistic which) { return statistics[which * num_rows + row]; };
   const float student_max = statistic(kMaxLogit), teacher_max = statistic(kTeacherMaxLogit);
-  const float log_normalizer = statistic(kLogNormalizer), teacher_log_normalizer = statistic(kTeacherLogNormalizer);
+  const RowGradient gradient{statistic(kLogNormalizer), statistic(kTeacherLogNormalizer),
+                             cost_weight,               logprob_weight,
+                             statistic(mean_statistic(cost.statistic)), cost.jsd_weight};
 #pragma unroll 2
   for (std::int64_t column = threadIdx.x * kWidth; column < vocab_size; column += kThreads * kWidth) {
     float s[kWidth], t[kWidth], out[kWidth] = {};
@@ -56,8 +89,8 @@ __global__ void __launch_bounds__(kThreads)
       load_logits<kWidth, kSoftcap>(teacher, row, column, vocab_size - column, t);
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
-        out[i] = grad_logit(at_least_floor(s[i] - student_max), at_least_floor(t[i] - teacher_max), log_normalizer,
-                            teacher_log_normalizer, ce_weight, logprob_weight);
+        out[i] = grad_logit_of(cost.statistic, at_least_floor(s[i] - student_max), at_least_floor(t[i] - teacher_max),
+                               gradient);
         if (column + i == token) out[i] += logprob_weight;
         out[i] *= derivative_at<kSoftcap>(student, s[i]);
       }
@@ -93,24 +126,27 @@ int cuda_device_error() {
 
 const char* cuda_error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
-int cuda_row_stats(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
+int cuda_row_stats(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens, const Cost& cost,
                    std::int64_t num_rows, std::int64_t vocab_size, float* statistics, void* stream) {
   if (num_rows == 0) return cudaSuccess;
   const bool vectors = starts_at_vectors(student) && starts_at_vectors(teacher);
   return with_variant(vectors, student.softcap != 0.0f || teacher.softcap != 0.0f, [&](auto width, auto softcap) {
-    return launch(row_stats<width, softcap>, num_rows, stream, student, teacher, tokens, num_rows, vocab_size,
-                  statistics);
+    const int error = launch(row_stats<width, softcap>, num_rows, stream, student, teacher, tokens, num_rows,
+                             vocab_size, statistics);
+    if (error != cudaSuccess || cost.statistic != kJsd) return error;
+    return launch(row_mixture<width, softcap>, num_rows, stream, student, teacher, cost.jsd_weight, num_rows,
+                  vocab_size, statistics);
   });
 }
 
 int cuda_row_grad(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
-                  const float* statistics, const float* ce_weight, const float* logprob_weight,
+                  const float* statistics, const Cost& cost, const float* cost_weight, const float* logprob_weight,
                   std::int64_t num_rows, std::int64_t vocab_size, const GradRows& grad, void* stream) {
   if (num_rows == 0) return cudaSuccess;
   const bool vectors = starts_at_vectors(student) && starts_at_vectors(teacher) && starts_at_vectors(grad);
   return with_variant(vectors, student.softcap != 0.0f || teacher.softcap != 0.0f, [&](auto width, auto softcap) {
-    return launch(row_grad<width, softcap>, num_rows, stream, student, teacher, tokens, statistics, ce_weight,
-                  logprob_weight, num_rows, vocab_size, grad);
+    return launch(row_grad<width, softcap>, num_rows, stream, student, teacher, tokens, statistics, cost,
+                  cost_weight, logprob_weight, num_rows, vocab_size, grad);
   });
 }
 

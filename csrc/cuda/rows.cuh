@@ -103,6 +103,20 @@ __device__ inline void accumulate(RowState<float>& state, const float (&s)[kWidt
   }
 }
 
+// grad_logit of a cost that is known when the kernel runs: the same for all threads, so no branch diverges.
+__device__ inline float grad_logit_of(Statistic cost, float s, float t, const RowGradient& row) {
+  switch (cost) {
+    case kReverseKl:
+      return grad_logit<kReverseKl>(s, t, row);
+    case kJsd:
+      return grad_logit<kJsd>(s, t, row);
+    case kEntropy:
+      return grad_logit<kEntropy>(s, t, row);
+    default:
+      return grad_logit<kForwardCe>(s, t, row);
+  }
+}
+
 template <int kWidth>
 __device__ inline void store_grad(const GradRows& grad, std::int64_t row, std::int64_t column, std::int64_t count,
                                   const float (&values)[kWidth]) {
@@ -147,6 +161,8 @@ __device__ inline void store_statistics(const RowState<double>& state, bool has_
   store(kLogNormalizer, result.log_normalizer);
   store(kTeacherMaxLogit, state.teacher.value);
   store(kTeacherLogNormalizer, result.teacher_log_normalizer);
+  store(kJsd, 0.0);  // `row_mixture` has it
+  store(kStudentMixtureKl, 0.0);
   const double logprob = static_cast<double>(student_token) - state.student.value - result.log_normalizer;
   const double teacher_logprob =
       static_cast<double>(teacher_token) - state.teacher.value - result.teacher_log_normalizer;

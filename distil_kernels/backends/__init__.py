@@ -4,19 +4,21 @@ A back end is a module of this package with two row kernels and one question:
 
     unavailable(device, dtype) -> str | None
         why it cannot run there, or None. `dtype` is that of the student's hidden states.
-    row_stats(logits, student, teacher, tokens) -> statistics [NUM_STATISTICS, R]
-    row_grad(logits, student, teacher, tokens, statistics, ce_weight, logprob_weight, out) -> None
+    row_stats(logits, student, teacher, tokens, cost) -> statistics [NUM_STATISTICS, R]
+    row_grad(logits, student, teacher, tokens, statistics, cost, cost_weight, logprob_weight, out) -> None
 
 `logits` is a `LogitPair`: the raw outputs [R, V] of the two lm_head products, float32 (float64 for float64 inputs).
-`student` and `teacher` are `LogitTransform`s, which the kernels apply on the fly. `tokens` is int64 [R] or None.
-`row_grad` writes d(ce_weight * H(T, S) + logprob_weight * log S[token]) / d raw student logit to `out` [R, V], which
+Where there is no teacher its logits are the student's. `student` and `teacher` are `LogitTransform`s, which the kernels
+apply on the fly. `tokens` is int64 [R] or None. `cost` names the statistic that rows cost; JSD and STUDENT_MIXTURE_KL,
+which take a second read, are 0 where they are not it.
+`row_grad` writes d(cost_weight * cost + logprob_weight * log S[token]) / d raw student logit to `out` [R, V], which
 may be `logits.student` itself; a row whose two weights are 0 gets zeros whatever its logits hold. On a GPU `out` may
 also be bfloat16 or float16, the operand of the next products; it then lies in memory of its own.
 
 Two more kernels are optional; the driver does without them where a back end has none:
 
     row_stats_grad(logits, student, teacher, tokens, ce_weight, out) -> statistics
-        row_stats and row_grad in one, for row weights that are known beforehand
+        row_stats and row_grad in one, for the cost FORWARD_CE with row weights that are known beforehand
     head_stats(student_hidden, student_weight, teacher_hidden, teacher_weight, student, teacher, tokens) -> statistics
         row_stats with the two products inside: no logits in memory
 
@@ -47,9 +49,23 @@ class Statistic(IntEnum):
     LOG_NORMALIZER = 9
     TEACHER_MAX_LOGIT = 10
     TEACHER_LOG_NORMALIZER = 11
+    JSD = 12
+    STUDENT_MIXTURE_KL = 13
 
 
 NUM_STATISTICS = len(Statistic)
+
+
+class Cost(NamedTuple):
+    """What a row costs."""
+
+    statistic: Statistic = Statistic.FORWARD_CE
+    """FORWARD_CE, FORWARD_KL (the same gradient), REVERSE_KL, JSD or ENTROPY."""
+    jsd_weight: float = 0.5
+    """b of b KL(T || M) + (1 - b) KL(S || M), M = b T + (1 - b) S; for JSD."""
+
+
+FORWARD_CE = Cost()
 
 
 class LogitPair(NamedTuple):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distil_kernels.backends import NUM_STATISTICS, LogitPair, LogitTransform
+from distil_kernels.backends import NUM_STATISTICS, Cost, LogitPair, LogitTransform
 
 try:
     from distil_kernels import _C
@@ -39,6 +39,7 @@ def row_stats(
     student: LogitTransform,
     teacher: LogitTransform,
     tokens: Tensor | None,
+    cost: Cost,
     *,
     instruction_set: str = "best",
 ) -> Tensor:
@@ -48,6 +49,7 @@ def row_stats(
         _rows(logits.student, student),
         _rows(logits.teacher, teacher),
         _address(tokens),
+        _C.Cost(*cost),
         num_rows,
         vocab_size,
         _address(statistics),
@@ -63,7 +65,8 @@ def row_grad(
     teacher: LogitTransform,
     tokens: Tensor | None,
     statistics: Tensor,
-    ce_weight: Tensor,
+    cost: Cost,
+    cost_weight: Tensor,
     logprob_weight: Tensor | None,
     out: Tensor,
     *,
@@ -75,7 +78,8 @@ def row_grad(
         _rows(logits.teacher, teacher),
         _address(tokens),
         _address(statistics),
-        _address(ce_weight),
+        _C.Cost(*cost),
+        _address(cost_weight),
         _address(logprob_weight),
         num_rows,
         vocab_size,

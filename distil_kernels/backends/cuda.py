@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distil_kernels.backends import NUM_STATISTICS, LogitPair, LogitTransform
+from distil_kernels.backends import FORWARD_CE, NUM_STATISTICS, Cost, LogitPair, LogitTransform
 
 try:
     from distil_kernels import _C
@@ -81,13 +81,15 @@ def choose_row_kernel(capability: tuple[int, int], block_bytes: int, vocab_size:
     return RowKernel(0, f"a row takes {needed} bytes in each of {largest} blocks, there are {block_bytes}")
 
 
-def row_stats(logits: LogitPair, student: LogitTransform, teacher: LogitTransform, tokens: Tensor | None) -> Tensor:
+def row_stats(
+    logits: LogitPair, student: LogitTransform, teacher: LogitTransform, tokens: Tensor | None, cost: Cost
+) -> Tensor:
     num_rows, vocab_size = logits.student.shape
     statistics = logits.student.new_empty(NUM_STATISTICS, num_rows)
     with torch.cuda.device(logits.student.device):
         _check(_C.cuda_row_stats(
-            _rows(logits.student, student), _rows(logits.teacher, teacher), _address(tokens), num_rows, vocab_size,
-            _address(statistics), _stream(),
+            _rows(logits.student, student), _rows(logits.teacher, teacher), _address(tokens), _C.Cost(*cost),
+            num_rows, vocab_size, _address(statistics), _stream(),
         ))  # fmt: skip
     return statistics
 
@@ -98,7 +100,8 @@ def row_grad(
     teacher: LogitTransform,
     tokens: Tensor | None,
     statistics: Tensor,
-    ce_weight: Tensor,
+    cost: Cost,
+    cost_weight: Tensor,
     logprob_weight: Tensor | None,
     out: Tensor,
 ) -> None:
@@ -106,7 +109,8 @@ def row_grad(
     with torch.cuda.device(logits.student.device):
         _check(_C.cuda_row_grad(
             _rows(logits.student, student), _rows(logits.teacher, teacher), _address(tokens), _address(statistics),
-            _address(ce_weight), _address(logprob_weight), num_rows, vocab_size, _grad_rows(out), _stream(),
+            _C.Cost(*cost), _address(cost_weight), _address(logprob_weight), num_rows, vocab_size, _grad_rows(out),
+            _stream(),
         ))  # fmt: skip
 
 
@@ -124,8 +128,8 @@ def row_stats_grad(
     aligned = all(_aligned(tensor) for tensor in (*logits, out, student.bias, teacher.bias))
     kernel = choose_row_kernel(torch.cuda.get_device_capability(device), block_bytes, vocab_size, aligned)
     if kernel.cluster_size == 0:
-        statistics = row_stats(logits, student, teacher, tokens)
-        row_grad(logits, student, teacher, tokens, statistics, ce_weight, None, out)
+        statistics = row_stats(logits, student, teacher, tokens, FORWARD_CE)
+        row_grad(logits, student, teacher, tokens, statistics, FORWARD_CE, ce_weight, None, out)
         return statistics
     statistics = logits.student.new_empty(NUM_STATISTICS, num_rows)
     with torch.cuda.device(device):

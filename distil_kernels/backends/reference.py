@@ -9,17 +9,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distil_kernels.backends import LogitPair, LogitTransform, Statistic
+from distil_kernels.backends import Cost, LogitPair, LogitTransform, Statistic
 
 _FLOOR = -1e30
 """Stands for minus infinity among shifted logits, so that 0 * logit is 0."""
+
+_TINY = 1e-37
+"""Below this a probability is 0 in what divides by it."""
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def row_stats(logits: LogitPair, student: LogitTransform, teacher: LogitTransform, tokens: Tensor | None) -> Tensor:
+def row_stats(
+    logits: LogitPair, student: LogitTransform, teacher: LogitTransform, tokens: Tensor | None, cost: Cost
+) -> Tensor:
     s, s_max, s_index = _shifted(logits.student, student)
     t, t_max, t_index = _shifted(logits.teacher, teacher)
     s_log_normalizer, t_log_normalizer = s.logsumexp(-1), t.logsumexp(-1)
@@ -44,6 +49,11 @@ def row_stats(logits: LogitPair, student: LogitTransform, teacher: LogitTransfor
     statistics[Statistic.LOG_NORMALIZER] = s_log_normalizer
     statistics[Statistic.TEACHER_MAX_LOGIT] = t_max
     statistics[Statistic.TEACHER_LOG_NORMALIZER] = t_log_normalizer
+    if cost.statistic == Statistic.JSD:
+        weight = cost.jsd_weight
+        student_kl = _mixture_kl(s_probs, t_probs, weight)
+        statistics[Statistic.JSD] = weight * _mixture_kl(t_probs, s_probs, 1.0 - weight) + (1.0 - weight) * student_kl
+        statistics[Statistic.STUDENT_MIXTURE_KL] = student_kl
     return statistics
 
 
@@ -53,23 +63,45 @@ def row_grad(
     teacher: LogitTransform,
     tokens: Tensor | None,
     statistics: Tensor,
-    ce_weight: Tensor,
+    cost: Cost,
+    cost_weight: Tensor,
     logprob_weight: Tensor | None,
     out: Tensor,
 ) -> None:
     derivative = _derivative(logits.student, student)
     s_log_normalizer = statistics[Statistic.LOG_NORMALIZER, :, None]
     t_log_normalizer = statistics[Statistic.TEACHER_LOG_NORMALIZER, :, None]
-    s_probs = (_shifted(logits.student, student)[0] - s_log_normalizer).exp()
-    t_probs = (_shifted(logits.teacher, teacher)[0] - t_log_normalizer).exp()
-    grad = ce_weight[:, None] * (s_probs - t_probs)
-    used = ce_weight != 0
+    s, t = _shifted(logits.student, student)[0], _shifted(logits.teacher, teacher)[0]
+    s_probs, t_probs = (s - s_log_normalizer).exp(), (t - t_log_normalizer).exp()
+    if cost.statistic == Statistic.REVERSE_KL:
+        log_ratio = (s - t) - (s_log_normalizer - t_log_normalizer)
+        cost_grad = s_probs * (log_ratio - statistics[Statistic.REVERSE_KL, :, None])
+    elif cost.statistic == Statistic.JSD:
+        log_ratio = -_mixture_excess(s_probs, t_probs, cost.jsd_weight).log1p()
+        centred = log_ratio - statistics[Statistic.STUDENT_MIXTURE_KL, :, None]
+        cost_grad = (1.0 - cost.jsd_weight) * s_probs * centred
+    elif cost.statistic == Statistic.ENTROPY:
+        cost_grad = -s_probs * (s - s_log_normalizer + statistics[Statistic.ENTROPY, :, None])
+    else:
+        cost_grad = s_probs - t_probs
+    grad = cost_weight[:, None] * cost_grad
+    used = cost_weight != 0
     if logprob_weight is not None:
         assert tokens is not None
         grad -= logprob_weight[:, None] * s_probs
         grad.scatter_add_(1, tokens[:, None], logprob_weight[:, None])
         used = used | (logprob_weight != 0)
     out.copy_(torch.where(used[:, None], grad * derivative, 0.0))
+
+
+def _mixture_excess(probs: Tensor, others: Tensor, weight: float) -> Tensor:
+    """M / P - 1 with M the mixture that holds `weight` of the others; 0 where P is 0."""
+    return torch.where(probs < _TINY, 0.0, weight * (others - probs) / probs.clamp(min=_TINY))
+
+
+def _mixture_kl(probs: Tensor, others: Tensor, weight: float) -> Tensor:
+    """KL(P || M), as a sum of terms that are never negative: sum(M - P) = 0 takes away what would cancel."""
+    return (weight * (others - probs) - probs * _mixture_excess(probs, others, weight).log1p()).sum(-1)
 
 
 def _cap(raw: Tensor, transform: LogitTransform) -> Tensor:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distil_kernels.backends import NUM_STATISTICS, LogitPair, LogitTransform
+from distil_kernels.backends import NUM_STATISTICS, Cost, LogitPair, LogitTransform, Statistic
 
 _MAX_BLOCK = 4096
 """Columns of one program: 16 per thread and model. One program for a row of 150k would leave most of the GPU idle."""
@@ -61,7 +61,9 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def row_stats(logits: LogitPair, student: LogitTransform, teacher: LogitTransform, tokens: Tensor | None) -> Tensor:
+def row_stats(
+    logits: LogitPair, student: LogitTransform, teacher: LogitTransform, tokens: Tensor | None, cost: Cost
+) -> Tensor:
     num_rows, vocab_size = logits.student.shape
     block, num_splits = _blocks(vocab_size)
     new = logits.student.new_empty
@@ -72,7 +74,17 @@ def row_stats(logits: LogitPair, student: LogitTransform, teacher: LogitTransfor
             num_splits, *_transform_flags(student, teacher), HAS_TOKENS=tokens is not None, BLOCK=block,
             num_warps=_num_warps(block),
         )  # fmt: skip
-    return _merge(partials, token_logits)
+    statistics = _merge(partials, token_logits)
+    if cost.statistic == Statistic.JSD and num_rows > 0:
+        mixture = new(2, num_rows, num_splits)
+        _kernels().mixture_partials[(num_rows * num_splits,)](
+            *_logit_arguments(logits, student, teacher), statistics, mixture, cost.jsd_weight, num_rows, vocab_size,
+            num_splits, *_transform_flags(student, teacher), BLOCK=block, num_warps=_num_warps(block),
+        )  # fmt: skip
+        student_kl, teacher_kl = mixture.sum(-1)
+        statistics[Statistic.JSD] = cost.jsd_weight * teacher_kl + (1.0 - cost.jsd_weight) * student_kl
+        statistics[Statistic.STUDENT_MIXTURE_KL] = student_kl
+    return statistics
 
 
 def row_grad(
@@ -81,7 +93,8 @@ def row_grad(
     teacher: LogitTransform,
     tokens: Tensor | None,
     statistics: Tensor,
-    ce_weight: Tensor,
+    cost: Cost,
+    cost_weight: Tensor,
     logprob_weight: Tensor | None,
     out: Tensor,
 ) -> None:
@@ -89,9 +102,10 @@ def row_grad(
     block, num_splits = _blocks(vocab_size)
     if num_rows > 0:
         _kernels().row_grad[(num_rows * num_splits,)](
-            *_logit_arguments(logits, student, teacher), tokens, statistics, ce_weight, logprob_weight, out,
-            out.stride(0), num_rows, vocab_size, num_splits, *_transform_flags(student, teacher),
-            HAS_LOGPROB=logprob_weight is not None, BLOCK=block, num_warps=_num_warps(block),
+            *_logit_arguments(logits, student, teacher), tokens, statistics, cost_weight, logprob_weight,
+            cost.jsd_weight, out, out.stride(0), num_rows, vocab_size, num_splits, *_transform_flags(student, teacher),
+            HAS_LOGPROB=logprob_weight is not None, COST=int(cost.statistic), BLOCK=block,
+            num_warps=_num_warps(block),
         )  # fmt: skip
 
 

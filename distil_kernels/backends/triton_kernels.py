@@ -3,7 +3,8 @@
     row_partials    logits [R, V] -> partials [R, splits, 10]      a program takes one block of one row
     head_partials   hidden, weights -> partials                    a program takes a tile of rows and a split of the
                                                                    vocabulary; logits live in registers only
-    merge_partials  partials -> statistics [12, R]                 a program takes a row; float64, one log per model
+    merge_partials  partials -> statistics [14, R]                 a program takes a row; float64, one log per model
+    mixture_partials  logits, statistics -> [2, R, splits]         a block's share of KL(S || M) and KL(T || M)
     row_grad        logits, statistics, weights -> d raw logits    elementwise, a program takes one block of one row
 
 A partial holds, relative to the block's own maxima, the six sums of csrc/row_math.h in its order (student, teacher,
@@ -26,6 +27,13 @@ NUM_PARTIALS = 10
 FLOOR = tl.constexpr(-1e30)
 LOWEST = tl.constexpr(-3.402823466e38)
 NO_INDEX = tl.constexpr(2**31 - 1)
+TINY = tl.constexpr(1e-37)
+
+# Of the Statistics that a row may cost, those whose gradient is not S - T.
+REVERSE_KL = tl.constexpr(2)
+ENTROPY = tl.constexpr(5)
+JSD = tl.constexpr(12)
+STUDENT_MIXTURE_KL = tl.constexpr(13)
 
 
 @triton.jit
@@ -40,6 +48,24 @@ def _tanh(x):
     e = tl.exp(-2.0 * tl.abs(x))
     far = (1.0 - e) / (1.0 + e)
     return tl.where(tl.abs(x) < 0.625, x + x * square * p, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def _log1p(x):
+    """For x > -1: 2 atanh(x / (2 + x)) near 0, where the hardware's logarithm of 1 + x has lost x's digits."""
+    z = x / (2.0 + x)
+    square = z * z
+    p = 1.11111111e-1 * square + 1.42857143e-1
+    p = p * square + 2.0e-1
+    p = p * square + 3.33333333e-1
+    return tl.where((x > -0.29) & (x < 0.41), 2.0 * z * (1.0 + square * p), tl.log(1.0 + x))
+
+
+@triton.jit
+def _mixture_excess(p, q, weight):
+    """As in csrc/row_math.h."""
+    tiny = p < TINY
+    return tl.where(tiny, 0.0, weight * (q - p) / tl.where(tiny, 1.0, p))
 
 
 @triton.jit
@@ -173,23 +199,55 @@ def merge_partials(
     tl.store(out + 9 * num_rows, log_s.to(tl.float32))
     tl.store(out + 10 * num_rows, teacher_max)
     tl.store(out + 11 * num_rows, log_t.to(tl.float32))
+    tl.store(out + 12 * num_rows, 0.0)
+    tl.store(out + 13 * num_rows, 0.0)
+
+
+@triton.jit
+def mixture_partials(
+    student_ptr, teacher_ptr, student_stride, teacher_stride, student_bias_ptr, teacher_bias_ptr,
+    student_softcap, teacher_softcap, student_inverse_temperature, teacher_inverse_temperature,
+    statistics_ptr, partials_ptr, jsd_weight, num_rows, vocab_size, num_splits,
+    HAS_STUDENT_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr,
+    HAS_STUDENT_SOFTCAP: tl.constexpr, HAS_TEACHER_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) // num_splits).to(tl.int64)
+    split = tl.program_id(0) % num_splits
+    columns = split * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < vocab_size
+    student = _load_logits(
+        student_ptr + row * student_stride, student_bias_ptr, columns, inside, student_softcap,
+        student_inverse_temperature, HAS_STUDENT_BIAS, HAS_STUDENT_SOFTCAP,
+    )  # fmt: skip
+    teacher = _load_logits(
+        teacher_ptr + row * teacher_stride, teacher_bias_ptr, columns, inside, teacher_softcap,
+        teacher_inverse_temperature, HAS_TEACHER_BIAS, HAS_TEACHER_SOFTCAP,
+    )  # fmt: skip
+    s = _floored(student - tl.load(statistics_ptr + 8 * num_rows + row))
+    t = _floored(teacher - tl.load(statistics_ptr + 10 * num_rows + row))
+    p = tl.exp(s - tl.load(statistics_ptr + 9 * num_rows + row))
+    q = tl.exp(t - tl.load(statistics_ptr + 11 * num_rows + row))
+    own = 1.0 - jsd_weight
+    out = partials_ptr + row * num_splits + split
+    tl.store(out, tl.sum(jsd_weight * (q - p) - p * _log1p(_mixture_excess(p, q, jsd_weight))))
+    tl.store(out + num_rows.to(tl.int64) * num_splits, tl.sum(own * (p - q) - q * _log1p(_mixture_excess(q, p, own))))
 
 
 @triton.jit
 def row_grad(
     student_ptr, teacher_ptr, student_stride, teacher_stride, student_bias_ptr, teacher_bias_ptr,
     student_softcap, teacher_softcap, student_inverse_temperature, teacher_inverse_temperature,
-    tokens_ptr, statistics_ptr, ce_weight_ptr, logprob_weight_ptr, out_ptr, out_stride,
+    tokens_ptr, statistics_ptr, cost_weight_ptr, logprob_weight_ptr, jsd_weight, out_ptr, out_stride,
     num_rows, vocab_size, num_splits,
     HAS_STUDENT_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr,
     HAS_STUDENT_SOFTCAP: tl.constexpr, HAS_TEACHER_SOFTCAP: tl.constexpr,
-    HAS_LOGPROB: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_LOGPROB: tl.constexpr, COST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // num_splits).to(tl.int64)
     columns = (tl.program_id(0) % num_splits) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < vocab_size
-    ce_weight = tl.load(ce_weight_ptr + row)
-    weight_size = tl.zeros([BLOCK], tl.float32) + tl.abs(ce_weight)
+    cost_weight = tl.load(cost_weight_ptr + row)
+    weight_size = tl.zeros([BLOCK], tl.float32) + tl.abs(cost_weight)
     if HAS_LOGPROB:
         logprob_weight = tl.load(logprob_weight_ptr + row)
         weight_size += tl.abs(logprob_weight)
@@ -213,9 +271,21 @@ def row_grad(
     )  # fmt: skip
     s = _floored(student - tl.load(statistics_ptr + 8 * num_rows + row))
     t = _floored(teacher - tl.load(statistics_ptr + 10 * num_rows + row))
-    p = tl.exp(s - tl.load(statistics_ptr + 9 * num_rows + row))
-    q = tl.exp(t - tl.load(statistics_ptr + 11 * num_rows + row))
-    grad = ce_weight * (p - q)
+    log_normalizer = tl.load(statistics_ptr + 9 * num_rows + row)
+    teacher_log_normalizer = tl.load(statistics_ptr + 11 * num_rows + row)
+    p = tl.exp(s - log_normalizer)
+    q = tl.exp(t - teacher_log_normalizer)
+    if COST == REVERSE_KL:
+        ratio = (s - t) - (log_normalizer - teacher_log_normalizer)
+        grad = cost_weight * p * (ratio - tl.load(statistics_ptr + REVERSE_KL * num_rows + row))
+    elif COST == JSD:
+        ratio = -_log1p(_mixture_excess(p, q, jsd_weight))
+        mean = tl.load(statistics_ptr + STUDENT_MIXTURE_KL * num_rows + row)
+        grad = cost_weight * (1.0 - jsd_weight) * p * (ratio - mean)
+    elif COST == ENTROPY:
+        grad = -cost_weight * p * (s - log_normalizer + tl.load(statistics_ptr + ENTROPY * num_rows + row))
+    else:
+        grad = cost_weight * (p - q)
     if HAS_LOGPROB:
         grad -= logprob_weight * p
         grad += tl.where(columns == tl.load(tokens_ptr + row), logprob_weight, 0.0)

@@ -55,6 +55,12 @@ def kernels(backend):
     return SimpleNamespace(row_stats=row_stats, row_grad=row_grad)
 
 
+@pytest.mark.parametrize("kind", ["ordinary", "peaked", "near"])
+@pytest.mark.parametrize("cost", ["reverse_kl", "jsd", "entropy"])
+def test_row_kernels_of_other_costs(kernels, cost, kind, generator):
+    row_checks.check_kinds(kernels, 131, kind, generator, cost=cost)
+
+
 @pytest.mark.parametrize("kind", ["ordinary", "peaked", "near", "offset"])
 @pytest.mark.parametrize("vocab_size", [1, 7, 128, 131])
 def test_row_kernels(kernels, vocab_size, kind, generator):

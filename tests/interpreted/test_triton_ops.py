@@ -73,7 +73,7 @@ def check_statistics(inputs: Inputs) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_statistics_without_logits(num_rows, vocab_size, sizes, dtype, generator, monkeypatch):
     # More and fewer rows than a tile of 16, columns than one of 64, depths than one of 32.
-    monkeypatch.setattr(driver._Workspace, "load", lambda *_: pytest.fail("logits were formed"))
+    monkeypatch.setattr(driver.Workspace, "load", lambda *_: pytest.fail("logits were formed"))
     check_statistics(
         make_inputs(num_rows, vocab_size, sizes[0], dtype=dtype, teacher_hidden_size=sizes[1], bias=True,
                     generator=generator, temperature=0.7, logit_softcap=5.0)

@@ -15,6 +15,12 @@ def test_statistics_and_gradient(vocab_size, kind, generator):
     row_checks.check_kinds(triton, vocab_size, kind, generator)
 
 
+@pytest.mark.parametrize("kind", ["ordinary", "peaked", "near"])
+@pytest.mark.parametrize("cost", ["reverse_kl", "jsd", "entropy"])
+def test_other_costs(cost, kind, generator):
+    row_checks.check_kinds(triton, 131, kind, generator, cost=cost)
+
+
 def test_softcap_and_minus_infinity(generator):
     row_checks.check_softcap_and_minus_infinity(triton, generator)
 

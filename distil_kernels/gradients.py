@@ -1,0 +1,129 @@
+"""Chunks of logit gradients, multiplied into the gradients of hidden states, weight and bias.
+
+The ring holds gradient rows of several chunks in the dtype of the products' operands: on a GPU small chunks of logits
+would otherwise read and write the whole float32 dW too often (`plan` has the numbers). On the CPU there is none.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distil_kernels import gemm, memory
+from distil_kernels.sparse import LargeEntries, large_entries
+
+Rows = slice | Tensor
+"""Which rows a chunk holds: a slice where they are consecutive (no copy), else int64 indices."""
+
+
+class Gradients(NamedTuple):
+    """Of the student's inputs; an input that needs none has an empty tensor."""
+
+    hidden: Tensor  # [N, D] in the dtype of the hidden states
+    weight: Tensor  # [V, D] in the accumulation dtype
+    bias: Tensor  # [V] in the accumulation dtype
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+NO_GRADIENTS = Needs(hidden=False, weight=False, bias=False)
+
+
+class GradientSums:
+    """Takes chunks of logit gradients to the gradients of hidden states, weight and bias.
+
+    For each chunk: write its gradient to `room`, then `add` it. With a ring, rows wait there until it is full.
+    """
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, needs: Needs, ring_rows: int, gradient_threshold: float = 0.0
+    ) -> None:
+        dtype = gemm.accumulation_dtype(hidden.dtype)
+        self._gradient_threshold = gradient_threshold
+        self.dropped = hidden.new_zeros(hidden.shape[0], dtype=dtype)
+        self._hidden, self._weight, self._needs = hidden, weight, needs
+        self._result = Gradients(
+            hidden.new_zeros(hidden.shape if needs.hidden else 0),
+            memory.zeros(*(weight.shape if needs.weight else (0,)), like=weight, dtype=dtype),
+            weight.new_zeros(weight.shape[0] if needs.bias else 0, dtype=dtype),
+        )
+        operand = gemm.operand_dtype(hidden.dtype, hidden.device.type)
+        self._ring = new_rows(hidden, ring_rows, weight.shape[0], operand) if ring_rows else None
+        self._waiting: list[Rows] = []
+        self._num_waiting = 0
+
+    def room(self, student_logits: Tensor) -> Tensor:
+        """Where the gradient of the chunk's logits belongs."""
+        if self._ring is None:
+            return student_logits
+        num_rows = student_logits.shape[0]
+        if self._num_waiting + num_rows > self._ring.shape[0]:
+            self._empty_ring()
+        return self._ring[self._num_waiting : self._num_waiting + num_rows]
+
+    def add(self, rows: Rows, grad_logits: Tensor) -> None:
+        if self._ring is None:
+            self.multiply(rows, grad_logits)
+        else:
+            self._waiting.append(rows)
+            self._num_waiting += grad_logits.shape[0]
+
+    def multiply(self, rows: Rows, grad_logits: Tensor, upstream: Tensor | None = None) -> None:
+        """The products. `upstream` [R] scales rows of grad_logits that were formed before it was known."""
+        kept = self._large_entries(rows, grad_logits)
+        if self._needs.hidden:
+            if kept is None:
+                grad = gemm.grad_hidden(grad_logits, self._weight)
+            else:
+                grad = self._hidden.new_zeros(grad_logits.shape[0], self._hidden.shape[1], dtype=grad_logits.dtype)
+                kept.add_product(self._weight, out=grad)
+            self._result.hidden[rows] = (grad if upstream is None else grad * upstream[:, None]).to(self._hidden.dtype)
+        if self._needs.weight:
+            hidden = self._hidden[rows]
+            if upstream is not None:
+                hidden = (hidden.to(upstream.dtype) * upstream[:, None]).to(grad_logits.dtype)
+            if kept is None:
+                gemm.add_grad_weight(grad_logits, hidden, out=self._result.weight)
+            else:
+                kept.transposed().add_product(hidden, out=self._result.weight)
+        if self._needs.bias:
+            gemm.add_grad_bias(grad_logits, upstream, out=self._result.bias)
+
+    def _large_entries(self, rows: Rows, grad_logits: Tensor) -> LargeEntries | None:
+        """What the products may do with alone, or None for all."""
+        if not self._gradient_threshold:
+            return None
+        kept, self.dropped[rows] = large_entries(grad_logits, self._gradient_threshold)
+        return kept
+
+    def result(self) -> Gradients:
+        self._empty_ring()
+        return self._result
+
+    def _empty_ring(self) -> None:
+        if self._waiting:
+            assert self._ring is not None
+            self.multiply(_joined(self._waiting), self._ring[: self._num_waiting])
+            self._waiting, self._num_waiting = [], 0
+
+
+def new_rows(like: Tensor, num_rows: int, vocab_size: int, dtype: torch.dtype) -> Tensor:
+    """[num_rows, V]. On a GPU rows begin at multiples of 64 bytes whatever V, for wide loads and fast products."""
+    stride = vocab_size if like.device.type == "cpu" else -(-vocab_size // 32) * 32
+    return memory.empty(num_rows, stride, like=like, dtype=dtype)[:, :vocab_size]
+
+
+def _joined(chunks: list[Rows]) -> Rows:
+    """The rows of consecutive chunks; still a slice where they are neighbours in order."""
+    first, last = chunks[0], chunks[-1]
+    if isinstance(first, slice) and isinstance(last, slice):
+        return slice(first.start, last.stop)
+    return torch.cat([chunk for chunk in chunks if isinstance(chunk, Tensor)])

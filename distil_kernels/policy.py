@@ -1,0 +1,136 @@
+"""Reinforcement learning without a teacher: log-probs of sampled tokens, and the policy-gradient loss over them.
+
+    token_logprobs      log S[y] and H(S), both differentiable               4 products, 1 without gradients
+    fused_policy_loss   -min(r A, clip(r) A) - entropy_weight H(S)           3 products (2 with a frozen head)
+
+r = S[y] / S_old[y]. The weight of grad log S[y] follows from the row itself, so the gradient is formed in the forward
+pass, as in `fused_forward_ce`. Source of the clipped loss: PPO (arXiv 1707.06347); two bounds as in DAPO (arXiv
+2503.14476). Left out: ratios of whole sequences, and a penalty to a reference model.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from distil_kernels.backends import Cost, Statistic
+from distil_kernels.call import Call
+from distil_kernels.checks import Door
+from distil_kernels.driver import Policy
+from distil_kernels.plan import Plan
+
+
+class TokenLogprobs(NamedTuple):
+    """Per token [...], in nats; float32 (float64 for float64 inputs). Masked rows hold 0."""
+
+    logprob: Tensor
+    """log S[y], differentiable."""
+    entropy: Tensor
+    """H(S), differentiable."""
+    lse: Tensor
+    """logsumexp of the logits, detached."""
+
+
+class PolicyLoss(NamedTuple):
+    """What `fused_policy_loss` returns."""
+
+    loss: Tensor
+    """Scalar."""
+    logprob: Tensor
+    """[...], detached: log S[y]."""
+    entropy: Tensor
+    """[...], detached: H(S)."""
+    clipped: Tensor
+    """[...] bool: the ratio is where the token gets no gradient."""
+
+
+def token_logprobs(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    *,
+    tokens: Tensor,
+    student_bias: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    backend: str = "auto",
+    plan: str | Plan = "auto",
+) -> TokenLogprobs:
+    """Log-prob of each sampled token and entropy of its distribution, without [tokens, vocab] logits for all tokens.
+
+    Args:
+        student_hidden: [..., D] last hidden states.
+        student_weight: [V, D] lm_head.
+        tokens: [...] int64, the tokens that the rows predict.
+        Others, and what is raised: as in `fused_forward_ce`.
+    """
+    door = Door("token_logprobs")
+    call = Call(door, student_hidden, student_weight, None, None, student_bias, None, token_mask, None, temperature,
+                None, logit_softcap, backend)  # fmt: skip
+    door.rows("tokens", tokens, student_hidden, "int64")
+    found = call.differentiable_statistics(tokens.reshape(-1), Cost(Statistic.ENTROPY), plan, logprob_grad=True)
+    logprob, entropy = found[Statistic.LOGPROB], found[Statistic.ENTROPY]
+    lse = (found[Statistic.MAX_LOGIT] + found[Statistic.LOG_NORMALIZER]).detach()
+    return TokenLogprobs(*(row.reshape(student_hidden.shape[:-1]) for row in (logprob, entropy, lse)))
+
+
+def fused_policy_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    *,
+    tokens: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None = None,
+    clip_low: float | None = 0.2,
+    clip_high: float | None = 0.2,
+    entropy_weight: float = 0.0,
+    student_bias: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    normalizer: float | Tensor | None = None,
+    backend: str = "auto",
+    plan: str | Plan = "auto",
+) -> PolicyLoss:
+    """Clipped policy-gradient loss of sampled tokens (PPO's, and GRPO's with group-normalised advantages).
+
+    Args:
+        student_hidden: [..., D] last hidden states.
+        student_weight: [V, D] lm_head.
+        tokens: [...] int64, sampled tokens.
+        advantages: [...] float; they get no gradient.
+        old_logprobs: [...] float, log-probs under the policy that sampled; None: this one, so every ratio is 1 and
+            the gradient is that of -advantages * logprob.
+        clip_low, clip_high: the ratio stops at 1 - clip_low for negative and at 1 + clip_high for positive
+            advantages; None for no bound.
+        entropy_weight: of an entropy bonus.
+        token_weight: [...] float, multiplies each token's loss.
+        normalizer: denominator; default the sum of counted weights (1 where that is 0).
+        Others, and what is raised: as in `fused_forward_ce`.
+
+    Returns:
+        PolicyLoss. Only `loss` is differentiable.
+    """
+    door = Door("fused_policy_loss")
+    call = Call(door, student_hidden, student_weight, None, None, student_bias, None, token_mask, token_weight,
+                temperature, None, logit_softcap, backend)  # fmt: skip
+    door.rows("tokens", tokens, student_hidden, "int64")
+    door.rows("advantages", advantages, student_hidden, "float")
+    door.rows("old_logprobs", old_logprobs, student_hidden, "float")
+    if clip_low is not None:
+        door.between("clip_low", clip_low, 0.0, 1.0)
+    if clip_high is not None:
+        door.between("clip_high", clip_high, 0.0, float("inf"))
+    door.between("entropy_weight", entropy_weight, -float("inf"), float("inf"))
+    door.normalizer(normalizer, student_hidden)
+    policy = Policy(
+        advantages.detach().reshape(-1), None if old_logprobs is None else old_logprobs.detach().reshape(-1),
+        clip_low, clip_high, float(entropy_weight),
+    )  # fmt: skip
+    found = call.policy_loss(tokens.reshape(-1), policy, plan)
+    rows = found.statistics[Statistic.LOGPROB], found.statistics[Statistic.ENTROPY], found.clipped
+    return PolicyLoss(
+        found.total / call.denominator(normalizer), *(row.detach().reshape(student_hidden.shape[:-1]) for row in rows)
+    )
