@@ -77,7 +77,8 @@ def check(
     assert_within_budget("gradient", out, base["student_hidden"], exact["student_hidden"], terms=terms)
     rounded = torch.full_like(logits.student, float("nan"), dtype=torch.bfloat16)
     kernels.row_grad(*arguments, rounded)
-    assert ((rounded - out).abs() <= 2**-7 * out.abs()).all()  # an interpreter may cut off
+    # An interpreter may cut off, and below the smallest normal number there are fewer digits.
+    assert ((rounded - out).abs() <= 2**-7 * out.abs() + torch.finfo(torch.bfloat16).tiny).all()
     kernels.row_grad(*arguments, logits.student)  # in place
     assert torch.equal(logits.student, out)
 
