@@ -126,6 +126,13 @@ class Door:
         if not (math.isfinite(value) and value > 0):
             self.value_error(f"{name} is {value}, expected a finite number above 0")
 
+    def count(self, name: str, value: int | None, *, optional: bool = True) -> None:
+        """An integer of at least 1."""
+        if value is None and optional:
+            return
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            self.value_error(f"{name} is {value!r}, expected a positive integer")
+
     def between(self, name: str, value: float, low: float, high: float) -> None:
         """A finite number in [low, high]."""
         if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -2,12 +2,14 @@
 
 The sequence-level gradient gives grad log S[y_t] the weight
 
-    a_t = scale * (G_t - b_t),     G_t = sum_{i > t} discount^(i - t) cost_i        span "future"
-                                   G_t = sum_i cost_i                               span "sequence"
+    a_t = scale * (G_t - b_t),     G_t = sum_{t < i <= t + horizon} discount^(i - t) cost_i     span "future"
+                                   G_t = sum_i cost_i                                           span "sequence"
 
 Rows are processed from the last position to the first, so G_t is known by a running carry per sequence when the rows
 of position t come up, and everything that a baseline over rollouts needs (the same position of its siblings) is in
 the same chunk. Inside a chunk the costs lie on a small grid [positions, sequences] on which the recurrence is a scan.
+With a horizon the carry is the last `horizon` costs of each sequence: windows are added up from their halves, and
+nothing is ever subtracted that rounding could leave behind. It needs no second pass.
 
 Left out: whole-batch normalisation, which needs every row first.
 Source: the future-credit term of DistIL's gradient (arXiv 2606.05152); discount and baselines are ours.
@@ -15,6 +17,7 @@ Source: the future-credit term of DistIL's gradient (arXiv 2606.05152); discount
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -32,12 +35,19 @@ class Credit:
     """How future cost becomes the weight of a token's log-prob gradient."""
 
     span: str = "future"
-    discount: float = 1.0
     baseline: str | Tensor | None = None
     """None, a name of BASELINES, or one value per row [N]."""
     group_size: int = 1
     """Consecutive sequences that share a prompt (for "leave_one_out")."""
+    discount: float = 1.0
+    horizon: float = math.inf
+    """Costs more tokens on than this do not count."""
     scale: float = 1.0
+
+    @property
+    def numbers(self) -> list[float]:
+        """The fields after `group_size`, in order, for an op that takes no objects."""
+        return [float(self.discount), float(self.horizon), float(self.scale)]
 
 
 def known_in_order(credit: Credit, num_sequences: int, num_rows: int, max_rows: int) -> bool:
@@ -127,23 +137,18 @@ class CreditScan:
 
     def __init__(self, credit: Credit, lengths: Tensor, dtype: torch.dtype, device: torch.device) -> None:
         self._credit = credit
-        self._carry = torch.zeros(lengths.numel(), dtype=dtype, device=device)
-        """Cost-to-go, its own position included, at the first position of the block's last chunk; per sequence."""
+        self._costs_to_go = _ToGo(credit, lengths, dtype, device)
 
     def weights(self, costs: Tensor, chunk: Chunk) -> Tensor:
         """a_t [R] of a chunk's rows from their costs [R] (already times the token weight)."""
         credit = self._credit
-        block = slice(chunk.first_sequence, chunk.first_sequence + chunk.num_sequences)
         where = (chunk.positions.to(costs.device), chunk.sequences.to(costs.device))
-        grid = costs.new_zeros(chunk.num_positions + 1, chunk.num_sequences)
+        grid = costs.new_zeros(chunk.num_positions, chunk.num_sequences)
         grid[where] = costs
         if credit.span == "sequence":
-            to_go = grid.sum(0, keepdim=True).expand(chunk.num_positions, -1)
+            to_go = grid.sum(0, keepdim=True).expand_as(grid)
         else:
-            grid[-1] = self._carry[block]
-            total = discounted_suffix_sum(grid, credit.discount)
-            self._carry[block] = total[0]
-            to_go = credit.discount * total[1:]
+            to_go = self._costs_to_go(grid, chunk)
         weights = to_go[where]
         if credit.baseline is not None:
             weights = weights - self._baseline(to_go, where, chunk)
@@ -163,12 +168,45 @@ class CreditScan:
         return mean[where[0]]
 
 
-def discounted_suffix_sum(values: Tensor, discount: float) -> Tensor:
-    """out[p] = sum_{i >= p} discount^(i - p) values[i] along dimension 0, in log2(length) steps."""
-    total, step = values, 1
-    while step < values.shape[0]:
-        shifted = torch.zeros_like(total)
-        shifted[:-step] = total[step:]
-        total = total + discount**step * shifted
-        step *= 2
-    return total
+class _ToGo:
+    """Discounted sums of what comes after each position, chunk by chunk."""
+
+    def __init__(self, credit: Credit, lengths: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+        self._discount = credit.discount
+        self._horizon = int(credit.horizon) if credit.horizon < int(lengths.max()) else None
+        self._later = torch.zeros(self._horizon or 1, lengths.numel(), dtype=dtype, device=device)
+        """Per sequence, from the first position of the block's last chunk on: values, or without a horizon their
+        whole discounted sum."""
+
+    def __call__(self, values: Tensor, chunk: Chunk) -> Tensor:
+        """[positions, sequences] of the chunk, for its values of the same shape."""
+        block = slice(chunk.first_sequence, chunk.first_sequence + chunk.num_sequences)
+        values = torch.cat([values, self._later[:, block]])
+        total = discounted_sum(values, self._discount, self._horizon)
+        self._later[:, block] = total[:1] if self._horizon is None else values[: self._horizon]
+        return self._discount * total[1 : chunk.num_positions + 1]
+
+
+def discounted_sum(values: Tensor, discount: float, window: int | None = None) -> Tensor:
+    """out[p] = sum_{p <= i < p + window} discount^(i - p) values[i] along dimension 0, in log2(window) steps.
+
+    Sums over 1, 2, 4, ... positions come from two of half their size; a window is a chain of some of them.
+    """
+    window = window or 1 << (values.shape[0] - 1).bit_length()
+    total, covered = torch.zeros_like(values), 0
+    part, size = values, 1
+    while True:
+        if window & size:
+            total = total + discount**covered * _moved(part, covered)
+            covered += size
+        if 2 * size > window:
+            return total
+        part = part + discount**size * _moved(part, size)
+        size *= 2
+
+
+def _moved(values: Tensor, step: int) -> Tensor:
+    """out[p] = values[p + step], 0 behind the end."""
+    moved = torch.zeros_like(values)
+    moved[: max(0, values.shape[0] - step)] = values[step:]
+    return moved

@@ -10,6 +10,7 @@ T = softmax(t), S = softmax(s). The mathematics is in docs/mathematics.md, the p
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -212,6 +213,7 @@ def fused_distil_loss(
     cost: str = "ce",
     credit_span: str = "future",
     discount: float = 1.0,
+    horizon: int | None = None,
     baseline: str | Tensor | None = None,
     group_size: int | None = None,
     credit_scale: float = 1.0,
@@ -236,6 +238,7 @@ def fused_distil_loss(
         credit_span: "none" (token-wise gradient), "future" (i > t), or "sequence": the whole sequence's cost for
             every token, exact when the feedback was computed from the rollout itself.
         discount: of the cost-to-go per token, 0 to 1; below 1 is biased. "sequence" takes 1 only.
+        horizon: costs more than this many tokens on do not count, at least 1; biased. Not with "sequence".
         baseline: None; "leave_one_out": mean over the group's other sequences at the same position (0 after their
             end), unbiased; "position_mean": mean over all sequences alive there, its own included; or [N] values.
         group_size: rollouts per prompt, consecutive in the packing; needed by "leave_one_out" (at least 2).
@@ -258,20 +261,22 @@ def fused_distil_loss(
     door.one_of("cost", cost, tuple(COSTS))
     door.one_of("credit_span", credit_span, SPANS)
     door.between("discount", discount, 0.0, 1.0)
+    door.count("horizon", horizon)
     door.between("credit_scale", credit_scale, 0.0, float("inf"))
     door.normalizer(normalizer, student_hidden)
     door.threshold("gradient_threshold", gradient_threshold)
     if credit_span == "sequence" and discount != 1.0:
         door.value_error(f"discount is {discount} with credit_span='sequence', expected 1.0")
+    if credit_span == "sequence" and horizon is not None:
+        door.value_error(f"horizon is {horizon} with credit_span='sequence', expected None")
     if isinstance(baseline, Tensor):
         door.rows("baseline", baseline, student_hidden, "float")
     elif baseline is not None:
         door.one_of("baseline", baseline, BASELINES)
-    if group_size is not None and (not isinstance(group_size, int) or group_size < 1):
-        door.value_error(f"group_size is {group_size!r}, expected a positive integer")
+    door.count("group_size", group_size)
     if baseline == "leave_one_out" and (group_size is None or group_size < 2):
         door.value_error(f"group_size is {group_size} with baseline='leave_one_out', expected at least 2")
-    credit = Credit(credit_span, discount, baseline, group_size or 1, credit_scale)
+    credit = Credit(credit_span, baseline, group_size or 1, discount, horizon or math.inf, credit_scale)
     found = call.scalar_loss(tokens, cu_seqlens, COSTS[cost], credit, plan, gradient_threshold)
     denominator = cu_seqlens.numel() - 1 if normalizer is None else normalizer
     stats = _token_stats(found.statistics.detach(), student_hidden.shape[:-1])
@@ -376,8 +381,8 @@ class _Call:
         values = isinstance(credit.baseline, Tensor)
         total, statistics, weights, dropped, *_ = ops.scalar_loss(
             *self._tensors, tokens, self._counted, self.row_weight(), cu_seqlens,
-            credit.baseline if values else None, *self._transform, int(cost), credit.span, credit.discount,
-            "values" if values else (credit.baseline or ""), credit.group_size, credit.scale, gradient_threshold,
+            credit.baseline if values else None, *self._transform, int(cost), credit.span,
+            "values" if values else (credit.baseline or ""), credit.group_size, credit.numbers, gradient_threshold,
             self._backend, chosen.name, chosen.chunk_rows, chosen.ring_rows, self._needs,
         )  # fmt: skip
         return _ScalarLoss(total, statistics, weights, dropped)

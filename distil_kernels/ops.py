@@ -43,10 +43,9 @@ def scalar_loss(
     logit_softcap: Optional[float],
     cost: int,
     credit_span: str,
-    discount: float,
     baseline: str,
     group_size: int,
-    credit_scale: float,
+    credit_numbers: list[float],
     gradient_threshold: float,
     backend: str,
     plan: str,
@@ -70,8 +69,7 @@ def scalar_loss(
         driver.Needs(*needs),
         row_weight,
         Statistic(cost),
-        Credit(credit_span, discount, baseline_values if baseline == "values" else baseline or None,
-               group_size, credit_scale),
+        Credit(credit_span, baseline_values if baseline == "values" else baseline or None, group_size, *credit_numbers),
         lengths,
     )  # fmt: skip
     return (result.loss, result.statistics, result.credit, result.dropped, *result.gradients)

@@ -228,6 +228,7 @@ def credit_by_definition(
     *,
     span: str = "future",
     discount: float = 1.0,
+    horizon: int | None = None,
     baseline: str | Tensor | None = None,
     group_size: int = 1,
     scale: float = 1.0,
@@ -241,7 +242,8 @@ def credit_by_definition(
         own = range(starts[sequence], starts[sequence] + lengths[sequence])
         total = costs.new_zeros(())
         for i, row in enumerate(own):
-            if counted[row] and (span == "sequence" or i > position):
+            near = position < i and (horizon is None or i - position <= horizon)
+            if counted[row] and (span == "sequence" or near):
                 total = total + (1.0 if span == "sequence" else discount ** (i - position)) * costs[row]
         return total
 

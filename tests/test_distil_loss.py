@@ -29,11 +29,11 @@ def chunk_bytes(request, monkeypatch):
 
 
 def run(inputs, *, lengths=LENGTHS, normalizer=None, token_mask=None, token_weight=None, cost="ce", span="future",
-        discount=1.0, baseline=None, group_size=None, scale=1.0, **options):  # fmt: skip
+        discount=1.0, horizon=None, baseline=None, group_size=None, scale=1.0, **options):  # fmt: skip
     return fused_distil_loss(
         *inputs.heads, tokens=inputs.tokens, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0), **inputs.options,
         normalizer=normalizer, token_mask=token_mask, token_weight=token_weight, cost=cost, credit_span=span,
-        discount=discount, baseline=baseline, group_size=group_size, credit_scale=scale, **options,
+        discount=discount, horizon=horizon, baseline=baseline, group_size=group_size, credit_scale=scale, **options,
     )  # fmt: skip
 
 
@@ -98,6 +98,31 @@ def test_masks_weights_discounts_costs(cost, discount, baseline, plan, chunk_byt
         token_mask=torch.rand(num_rows, generator=generator) < 0.7,
         token_weight=torch.rand(num_rows, generator=generator),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("plan", ["auto", "recompute"])
+@pytest.mark.parametrize("baseline", [None, "leave_one_out", "position_mean"])
+@pytest.mark.parametrize("horizon", [1, 2, 3, 6, 100])
+def test_horizon(horizon, baseline, plan, chunk_bytes, generator):
+    """Powers of two, sums of them, and one beyond every sequence."""
+    num_rows = sum(LENGTHS)
+    inputs = make_inputs(num_rows, 97, 16, generator=generator)
+    check(
+        inputs, plan=plan, horizon=horizon, discount=0.9, baseline=baseline, group_size=3,
+        token_mask=torch.rand(num_rows, generator=generator) < 0.8,
+    )  # fmt: skip
+
+
+def test_horizon_forgets_large_costs_entirely(monkeypatch, generator):
+    """A cost of 1e6 behind the horizon leaves no rounding in the credit of small ones."""
+    monkeypatch.setitem(plans.LOGITS_CHUNK_BYTES, "cpu", 1)
+    inputs = make_inputs(12, 97, 16, generator=generator)
+    weight = torch.ones(12)
+    weight[-1] = 1e6
+    settings = {"lengths": [12], "horizon": 3, "token_weight": weight}
+    exact = definition(inputs.to(torch.float64), **settings)
+    ours = run(inputs, **settings)
+    torch.testing.assert_close(ours.credit[:8].double(), exact["credit"][:8], rtol=1e-5, atol=0.0)
 
 
 def test_frozen_head(chunk_bytes, generator):
