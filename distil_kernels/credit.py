@@ -12,7 +12,8 @@ With a horizon the carry is the last `horizon` costs of each sequence: windows a
 nothing is ever subtracted that rounding could leave behind. It needs no second pass.
 
 Left out: whole-batch normalisation, which needs every row first.
-Source: the future-credit term of DistIL's gradient (arXiv 2606.05152); discount and baselines are ours.
+Source: the future-credit term of DistIL's gradient (arXiv 2606.05152); all its settings are ours. Baselines that do not
+know the row's own rollout leave the expected gradient alone; discount, horizon, normalisation, clip and scale bias it.
 """
 
 from __future__ import annotations
@@ -42,12 +43,16 @@ class Credit:
     discount: float = 1.0
     horizon: float = math.inf
     """Costs more tokens on than this do not count."""
+    by_remaining: bool | float = False
+    """Whether G_t is divided by sum_{t < i <= t + horizon} discount^(i - t), over the rows that count."""
+    clip: float = math.inf
+    """Bound of |a_t|."""
     scale: float = 1.0
 
     @property
     def numbers(self) -> list[float]:
         """The fields after `group_size`, in order, for an op that takes no objects."""
-        return [float(self.discount), float(self.horizon), float(self.scale)]
+        return [float(n) for n in (self.discount, self.horizon, self.by_remaining, self.clip, self.scale)]
 
 
 def known_in_order(credit: Credit, num_sequences: int, num_rows: int, max_rows: int) -> bool:
@@ -138,6 +143,7 @@ class CreditScan:
     def __init__(self, credit: Credit, lengths: Tensor, dtype: torch.dtype, device: torch.device) -> None:
         self._credit = credit
         self._costs_to_go = _ToGo(credit, lengths, dtype, device)
+        self._tokens_to_go = _ToGo(credit, lengths, dtype, device)
 
     def weights(self, costs: Tensor, chunk: Chunk) -> Tensor:
         """a_t [R] of a chunk's rows from their costs [R] (already times the token weight)."""
@@ -145,16 +151,20 @@ class CreditScan:
         where = (chunk.positions.to(costs.device), chunk.sequences.to(costs.device))
         grid = costs.new_zeros(chunk.num_positions, chunk.num_sequences)
         grid[where] = costs
+        alive = torch.zeros_like(grid)
+        alive[where] = 1.0
         if credit.span == "sequence":
             to_go = grid.sum(0, keepdim=True).expand_as(grid)
         else:
             to_go = self._costs_to_go(grid, chunk)
+            if credit.by_remaining:  # where no token remains both are 0
+                to_go = to_go / self._tokens_to_go(alive, chunk).clamp(min=torch.finfo(costs.dtype).tiny)
         weights = to_go[where]
         if credit.baseline is not None:
-            weights = weights - self._baseline(to_go, where, chunk)
-        return credit.scale * weights
+            weights = weights - self._baseline(to_go, alive, where, chunk)
+        return (credit.scale * weights).clamp(-credit.clip, credit.clip)
 
-    def _baseline(self, to_go: Tensor, where: tuple[Tensor, Tensor], chunk: Chunk) -> Tensor:
+    def _baseline(self, to_go: Tensor, alive: Tensor, where: tuple[Tensor, Tensor], chunk: Chunk) -> Tensor:
         credit = self._credit
         if isinstance(credit.baseline, Tensor):
             return credit.baseline[chunk.rows.to(to_go.device)].to(to_go.dtype)
@@ -162,8 +172,6 @@ class CreditScan:
             groups = to_go.unflatten(1, (-1, credit.group_size))
             others = (groups.sum(-1, keepdim=True) - groups) / (credit.group_size - 1)
             return others.flatten(1)[where]
-        alive = torch.zeros_like(to_go)
-        alive[where] = 1.0
         mean = (to_go * alive).sum(1) / alive.sum(1).clamp(min=1.0)
         return mean[where[0]]
 

@@ -214,8 +214,10 @@ def fused_distil_loss(
     credit_span: str = "future",
     discount: float = 1.0,
     horizon: int | None = None,
+    normalize_by_remaining: bool = False,
     baseline: str | Tensor | None = None,
     group_size: int | None = None,
+    credit_clip: float | None = None,
     credit_scale: float = 1.0,
     normalizer: float | Tensor | None = None,
     gradient_threshold: float = 0.0,
@@ -239,9 +241,12 @@ def fused_distil_loss(
             every token, exact when the feedback was computed from the rollout itself.
         discount: of the cost-to-go per token, 0 to 1; below 1 is biased. "sequence" takes 1 only.
         horizon: costs more than this many tokens on do not count, at least 1; biased. Not with "sequence".
+        normalize_by_remaining: divides the cost-to-go by the number of counted tokens that it sums over, discounted
+            alike: a mean cost per token, which does not grow with the length; biased. Not with "sequence".
         baseline: None; "leave_one_out": mean over the group's other sequences at the same position (0 after their
             end), unbiased; "position_mean": mean over all sequences alive there, its own included; or [N] values.
         group_size: rollouts per prompt, consecutive in the packing; needed by "leave_one_out" (at least 2).
+        credit_clip: bound of |a_t|, after baseline and scale; biased.
         credit_scale: multiplies the credit; 1 is the exact gradient.
         normalizer: denominator of loss and gradient; default B.
         gradient_threshold: as in `fused_forward_ce`.
@@ -262,13 +267,15 @@ def fused_distil_loss(
     door.one_of("credit_span", credit_span, SPANS)
     door.between("discount", discount, 0.0, 1.0)
     door.count("horizon", horizon)
+    door.positive("credit_clip", credit_clip)
     door.between("credit_scale", credit_scale, 0.0, float("inf"))
     door.normalizer(normalizer, student_hidden)
     door.threshold("gradient_threshold", gradient_threshold)
     if credit_span == "sequence" and discount != 1.0:
         door.value_error(f"discount is {discount} with credit_span='sequence', expected 1.0")
-    if credit_span == "sequence" and horizon is not None:
-        door.value_error(f"horizon is {horizon} with credit_span='sequence', expected None")
+    for name, value in (("horizon", horizon), ("normalize_by_remaining", normalize_by_remaining or None)):
+        if credit_span == "sequence" and value is not None:
+            door.value_error(f"{name} is {value} with credit_span='sequence', which weighs all of the sequence alike")
     if isinstance(baseline, Tensor):
         door.rows("baseline", baseline, student_hidden, "float")
     elif baseline is not None:
@@ -276,7 +283,8 @@ def fused_distil_loss(
     door.count("group_size", group_size)
     if baseline == "leave_one_out" and (group_size is None or group_size < 2):
         door.value_error(f"group_size is {group_size} with baseline='leave_one_out', expected at least 2")
-    credit = Credit(credit_span, baseline, group_size or 1, discount, horizon or math.inf, credit_scale)
+    credit = Credit(credit_span, baseline, group_size or 1, discount, horizon or math.inf, normalize_by_remaining,
+                    credit_clip or math.inf, credit_scale)  # fmt: skip
     found = call.scalar_loss(tokens, cu_seqlens, COSTS[cost], credit, plan, gradient_threshold)
     denominator = cu_seqlens.numel() - 1 if normalizer is None else normalizer
     stats = _token_stats(found.statistics.detach(), student_hidden.shape[:-1])

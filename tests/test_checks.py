@@ -122,6 +122,12 @@ def test_tokens(tokens, error, message):
         ({"horizon": 0}, ValueError, "horizon is 0, expected a positive integer"),
         ({"horizon": 2.0}, ValueError, "horizon is 2.0, expected a positive integer"),
         ({"horizon": 3, "credit_span": "sequence"}, ValueError, "horizon is 3 with credit_span='sequence'"),
+        (
+            {"normalize_by_remaining": True, "credit_span": "sequence"},
+            ValueError,
+            "normalize_by_remaining is True with credit_span='sequence'",
+        ),
+        ({"credit_clip": 0.0}, ValueError, "credit_clip is 0.0, expected a finite number above 0"),
         ({"baseline": "leave_one_out"}, ValueError, "group_size is None"),
         ({"baseline": "leave_one_out", "group_size": 2}, ValueError, "expected a multiple of group_size 2"),
         ({"group_size": 0}, ValueError, "group_size is 0, expected a positive integer"),

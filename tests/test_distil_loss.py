@@ -29,11 +29,13 @@ def chunk_bytes(request, monkeypatch):
 
 
 def run(inputs, *, lengths=LENGTHS, normalizer=None, token_mask=None, token_weight=None, cost="ce", span="future",
-        discount=1.0, horizon=None, baseline=None, group_size=None, scale=1.0, **options):  # fmt: skip
+        discount=1.0, horizon=None, by_remaining=False, baseline=None, group_size=None, clip=None, scale=1.0,
+        **options):  # fmt: skip
     return fused_distil_loss(
         *inputs.heads, tokens=inputs.tokens, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0), **inputs.options,
         normalizer=normalizer, token_mask=token_mask, token_weight=token_weight, cost=cost, credit_span=span,
-        discount=discount, horizon=horizon, baseline=baseline, group_size=group_size, credit_scale=scale, **options,
+        discount=discount, horizon=horizon, normalize_by_remaining=by_remaining, baseline=baseline,
+        group_size=group_size, credit_clip=clip, credit_scale=scale, **options,
     )  # fmt: skip
 
 
@@ -112,6 +114,36 @@ def test_horizon(horizon, baseline, plan, chunk_bytes, generator):
         group_size=3 if baseline == "leave_one_out" else None,
         token_mask=torch.rand(num_rows, generator=generator) < 0.8,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("plan", ["auto", "recompute"])
+@pytest.mark.parametrize("baseline", [None, "leave_one_out", "position_mean"])
+@pytest.mark.parametrize(("by_remaining", "horizon", "clip"), [(True, None, None), (True, 3, 0.2), (False, None, 2.0)])
+def test_normalisation_and_clip(by_remaining, horizon, clip, baseline, plan, chunk_bytes, generator):
+    num_rows = sum(LENGTHS)
+    inputs = make_inputs(num_rows, 331, 16, generator=generator)
+    ours = check(
+        inputs, plan=plan, by_remaining=by_remaining, horizon=horizon, clip=clip, discount=0.8, scale=0.7,
+        baseline=baseline, group_size=3 if baseline == "leave_one_out" else None,
+        token_mask=torch.rand(num_rows, generator=generator) < 0.8,
+        token_weight=torch.rand(num_rows, generator=generator),
+    )  # fmt: skip
+    assert clip is None or ours.credit.abs().max() <= clip
+
+
+@pytest.mark.parametrize("discount", [0.0, 1e-30])
+def test_no_token_remains(discount, generator):
+    """The last token of each sequence, and every token where the discount leaves next to nothing: no 0 / 0."""
+    inputs = make_inputs(sum(LENGTHS), 40, 8, generator=generator)
+    ours = run(inputs, discount=discount, by_remaining=True)
+    last = torch.tensor(LENGTHS).cumsum(0)[torch.tensor(LENGTHS) > 0] - 1
+    assert torch.equal(ours.credit[last], torch.zeros(len(last)))
+    assert ours.credit.isfinite().all()
+
+
+def test_clip_of_the_whole_sequences_cost(generator):
+    inputs = make_inputs(sum(LENGTHS), 40, 8, generator=generator)
+    check(inputs, span="sequence", clip=3.0)
 
 
 def test_horizon_forgets_large_costs_entirely(monkeypatch, generator):
