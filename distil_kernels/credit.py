@@ -138,7 +138,7 @@ def reverse_chunks(lengths: Tensor, counted: Tensor | None, credit: Credit, max_
 
 
 class CreditScan:
-    """Turns the costs of chunks, given in `reverse_chunks` order, into the weights a_t of their rows."""
+    """Turns the costs of chunks, given in `reverse_chunks` order, into the weights and costs-to-go of their rows."""
 
     def __init__(self, credit: Credit, lengths: Tensor, dtype: torch.dtype, device: torch.device) -> None:
         self._credit = credit
@@ -146,7 +146,7 @@ class CreditScan:
         self._tokens_to_go = _ToGo(credit, lengths, dtype, device)
 
     def weights(self, costs: Tensor, chunk: Chunk) -> Tensor:
-        """a_t [R] of a chunk's rows from their costs [R] (already times the token weight)."""
+        """[2, R]: a_t and G_t of a chunk's rows from their costs [R] (already times the token weight)."""
         credit = self._credit
         where = (chunk.positions.to(costs.device), chunk.sequences.to(costs.device))
         grid = costs.new_zeros(chunk.num_positions, chunk.num_sequences)
@@ -159,10 +159,10 @@ class CreditScan:
             to_go = self._costs_to_go(grid, chunk)
             if credit.by_remaining:  # where no token remains both are 0
                 to_go = to_go / self._tokens_to_go(alive, chunk).clamp(min=torch.finfo(costs.dtype).tiny)
-        weights = to_go[where]
+        found = weights = to_go[where]
         if credit.baseline is not None:
-            weights = weights - self._baseline(to_go, alive, where, chunk)
-        return (credit.scale * weights).clamp(-credit.clip, credit.clip)
+            weights = found - self._baseline(to_go, alive, where, chunk)
+        return torch.stack([(credit.scale * weights).clamp(-credit.clip, credit.clip), found])
 
     def _baseline(self, to_go: Tensor, alive: Tensor, where: tuple[Tensor, Tensor], chunk: Chunk) -> Tensor:
         credit = self._credit

@@ -86,7 +86,7 @@ NO_GRADIENTS = Needs(hidden=False, weight=False, bias=False)
 class ScalarResult(NamedTuple):
     loss: Tensor  # [], sum over rows of weight * cost
     statistics: Tensor  # [NUM_STATISTICS, N]
-    credit: Tensor  # [N], weights a_t
+    credit: Tensor  # [2, N], weights a_t and cost-to-go G_t
     dropped: Tensor  # [N], share of the row's absolute gradient below the threshold
     gradients: Gradients
 
@@ -247,7 +247,7 @@ def _in_one_pass(
 ) -> tuple[Tensor, Tensor, Tensor, Gradients]:
     """The fields of ScalarResult but for the loss."""
     statistics = _new_statistics(problem)
-    credit_weights = torch.zeros_like(row_weight)
+    credit_weights = row_weight.new_zeros(2, problem.num_rows)
     scan = CreditScan(credit, lengths, problem.dtype, row_weight.device)
     workspace = _Workspace(problem, plan.chunk_rows)
     sums = GradientSums(
@@ -260,9 +260,9 @@ def _in_one_pass(
             chunk_statistics = workspace.row_stats_grad(chunk, ce_weight, out)
         else:
             chunk_statistics = workspace.row_stats(chunk)
-            logprob_weight = scan.weights(ce_weight * chunk_statistics[cost], credit_chunk)
-            credit_weights[rows] = logprob_weight
-            workspace.row_grad(chunk, chunk_statistics, ce_weight, logprob_weight, out)
+            found = scan.weights(ce_weight * chunk_statistics[cost], credit_chunk)
+            credit_weights[:, rows] = found
+            workspace.row_grad(chunk, chunk_statistics, ce_weight, found[0], out)
         statistics[:, rows] = chunk_statistics
         sums.add(rows, out)
     return statistics, credit_weights, sums.dropped, sums.result()
@@ -273,11 +273,11 @@ def _in_two_passes(
 ) -> tuple[Tensor, Tensor, Tensor, Gradients]:
     """Statistics of every row, then all the credit, then the gradient; for `recompute` and `stats_only`."""
     statistics = rows_statistics(problem, plan).statistics
-    credit_weights = torch.zeros_like(row_weight)
+    credit_weights = row_weight.new_zeros(2, problem.num_rows)
     scan = CreditScan(credit, lengths, problem.dtype, row_weight.device)
     for rows, credit_chunk in _ordered_chunks(problem, credit, lengths, problem.num_rows):
         if credit_chunk is not None:
-            credit_weights[rows] = scan.weights((row_weight * statistics[cost])[rows], credit_chunk)
+            credit_weights[:, rows] = scan.weights((row_weight * statistics[cost])[rows], credit_chunk)
     nothing_dropped = torch.zeros_like(row_weight)
     if plan.name == "stats_only":
         return (
@@ -286,7 +286,7 @@ def _in_two_passes(
             nothing_dropped,
             GradientSums(problem.student_hidden, problem.student_weight, NO_GRADIENTS, ring_rows=0).result(),
         )
-    logprob_weight = None if credit.span == "none" else credit_weights
+    logprob_weight = None if credit.span == "none" else credit_weights[0]
     gradients = rows_backward(problem, plan, needs, statistics, row_weight, logprob_weight)
     return statistics, credit_weights, nothing_dropped, gradients
 

@@ -65,6 +65,8 @@ class DistilLoss(NamedTuple):
     """Per token [N], detached."""
     credit: Tensor
     """[N], detached: the weight a_t that grad log S[y_t] got (before the division by `normalizer`)."""
+    cost_to_go: Tensor
+    """[N], detached: G_t, from which baselines for later batches can be made; 0 with span "none"."""
     dropped: Tensor
     """[N], detached: share of the sum of magnitudes of the row's logit gradient that `gradient_threshold` left out."""
 
@@ -288,11 +290,11 @@ def fused_distil_loss(
     found = call.scalar_loss(tokens, cu_seqlens, COSTS[cost], credit, plan, gradient_threshold)
     denominator = cu_seqlens.numel() - 1 if normalizer is None else normalizer
     stats = _token_stats(found.statistics.detach(), student_hidden.shape[:-1])
-    return DistilLoss(found.total / denominator, stats, found.credit.detach(), found.dropped)
+    return DistilLoss(found.total / denominator, stats, *found.credit.detach(), found.dropped)
 
 
 class _ScalarLoss(NamedTuple):
-    """Sum of weighted costs [], statistics [NUM_STATISTICS, N], credit [N], dropped [N]."""
+    """Sum of weighted costs [], statistics [NUM_STATISTICS, N], credit and cost-to-go [2, N], dropped [N]."""
 
     total: Tensor
     statistics: Tensor

@@ -53,7 +53,7 @@ def scalar_loss(
     ring_rows: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss [], statistics [NUM_STATISTICS, N], credit [N], dropped [N], gradients of hidden, weight and bias)."""
+    """(loss [], statistics [NUM_STATISTICS, N], credit [2, N], dropped [N], gradients of hidden, weight and bias)."""
     problem = _problem(
         student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
         tokens, counted, temperature, teacher_temperature, logit_softcap, backend, gradient_threshold,
@@ -82,7 +82,7 @@ def _(student_hidden: Tensor, student_weight: Tensor, *rest: Any) -> tuple[Tenso
     return (
         student_hidden.new_empty((), dtype=dtype),
         student_hidden.new_empty(NUM_STATISTICS, num_rows, dtype=dtype),
-        student_hidden.new_empty(num_rows, dtype=dtype),
+        student_hidden.new_empty(2, num_rows, dtype=dtype),
         student_hidden.new_empty(num_rows, dtype=dtype),
         *fake_gradients(student_hidden, student_weight, rest[-1]),
     )

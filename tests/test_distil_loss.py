@@ -46,8 +46,10 @@ def definition(inputs, *, lengths=LENGTHS, normalizer=None, token_mask=None, tok
     counted = torch.ones_like(stats.ce, dtype=torch.bool) if token_mask is None else token_mask
     weight = counted * (1.0 if token_weight is None else token_weight.to(stats.ce.dtype))
     costs = weight * getattr(stats, cost)
-    weights = torch.zeros_like(costs)
+    weights = to_go = torch.zeros_like(costs)
     if span != "none":
+        plain = {name: value for name, value in credit.items() if name in ("discount", "horizon", "by_remaining")}
+        to_go = credit_by_definition(costs.detach(), lengths, span=span, counted=counted, **plain)
         weights = credit_by_definition(
             costs.detach(), lengths, span=span, group_size=group_size or 1, counted=counted, **credit
         )
@@ -57,6 +59,7 @@ def definition(inputs, *, lengths=LENGTHS, normalizer=None, token_mask=None, tok
     return {
         "loss": costs.sum().detach() / normalizer,
         "credit": weights,
+        "cost_to_go": to_go,
         **dict(zip(inputs.leaves, gradients, strict=True)),
     }
 
@@ -67,7 +70,8 @@ def check(inputs, *, backend="cpu", plan="auto", **settings):
     ours = run(inputs, backend=backend, plan=plan, **settings)
     total = float(exact["loss"].abs()) * 10
     assert_within_budget("loss", ours.loss, base["loss"], exact["loss"])
-    assert_within_budget("credit", ours.credit, base["credit"], exact["credit"], terms=total)
+    for name in ("credit", "cost_to_go"):
+        assert_within_budget(name, getattr(ours, name), base[name], exact[name], terms=total)
     gradients = torch.autograd.grad(ours.loss, list(inputs.leaves.values()))
     normalizer = settings.get("normalizer") or len(settings.get("lengths", LENGTHS))
     terms = term_sizes(inputs, (exact["credit"].abs() + 1.0) / normalizer)
