@@ -25,6 +25,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from distil_kernels.backends import Statistic
+
 SPANS = ("none", "future", "sequence")
 BASELINES = ("position_mean", "leave_one_out")
 
@@ -48,11 +50,22 @@ class Credit:
     clip: float = math.inf
     """Bound of |a_t|."""
     scale: float = 1.0
+    importance_clip: float = math.inf
+    behaviour_logprobs: Tensor | None = None
+    """[N] of the tokens under the policy that sampled them; None where that is the student."""
 
     @property
     def numbers(self) -> list[float]:
-        """The fields after `group_size`, in order, for an op that takes no objects."""
-        return [float(n) for n in (self.discount, self.horizon, self.by_remaining, self.clip, self.scale)]
+        """The fields from `discount` to `importance_clip`, in order, for an op that takes no objects."""
+        numbers = (self.discount, self.horizon, self.by_remaining, self.clip, self.scale, self.importance_clip)
+        return [float(number) for number in numbers]
+
+    def importance(self, logprobs: Tensor, rows: slice | Tensor) -> Tensor | None:
+        """[R] truncated ratio of each row's token under the student (logprobs [R]) and where it was sampled."""
+        if self.behaviour_logprobs is None:
+            return None
+        behaviour = self.behaviour_logprobs[rows].to(logprobs.dtype)
+        return (logprobs - behaviour).exp().clamp(max=self.importance_clip)
 
 
 def known_in_order(credit: Credit, num_sequences: int, num_rows: int, max_rows: int) -> bool:
@@ -144,6 +157,22 @@ class CreditScan:
         self._credit = credit
         self._costs_to_go = _ToGo(credit, lengths, dtype, device)
         self._tokens_to_go = _ToGo(credit, lengths, dtype, device)
+
+    def row_weights(
+        self, statistics: Tensor, cost: int, row_weight: Tensor, rows: slice | Tensor, chunk: Chunk | None
+    ) -> tuple[Tensor, Tensor]:
+        """Of rows with statistics [NUM_STATISTICS, R]: weights [R] of their cost's gradient; a_t and G_t as [2, R].
+
+        `chunk` is None where there is no credit. Costs of other rows are not weighted by importance (see `functional`).
+        """
+        if chunk is None:
+            credit = torch.zeros_like(statistics[:2])
+        else:
+            credit = self.weights(row_weight * statistics[cost], chunk)
+        ratio = self._credit.importance(statistics[Statistic.LOGPROB], rows)
+        if ratio is not None:
+            row_weight, credit = row_weight * ratio, torch.stack([credit[0] * ratio, credit[1]])
+        return row_weight, credit
 
     def weights(self, costs: Tensor, chunk: Chunk) -> Tensor:
         """[2, R]: a_t and G_t of a chunk's rows from their costs [R] (already times the token weight)."""

@@ -256,11 +256,11 @@ def _in_one_pass(
     for rows, credit_chunk in _ordered_chunks(problem, credit, lengths, plan.chunk_rows):
         chunk = workspace.load(rows)
         ce_weight, out = row_weight[rows], sums.room(chunk.logits.student)
-        if credit_chunk is None:
+        if credit_chunk is None and credit.behaviour_logprobs is None:
             chunk_statistics = workspace.row_stats_grad(chunk, ce_weight, out)
         else:
             chunk_statistics = workspace.row_stats(chunk)
-            found = scan.weights(ce_weight * chunk_statistics[cost], credit_chunk)
+            ce_weight, found = scan.row_weights(chunk_statistics, cost, ce_weight, rows, credit_chunk)
             credit_weights[:, rows] = found
             workspace.row_grad(chunk, chunk_statistics, ce_weight, found[0], out)
         statistics[:, rows] = chunk_statistics
@@ -275,9 +275,11 @@ def _in_two_passes(
     statistics = rows_statistics(problem, plan).statistics
     credit_weights = row_weight.new_zeros(2, problem.num_rows)
     scan = CreditScan(credit, lengths, problem.dtype, row_weight.device)
-    for rows, credit_chunk in _ordered_chunks(problem, credit, lengths, problem.num_rows):
-        if credit_chunk is not None:
-            credit_weights[:, rows] = scan.weights((row_weight * statistics[cost])[rows], credit_chunk)
+    ce_weight = torch.zeros_like(row_weight)
+    for rows, credit_chunk in _ordered_chunks(problem, credit, lengths, max(1, problem.num_rows)):
+        ce_weight[rows], credit_weights[:, rows] = scan.row_weights(
+            statistics[:, rows], cost, row_weight[rows], rows, credit_chunk
+        )
     nothing_dropped = torch.zeros_like(row_weight)
     if plan.name == "stats_only":
         return (
@@ -287,7 +289,7 @@ def _in_two_passes(
             GradientSums(problem.student_hidden, problem.student_weight, NO_GRADIENTS, ring_rows=0).result(),
         )
     logprob_weight = None if credit.span == "none" else credit_weights[0]
-    gradients = rows_backward(problem, plan, needs, statistics, row_weight, logprob_weight)
+    gradients = rows_backward(problem, plan, needs, statistics, ce_weight, logprob_weight)
     return statistics, credit_weights, nothing_dropped, gradients
 
 

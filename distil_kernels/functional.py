@@ -10,7 +10,6 @@ T = softmax(t), S = softmax(s). The mathematics is in docs/mathematics.md, the p
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -20,7 +19,7 @@ from distil_kernels import ops
 from distil_kernels.backends import Statistic
 from distil_kernels.backends.dispatch import choose_backend
 from distil_kernels.checks import Door
-from distil_kernels.credit import BASELINES, SPANS, Credit, known_in_order
+from distil_kernels.credit import Credit, known_in_order
 from distil_kernels.gemm import accumulation_dtype
 from distil_kernels.plan import Plan, Shape, choose_chunk_rows, choose_plan
 
@@ -221,6 +220,8 @@ def fused_distil_loss(
     group_size: int | None = None,
     credit_clip: float | None = None,
     credit_scale: float = 1.0,
+    behaviour_logprobs: Tensor | None = None,
+    importance_clip: float | None = None,
     normalizer: float | Tensor | None = None,
     gradient_threshold: float = 0.0,
     backend: str = "auto",
@@ -246,10 +247,20 @@ def fused_distil_loss(
         normalize_by_remaining: divides the cost-to-go by the number of counted tokens that it sums over, discounted
             alike: a mean cost per token, which does not grow with the length; biased. Not with "sequence".
         baseline: None; "leave_one_out": mean over the group's other sequences at the same position (0 after their
-            end), unbiased; "position_mean": mean over all sequences alive there, its own included; or [N] values.
+            end), unbiased; "position_mean": mean over all sequences alive there, its own included (with n of
+            them the expected credit is (n - 1) / n of what it should be); or [N] values, unbiased where they do not
+            depend on the row's own rollout.
         group_size: rollouts per prompt, consecutive in the packing; needed by "leave_one_out" (at least 2).
         credit_clip: bound of |a_t|, after baseline and scale; biased.
         credit_scale: multiplies the credit; 1 is the exact gradient.
+        behaviour_logprobs: [N] float, for rollouts older than the student: log-probs of `tokens` under the policy that
+            sampled them, at its temperature. Both terms of row t in the gradient (and `credit`) are multiplied by
+            rho_t = S[y_t] / behaviour[y_t], itself without gradient; costs inside G_t and the loss's value are not.
+            That is exact for sequences of one token and, with "future", where the policies differ at the last token
+            only. Otherwise it is biased: states are met as often as the older policy met them, and with "sequence"
+            later tokens are drawn as it drew them. An exact weight is a product over the tokens up to each cost (the
+            whole sequence with "sequence"), whose variance grows with the length.
+        importance_clip: bound of rho_t; biased. Without `behaviour_logprobs` an error.
         normalizer: denominator of loss and gradient; default B.
         gradient_threshold: as in `fused_forward_ce`.
 
@@ -266,27 +277,12 @@ def fused_distil_loss(
     door.packed(student_hidden, cu_seqlens)
     door.rows("tokens", tokens, student_hidden, "int64")
     door.one_of("cost", cost, tuple(COSTS))
-    door.one_of("credit_span", credit_span, SPANS)
-    door.between("discount", discount, 0.0, 1.0)
-    door.count("horizon", horizon)
-    door.positive("credit_clip", credit_clip)
-    door.between("credit_scale", credit_scale, 0.0, float("inf"))
     door.normalizer(normalizer, student_hidden)
     door.threshold("gradient_threshold", gradient_threshold)
-    if credit_span == "sequence" and discount != 1.0:
-        door.value_error(f"discount is {discount} with credit_span='sequence', expected 1.0")
-    for name, value in (("horizon", horizon), ("normalize_by_remaining", normalize_by_remaining or None)):
-        if credit_span == "sequence" and value is not None:
-            door.value_error(f"{name} is {value} with credit_span='sequence', which weighs all of the sequence alike")
-    if isinstance(baseline, Tensor):
-        door.rows("baseline", baseline, student_hidden, "float")
-    elif baseline is not None:
-        door.one_of("baseline", baseline, BASELINES)
-    door.count("group_size", group_size)
-    if baseline == "leave_one_out" and (group_size is None or group_size < 2):
-        door.value_error(f"group_size is {group_size} with baseline='leave_one_out', expected at least 2")
-    credit = Credit(credit_span, baseline, group_size or 1, discount, horizon or math.inf, normalize_by_remaining,
-                    credit_clip or math.inf, credit_scale)  # fmt: skip
+    credit = door.credit(
+        student_hidden, credit_span, baseline, group_size, discount, horizon, normalize_by_remaining, credit_clip,
+        credit_scale, importance_clip, behaviour_logprobs,
+    )  # fmt: skip
     found = call.scalar_loss(tokens, cu_seqlens, COSTS[cost], credit, plan, gradient_threshold)
     denominator = cu_seqlens.numel() - 1 if normalizer is None else normalizer
     stats = _token_stats(found.statistics.detach(), student_hidden.shape[:-1])
@@ -391,7 +387,7 @@ class _Call:
         values = isinstance(credit.baseline, Tensor)
         total, statistics, weights, dropped, *_ = ops.scalar_loss(
             *self._tensors, tokens, self._counted, self.row_weight(), cu_seqlens,
-            credit.baseline if values else None, *self._transform, int(cost), credit.span,
+            credit.baseline if values else None, credit.behaviour_logprobs, *self._transform, int(cost), credit.span,
             "values" if values else (credit.baseline or ""), credit.group_size, credit.numbers, gradient_threshold,
             self._backend, chosen.name, chosen.chunk_rows, chosen.ring_rows, self._needs,
         )  # fmt: skip

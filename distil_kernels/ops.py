@@ -38,6 +38,7 @@ def scalar_loss(
     row_weight: Optional[Tensor],
     cu_seqlens: Optional[Tensor],
     baseline_values: Optional[Tensor],
+    behaviour_logprobs: Optional[Tensor],
     temperature: float,
     teacher_temperature: float,
     logit_softcap: Optional[float],
@@ -69,7 +70,8 @@ def scalar_loss(
         driver.Needs(*needs),
         row_weight,
         Statistic(cost),
-        Credit(credit_span, baseline_values if baseline == "values" else baseline or None, group_size, *credit_numbers),
+        Credit(credit_span, baseline_values if baseline == "values" else baseline or None, group_size, *credit_numbers,
+               behaviour_logprobs),
         lengths,
     )  # fmt: skip
     return (result.loss, result.statistics, result.credit, result.dropped, *result.gradients)

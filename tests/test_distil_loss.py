@@ -30,17 +30,18 @@ def chunk_bytes(request, monkeypatch):
 
 def run(inputs, *, lengths=LENGTHS, normalizer=None, token_mask=None, token_weight=None, cost="ce", span="future",
         discount=1.0, horizon=None, by_remaining=False, baseline=None, group_size=None, clip=None, scale=1.0,
-        **options):  # fmt: skip
+        behaviour=None, importance_clip=None, **options):  # fmt: skip
     return fused_distil_loss(
         *inputs.heads, tokens=inputs.tokens, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0), **inputs.options,
         normalizer=normalizer, token_mask=token_mask, token_weight=token_weight, cost=cost, credit_span=span,
         discount=discount, horizon=horizon, normalize_by_remaining=by_remaining, baseline=baseline,
-        group_size=group_size, credit_clip=clip, credit_scale=scale, **options,
+        group_size=group_size, credit_clip=clip, credit_scale=scale,
+        behaviour_logprobs=behaviour, importance_clip=importance_clip, **options,
     )  # fmt: skip
 
 
 def definition(inputs, *, lengths=LENGTHS, normalizer=None, token_mask=None, token_weight=None, cost="ce",
-               span="future", group_size=None, **credit):  # fmt: skip
+               span="future", group_size=None, behaviour=None, importance_clip=None, **credit):  # fmt: skip
     """Value, credit and gradients by loops and autograd, in the dtype of the inputs."""
     stats = oracle(inputs)
     counted = torch.ones_like(stats.ce, dtype=torch.bool) if token_mask is None else token_mask
@@ -54,11 +55,15 @@ def definition(inputs, *, lengths=LENGTHS, normalizer=None, token_mask=None, tok
             costs.detach(), lengths, span=span, group_size=group_size or 1, counted=counted, **credit
         )
     normalizer = normalizer or len(lengths)
-    surrogate = (costs + weights * stats.logprob).sum() / normalizer
+    ratio = torch.ones_like(costs)
+    if behaviour is not None:
+        ratio = (stats.logprob.detach().exp() / behaviour.to(costs.dtype).exp()).where(counted, 0.0)
+        ratio = ratio if importance_clip is None else ratio.clamp(max=importance_clip)
+    surrogate = (ratio * (costs + weights * stats.logprob)).sum() / normalizer
     gradients = torch.autograd.grad(surrogate, list(inputs.leaves.values()))
     return {
         "loss": costs.sum().detach() / normalizer,
-        "credit": weights,
+        "credit": ratio * weights,
         "cost_to_go": to_go,
         **dict(zip(inputs.leaves, gradients, strict=True)),
     }
@@ -148,6 +153,21 @@ def test_no_token_remains(discount, generator):
 def test_clip_of_the_whole_sequences_cost(generator):
     inputs = make_inputs(sum(LENGTHS), 40, 8, generator=generator)
     check(inputs, span="sequence", clip=3.0)
+
+
+@pytest.mark.parametrize("plan", ["auto", "recompute"])
+@pytest.mark.parametrize("span", ["none", "future", "sequence"])
+@pytest.mark.parametrize("importance_clip", [None, 1.2])
+def test_importance(importance_clip, span, plan, chunk_bytes, generator):
+    """Ratios around 1, some above the clip; rows that do not count hold NaN."""
+    num_rows = sum(LENGTHS)
+    inputs = make_inputs(num_rows, 331, 16, generator=generator)
+    mask = torch.rand(num_rows, generator=generator) < 0.8
+    behaviour = oracle(inputs).logprob.detach() + 0.3 * torch.randn(num_rows, generator=generator)
+    check(
+        inputs, plan=plan, span=span, token_mask=mask, behaviour=behaviour.where(mask, float("nan")),
+        importance_clip=importance_clip, baseline=None if span == "none" else "position_mean",
+    )  # fmt: skip
 
 
 def test_horizon_forgets_large_costs_entirely(monkeypatch, generator):

@@ -131,7 +131,7 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(
 def test_credit_settings_reach_the_loss(tiny_model: Path, tmp_path: Path, baseline: str) -> None:
     run = trainer(
         tiny_model, tmp_path / "run", baseline=baseline, discount=0.8, horizon=2, normalize_by_remaining=True,
-        credit_clip=1.5, credit_scale=0.7,
+        credit_clip=0.6, credit_scale=0.1,
     )  # fmt: skip
     batch = run.next_batch()
     for entry in batch:
@@ -144,8 +144,8 @@ def test_credit_settings_reach_the_loss(tiny_model: Path, tmp_path: Path, baseli
     out = fused_loss(run.student, hidden, run.teacher, hidden.flip(0), completions, run.config, run.average)
     given = {"none": None, "moving_average": run.average.values(lengths)}.get(baseline, baseline)
     expected = credit_by_definition(
-        out.stats.ce, lengths, baseline=given, group_size=2, by_remaining=True, clip=1.5, discount=0.8, horizon=2,
-        scale=0.7,
+        out.stats.ce, lengths, baseline=given, group_size=2, by_remaining=True, clip=0.6, discount=0.8, horizon=2,
+        scale=0.1,
     )  # fmt: skip
     torch.testing.assert_close(out.credit, expected)
 
