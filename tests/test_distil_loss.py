@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 
@@ -237,82 +235,3 @@ def test_nothing_counted(lengths, plan, generator):
     assert not ours.credit.any()
     for leaf in inputs.leaves.values():
         assert torch.equal(leaf.grad, torch.zeros_like(leaf))
-
-
-class Tabular:
-    """A policy over two tokens for two steps; states are the prefixes; logits are the parameters. Everything that can
-    happen is enumerated, so expectations and their finite differences are exact."""
-
-    PREFIXES = ((), (0,), (1,))
-
-    def __init__(self, generator: torch.Generator) -> None:
-        self.logits = torch.randn(3, 2, generator=generator, dtype=torch.float64)
-        self.by_prefix = torch.randn(3, 2, generator=generator, dtype=torch.float64)
-        self.by_rollout = torch.randn(2, 2, 3, 2, generator=generator, dtype=torch.float64)
-
-    def teacher(self, rollout: tuple[int, int], feedback_from_rollout: bool) -> torch.Tensor:
-        """Teacher logits at the two states of a rollout."""
-        states = [self.PREFIXES.index(rollout[:t]) for t in range(2)]
-        table = self.by_rollout[rollout] if feedback_from_rollout else self.by_prefix
-        return table[states]
-
-    def expected_cost(self, logits: torch.Tensor, feedback_from_rollout: bool) -> torch.Tensor:
-        """E_{y ~ S}[sum_t H(T_t, S_t)]."""
-        total = logits.new_zeros(())
-        for rollout in itertools.product(range(2), repeat=2):
-            states = [self.PREFIXES.index(rollout[:t]) for t in range(2)]
-            log_s = logits[states].log_softmax(-1)
-            probability = log_s[range(2), rollout].sum().exp()
-            teacher = self.teacher(rollout, feedback_from_rollout).softmax(-1)
-            total = total - probability * (teacher * log_s).sum()
-        return total
-
-    def finite_differences(self, feedback_from_rollout: bool, step: float = 1e-6) -> torch.Tensor:
-        gradient = torch.zeros_like(self.logits)
-        for index in itertools.product(range(3), range(2)):
-            shift = torch.zeros_like(self.logits)
-            shift[index] = step
-            up = self.expected_cost(self.logits + shift, feedback_from_rollout)
-            down = self.expected_cost(self.logits - shift, feedback_from_rollout)
-            gradient[index] = (up - down) / (2 * step)
-        return gradient
-
-    def library_gradient(self, credit_span: str, feedback_from_rollout: bool) -> torch.Tensor:
-        """Expectation of the op's gradient over all rollouts: hidden states are the logits, the head is identity."""
-        logits = self.logits.clone().requires_grad_()
-        total = torch.zeros_like(self.logits)
-        for rollout in itertools.product(range(2), repeat=2):
-            states = [self.PREFIXES.index(rollout[:t]) for t in range(2)]
-            probability = self.logits[states].log_softmax(-1)[range(2), rollout].sum().exp()
-            identity = torch.eye(2, dtype=torch.float64)
-            out = fused_distil_loss(
-                logits[states], identity, self.teacher(rollout, feedback_from_rollout), identity,
-                tokens=torch.tensor(rollout), cu_seqlens=torch.tensor([0, 2]), credit_span=credit_span,
-            )  # fmt: skip
-            total += probability * torch.autograd.grad(out.loss, logits)[0]
-        return total
-
-
-@pytest.mark.parametrize("feedback_from_rollout", [False, True])
-def test_sequence_span_is_the_exact_gradient(feedback_from_rollout, generator):
-    policy = Tabular(generator)
-    exact = policy.finite_differences(feedback_from_rollout)
-    torch.testing.assert_close(policy.library_gradient("sequence", feedback_from_rollout), exact, rtol=1e-6, atol=1e-8)
-
-
-def test_future_span_is_exact_for_feedback_from_outside(generator):
-    policy = Tabular(generator)
-    exact = policy.finite_differences(False)
-    torch.testing.assert_close(policy.library_gradient("future", False), exact, rtol=1e-6, atol=1e-8)
-
-
-def test_future_span_is_biased_for_feedback_from_the_rollout(generator):
-    policy = Tabular(generator)
-    exact = policy.finite_differences(True)
-    assert (policy.library_gradient("future", True) - exact).abs().max() > 1e-3
-
-
-def test_token_wise_gradient_is_another(generator):
-    policy = Tabular(generator)
-    exact = policy.finite_differences(False)
-    assert (policy.library_gradient("none", False) - exact).abs().max() > 1e-3
