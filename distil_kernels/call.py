@@ -18,7 +18,7 @@ from distil_kernels.plan import Plan, Shape, choose_chunk_rows, choose_plan
 
 
 class ScalarLoss(NamedTuple):
-    """Sum of weighted costs [], statistics [NUM_STATISTICS, N], credit [N], dropped [N]."""
+    """Sum of weighted costs [], statistics [NUM_STATISTICS, N], credit and cost-to-go [2, N], dropped [N]."""
 
     total: Tensor
     statistics: Tensor
@@ -127,9 +127,9 @@ class Call:
         values = isinstance(credit.baseline, Tensor)
         total, statistics, weights, dropped, *_ = ops.scalar_loss(
             *self._tensors, tokens, self._counted, self.row_weight(), cu_seqlens,
-            credit.baseline if values else None, *self._transform, int(cost.statistic), cost.jsd_weight,
-            credit.span, credit.discount, "values" if values else (credit.baseline or ""), credit.group_size,
-            credit.scale, gradient_threshold, self._backend, chosen.name, chosen.chunk_rows, chosen.ring_rows,
+            credit.baseline if values else None, credit.behaviour_logprobs, *self._transform, int(cost.statistic),
+            cost.jsd_weight, credit.span, "values" if values else (credit.baseline or ""), credit.group_size,
+            credit.numbers, gradient_threshold, self._backend, chosen.name, chosen.chunk_rows, chosen.ring_rows,
             self._needs,
         )  # fmt: skip
         return ScalarLoss(total, statistics, weights, dropped)

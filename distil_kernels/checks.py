@@ -11,6 +11,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from distil_kernels.credit import BASELINES, SPANS, Credit
+
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MAX_SIZE = 2**31 - 1
 
@@ -117,6 +119,50 @@ class Door:
                 f"cu_seqlens has shape {list(cu_seqlens.shape)}, expected [B + 1] with at least one sequence"
             )
 
+    def credit(
+        self,
+        student_hidden: Tensor,
+        credit_span: str,
+        baseline: str | Tensor | None,
+        group_size: int | None,
+        discount: float,
+        horizon: int | None,
+        normalize_by_remaining: bool,
+        credit_clip: float | None,
+        credit_scale: float,
+        importance_clip: float | None,
+        behaviour_logprobs: Tensor | None,
+    ) -> Credit:
+        """Settings of the credit that go together; None is no limit."""
+        self.one_of("credit_span", credit_span, SPANS)
+        self.between("discount", discount, 0.0, 1.0)
+        self.count("horizon", horizon)
+        self.positive("credit_clip", credit_clip)
+        self.between("credit_scale", credit_scale, 0.0, math.inf)
+        for name, value, exact in (
+            ("discount", discount, 1.0),
+            ("horizon", horizon, None),
+            ("normalize_by_remaining", normalize_by_remaining, False),
+        ):
+            if credit_span == "sequence" and value != exact:
+                self.value_error(f"{name} is {value} with credit_span='sequence', expected {exact}")
+        if isinstance(baseline, Tensor):
+            self.rows("baseline", baseline, student_hidden, "float")
+        elif baseline is not None:
+            self.one_of("baseline", baseline, BASELINES)
+        self.count("group_size", group_size)
+        if isinstance(baseline, str) and baseline == "leave_one_out" and (group_size or 1) < 2:
+            self.value_error(f"group_size is {group_size} with baseline='leave_one_out', expected at least 2")
+        self.rows("behaviour_logprobs", behaviour_logprobs, student_hidden, "float")
+        self.positive("importance_clip", importance_clip)
+        if importance_clip is not None and behaviour_logprobs is None:
+            self.value_error(f"importance_clip is {importance_clip} without behaviour_logprobs, expected both")
+        return Credit(
+            credit_span, baseline, group_size or 1, discount, horizon or math.inf, normalize_by_remaining,
+            credit_clip or math.inf, credit_scale, importance_clip or math.inf,
+            behaviour_logprobs,
+        )  # fmt: skip
+
     def positive(self, name: str, value: float | None, *, optional: bool = True) -> None:
         """A finite number above 0."""
         if value is None and optional:
@@ -125,6 +171,13 @@ class Door:
             self.type_error(f"{name} is {type(value).__name__}, expected a number")
         if not (math.isfinite(value) and value > 0):
             self.value_error(f"{name} is {value}, expected a finite number above 0")
+
+    def count(self, name: str, value: int | None, *, optional: bool = True) -> None:
+        """An integer of at least 1."""
+        if value is None and optional:
+            return
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            self.value_error(f"{name} is {value!r}, expected a positive integer")
 
     def between(self, name: str, value: float, low: float, high: float) -> None:
         """A finite number in [low, high]."""

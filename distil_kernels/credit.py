@@ -2,24 +2,30 @@
 
 The sequence-level gradient gives grad log S[y_t] the weight
 
-    a_t = scale * (G_t - b_t),     G_t = sum_{i > t} discount^(i - t) cost_i        span "future"
-                                   G_t = sum_i cost_i                               span "sequence"
+    a_t = scale * (G_t - b_t),     G_t = sum_{t < i <= t + horizon} discount^(i - t) cost_i     span "future"
+                                   G_t = sum_i cost_i                                           span "sequence"
 
 Rows are processed from the last position to the first, so G_t is known by a running carry per sequence when the rows
 of position t come up, and everything that a baseline over rollouts needs (the same position of its siblings) is in
 the same chunk. Inside a chunk the costs lie on a small grid [positions, sequences] on which the recurrence is a scan.
+With a horizon the carry is the last `horizon` costs of each sequence: windows are added up from their halves, and
+nothing is ever subtracted that rounding could leave behind. It needs no second pass.
 
 Left out: whole-batch normalisation, which needs every row first.
-Source: the future-credit term of DistIL's gradient (arXiv 2606.05152); discount and baselines are ours.
+Source: the future-credit term of DistIL's gradient (arXiv 2606.05152); all its settings are ours. Baselines that do not
+know the row's own rollout leave the expected gradient alone; discount, horizon, normalisation, clip and scale bias it.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from distil_kernels.backends import Statistic
 
 SPANS = ("none", "future", "sequence")
 BASELINES = ("position_mean", "leave_one_out")
@@ -32,12 +38,34 @@ class Credit:
     """How future cost becomes the weight of a token's log-prob gradient."""
 
     span: str = "future"
-    discount: float = 1.0
     baseline: str | Tensor | None = None
     """None, a name of BASELINES, or one value per row [N]."""
     group_size: int = 1
     """Consecutive sequences that share a prompt (for "leave_one_out")."""
+    discount: float = 1.0
+    horizon: float = math.inf
+    """Costs more tokens on than this do not count."""
+    by_remaining: bool | float = False
+    """Whether G_t is divided by sum_{t < i <= t + horizon} discount^(i - t), over the rows that count."""
+    clip: float = math.inf
+    """Bound of |a_t|."""
     scale: float = 1.0
+    importance_clip: float = math.inf
+    behaviour_logprobs: Tensor | None = None
+    """[N] of the tokens under the policy that sampled them; None where that is the student."""
+
+    @property
+    def numbers(self) -> list[float]:
+        """The fields from `discount` to `importance_clip`, in order, for an op that takes no objects."""
+        numbers = (self.discount, self.horizon, self.by_remaining, self.clip, self.scale, self.importance_clip)
+        return [float(number) for number in numbers]
+
+    def importance(self, logprobs: Tensor, rows: slice | Tensor) -> Tensor | None:
+        """[R] truncated ratio of each row's token under the student (logprobs [R]) and where it was sampled."""
+        if self.behaviour_logprobs is None:
+            return None
+        behaviour = self.behaviour_logprobs[rows].to(logprobs.dtype)
+        return (logprobs - behaviour).exp().clamp(max=self.importance_clip)
 
 
 def known_in_order(credit: Credit, num_sequences: int, num_rows: int, max_rows: int) -> bool:
@@ -123,33 +151,49 @@ def reverse_chunks(lengths: Tensor, counted: Tensor | None, credit: Credit, max_
 
 
 class CreditScan:
-    """Turns the costs of chunks, given in `reverse_chunks` order, into the weights a_t of their rows."""
+    """Turns the costs of chunks, given in `reverse_chunks` order, into the weights and costs-to-go of their rows."""
 
     def __init__(self, credit: Credit, lengths: Tensor, dtype: torch.dtype, device: torch.device) -> None:
         self._credit = credit
-        self._carry = torch.zeros(lengths.numel(), dtype=dtype, device=device)
-        """Cost-to-go, its own position included, at the first position of the block's last chunk; per sequence."""
+        self._costs_to_go = _ToGo(credit, lengths, dtype, device)
+        self._tokens_to_go = _ToGo(credit, lengths, dtype, device)
+
+    def row_weights(
+        self, statistics: Tensor, cost: int, row_weight: Tensor, rows: slice | Tensor, chunk: Chunk | None
+    ) -> tuple[Tensor, Tensor]:
+        """Of rows with statistics [NUM_STATISTICS, R]: weights [R] of their cost's gradient; a_t and G_t as [2, R].
+
+        `chunk` is None where there is no credit. Costs of other rows are not weighted by importance (see `functional`).
+        """
+        if chunk is None:
+            credit = torch.zeros_like(statistics[:2])
+        else:
+            credit = self.weights(row_weight * statistics[cost], chunk)
+        ratio = self._credit.importance(statistics[Statistic.LOGPROB], rows)
+        if ratio is not None:
+            row_weight, credit = row_weight * ratio, torch.stack([credit[0] * ratio, credit[1]])
+        return row_weight, credit
 
     def weights(self, costs: Tensor, chunk: Chunk) -> Tensor:
-        """a_t [R] of a chunk's rows from their costs [R] (already times the token weight)."""
+        """[2, R]: a_t and G_t of a chunk's rows from their costs [R] (already times the token weight)."""
         credit = self._credit
-        block = slice(chunk.first_sequence, chunk.first_sequence + chunk.num_sequences)
         where = (chunk.positions.to(costs.device), chunk.sequences.to(costs.device))
-        grid = costs.new_zeros(chunk.num_positions + 1, chunk.num_sequences)
+        grid = costs.new_zeros(chunk.num_positions, chunk.num_sequences)
         grid[where] = costs
+        alive = torch.zeros_like(grid)
+        alive[where] = 1.0
         if credit.span == "sequence":
-            to_go = grid.sum(0, keepdim=True).expand(chunk.num_positions, -1)
+            to_go = grid.sum(0, keepdim=True).expand_as(grid)
         else:
-            grid[-1] = self._carry[block]
-            total = discounted_suffix_sum(grid, credit.discount)
-            self._carry[block] = total[0]
-            to_go = credit.discount * total[1:]
-        weights = to_go[where]
+            to_go = self._costs_to_go(grid, chunk)
+            if credit.by_remaining:  # where no token remains both are 0
+                to_go = to_go / self._tokens_to_go(alive, chunk).clamp(min=torch.finfo(costs.dtype).tiny)
+        found = weights = to_go[where]
         if credit.baseline is not None:
-            weights = weights - self._baseline(to_go, where, chunk)
-        return credit.scale * weights
+            weights = found - self._baseline(to_go, alive, where, chunk)
+        return torch.stack([(credit.scale * weights).clamp(-credit.clip, credit.clip), found])
 
-    def _baseline(self, to_go: Tensor, where: tuple[Tensor, Tensor], chunk: Chunk) -> Tensor:
+    def _baseline(self, to_go: Tensor, alive: Tensor, where: tuple[Tensor, Tensor], chunk: Chunk) -> Tensor:
         credit = self._credit
         if isinstance(credit.baseline, Tensor):
             return credit.baseline[chunk.rows.to(to_go.device)].to(to_go.dtype)
@@ -157,18 +201,49 @@ class CreditScan:
             groups = to_go.unflatten(1, (-1, credit.group_size))
             others = (groups.sum(-1, keepdim=True) - groups) / (credit.group_size - 1)
             return others.flatten(1)[where]
-        alive = torch.zeros_like(to_go)
-        alive[where] = 1.0
         mean = (to_go * alive).sum(1) / alive.sum(1).clamp(min=1.0)
         return mean[where[0]]
 
 
-def discounted_suffix_sum(values: Tensor, discount: float) -> Tensor:
-    """out[p] = sum_{i >= p} discount^(i - p) values[i] along dimension 0, in log2(length) steps."""
-    total, step = values, 1
-    while step < values.shape[0]:
-        shifted = torch.zeros_like(total)
-        shifted[:-step] = total[step:]
-        total = total + discount**step * shifted
-        step *= 2
-    return total
+class _ToGo:
+    """Discounted sums of what comes after each position, chunk by chunk."""
+
+    def __init__(self, credit: Credit, lengths: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+        self._discount = credit.discount
+        self._horizon = int(credit.horizon) if credit.horizon < int(lengths.max()) else None
+        self._later = torch.zeros(self._horizon or 1, lengths.numel(), dtype=dtype, device=device)
+        """Per sequence, from the first position of the block's last chunk on: values, or without a horizon their
+        whole discounted sum."""
+
+    def __call__(self, values: Tensor, chunk: Chunk) -> Tensor:
+        """[positions, sequences] of the chunk, for its values of the same shape."""
+        block = slice(chunk.first_sequence, chunk.first_sequence + chunk.num_sequences)
+        values = torch.cat([values, self._later[:, block]])
+        total = discounted_sum(values, self._discount, self._horizon)
+        self._later[:, block] = total[:1] if self._horizon is None else values[: self._horizon]
+        return self._discount * total[1 : chunk.num_positions + 1]
+
+
+def discounted_sum(values: Tensor, discount: float, window: int | None = None) -> Tensor:
+    """out[p] = sum_{p <= i < p + window} discount^(i - p) values[i] along dimension 0, in log2(window) steps.
+
+    Sums over 1, 2, 4, ... positions come from two of half their size; a window is a chain of some of them.
+    """
+    window = window or 1 << (values.shape[0] - 1).bit_length()
+    total, covered = torch.zeros_like(values), 0
+    part, size = values, 1
+    while True:
+        if window & size:
+            total = total + discount**covered * _moved(part, covered)
+            covered += size
+        if 2 * size > window:
+            return total
+        part = part + discount**size * _moved(part, size)
+        size *= 2
+
+
+def _moved(values: Tensor, step: int) -> Tensor:
+    """out[p] = values[p + step], 0 behind the end."""
+    moved = torch.zeros_like(values)
+    moved[: max(0, values.shape[0] - step)] = values[step:]
+    return moved

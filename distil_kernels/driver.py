@@ -92,7 +92,7 @@ class PolicyResult(NamedTuple):
 class ScalarResult(NamedTuple):
     loss: Tensor  # [], sum over rows of weight * cost
     statistics: Tensor  # [NUM_STATISTICS, N]
-    credit: Tensor  # [N], weights a_t
+    credit: Tensor  # [2, N], weights a_t and cost-to-go G_t
     dropped: Tensor  # [N], share of the row's absolute gradient below the threshold
     gradients: Gradients
 
@@ -205,7 +205,7 @@ def _in_one_pass(
 ) -> tuple[Tensor, Tensor, Tensor, Gradients]:
     """The fields of ScalarResult but for the loss."""
     statistics = _new_statistics(problem)
-    credit_weights = torch.zeros_like(row_weight)
+    credit_weights = row_weight.new_zeros(2, problem.num_rows)
     scan = CreditScan(credit, lengths, problem.dtype, row_weight.device)
     workspace = Workspace(problem, plan.chunk_rows)
     sums = GradientSums(
@@ -214,13 +214,15 @@ def _in_one_pass(
     for rows, credit_chunk in _ordered_chunks(problem, credit, lengths, plan.chunk_rows):
         chunk = workspace.load(rows)
         cost_weight, out = row_weight[rows], sums.room(chunk.logits.student)
-        if credit_chunk is None:
+        if credit_chunk is None and credit.behaviour_logprobs is None:
             chunk_statistics = workspace.row_stats_grad(chunk, cost_weight, out)
         else:
             chunk_statistics = workspace.row_stats(chunk)
-            logprob_weight = scan.weights(cost_weight * chunk_statistics[problem.cost.statistic], credit_chunk)
-            credit_weights[rows] = logprob_weight
-            workspace.row_grad(chunk, chunk_statistics, cost_weight, logprob_weight, out)
+            cost_weight, found = scan.row_weights(
+                chunk_statistics, problem.cost.statistic, cost_weight, rows, credit_chunk
+            )
+            credit_weights[:, rows] = found
+            workspace.row_grad(chunk, chunk_statistics, cost_weight, found[0], out)
         statistics[:, rows] = chunk_statistics
         sums.add(rows, out)
     return statistics, credit_weights, sums.dropped, sums.result()
@@ -231,12 +233,13 @@ def _in_two_passes(
 ) -> tuple[Tensor, Tensor, Tensor, Gradients]:
     """Statistics of every row, then all the credit, then the gradient; for `recompute` and `stats_only`."""
     statistics = rows_statistics(problem, plan).statistics
-    credit_weights = torch.zeros_like(row_weight)
+    credit_weights = row_weight.new_zeros(2, problem.num_rows)
     scan = CreditScan(credit, lengths, problem.dtype, row_weight.device)
-    for rows, credit_chunk in _ordered_chunks(problem, credit, lengths, problem.num_rows):
-        if credit_chunk is not None:
-            costs = row_weight * statistics[problem.cost.statistic]
-            credit_weights[rows] = scan.weights(costs[rows], credit_chunk)
+    cost_weight = torch.zeros_like(row_weight)
+    for rows, credit_chunk in _ordered_chunks(problem, credit, lengths, max(1, problem.num_rows)):
+        cost_weight[rows], credit_weights[:, rows] = scan.row_weights(
+            statistics[:, rows], problem.cost.statistic, row_weight[rows], rows, credit_chunk
+        )
     nothing_dropped = torch.zeros_like(row_weight)
     if plan.name == "stats_only":
         return (
@@ -245,8 +248,8 @@ def _in_two_passes(
             nothing_dropped,
             GradientSums(problem.student_hidden, problem.student_weight, NO_GRADIENTS, ring_rows=0).result(),
         )
-    logprob_weight = None if credit.span == "none" else credit_weights
-    gradients = rows_backward(problem, plan, needs, statistics, row_weight, logprob_weight)
+    logprob_weight = None if credit.span == "none" else credit_weights[0]
+    gradients = rows_backward(problem, plan, needs, statistics, cost_weight, logprob_weight)
     return statistics, credit_weights, nothing_dropped, gradients
 
 

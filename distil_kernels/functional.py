@@ -20,7 +20,7 @@ from torch import Tensor
 from distil_kernels.backends import FORWARD_CE, Cost, Statistic
 from distil_kernels.call import Call
 from distil_kernels.checks import Door
-from distil_kernels.credit import BASELINES, SPANS, Credit
+from distil_kernels.credit import Credit
 from distil_kernels.plan import Plan
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -69,6 +69,8 @@ class DistilLoss(NamedTuple):
     """Per token [N], detached."""
     credit: Tensor
     """[N], detached: the weight a_t that grad log S[y_t] got (before the division by `normalizer`)."""
+    cost_to_go: Tensor
+    """[N], detached: G_t, from which baselines for later batches can be made; 0 with span "none"."""
     dropped: Tensor
     """[N], detached: share of the sum of magnitudes of the row's logit gradient that `gradient_threshold` left out."""
 
@@ -250,9 +252,14 @@ def fused_distil_loss(
     jsd_weight: float = 0.5,
     credit_span: str = "future",
     discount: float = 1.0,
+    horizon: int | None = None,
+    normalize_by_remaining: bool = False,
     baseline: str | Tensor | None = None,
     group_size: int | None = None,
+    credit_clip: float | None = None,
     credit_scale: float = 1.0,
+    behaviour_logprobs: Tensor | None = None,
+    importance_clip: float | None = None,
     normalizer: float | Tensor | None = None,
     gradient_threshold: float = 0.0,
     backend: str = "auto",
@@ -276,10 +283,24 @@ def fused_distil_loss(
         credit_span: "none" (token-wise gradient), "future" (i > t), or "sequence": the whole sequence's cost for
             every token, exact when the feedback was computed from the rollout itself.
         discount: of the cost-to-go per token, 0 to 1; below 1 is biased. "sequence" takes 1 only.
+        horizon: costs more than this many tokens on do not count, at least 1; biased. Not with "sequence".
+        normalize_by_remaining: divides the cost-to-go by the number of counted tokens that it sums over, discounted
+            alike: a mean cost per token, which does not grow with the length; biased. Not with "sequence".
         baseline: None; "leave_one_out": mean over the group's other sequences at the same position (0 after their
-            end), unbiased; "position_mean": mean over all sequences alive there, its own included; or [N] values.
+            end), unbiased; "position_mean": mean over all sequences alive there, its own included (with n of
+            them the expected credit is (n - 1) / n of what it should be); or [N] values, unbiased where they do not
+            depend on the row's own rollout.
         group_size: rollouts per prompt, consecutive in the packing; needed by "leave_one_out" (at least 2).
+        credit_clip: bound of |a_t|, after baseline and scale; biased.
         credit_scale: multiplies the credit; 1 is the exact gradient.
+        behaviour_logprobs: [N] float, for rollouts older than the student: log-probs of `tokens` under the policy that
+            sampled them, at its temperature. Both terms of row t in the gradient (and `credit`) are multiplied by
+            rho_t = S[y_t] / behaviour[y_t], itself without gradient; costs inside G_t and the loss's value are not.
+            That is exact for sequences of one token and, with "future", where the policies differ at the last token
+            only. Otherwise it is biased: states are met as often as the older policy met them, and with "sequence"
+            later tokens are drawn as it drew them. An exact weight is a product over the tokens up to each cost (the
+            whole sequence with "sequence"), whose variance grows with the length.
+        importance_clip: bound of rho_t; biased. Without `behaviour_logprobs` an error.
         normalizer: denominator of loss and gradient; default B.
         gradient_threshold: as in `fused_forward_ce`.
 
@@ -297,26 +318,16 @@ def fused_distil_loss(
     door.rows("tokens", tokens, student_hidden, "int64")
     door.one_of("cost", cost, tuple(COSTS))
     door.share("jsd_weight", jsd_weight)
-    door.one_of("credit_span", credit_span, SPANS)
-    door.between("discount", discount, 0.0, 1.0)
-    door.between("credit_scale", credit_scale, 0.0, float("inf"))
     door.normalizer(normalizer, student_hidden)
     door.threshold("gradient_threshold", gradient_threshold)
-    if credit_span == "sequence" and discount != 1.0:
-        door.value_error(f"discount is {discount} with credit_span='sequence', expected 1.0")
-    if isinstance(baseline, Tensor):
-        door.rows("baseline", baseline, student_hidden, "float")
-    elif baseline is not None:
-        door.one_of("baseline", baseline, BASELINES)
-    if group_size is not None and (not isinstance(group_size, int) or group_size < 1):
-        door.value_error(f"group_size is {group_size!r}, expected a positive integer")
-    if baseline == "leave_one_out" and (group_size is None or group_size < 2):
-        door.value_error(f"group_size is {group_size} with baseline='leave_one_out', expected at least 2")
-    credit = Credit(credit_span, discount, baseline, group_size or 1, credit_scale)
+    credit = door.credit(
+        student_hidden, credit_span, baseline, group_size, discount, horizon, normalize_by_remaining, credit_clip,
+        credit_scale, importance_clip, behaviour_logprobs,
+    )  # fmt: skip
     found = call.scalar_loss(tokens, cu_seqlens, Cost(COSTS[cost], jsd_weight), credit, plan, gradient_threshold)
     denominator = cu_seqlens.numel() - 1 if normalizer is None else normalizer
     stats = _token_stats(found.statistics.detach(), student_hidden.shape[:-1])
-    return DistilLoss(found.total / denominator, stats, found.credit.detach(), found.dropped)
+    return DistilLoss(found.total / denominator, stats, *found.credit.detach(), found.dropped)
 
 
 def _token_stats(statistics: Tensor, shape: torch.Size) -> TokenStats:

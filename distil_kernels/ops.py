@@ -40,16 +40,16 @@ def scalar_loss(
     row_weight: Optional[Tensor],
     cu_seqlens: Optional[Tensor],
     baseline_values: Optional[Tensor],
+    behaviour_logprobs: Optional[Tensor],
     temperature: float,
     teacher_temperature: float,
     logit_softcap: Optional[float],
     cost: int,
     jsd_weight: float,
     credit_span: str,
-    discount: float,
     baseline: str,
     group_size: int,
-    credit_scale: float,
+    credit_numbers: list[float],
     gradient_threshold: float,
     backend: str,
     plan: str,
@@ -57,7 +57,7 @@ def scalar_loss(
     ring_rows: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss [], statistics [NUM_STATISTICS, N], credit [N], dropped [N], gradients of hidden, weight and bias)."""
+    """(loss [], statistics [NUM_STATISTICS, N], credit [2, N], dropped [N], gradients of hidden, weight and bias)."""
     problem = make_problem(
         student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
         tokens, counted, temperature, teacher_temperature, logit_softcap, backend,
@@ -73,8 +73,8 @@ def scalar_loss(
         Plan(plan, chunk_rows, ring_rows),
         Needs(*needs),
         row_weight,
-        Credit(credit_span, discount, baseline_values if baseline == "values" else baseline or None,
-               group_size, credit_scale),
+        Credit(credit_span, baseline_values if baseline == "values" else baseline or None, group_size, *credit_numbers,
+               behaviour_logprobs),
         lengths,
     )  # fmt: skip
     return (result.loss, result.statistics, result.credit, result.dropped, *result.gradients)
@@ -87,7 +87,7 @@ def _(student_hidden: Tensor, student_weight: Tensor, *rest: Any) -> tuple[Tenso
     return (
         student_hidden.new_empty((), dtype=dtype),
         student_hidden.new_empty(NUM_STATISTICS, num_rows, dtype=dtype),
-        student_hidden.new_empty(num_rows, dtype=dtype),
+        student_hidden.new_empty(2, num_rows, dtype=dtype),
         student_hidden.new_empty(num_rows, dtype=dtype),
         *fake_gradients(student_hidden, student_weight, rest[-1]),
     )

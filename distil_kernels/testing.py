@@ -245,8 +245,11 @@ def credit_by_definition(
     *,
     span: str = "future",
     discount: float = 1.0,
+    horizon: int | None = None,
     baseline: str | Tensor | None = None,
     group_size: int = 1,
+    by_remaining: bool = False,
+    clip: float | None = None,
     scale: float = 1.0,
     counted: Tensor | None = None,
 ) -> Tensor:
@@ -256,11 +259,13 @@ def credit_by_definition(
 
     def to_go(sequence: int, position: int) -> Tensor:
         own = range(starts[sequence], starts[sequence] + lengths[sequence])
-        total = costs.new_zeros(())
+        total, num_tokens = costs.new_zeros(()), 0.0
         for i, row in enumerate(own):
-            if counted[row] and (span == "sequence" or i > position):
-                total = total + (1.0 if span == "sequence" else discount ** (i - position)) * costs[row]
-        return total
+            near = position < i and (horizon is None or i - position <= horizon)
+            if counted[row] and (span == "sequence" or near):
+                factor = 1.0 if span == "sequence" else discount ** (i - position)
+                total, num_tokens = total + factor * costs[row], num_tokens + factor
+        return total / num_tokens if by_remaining and num_tokens else total
 
     weights = torch.zeros_like(costs)
     for b, length in enumerate(lengths):
@@ -277,7 +282,8 @@ def credit_by_definition(
             elif baseline == "position_mean":
                 alive = [j for j, n in enumerate(lengths) if position < n and counted[starts[j] + position]]
                 value = value - sum(to_go(j, position) for j in alive) / len(alive)
-            weights[row] = scale * value
+            value = scale * value
+            weights[row] = value if clip is None else max(-clip, min(clip, float(value)))
     return weights
 
 

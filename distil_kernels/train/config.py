@@ -79,8 +79,16 @@ class Config:
     """Which costs a token answers for; none is the token-wise loss. (Corrections do not depend on the rollout.)"""
     discount: float = _option(0.9, (0.0, 1.0))
     """Weight of a cost one token further on."""
-    baseline: str = _option("leave_one_out", ("leave_one_out", "position_mean", "none"))
-    """What is taken off the cost to come before it weighs a token."""
+    horizon: int = _option(0, AT_LEAST_0)
+    """Costs more tokens on than this do not count; 0 for no limit. (Biased.)"""
+    normalize_by_remaining: bool = False
+    """Divide the cost to come by the number of tokens to come, discounted alike. (Biased.)"""
+    baseline: str = _option("leave_one_out", ("leave_one_out", "position_mean", "moving_average", "none"))
+    """What is taken off the cost to come before it weighs a token; the moving average is that of earlier batches."""
+    baseline_rate: float = _option(0.1, (0.0, 1.0))
+    """Share of a batch's mean that enters the moving average."""
+    credit_clip: float = _option(0.0, AT_LEAST_0)
+    """Bound of a token's weight; 0 for none. (Biased.)"""
     credit_scale: float = _option(1.0, AT_LEAST_0)
     """Factor on the credit; 1 is the full sequence-level gradient."""
     temperature: float = _option(1.0, POSITIVE)

@@ -31,6 +31,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from distil_kernels.hf import split
 from distil_kernels.train import checkpoint, models, report, samples, tracking
+from distil_kernels.train.baseline import PositionAverage
 from distil_kernels.train.config import Config
 from distil_kernels.train.evaluate import Evaluation, Evaluator
 from distil_kernels.train.feedback import Feedback, Prompts, verify
@@ -76,6 +77,7 @@ class Trainer:
         self.model, self.optimizer, self.scheduler = self.accelerator.prepare(model, optimizer, scheduler)
         self.student = split(self.accelerator.unwrap_model(self.model))
         self.teacher = Teacher(self.student, config.teacher, config.ema_rate)
+        self.average = PositionAverage(config.max_new_tokens, config.baseline_rate, self.student.weight.device)
         self.start = checkpoint.fingerprint(self.student.model) if config.teacher == "frozen" else []
         self.share = _shares(config, shares_prompts(self.student))
 
@@ -151,7 +153,14 @@ class Trainer:
                 hidden = hidden.to(self.student.weight.dtype)
             with _timed(seconds, "loss"):
                 loss, sums = distil_loss(
-                    self.student, hidden, self.teacher, teacher_hidden, completions, self.config, normalizer
+                    self.student,
+                    hidden,
+                    self.teacher,
+                    teacher_hidden,
+                    completions,
+                    self.config,
+                    self.average,
+                    normalizer,
                 )
         with _timed(seconds, "backward"):
             self.accelerator.backward(loss)
@@ -176,6 +185,7 @@ class Trainer:
             self.scheduler.step()
             self.optimizer.zero_grad()
             self.teacher.follow()
+            self.average.follow()
         self.step += 1
         scores = [feedback.score for entry in batch for feedback in entry.feedback]
         sums = [part for _, part in parts]
@@ -258,6 +268,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "teacher": self.teacher.state_dict(),
+            "baseline": self.average.state_dict(),
             "generators": checkpoint.generator_states(),
         }
         checkpoint.save(
@@ -298,6 +309,7 @@ class Trainer:
         weights, _ = models.load(str(path))
         self.student.model.load_state_dict(weights.state_dict())
         self.teacher.load_state_dict(state["teacher"])
+        self.average.load_state_dict(state["baseline"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.step, self.position, self.skipped = state["step"], state["position"], state["skipped"]
@@ -320,7 +332,7 @@ class Trainer:
             with self.evaluate.own_draws(self.student), self.accelerator.autocast():
                 self.roll_out(batch)
                 columns = samples.token_columns(
-                    self.student, self.teacher, batch, self.tokenizer, self.config, self.share
+                    self.student, self.teacher, batch, self.tokenizer, self.config, self.average, self.share
                 )
             self._record_rollouts("sample", batch, columns)
 

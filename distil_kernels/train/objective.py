@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from distil_kernels import fused_distil_loss
+from distil_kernels import DistilLoss, fused_distil_loss
 from distil_kernels.hf import CausalLM
+from distil_kernels.train.baseline import PositionAverage
 from distil_kernels.train.config import Config
 from distil_kernels.train.teacher import Teacher
 
@@ -34,20 +35,25 @@ class Sums(NamedTuple):
 SUMMED = ("cost", "ce", "kl", "reverse_kl", "entropy", "teacher_entropy", "agree", "abs_credit")
 
 
-def distil_loss(
+def fused_loss(
     student: CausalLM,
     student_hidden: Tensor,
     teacher: Teacher,
     teacher_hidden: Tensor,
     completions: Sequence[list[int]],
     config: Config,
-    normalizer: float,
-) -> tuple[Tensor, Sums]:
-    """Loss [] and what is logged of it; hidden states are [N, D], packed completion after completion."""
-    tokens = torch.tensor([token for done in completions for token in done], device=student_hidden.device)
-    cu_seqlens = torch.tensor([0, *map(len, completions)]).cumsum(0)
+    average: PositionAverage,
+    **options: Any,
+) -> DistilLoss:
+    """The op with a run's settings; hidden states are [N, D], packed completion after completion."""
+    lengths = [len(done) for done in completions]
     teacher_weight, teacher_bias = teacher.head
-    out = fused_distil_loss(
+    baseline: str | Tensor | None = config.baseline
+    if config.baseline == "none" or config.credit_span == "none":
+        baseline = None
+    elif config.baseline == "moving_average":
+        baseline = average.values(lengths)
+    return fused_distil_loss(
         student_hidden,
         student.weight,
         teacher_hidden.to(student_hidden.dtype),
@@ -57,26 +63,48 @@ def distil_loss(
         temperature=config.temperature,
         teacher_temperature=config.teacher_temperature,
         logit_softcap=student.softcap,
-        tokens=tokens,
-        cu_seqlens=cu_seqlens,
+        tokens=torch.tensor([token for done in completions for token in done], device=student_hidden.device),
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
         cost=config.cost,
         credit_span=config.credit_span,
         discount=config.discount,
-        baseline=None if config.baseline == "none" or config.credit_span == "none" else config.baseline,
+        horizon=config.horizon or None,
+        normalize_by_remaining=config.normalize_by_remaining,
+        baseline=baseline,
         group_size=config.rollouts_per_prompt,
+        credit_clip=config.credit_clip or None,
         credit_scale=config.credit_scale,
-        normalizer=normalizer,
         backend=config.backend,
-        plan=config.plan,
+        **options,
     )
+
+
+def distil_loss(
+    student: CausalLM,
+    student_hidden: Tensor,
+    teacher: Teacher,
+    teacher_hidden: Tensor,
+    completions: Sequence[list[int]],
+    config: Config,
+    average: PositionAverage,
+    normalizer: float,
+) -> tuple[Tensor, Sums]:
+    """Loss [] and what is logged of it; `average` takes note of the costs-to-go."""
+    out = fused_loss(
+        student, student_hidden, teacher, teacher_hidden, completions, config, average,
+        normalizer=normalizer, plan=config.plan,
+    )  # fmt: skip
+    lengths = [len(done) for done in completions]
+    average.observe(out.cost_to_go, lengths)
     stats = out.stats
     cost = stats.ce if config.cost == "ce" else stats.kl
     rows = (cost, *(getattr(stats, name) for name in SUMMED[1:-1]), out.credit.abs())
     totals = torch.stack([row.to(torch.float64).sum() for row in rows])
-    index = torch.repeat_interleave(torch.arange(len(completions)), cu_seqlens.diff()).to(tokens.device)
-    per_sequence = torch.zeros(len(completions), dtype=torch.float64, device=tokens.device)
+    device = student_hidden.device
+    index = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
+    per_sequence = torch.zeros(len(lengths), dtype=torch.float64, device=device)
     per_sequence.index_add_(0, index, stats.teacher_logprob.to(torch.float64))
-    return out.loss, Sums(tokens.numel(), totals, per_sequence)
+    return out.loss, Sums(sum(lengths), totals, per_sequence)
 
 
 def means(sums: Sequence[Sums]) -> dict[str, float]:

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from distil_kernels import fused_distil_loss
 from distil_kernels.hf import CausalLM
+from distil_kernels.train.baseline import PositionAverage
 from distil_kernels.train.config import Config
+from distil_kernels.train.objective import fused_loss
 from distil_kernels.train.prefix import completion_hidden
 from distil_kernels.train.teacher import Teacher
 
@@ -38,6 +39,7 @@ def token_columns(
     batch: Sequence[Sample],
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
+    average: PositionAverage,
     share: bool,
 ) -> list[dict[str, Any]]:
     """For each rollout of each problem: prompts as text, and lists with one entry per token."""
@@ -47,28 +49,8 @@ def token_columns(
     hidden = completion_hidden(student, [entry.prompt for entry in batch], rows, completions, share)
     teacher_hidden = teacher.hidden(teacher_prompts, range(len(completions)), completions, share)
     hidden, teacher_hidden = hidden.to(student.weight.dtype), teacher_hidden.to(student.weight.dtype)
-    weight, bias = teacher.head
     lengths = [len(done) for done in completions]
-    out = fused_distil_loss(
-        hidden,
-        student.weight,
-        teacher_hidden,
-        weight,
-        student_bias=student.bias,
-        teacher_bias=bias,
-        temperature=config.temperature,
-        teacher_temperature=config.teacher_temperature,
-        logit_softcap=student.softcap,
-        tokens=torch.tensor([token for done in completions for token in done], device=hidden.device),
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
-        cost=config.cost,
-        credit_span=config.credit_span,
-        discount=config.discount,
-        baseline=None if config.baseline == "none" or config.credit_span == "none" else config.baseline,
-        group_size=config.rollouts_per_prompt,
-        credit_scale=config.credit_scale,
-        backend=config.backend,
-    )
+    out = fused_loss(student, hidden, teacher, teacher_hidden, completions, config, average)
     numbers = {"ce": out.stats.ce, "kl": out.stats.kl, "credit": out.credit}
     by_rollout = {name: values.split(lengths) for name, values in numbers.items()}
     tops = _tops(student, hidden, teacher, teacher_hidden, tokenizer, config)

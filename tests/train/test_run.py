@@ -14,10 +14,12 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from distil_kernels.testing import credit_by_definition
 from distil_kernels.train.__main__ import main
 from distil_kernels.train.checkpoint import read_lines
 from distil_kernels.train.config import Config
 from distil_kernels.train.loop import Trainer
+from distil_kernels.train.objective import fused_loss
 
 QUICK = [
     "--prompts_per_step", "3", "--rollouts_per_prompt", "2", "--max_new_tokens", "4", "--num_examples", "1",
@@ -103,9 +105,13 @@ def test_micro_batches_and_whole_rows_give_the_same_gradient(tiny_model: Path, t
         torch.testing.assert_close(grad, gradients[0][1], rtol=1e-3, atol=1e-5 * float(grad.abs().max()))
 
 
-@pytest.mark.parametrize("teacher", ["live", "frozen", "ema"])
-def test_a_resumed_run_repeats_an_uninterrupted_one(tiny_model: Path, tmp_path: Path, teacher: str) -> None:
-    extra = ("--teacher", teacher, "--ema_rate", "0.3")
+@pytest.mark.parametrize(
+    ("teacher", "baseline"), [("live", "moving_average"), ("frozen", "leave_one_out"), ("ema", "leave_one_out")]
+)
+def test_a_resumed_run_repeats_an_uninterrupted_one(
+    tiny_model: Path, tmp_path: Path, teacher: str, baseline: str
+) -> None:
+    extra = ("--teacher", teacher, "--ema_rate", "0.3", "--baseline", baseline)
     whole = train(tiny_model, tmp_path, "whole", *extra, steps=4)
     parts = train(tiny_model, tmp_path, "parts", *extra, steps=2)
     with (parts / "metrics.jsonl").open("a") as file:
@@ -119,6 +125,29 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(tiny_model: Path, tmp_path: 
     assert bool(theirs["teacher"]) == (teacher == "ema")
     start = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
     assert not any(torch.equal(value, start[name]) for name, value in theirs["teacher"].items())  # it followed
+
+
+@pytest.mark.parametrize("baseline", ["leave_one_out", "moving_average", "none"])
+def test_credit_settings_reach_the_loss(tiny_model: Path, tmp_path: Path, baseline: str) -> None:
+    run = trainer(
+        tiny_model, tmp_path / "run", baseline=baseline, discount=0.8, horizon=2, normalize_by_remaining=True,
+        credit_clip=0.6, credit_scale=0.1,
+    )  # fmt: skip
+    batch = run.next_batch()
+    for entry in batch:
+        entry.answered_with(run, [[20, 30, 40, 50], [21, 31]])
+    lengths = [4, 2] * len(batch)
+    run.average.observe(torch.arange(6.0).repeat(len(batch)), lengths)
+    run.average.follow()
+    hidden = torch.randn(sum(lengths), 32)
+    completions = [done for entry in batch for done in entry.completions]
+    out = fused_loss(run.student, hidden, run.teacher, hidden.flip(0), completions, run.config, run.average)
+    given = {"none": None, "moving_average": run.average.values(lengths)}.get(baseline, baseline)
+    expected = credit_by_definition(
+        out.stats.ce, lengths, baseline=given, group_size=2, by_remaining=True, clip=0.6, discount=0.8, horizon=2,
+        scale=0.1,
+    )  # fmt: skip
+    torch.testing.assert_close(out.credit, expected)
 
 
 def test_ctrl_c_leaves_a_usable_run(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

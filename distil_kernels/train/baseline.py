@@ -1,0 +1,52 @@
+"""A baseline from earlier batches: for each position a moving average of the cost-to-go met there.
+
+    b_p  <-  b_p + rate * (m_p - b_p),     m_p the mean G_p over the batch's rollouts that reach position p
+
+The first mean is taken whole. What a batch is compared with was known before it was sampled, so the expected gradient
+stays what it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class PositionAverage:
+    """Of positions 0 to num_positions - 1; `rate` is the share of a batch's mean that enters."""
+
+    def __init__(self, num_positions: int, rate: float, device: torch.device) -> None:
+        self._rate = rate
+        self._average = torch.zeros(num_positions, dtype=torch.float64, device=device)
+        self._batch = torch.zeros(2, num_positions, dtype=torch.float64, device=device)
+        """Sums and numbers of what the batch has shown so far."""
+        self._met = torch.zeros(num_positions, dtype=torch.bool, device=device)
+
+    def values(self, lengths: Sequence[int]) -> Tensor:
+        """[N] float64 for packed sequences; 0 at positions that no earlier batch reached."""
+        return self._average[self._positions(lengths)]
+
+    def observe(self, cost_to_go: Tensor, lengths: Sequence[int]) -> None:
+        """Notes a micro-batch's costs-to-go [N]; `values` stays as it is until `follow`."""
+        rows = torch.stack([cost_to_go.to(torch.float64), torch.ones_like(cost_to_go, dtype=torch.float64)])
+        self._batch.index_add_(1, self._positions(lengths), rows)
+
+    def follow(self) -> None:
+        """Moves the average after an optimiser step."""
+        total, number = self._batch
+        rate = torch.where(self._met, self._rate, 1.0) * (number > 0)
+        self._average += rate * (total / number.clamp(min=1.0) - self._average)
+        self._met |= number > 0
+        self._batch.zero_()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"average": self._average, "met": self._met}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._average.copy_(state["average"])
+        self._met.copy_(state["met"])
+
+    def _positions(self, lengths: Sequence[int]) -> Tensor:
+        return torch.cat([torch.arange(length, device=self._average.device) for length in lengths])
