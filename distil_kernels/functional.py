@@ -67,6 +67,8 @@ class DistilLoss(NamedTuple):
     """Scalar; its gradient is the sequence-level gradient."""
     stats: TokenStats
     """Per token [N], detached."""
+    cost: Tensor
+    """[N], detached: what each token costs, without its weight."""
     credit: Tensor
     """[N], detached: the weight a_t that grad log S[y_t] got (before the division by `normalizer`)."""
     cost_to_go: Tensor
@@ -327,7 +329,8 @@ def fused_distil_loss(
     found = call.scalar_loss(tokens, cu_seqlens, Cost(COSTS[cost], jsd_weight), credit, plan, gradient_threshold)
     denominator = cu_seqlens.numel() - 1 if normalizer is None else normalizer
     stats = _token_stats(found.statistics.detach(), student_hidden.shape[:-1])
-    return DistilLoss(found.total / denominator, stats, *found.credit.detach(), found.dropped)
+    costs = found.statistics.detach()[COSTS[cost]]
+    return DistilLoss(found.total / denominator, stats, costs, *found.credit.detach(), found.dropped)
 
 
 def _token_stats(statistics: Tensor, shape: torch.Size) -> TokenStats:

@@ -4,7 +4,7 @@ Every option of the command line is a field of Config; there is no second list o
 before any work starts.
 
 `--config FILE` reads a YAML file of options; the command line goes before it. A run directory's config.json is such a
-file too, and is what --resume reads.
+file too, and is what --resume reads. `--preset NAME` gives the options of a method, before both.
 """
 
 from __future__ import annotations
@@ -73,8 +73,15 @@ class Config:
     """Whose distribution is learnt: the student as it was at the start, a slow average of it, or the student itself."""
     ema_rate: float = _option(0.05, (0.0, 1.0))
     """Share of the student that enters the ema teacher each step."""
+    objective: str = _option("forward_ce", ("forward_ce", "reverse_kl", "jsd", "policy_gradient"))
+    """What is minimised: cross-entropy to the teacher (DistIL), KL to it (SDPO), their JSD (OPSD), or, without a
+    teacher, minus the score less the group's mean (GRPO)."""
     cost: str = _option("ce", ("ce", "kl"))
-    """Per-token cost: forward cross-entropy (the paper's) or forward KL."""
+    """Per-token cost of forward_ce: cross-entropy (the paper's) or forward KL; the same but for credit."""
+    jsd_weight: float = _option(0.5, (1e-6, 1 - 1e-6))
+    """Weight of the teacher in the JSD's mixture."""
+    normalize_advantages: bool = True
+    """policy_gradient divides advantages by their group's standard deviation (GRPO)."""
     credit_span: str = _option("future", ("future", "none"))
     """Which costs a token answers for; none is the token-wise loss. (Corrections do not depend on the rollout.)"""
     discount: float = _option(0.9, (0.0, 1.0))
@@ -158,6 +165,11 @@ class Config:
                 f"[top_p, top_k] the credit needs rollouts from the model's own distribution (top_p 1, top_k 0), got "
                 f"top_p {self.top_p}, top_k {self.top_k}; --off_policy insists"
             )
+        if self.objective == "policy_gradient" and self.rollouts_per_prompt < 2:
+            raise ValueError(
+                "[rollouts_per_prompt] objective policy_gradient compares rollouts of a prompt: expected at least 2, "
+                f"got {self.rollouts_per_prompt}"
+            )
         if self.baseline == "leave_one_out" and self.credit_span != "none" and self.rollouts_per_prompt < 2:
             raise ValueError(
                 f"[rollouts_per_prompt] baseline leave_one_out compares rollouts of a prompt: expected at least 2, "
@@ -182,6 +194,16 @@ class Config:
         if unknown:
             raise ValueError(f"[config] unknown option {unknown[0]!r}{_suggestion(unknown[0])}")
         return Config(**values)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "distil": {"objective": "forward_ce", "cost": "ce", "credit_span": "future", "teacher": "frozen"},
+    "sdpo": {"objective": "reverse_kl", "credit_span": "none", "teacher": "ema", "ema_rate": 0.05},
+    "opsd": {"objective": "jsd", "jsd_weight": 0.5, "credit_span": "none", "teacher": "frozen"},
+    "grpo": {"objective": "policy_gradient", "teacher": "live"},
+}
+"""Objectives as this trainer understands their papers; what is not named here keeps the defaults, which are ours (and
+so are opsd's teacher and mixture, and distil's discount and baseline: the papers' are not known to us)."""
 
 
 def descriptions() -> dict[str, str]:
@@ -225,6 +247,9 @@ def option_parser(prog: str, description: str) -> Parser:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; those given beside it go before it.")
+    parser.add_argument(
+        "--preset", choices=tuple(PRESETS), help="Options of a method; a file and options go before it."
+    )
     types, text = get_type_hints(Config), descriptions()
     for option in fields(Config):
         allowed = option.metadata.get("allowed", ())
@@ -246,10 +271,10 @@ def read_options(parser: Parser, arguments: list[str]) -> tuple[Config, set[str]
     if rest:
         parser.error(f"unknown option {rest[0]}{_suggestion(rest[0].lstrip('-').split('=')[0])}")
     given = vars(found)
-    path = given.pop("config", None)
+    path, preset = given.pop("config", None), given.pop("preset", None)
     others = {name: given.pop(name) for name in list(given) if name not in Config.__dataclass_fields__}
     try:
-        values = {**(from_file(Path(path)) if path else {}), **given}
+        values = {**PRESETS.get(preset, {}), **(from_file(Path(path)) if path else {}), **given}
         config = Config(**values)
         config.check()
     except ValueError as error:

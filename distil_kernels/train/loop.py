@@ -36,7 +36,7 @@ from distil_kernels.train.config import Config
 from distil_kernels.train.evaluate import Evaluation, Evaluator
 from distil_kernels.train.feedback import Feedback, Prompts, verify
 from distil_kernels.train.interrupt import Interrupt
-from distil_kernels.train.objective import Sums, distil_loss, means
+from distil_kernels.train.objective import Sums, distil_loss, means, policy_loss
 from distil_kernels.train.prefix import completion_hidden, shares_prompts
 from distil_kernels.train.rollout import Sampling, sample
 from distil_kernels.train.tasks import Problem, make_task, problems
@@ -143,25 +143,25 @@ class Trainer:
         group = self.config.rollouts_per_prompt
         completions = [done for entry in batch for done in entry.completions]
         rows = [row for row in range(len(batch)) for _ in range(group)]
-        texts, text_rows = _unique([prompt for entry in batch for prompt in entry.teacher_prompts])
+        config, teacher_hidden = self.config, None
         with self.accelerator.autocast():
-            with _timed(seconds, "teacher"):
-                teacher_hidden = self.teacher.hidden(texts, text_rows, completions, self.share)
+            if config.objective != "policy_gradient":
+                texts, text_rows = _unique([prompt for entry in batch for prompt in entry.teacher_prompts])
+                with _timed(seconds, "teacher"):
+                    teacher_hidden = self.teacher.hidden(texts, text_rows, completions, self.share)
             with _timed(seconds, "student"):
                 prompts = [entry.prompt for entry in batch]
                 hidden = completion_hidden(self.student, prompts, rows, completions, self.share)
                 hidden = hidden.to(self.student.weight.dtype)
             with _timed(seconds, "loss"):
-                loss, sums = distil_loss(
-                    self.student,
-                    hidden,
-                    self.teacher,
-                    teacher_hidden,
-                    completions,
-                    self.config,
-                    self.average,
-                    normalizer,
-                )
+                if teacher_hidden is None:
+                    scores = [feedback.score for entry in batch for feedback in entry.feedback]
+                    loss, sums = policy_loss(self.student, hidden, completions, scores, config, normalizer)
+                else:
+                    loss, sums = distil_loss(
+                        self.student, hidden, self.teacher, teacher_hidden, completions, config, self.average,
+                        normalizer,
+                    )  # fmt: skip
         with _timed(seconds, "backward"):
             self.accelerator.backward(loss)
         return loss.detach(), sums
@@ -198,9 +198,7 @@ class Trainer:
             "accuracy": statistics.fmean(scores),
             **means(sums),
             "length": num_tokens / normalizer,
-            "teacher_prefers_right": _prefers_right(
-                batch, torch.cat([s.sequence_teacher_logprob for s in sums]).tolist()
-            ),
+            "teacher_prefers_right": _prefers_right(batch, [s.sequence_teacher_logprob for s in sums]),
             "grad_norm": float(grad_norm),
             "learning_rate": learning_rate,
             "skipped": self.skipped,
@@ -232,7 +230,9 @@ class Trainer:
                 bar.update(shown, completed=self.step, rate=f"{record['seconds']:.1f} s/step")
                 self.console.print(report.step_line(record), highlight=False)
             records = checkpoint.read_lines(self.directory / "metrics.jsonl")
-            report.plot(records, self.directory / "plot.png", f"{config.task}, {config.teacher} teacher, {config.cost}")
+            report.plot(
+                records, self.directory / "plot.png", f"{config.task}, {config.objective}, {config.teacher} teacher"
+            )
         self.accelerator.end_training()
         evaluations = [record for record in records if record["kind"] == "evaluation"]
         if evaluations:
@@ -394,10 +394,13 @@ def _unique(lists: list[list[int]]) -> tuple[list[list[int]], list[int]]:
     return [list(tokens) for tokens in index], rows
 
 
-def _prefers_right(batch: list[Sample], teacher_logprobs: list[float]) -> float | None:
+def _prefers_right(batch: list[Sample], teacher_logprobs: list[torch.Tensor | None]) -> float | None:
     """Share of (right, wrong) pairs of rollouts of one problem where the teacher finds the right one likelier."""
+    known = [part for part in teacher_logprobs if part is not None]
+    if not known:
+        return None
     wins = pairs = 0
-    values = iter(teacher_logprobs)
+    values = iter(torch.cat(known).tolist())
     for entry in batch:
         scored = [(feedback.score, next(values)) for feedback in entry.feedback]
         for score, value in scored:

@@ -7,6 +7,7 @@ which of them paints, and what the teacher would have said is a box that shows o
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -32,7 +33,7 @@ def page(config: Config, name: str, metrics: Sequence[Record], rollouts: Sequenc
         raise ValueError(f"[report] {name} has no records yet: expected at least one evaluation or step")
     samples = [record for record in rollouts if record["kind"] == "sample"]
     taken = f"{len(steps)} steps, {sum(record['seconds'] for record in metrics) / 60:.1f} minutes"
-    summary = f"{config.model}, {config.teacher} teacher, cost {config.cost}, credit {config.credit_span}; {taken}"
+    summary = f"{config.model}, {config.objective}, {config.teacher} teacher, credit {config.credit_span}; {taken}"
     template = Template(Path(__file__).with_suffix(".html").read_text())
     return template.substitute(
         title=html.escape(name),
@@ -82,7 +83,7 @@ def _table(evaluations: Sequence[Record]) -> str:
 
 def _charts(steps: Sequence[Record], evaluations: Sequence[Record]) -> str:
     def course(key: str, label: str) -> Series:
-        return Series(label, [(record["step"], record[key], 0.0) for record in steps])
+        return Series(label, [(record["step"], record.get(key, math.nan), 0.0) for record in steps])
 
     def held_out(key: str, label: str) -> Series:
         return Series(label, [(r["step"], r[key], r[key + "_se"]) for r in evaluations], marked=True)

@@ -29,9 +29,10 @@ def progress_bar(console: Console) -> Progress:
 
 
 def step_line(record: dict[str, Any]) -> str:
+    divergence = f"ce {record['ce']:.3f}  kl {record['kl']:.3f}  " if "ce" in record else ""
     return (
         f"step {record['step']:4d}  accuracy {record['accuracy']:.2f}  loss {record['loss']:7.3f}  "
-        f"ce {record['ce']:.3f}  kl {record['kl']:.3f}  entropy {record['entropy']:.2f}  "
+        f"{divergence}entropy {record['entropy']:.2f}  "
         f"length {record['length']:.1f}  |grad| {record['grad_norm']:.2f}  {record['seconds']:.1f} s"
     )
 
@@ -82,7 +83,7 @@ def plot(records: list[dict[str, Any]], path: Path, title: str) -> None:
         (length, ("length",), "answer length, tokens"),
     ):
         for key in names:
-            panel.plot(at, [record[key] for record in steps], label=key)
+            panel.plot(at, [record.get(key, math.nan) for record in steps], label=key)
         panel.set(title=name)
         panel.set_ylim(bottom=0)
         panel.legend(fontsize=8)

@@ -1,0 +1,93 @@
+"""Every objective through the trainer: its gradient by definition, a run with each, presets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_run import metrics, train, trainer
+
+from distil_kernels.train.config import PRESETS, parse
+from distil_kernels.train.objective import group_advantages
+
+
+def logprobs(run, prompt: list[int], completion: list[int]) -> torch.Tensor:
+    """[T, V] by the model's own head."""
+    logits = run.student.model(torch.tensor([prompt + completion])).logits[0]
+    return logits[len(prompt) - 1 : -1].double().log_softmax(-1)
+
+
+@pytest.mark.parametrize("objective", ["reverse_kl", "jsd", "policy_gradient"])
+def test_gradient_by_definition(tiny_model: Path, tmp_path: Path, objective: str) -> None:
+    run = trainer(tiny_model, tmp_path / "run", objective=objective, credit_span="none", teacher="live", jsd_weight=0.3,
+                  normalize_advantages=False)  # fmt: skip
+    batch = run.next_batch()
+    run.roll_out(batch)
+    scores = torch.rand(8, dtype=torch.float64)
+    for index, entry in enumerate(batch):  # random scores: a random model's are all 0
+        entry.feedback = [f._replace(score=float(scores[2 * index + i])) for i, f in enumerate(entry.feedback)]
+    run.micro_batch(batch, 8.0, {})
+    found = {name: p.grad.clone() for name, p in run.student.model.named_parameters()}
+    run.student.model.zero_grad()
+    total = torch.zeros((), dtype=torch.float64)
+    for index, entry in enumerate(batch):
+        mean = scores[2 * index : 2 * index + 2].mean()
+        for i, done in enumerate(entry.completions):
+            s = logprobs(run, entry.prompt, done)
+            if objective == "policy_gradient":
+                advantage = scores[2 * index + i] - mean
+                total = total - advantage * s.gather(1, torch.tensor(done)[:, None]).sum() / 8
+                continue
+            with torch.no_grad():
+                t = logprobs(run, entry.teacher_prompts[i], done)
+            m = torch.logaddexp(t + torch.tensor(0.3).log(), s + torch.tensor(0.7).log())
+            reverse_kl = (s.exp() * (s - t)).sum()
+            jsd = 0.3 * (t.exp() * (t - m)).sum() + 0.7 * (s.exp() * (s - m)).sum()
+            total = total + (reverse_kl if objective == "reverse_kl" else jsd) / 8
+    total.backward()
+    for name, parameter in run.student.model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=2e-3, atol=2e-6)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_run_with_each_preset(tiny_model: Path, tmp_path: Path, preset: str) -> None:
+    directory = train(tiny_model, tmp_path, "run", "--preset", preset, steps=2)
+    steps = [record for record in metrics(directory) if record["kind"] == "step"]
+    assert len(steps) == 2
+    for record in steps:
+        assert ("ce" in record) == (preset != "grpo")
+        assert record["entropy"] > 0
+        if preset in ("sdpo", "opsd"):
+            assert record["loss"] == pytest.approx(record["cost"] * record["length"], rel=1e-5)
+            assert record["credit_to_cost"] == 0
+    if preset == "opsd":
+        assert 0 < steps[0]["cost"] < torch.log(torch.tensor(2.0))
+    assert (directory / "plot.png").is_file()
+
+
+def test_options_go_before_a_file_and_a_file_before_a_preset(tmp_path: Path) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text("teacher: live\nema_rate: 0.2\n")
+    config, given = parse(["--preset", "sdpo", "--config", str(file), "--ema_rate", "0.3"])
+    assert (config.objective, config.credit_span, config.teacher, config.ema_rate) == (
+        "reverse_kl",
+        "none",
+        "live",
+        0.3,
+    )
+    assert {"objective", "teacher", "ema_rate"} <= given
+    assert parse(["--preset", "distil"])[0] == parse([])[0]
+
+
+def test_group_advantages() -> None:
+    scores = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0])
+    plain = group_advantages(scores, 4, normalize=False)
+    assert plain.tolist() == [0.75, -0.25, -0.25, -0.25, 0, 0, 0, 0]
+    torch.testing.assert_close(group_advantages(scores, 4, normalize=True), plain / 0.5)
+
+
+def test_one_rollout_has_no_group(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--objective", "policy_gradient", "--rollouts_per_prompt", "1"])
+    assert "[rollouts_per_prompt] objective policy_gradient" in capsys.readouterr().err
