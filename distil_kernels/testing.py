@@ -161,16 +161,12 @@ class Oracle(NamedTuple):
 
 def cost_by_definition(inputs: Inputs, cost: str, jsd_weight: float = 0.5) -> Tensor:
     """[N] "ce", "reverse_kl", "jsd" or "entropy" in the dtype of the inputs; differentiable."""
+    if cost in ("ce", "reverse_kl", "entropy"):
+        return getattr(oracle(inputs), cost)
     s, t = (each.log_softmax(-1) for each in logits(inputs))
     # Entries that a model excludes: their log-probs of -inf take no part, not 0 * inf.
     floor = torch.finfo(s.dtype).min / 1e4
     s, t = s.clamp(min=floor), t.clamp(min=floor)
-    if cost == "ce":
-        return -(t.exp() * s).sum(-1)
-    if cost == "reverse_kl":
-        return (s.exp() * (s - t)).sum(-1)
-    if cost == "entropy":
-        return -(s.exp() * s).sum(-1)
     m = torch.logaddexp(t + math.log(jsd_weight), s + math.log1p(-jsd_weight))
     return jsd_weight * (t.exp() * (t - m)).sum(-1) + (1.0 - jsd_weight) * (s.exp() * (s - m)).sum(-1)
 
