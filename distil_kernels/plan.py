@@ -31,12 +31,14 @@ from distil_kernels.gemm import accumulation_dtype, operand_dtype
 
 PLANS = ("gradient_in_forward", "kept_gradient", "recompute", "frozen_head", "stats_only")
 
-LOGITS_CHUNK_BYTES = {"cpu": 192 * 2**20, "cuda": 640 * 2**20}
-"""Default memory for the logits of a chunk. On a GPU 512 rows of 152k (not yet timed)."""
+LOGITS_CHUNK_BYTES = {"cpu": 320 * 2**20, "cuda": 640 * 2**20}
+"""Default memory for the logits of a chunk: 256 rows of 152k on the CPU, 512 on a GPU (not yet timed)."""
 
 _ENOUGH_ROWS, _ENOUGH_BYTES = 256, 48 * 2**20
 """A larger chunk on the CPU wins nothing: at N = 1024, V = 49k, D = 576 the whole operation took 1.15, 1.16, 1.11,
-1.14, 1.10 times its bare products with 128, 192, 256, 384, 512 rows (one Zen 4 thread), and memory grows with them."""
+1.14, 1.10 times its bare products with 128, 192, 256, 384, 512 rows (one Zen 4 thread), and memory grows with them. A
+smaller one costs: every chunk packs all of W for its products (N = 512, V = 152k, D = 1024: 1.20 times at 128 rows, 1.07
+at 256)."""
 
 RING_BYTES = 1280 * 2**20
 """Default memory for the ring on a GPU: 4096 bfloat16 rows of a 152k vocabulary."""
@@ -81,7 +83,7 @@ def ring_bytes(shape: Shape, ring_rows: int) -> int:
 
 
 def choose_chunk_rows(shape: Shape, chunk_bytes: int | None = None) -> int:
-    """As many rows as the memory for a chunk of logits holds, at least one."""
+    """As many rows as the memory for a chunk of logits holds, at least one; no more than make chunks of equal size."""
     budget = chunk_bytes or LOGITS_CHUNK_BYTES.get(shape.device_type, LOGITS_CHUNK_BYTES["cuda"])
     rows = budget // logits_chunk_bytes(shape, 1)
     if chunk_bytes is None and shape.device_type == "cpu":
@@ -89,7 +91,11 @@ def choose_chunk_rows(shape: Shape, chunk_bytes: int | None = None) -> int:
     multiple = _ROW_MULTIPLE.get(shape.device_type, _ROW_MULTIPLE["cuda"])
     if rows > multiple:
         rows -= rows % multiple
-    return max(1, min(rows, shape.num_rows))
+    rows = max(1, min(rows, shape.num_rows))
+    num_chunks = -(-shape.num_rows // rows) or 1
+    if shape.num_rows > rows > multiple:
+        rows = min(rows, -(-shape.num_rows // (num_chunks * multiple)) * multiple)
+    return rows
 
 
 def choose_ring_rows(shape: Shape, chunk_rows: int, budget: int = RING_BYTES) -> int:

@@ -72,3 +72,12 @@ def test_fallback_says_so_once(monkeypatch):
         assert choose_backend("auto", torch.device("cpu"), torch.float32).name == "reference"
     assert choose_backend("auto", torch.device("cpu"), torch.float32).name == "reference"  # a warning would be an error
     dispatch._warn_once.cache_clear()
+
+
+def test_chunks_of_a_call_are_of_equal_size():
+    """300 rows are 2 x 160, not 256 and 44; 512 of 152k on the CPU are 2 x 256."""
+    size = Shape(300, 49152, 576, torch.float32, "cpu", scalar=True)
+    assert choose_chunk_rows(size) == 160
+    assert choose_chunk_rows(replace(size, num_rows=512, vocab_size=151936)) == 256
+    assert choose_chunk_rows(replace(size, num_rows=1)) == 1
+    assert choose_chunk_rows(replace(size, num_rows=0)) == 1
