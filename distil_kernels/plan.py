@@ -37,8 +37,8 @@ LOGITS_CHUNK_BYTES = {"cpu": 320 * 2**20, "cuda": 640 * 2**20}
 _ENOUGH_ROWS, _ENOUGH_BYTES = 256, 48 * 2**20
 """A larger chunk on the CPU wins nothing: at N = 1024, V = 49k, D = 576 the whole operation took 1.15, 1.16, 1.11,
 1.14, 1.10 times its bare products with 128, 192, 256, 384, 512 rows (one Zen 4 thread), and memory grows with them. A
-smaller one costs: every chunk packs all of W for its products (N = 512, V = 152k, D = 1024: 1.20 times at 128 rows, 1.07
-at 256)."""
+smaller one costs: every chunk packs all of W for its products (N = 512, V = 152k, D = 1024: 1.20 times at 128 rows,
+1.07 at 256)."""
 
 RING_BYTES = 1280 * 2**20
 """Default memory for the ring on a GPU: 4096 bfloat16 rows of a 152k vocabulary."""
