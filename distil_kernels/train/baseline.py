@@ -36,7 +36,7 @@ class PositionAverage:
     def follow(self) -> None:
         """Moves the average after an optimiser step."""
         total, number = self._batch
-        rate = torch.where(self._met, self._rate, 1.0) * (number > 0)
+        rate = (1.0 - (1.0 - self._rate) * self._met.double()) * (number > 0)
         self._average += rate * (total / number.clamp(min=1.0) - self._average)
         self._met |= number > 0
         self._batch.zero_()
