@@ -30,7 +30,7 @@ from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
 
 from distil_kernels.hf import split
-from distil_kernels.train import checkpoint, models, report, samples, tracking
+from distil_kernels.train import checkpoint, health, models, report, samples, tracking
 from distil_kernels.train.baseline import PositionAverage
 from distil_kernels.train.config import Config
 from distil_kernels.train.evaluate import Evaluation, Evaluator
@@ -106,6 +106,8 @@ class Trainer:
         """Step of the last evaluation."""
         self.saved = -1
         """Step of the last checkpoint."""
+        self._records: list[dict[str, Any]] = []
+        self._warned: set[str] = set()
 
     # One step.
 
@@ -198,6 +200,7 @@ class Trainer:
             "accuracy": statistics.fmean(scores),
             **means(sums),
             "length": num_tokens / normalizer,
+            "equal_groups": statistics.fmean(len({f.score for f in entry.feedback}) == 1 for entry in batch),
             "teacher_prefers_right": _prefers_right(batch, [s.sequence_teacher_logprob for s in sums]),
             "grad_norm": float(grad_norm),
             "learning_rate": learning_rate,
@@ -288,6 +291,7 @@ class Trainer:
             self._say(f"resuming from {path}")
         last = self.saved  # -1 without a checkpoint: nothing is kept
         kept = checkpoint.keep_lines(self.directory / "metrics.jsonl", lambda record: record["step"] <= last)
+        self._records = kept
         self.evaluated = max((record["step"] for record in kept if record["kind"] == "evaluation"), default=-1)
         last_of = {"training": last, "sample": min(last, self.evaluated)}
         checkpoint.keep_lines(
@@ -322,6 +326,11 @@ class Trainer:
     def _record(self, record: dict[str, Any]) -> None:
         checkpoint.append_lines(self.directory / "metrics.jsonl", [record])
         tracking.log(self.accelerator, record)
+        self._records.append(record)
+        for kind, text in health.warnings(self._records, self.config):
+            if kind not in self._warned:
+                self._warned.add(kind)
+                self._say(f"warning: {text}")
 
     def _record_samples(self) -> None:
         """Held-out problems answered as in training, with what every token costs; training's draws are left alone."""

@@ -1,0 +1,86 @@
+"""What is wrong with a run, in words, from its records: said once each, while there is time to stop it.
+
+    no signal          every group's rollouts scored alike (policy_gradient), or the teacher agrees with the student
+    entropy            the student has become sure of everything
+    length             answers ran into the limit, or shrank to half: a sum of future cost pays for stopping early
+    teacher            it answers no better than its student, or much worse than at the start
+
+Means over the last WINDOW steps against the first WINDOW; nothing is said before there are twice as many.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from distil_kernels.train.config import Config
+
+Record = dict[str, Any]
+
+WINDOW = 5
+_NO_DISAGREEMENT = 1e-4
+"""Nats of KL per token below which there is nothing left to learn."""
+
+
+def warnings(records: Sequence[Record], config: Config) -> Iterator[tuple[str, str]]:
+    """(kind, what to say) for everything that is wrong now; `records` are those of metrics.jsonl so far."""
+    steps = [record for record in records if record["kind"] == "step"]
+    evaluations = [record for record in records if record["kind"] == "evaluation"]
+    if evaluations:
+        yield from _teacher(evaluations[0], evaluations[-1], config)
+    if len(steps) < 2 * WINDOW:
+        return
+    first, last = steps[:WINDOW], steps[-WINDOW:]
+
+    def mean(records: Sequence[Record], key: str) -> float:
+        return statistics.fmean(record[key] for record in records)
+
+    if config.objective == "policy_gradient" and mean(last, "equal_groups") == 1.0:
+        text = (
+            f"no signal: in the last {WINDOW} steps all rollouts of each problem scored the same, so no advantage is "
+            "left; an easier or harder task, more rollouts, or an objective with a teacher"
+        )
+        yield "signal", text
+    if config.objective != "policy_gradient" and mean(last, "kl") < _NO_DISAGREEMENT:
+        text = (
+            f"no signal: teacher and student differ by {mean(last, 'kl'):.1e} nats a token; the feedback says nothing "
+            "that the student does not know, or the teacher has followed it"
+        )
+        yield "signal", text
+    if mean(last, "entropy") < 0.05 * mean(first, "entropy"):
+        text = (
+            f"collapsed entropy: {mean(last, 'entropy'):.2g} nats a token, {mean(first, 'entropy'):.2g} at the start; "
+            "rollouts of a problem are all the same"
+        )
+        yield "entropy", text
+    if mean(last, "length") > 0.95 * config.max_new_tokens > 1.5 * mean(first, "length"):
+        text = (
+            f"exploding length: answers take {mean(last, 'length'):.1f} of {config.max_new_tokens} tokens, "
+            f"{mean(first, 'length'):.1f} at the start"
+        )
+        yield "length", text
+    if mean(last, "length") < 0.5 * mean(first, "length"):
+        advice = "; a discount below 1 or a baseline cures it" if config.credit_span == "future" else ""
+        text = (
+            f"shrinking answers: {mean(last, 'length'):.1f} tokens, {mean(first, 'length'):.1f} at the start: a cost "
+            f"that is summed over tokens pays for stopping early{advice}"
+        )
+        yield "length", text
+
+
+def _teacher(first: Record, last: Record, config: Config) -> Iterator[tuple[str, str]]:
+    if config.objective == "policy_gradient":
+        return
+    if last["step"] == 0 and last["teacher"] <= last["sampled"]:
+        text = (
+            f"the teacher is no better than the student: {last['teacher']:.2f} of the held-out problems, the student "
+            f"{last['sampled']:.2f}; look at what it reads (teacher_reads, layout)"
+        )
+        yield "teacher", text
+    if last["teacher"] < first["teacher"] - 3.0 * max(first["teacher_se"], last["teacher_se"]) - 0.05:
+        text = (
+            f"the teacher itself has become worse: {last['teacher']:.2f} of the held-out problems, "
+            f"{first['teacher']:.2f} at the start; a frozen teacher or a slower ema does not follow its student down"
+        )
+        yield "teacher", text
