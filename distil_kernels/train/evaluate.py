@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from distil_kernels.hf import CausalLM
-from distil_kernels.train.feedback import Prompts, verify
+from distil_kernels.train.feedback import Prompts, Verifier
 from distil_kernels.train.rollout import Sampling, sample
 from distil_kernels.train.tasks import Problem, Task
 from distil_kernels.train.teacher import Teacher
@@ -45,6 +45,7 @@ class Evaluator:
     def __init__(
         self,
         task: Task,
+        verify: Verifier,
         prompts: Prompts,
         held_out: Sequence[Problem],
         sampling: Sampling,
@@ -52,7 +53,7 @@ class Evaluator:
         seed: int,
         share: bool,
     ) -> None:
-        self._task, self._prompts, self._sampling = task, prompts, sampling
+        self._task, self._verify, self._prompts, self._sampling = task, verify, prompts, sampling
         self._num_samples, self._seed, self._share = num_samples, seed, share
         self._problems, self._student, self._teacher = [], [], []
         for problem in held_out:
@@ -116,7 +117,7 @@ class Evaluator:
             for first in range(0, len(rows), num_samples):
                 problem = self._problems[begin + rows[first]]
                 own = completions[first : first + num_samples]
-                scores.append([verify(self._task, problem, self._prompts.answer(c)).score for c in own])
+                scores.append([self._verify(self._task, problem, self._prompts.answer(c)).score for c in own])
         return scores, num_tokens / max(1, len(scores) * num_samples)
 
 

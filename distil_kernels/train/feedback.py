@@ -13,39 +13,84 @@ demonstration after plain examples (SmolLM2-135M, two examples, task `largest`).
               A:                               Feedback: The correct answer is 76.
                                                A:
 
-A correction does not depend on the rollout, which is what credit_span="future" assumes. A prompt over the limit loses
-the end of the feedback first, then of the demonstration, never the question or the header; what still does not fit,
-or has nothing left that the student has not read, is no prompt at all and is counted by the caller.
+A correction does not depend on the rollout, which is what credit_span="future" assumes; a trace is computed from it,
+and then the whole sequence's cost is the exact credit (credit_span="sequence"). A prompt over the limit loses the end
+of the feedback first, then of the demonstration, never the question or the header; what still does not fit, or has
+nothing left that the student has not read, is no prompt at all and is counted by the caller.
 
-Left out: feedback computed from the rollout (traces, tool outputs, self-evaluations), and multi-line answers in the
-"examples" format, whose answers end with the line.
+Left out: tool outputs and self-evaluations, and multi-line answers in the "examples" format, whose answers end with the
+line.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from distil_kernels.train.tasks import Problem, Task
+from distil_kernels.train.tasks import Feedback, Problem, Task
+
+Verifier = Callable[[Task, Problem, str], Feedback]
+
+KINDS = ("correction", "trace", "both")
 
 
-class Feedback(NamedTuple):
-    """What the verifier says about one rollout."""
+def verifier(kind: str) -> Verifier:
+    """What says something about an answer: one of KINDS, or a function of the user's by `module:function`.
 
-    score: float
-    """From 0 to 1."""
-    text: str
-    """The correction in words."""
-    demonstration: str
-    """The expert's answer."""
+    correction   the expert's answer; does not depend on the rollout
+    trace        what happened to the answer (tasks whose answers are run); computed from the rollout
+    function     called with (problem, answer); returns a Feedback, or a score and a text
+
+    Raises:
+        ValueError: the path does not name a function.
+    """
+    if kind in KINDS:
+        return {"correction": correct, "trace": trace, "both": both}[kind]
+    module, _, name = kind.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name) if name else None
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"[feedback] cannot import {kind!r}: {error}") from error
+    if not callable(function):
+        raise ValueError(f"[feedback] expected one of {', '.join(KINDS)}, or module:function, got {kind!r}")
+
+    def by_user(task: Task, problem: Problem, answer: str) -> Feedback:
+        found = function(problem, answer)
+        if isinstance(found, tuple) and len(found) == 2:
+            found = Feedback(*found, problem.answer)
+        if not (isinstance(found, tuple) and len(found) == 3 and 0.0 <= float(found[0]) <= 1.0):
+            raise ValueError(
+                f"[feedback] {kind} gave {found!r}, expected Feedback(score from 0 to 1, text, demonstration)"
+            )
+        return Feedback(float(found[0]), str(found[1]), str(found[2]))
+
+    return by_user
 
 
-def verify(task: Task, problem: Problem, answer: str) -> Feedback:
+def correct(task: Task, problem: Problem, answer: str) -> Feedback:
     """Scores an answer and corrects it."""
+    if not problem.answer:
+        raise ValueError("[feedback] a record has no expert's answer to correct with: expected --feedback trace")
     score = task.score(answer.strip(), problem.entry)
     return Feedback(score, f"The correct answer is {problem.answer}.", problem.answer)
+
+
+def trace(task: Task, problem: Problem, answer: str) -> Feedback:
+    """Runs an answer and says what happened."""
+    run = getattr(task, "trace", None)
+    if run is None:
+        raise ValueError("[feedback] answers of this task are not run: expected correction, got trace")
+    score, text = run(answer.strip(), problem.entry)
+    return Feedback(score, text, "")
+
+
+def both(task: Task, problem: Problem, answer: str) -> Feedback:
+    """What happened, then the expert's answer."""
+    score, text, _ = trace(task, problem, answer)
+    return Feedback(score, f"{text}\nThe correct answer is {problem.answer}.", problem.answer)
 
 
 class _Turn(NamedTuple):

@@ -34,12 +34,12 @@ from distil_kernels.train import checkpoint, health, models, report, samples, tr
 from distil_kernels.train.baseline import PositionAverage
 from distil_kernels.train.config import Config
 from distil_kernels.train.evaluate import Evaluation, Evaluator
-from distil_kernels.train.feedback import Feedback, Prompts, verify
+from distil_kernels.train.feedback import Feedback, Prompts, verifier
 from distil_kernels.train.interrupt import Interrupt
 from distil_kernels.train.objective import Sums, distil_loss, means, policy_loss
 from distil_kernels.train.prefix import completion_hidden, shares_prompts
 from distil_kernels.train.rollout import Sampling, sample
-from distil_kernels.train.tasks import Problem, make_task, problems
+from distil_kernels.train.tasks import Problem, held_out_problems, make_task, problems
 from distil_kernels.train.teacher import Teacher
 
 
@@ -55,7 +55,7 @@ class Sample:
     def answered_with(self, trainer: Trainer, completions: list[list[int]]) -> None:
         """Verifies the rollouts and builds what the teacher reads for each."""
         self.completions = completions
-        self.feedback = [verify(trainer.task, self.problem, trainer.prompts.answer(c)) for c in completions]
+        self.feedback = [trainer.verify(trainer.task, self.problem, trainer.prompts.answer(c)) for c in completions]
         prompts = [trainer.prompts.teacher(self.problem, feedback) for feedback in self.feedback]
         self.teacher_prompts = [prompt for prompt in prompts if prompt is not None]
 
@@ -81,10 +81,11 @@ class Trainer:
         self.start = checkpoint.fingerprint(self.student.model) if config.teacher == "frozen" else []
         self.share = _shares(config, shares_prompts(self.student))
 
-        self.task = make_task(config.task, config.seed)
+        self.task, self.verify = make_task(config.task, config.seed), verifier(config.feedback)
         stream = problems(self.task, held_out=False)
         examples = [
-            (problem, verify(self.task, problem, problem.answer)) for _, problem in islice(stream, config.num_examples)
+            (problem, self.verify(self.task, problem, problem.answer))
+            for _, problem in islice(stream, config.num_examples)
         ]
         self.prompts = Prompts(
             self.tokenizer, examples, config.layout, config.teacher_reads, config.max_prompt_tokens,
@@ -95,9 +96,10 @@ class Trainer:
         )
         own_distribution = Sampling(config.max_new_tokens, self.sampling.stop_ids, config.temperature)
         held_out_task = make_task(config.task, config.eval_seed)
-        held_out = [problem for _, problem in islice(problems(held_out_task, held_out=True), config.eval_problems)]
+        held_out = held_out_problems(held_out_task, config.eval_problems)
         self.evaluate = Evaluator(
-            held_out_task, self.prompts, held_out, own_distribution, config.eval_samples, config.eval_seed, self.share
+            held_out_task, self.verify, self.prompts, held_out, own_distribution, config.eval_samples,
+            config.eval_seed, self.share,
         )  # fmt: skip
         self.step = 0
         self.position = 0
@@ -119,7 +121,7 @@ class Trainer:
             self.position = position
             prompt = self.prompts.student(problem)
             # With an answer still to come, the correction is all of the feedback that can be too long.
-            if prompt is None or self.prompts.teacher(problem, verify(self.task, problem, "")) is None:
+            if prompt is None or self.prompts.teacher(problem, self.verify(self.task, problem, "")) is None:
                 self.skipped += 1
                 misses += 1
                 if misses == 1000:

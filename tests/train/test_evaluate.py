@@ -12,7 +12,7 @@ import torch
 from distil_kernels.hf import CausalLM, split
 from distil_kernels.train import models
 from distil_kernels.train.evaluate import Evaluator, mean_and_error
-from distil_kernels.train.feedback import Prompts
+from distil_kernels.train.feedback import Prompts, correct
 from distil_kernels.train.rollout import Sampling
 from distil_kernels.train.tasks import Problem, make_task, problems
 from distil_kernels.train.teacher import Teacher
@@ -50,7 +50,9 @@ def test_every_problem_and_sample_counts_once(tiny_model: Path, monkeypatch: pyt
     answers: list[str] = []
     task = Vowels(answers)
     held_out = [problem for _, problem in islice(problems(task, held_out=True), 7)]
-    evaluate = Evaluator(task, prompts, held_out, Sampling(5, prompts.stop_ids()), num_samples=2, seed=1, share=True)
+    evaluate = Evaluator(
+        task, correct, prompts, held_out, Sampling(5, prompts.stop_ids()), num_samples=2, seed=1, share=True
+    )
     answers.clear()
     result = evaluate(lm, Teacher(lm, "live", 0.0))
     assert result is not None and len(answers) == 7 * 2 + 7 + 7
@@ -66,7 +68,9 @@ def test_repeats_itself_and_leaves_the_generator_alone(tiny_model: Path) -> None
     lm, prompts = parts(tiny_model)
     task = Vowels([])
     held_out = [problem for _, problem in islice(problems(task, held_out=True), 4)]
-    evaluate = Evaluator(task, prompts, held_out, Sampling(5, prompts.stop_ids()), num_samples=3, seed=1, share=True)
+    evaluate = Evaluator(
+        task, correct, prompts, held_out, Sampling(5, prompts.stop_ids()), num_samples=3, seed=1, share=True
+    )
     torch.manual_seed(5)
     state = torch.get_rng_state()
     first = evaluate(lm, Teacher(lm, "frozen", 0.0))
@@ -80,4 +84,4 @@ def test_problems_that_do_not_fit_are_an_error_when_none_does(tiny_model: Path) 
     _, tokenizer = models.load(str(tiny_model))
     prompts = Prompts(tokenizer, [], max_tokens=3, end_ids=[0])
     with pytest.raises(ValueError, match="max_prompt_tokens"):
-        Evaluator(Vowels([]), prompts, [Vowels([]).problem(0)], Sampling(5, [0]), 1, 1, share=True)
+        Evaluator(Vowels([]), correct, prompts, [Vowels([]).problem(0)], Sampling(5, [0]), 1, 1, share=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from tiny import byte_tokenizer
 
-from distil_kernels.train.feedback import Feedback, Prompts, verify
-from distil_kernels.train.tasks import Problem, make_task
+from distil_kernels.train.feedback import Prompts, correct
+from distil_kernels.train.tasks import Feedback, Problem, make_task
 
 TOKENIZER = byte_tokenizer()
 EXAMPLE = Problem("1, 2", "2", "2", "")
@@ -23,7 +23,7 @@ def text(ids: list[int] | None) -> str:
 def test_a_verifier_scores_and_corrects() -> None:
     task = make_task("largest", 0)
     problem = task.problem(0)
-    right, wrong = verify(task, problem, f" {problem.answer} "), verify(task, problem, "0")
+    right, wrong = correct(task, problem, f" {problem.answer} "), correct(task, problem, "0")
     assert (right.score, wrong.score) == (1.0, 0.0)
     assert right.text == wrong.text and problem.answer in wrong.text  # the correction does not depend on the rollout
 

@@ -9,36 +9,69 @@ from __future__ import annotations
 import difflib
 import zlib
 from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
 
+from distil_kernels.train.tasks.answers import Mathematics, MultipleChoice, Questions
+from distil_kernels.train.tasks.code import Code
 from distil_kernels.train.tasks.numbers import AddNumbers, LargestNumber, SortNumbers
-from distil_kernels.train.tasks.problem import Problem, Task
+from distil_kernels.train.tasks.problem import Feedback, Problem, Task
 from distil_kernels.train.tasks.reasoning_gym import ReasoningGym
+from distil_kernels.train.tasks.records import DATA
 
-__all__ = ["OWN_TASKS", "Problem", "Task", "is_held_out", "make_task", "problems"]
+__all__ = [
+    "DOMAINS",
+    "OWN_TASKS",
+    "Feedback",
+    "Problem",
+    "Task",
+    "held_out_problems",
+    "is_held_out",
+    "make_task",
+    "problems",
+]
 
 OWN_TASKS = {"largest": LargestNumber, "add": AddNumbers, "sort": SortNumbers}
+DOMAINS = {"qa": Questions, "science": MultipleChoice, "math": Mathematics, "code": Code}
+"""Tasks over the records of a file; all but qa come with a small one of their own."""
+
 HELD_OUT_SHARE = 8
 """One problem in eight is held out."""
 
 
 def make_task(name: str, seed: int) -> Task:
-    """A task by its name: one of OWN_TASKS, or `reasoning_gym:NAME`.
+    """A task by its name: one of OWN_TASKS, `reasoning_gym:NAME`, or a domain, DOMAIN or `DOMAIN:FILE.jsonl`.
 
     Raises:
         ValueError: no such task.
     """
     if name.startswith("reasoning_gym:"):
         return ReasoningGym(name.removeprefix("reasoning_gym:"), seed)
+    domain, _, file = name.partition(":")
+    if domain in DOMAINS and (file or domain != "qa"):
+        return DOMAINS[domain](Path(file) if file else DATA / f"{domain}.jsonl", seed)
     if name not in OWN_TASKS:
-        close = difflib.get_close_matches(name, OWN_TASKS, n=1)
+        close = difflib.get_close_matches(name, [*OWN_TASKS, *DOMAINS], n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
-        raise ValueError(f"[task] expected one of {', '.join(OWN_TASKS)} or reasoning_gym:NAME, got {name!r}{hint}")
+        raise ValueError(
+            f"[task] expected one of {', '.join(OWN_TASKS)}, reasoning_gym:NAME, science, math, code, or one of "
+            f"{', '.join(DOMAINS)} with a file (qa:FILE.jsonl), got {name!r}{hint}"
+        )
     return OWN_TASKS[name](seed)
 
 
 def is_held_out(problem: Problem) -> bool:
     """Whether a problem belongs to the held-out ones: a property of its key alone."""
     return zlib.crc32(problem.key.encode()) % HELD_OUT_SHARE == 0
+
+
+def held_out_problems(task: Task, count: int) -> list[Problem]:
+    """Different held-out problems: `count` of them, or as many as a file has."""
+    found: dict[str, Problem] = {}
+    for _, problem in islice(problems(task, held_out=True), 4 * count):
+        if len(found) < count:
+            found.setdefault(problem.key, problem)
+    return list(found.values())
 
 
 def problems(task: Task, held_out: bool, start: int = 0) -> Iterator[tuple[int, Problem]]:

@@ -1,0 +1,167 @@
+"""Runs a Python program that a model wrote: in a process of its own, in a folder of its own, with limits on everything.
+
+    limits       wall and CPU seconds, memory, size of any file and of the output (setrlimit; the whole group is killed)
+    refused      other processes, signals to them, sockets, foreign functions, files outside the folder (those of the
+                 interpreter may be read): an audit hook raises PermissionError, which the program sees as its error
+    environment  empty; no user site-packages
+    network      on Linux also a namespace without any, where the system lets this process make one (`has_own_network`)
+
+This holds off mistakes, which is what models make, and lazy mischief. An audit hook is no wall against a program that
+is built to break out of CPython: run training on such tasks in a container or virtual machine of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+_CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000  # sched.h
+_UNSHARE = ctypes.CDLL(None).unshare if sys.platform.startswith("linux") else None
+
+_RUNNER = """
+import os, sys
+folder = os.path.realpath(os.getcwd())
+readable = tuple({os.path.realpath(path) + os.sep for path in (sys.prefix, sys.base_prefix, *sys.path) if path})
+refused = ("socket.", "subprocess.", "ctypes.", "os.system", "os.fork", "os.exec", "os.posix_spawn", "os.spawn",
+           "os.kill", "os.startfile", "pty.", "signal.pthread_kill", "mmap.", "fcntl.", "syslog.",
+           "sys.setprofile", "sys.settrace", "gc.", "code.__new__", "cpython.run")
+looks = {"open", "os.listdir", "os.scandir", "os.chdir", "os.truncate"}
+changes = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod", "os.chown",
+           "os.utime", "shutil.rmtree", "shutil.move"}
+
+def inside(path):
+    return (os.path.realpath(os.fspath(path)) + os.sep).startswith(folder + os.sep)
+
+def hook(event, arguments):
+    if event.startswith(refused):
+        raise PermissionError(f"{event} is not allowed here")
+    if event == "import" and arguments[0] in ("_posixsubprocess", "_ctypes"):
+        raise ImportError(f"{arguments[0]} is not allowed here")
+    if event in looks or event in changes:
+        for path in arguments[:2] if event in ("os.rename", "os.link", "os.symlink", "shutil.move") else arguments[:1]:
+            if path is None or isinstance(path, int):
+                continue
+            path = os.fsdecode(path)
+            reads = event in looks and not (event == "open" and (
+                any(letter in (arguments[1] or "r") for letter in "wax+")
+                if isinstance(arguments[1], str) or arguments[1] is None else arguments[2] & (os.O_WRONLY | os.O_RDWR)))
+            if inside(path) or reads and (os.path.realpath(path) + os.sep).startswith(readable):
+                continue
+            raise PermissionError(f"{path} is outside of this program's folder")
+
+with open("program.py") as file:
+    program = compile(file.read(), "program.py", "exec")
+sys.argv = ["program.py"]
+sys.addaudithook(hook)
+exec(program, {"__name__": "__main__", "__builtins__": __builtins__})
+"""
+
+
+class Limits(NamedTuple):
+    """Of one program."""
+
+    seconds: float = 4.0
+    """Wall time; CPU time is the same, rounded up."""
+    memory_bytes: int = 512 * 2**20
+    output_bytes: int = 2**16
+
+
+class Run(NamedTuple):
+    """What became of a program."""
+
+    exit_code: int
+    """0, the program's own, or minus the signal that ended it."""
+    output: str
+    error: str
+    """Its traceback, or in words which limit it met; empty where it ended well."""
+
+    @property
+    def is_ok(self) -> bool:
+        return self.exit_code == 0
+
+
+def run_python(program: str, stdin: str = "", limits: Limits = Limits()) -> Run:  # noqa: B008  (immutable)
+    """Runs `program` as a script that reads `stdin`; never raises for what the program does."""
+    with tempfile.TemporaryDirectory(prefix="program-") as name:
+        folder = Path(name)
+        (folder / "program.py").write_text(program, errors="replace")
+        (folder / ".stdin").write_text(stdin, errors="replace")
+        with (
+            (folder / ".stdin").open("rb") as source,
+            (folder / ".stdout").open("wb") as out,
+            (folder / ".stderr").open("wb") as err,
+        ):
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-B", "-c", _RUNNER],
+                cwd=folder, stdin=source, stdout=out, stderr=err, env={}, start_new_session=True,
+                preexec_fn=lambda: _confine(limits),
+            )  # fmt: skip
+            try:
+                exit_code, late = process.wait(timeout=limits.seconds), False
+            except subprocess.TimeoutExpired:
+                exit_code, late = -signal.SIGKILL, True
+            finally:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        output = _text(folder / ".stdout", limits.output_bytes)
+        error = _text(folder / ".stderr", limits.output_bytes)
+    if late or exit_code in (-signal.SIGXCPU, -signal.SIGKILL):
+        error = f"TimeoutError: the program ran longer than {limits.seconds:g} seconds"
+    elif exit_code == -signal.SIGXFSZ or "[Errno 27]" in error:
+        error = f"OSError: the program wrote more than {limits.output_bytes} bytes"
+    elif exit_code != 0 and not error:
+        error = f"the program ended with code {exit_code}"
+    return Run(exit_code, output, "" if exit_code == 0 else _trimmed(error))
+
+
+@cache
+def has_own_network() -> bool:
+    """Whether programs run where there is no network at all, not only without sockets."""
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if _leave_network() else 1)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def _confine(limits: Limits) -> None:
+    """In the child, before the interpreter starts."""
+    _leave_network()
+    seconds = int(limits.seconds) + 1
+    for limit, value in (
+        (resource.RLIMIT_CPU, seconds),
+        (resource.RLIMIT_AS, limits.memory_bytes),
+        (resource.RLIMIT_FSIZE, limits.output_bytes),
+        (resource.RLIMIT_NOFILE, 32),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(limit, (value, value))
+
+
+def _leave_network() -> bool:
+    """System calls only: this runs between fork and exec."""
+    return _UNSHARE is not None and (_UNSHARE(_CLONE_NEWNET) == 0 or _UNSHARE(_CLONE_NEWUSER | _CLONE_NEWNET) == 0)
+
+
+def _text(path: Path, size: int) -> str:
+    try:
+        with path.open("rb") as file:
+            return file.read(size).decode(errors="replace")
+    except OSError:  # the program removed its own files
+        return ""
+
+
+def _trimmed(error: str) -> str:
+    """A traceback without the frames of the runner, at most its last dozen lines."""
+    lines = [line for line in error.strip().splitlines() if 'File "<string>"' not in line]
+    own = next((i for i, line in enumerate(lines) if 'File "program.py"' in line), 0)
+    return "\n".join(lines[own:][-12:])

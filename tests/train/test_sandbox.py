@@ -1,0 +1,71 @@
+"""Programs that a model may write, hostile ones too: each ends in time, harms nothing, and says what happened."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from distil_kernels.train.sandbox import Limits, run_python
+
+LIMITS = Limits(seconds=2.0)
+
+
+def test_a_good_program() -> None:
+    run = run_python("import math, re, json, collections\nprint(math.factorial(int(input())))", "5\n", LIMITS)
+    assert run == (0, "120\n", "") and run.is_ok
+
+
+@pytest.mark.parametrize(
+    ("program", "error"),
+    [
+        ("while True: pass", "TimeoutError: the program ran longer than 2 seconds"),
+        ("import time\ntime.sleep(60)", "TimeoutError"),
+        ("import os\nwhile True: os.fork()", "PermissionError: os.fork"),
+        ("x = 'a' * 10**10", "MemoryError"),
+        ("while True: print('x' * 1000)", "OSError: the program wrote more than 65536 bytes"),
+        ("open('big', 'wb').write(bytes(10**8))", "OSError: the program wrote more"),
+        ("open('/etc/passwd').read()", "PermissionError: /etc/passwd is outside"),
+        ("import os\nos.open('/etc/hostname', os.O_RDONLY)", "PermissionError"),
+        ("import os\nos.listdir('/')", "PermissionError"),
+        ("import os\nos.symlink('/etc/passwd', 'x')\nopen('x').read()", "PermissionError"),
+        ("import sys\nopen(sys.prefix + '/x', 'w')", "PermissionError"),
+        ("import socket\nsocket.socket()", "PermissionError: socket"),
+        ("import urllib.request\nurllib.request.urlopen('http://localhost:1')", "not allowed"),
+        ("import os\nos.kill(os.getppid(), 9)", "PermissionError: os.kill"),
+        ("import subprocess\nsubprocess.run(['ls'])", "not allowed"),
+        ("import os\nos.system('ls')", "PermissionError"),
+        ("import ctypes", "not allowed"),
+        ("import sys\nsys.exit(3)", "the program ended with code 3"),
+        ("input()", "EOFError"),
+        ("def f(n): return f(n)\nf(1)", "RecursionError"),
+        ("hello world", "SyntaxError"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_bad_program(program: str, error: str) -> None:
+    began = time.perf_counter()
+    run = run_python(program, "", LIMITS)
+    assert not run.is_ok and error in run.error, run
+    assert time.perf_counter() - began < 10
+    assert len(run.error.splitlines()) <= 12 and "<string>" not in run.error and len(run.output) <= LIMITS.output_bytes
+
+
+def test_its_own_folder_is_its_own_and_goes_away() -> None:
+    run = run_python("import os\nopen('a', 'w').write('hi')\nprint(open('a').read(), os.getcwd())", "", LIMITS)
+    said, folder = run.output.split()
+    assert said == "hi" and not Path(folder).exists()
+
+
+def test_the_environment_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_KEY", "hunter2")
+    assert "hunter2" in str(os.environ)
+    assert "hunter2" not in run_python("import os\nprint(os.environ)", "", LIMITS).output
+
+
+def test_what_it_leaves_running_is_killed() -> None:
+    """A thread that goes on keeps the process; the process does not outlive its time."""
+    program = "import threading, time\nthreading.Thread(target=lambda: time.sleep(60)).start()"
+    assert "TimeoutError" in run_python(program, "", LIMITS).error
