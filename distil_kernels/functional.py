@@ -286,7 +286,8 @@ def fused_distil_loss(
     found = call.scalar_loss(tokens, cu_seqlens, COSTS[cost], credit, plan, gradient_threshold)
     denominator = cu_seqlens.numel() - 1 if normalizer is None else normalizer
     stats = _token_stats(found.statistics.detach(), student_hidden.shape[:-1])
-    return DistilLoss(found.total / denominator, stats, *found.credit.detach(), found.dropped)
+    weights, cost_to_go = found.credit.detach().unbind()
+    return DistilLoss(found.total / denominator, stats, weights, cost_to_go, found.dropped)
 
 
 class _ScalarLoss(NamedTuple):

@@ -71,7 +71,7 @@ def scalar_loss(
         row_weight,
         Statistic(cost),
         Credit(credit_span, baseline_values if baseline == "values" else baseline or None, group_size, *credit_numbers,
-               behaviour_logprobs),
+               behaviour_logprobs=behaviour_logprobs),
         lengths,
     )  # fmt: skip
     return (result.loss, result.statistics, result.credit, result.dropped, *result.gradients)
