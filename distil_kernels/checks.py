@@ -158,9 +158,8 @@ class Door:
         if importance_clip is not None and behaviour_logprobs is None:
             self.value_error(f"importance_clip is {importance_clip} without behaviour_logprobs, expected both")
         return Credit(
-            credit_span, baseline, group_size or 1, discount, horizon or math.inf, normalize_by_remaining,
-            credit_clip or math.inf, credit_scale, importance_clip or math.inf,
-            behaviour_logprobs,
+            credit_span, baseline, group_size or 1, behaviour_logprobs, discount, horizon or math.inf,
+            normalize_by_remaining, credit_clip or math.inf, credit_scale, importance_clip or math.inf,
         )  # fmt: skip
 
     def positive(self, name: str, value: float | None, *, optional: bool = True) -> None:

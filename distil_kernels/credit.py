@@ -42,17 +42,17 @@ class Credit:
     """None, a name of BASELINES, or one value per row [N]."""
     group_size: int = 1
     """Consecutive sequences that share a prompt (for "leave_one_out")."""
+    behaviour_logprobs: Tensor | None = None
+    """[N] of the tokens under the policy that sampled them; None where that is the student."""
     discount: float = 1.0
     horizon: float = math.inf
     """Costs more tokens on than this do not count."""
-    by_remaining: bool | float = False
+    by_remaining: float = False
     """Whether G_t is divided by sum_{t < i <= t + horizon} discount^(i - t), over the rows that count."""
     clip: float = math.inf
     """Bound of |a_t|."""
     scale: float = 1.0
     importance_clip: float = math.inf
-    behaviour_logprobs: Tensor | None = None
-    """[N] of the tokens under the policy that sampled them; None where that is the student."""
 
     @property
     def numbers(self) -> list[float]:

@@ -330,7 +330,8 @@ def fused_distil_loss(
     denominator = cu_seqlens.numel() - 1 if normalizer is None else normalizer
     stats = _token_stats(found.statistics.detach(), student_hidden.shape[:-1])
     costs = found.statistics.detach()[COSTS[cost]]
-    return DistilLoss(found.total / denominator, stats, costs, *found.credit.detach(), found.dropped)
+    weights, cost_to_go = found.credit.detach().unbind()
+    return DistilLoss(found.total / denominator, stats, costs, weights, cost_to_go, found.dropped)
 
 
 def _token_stats(statistics: Tensor, shape: torch.Size) -> TokenStats:

@@ -73,8 +73,8 @@ def scalar_loss(
         Plan(plan, chunk_rows, ring_rows),
         Needs(*needs),
         row_weight,
-        Credit(credit_span, baseline_values if baseline == "values" else baseline or None, group_size, *credit_numbers,
-               behaviour_logprobs),
+        Credit(credit_span, baseline_values if baseline == "values" else baseline or None, group_size,
+               behaviour_logprobs, *credit_numbers),
         lengths,
     )  # fmt: skip
     return (result.loss, result.statistics, result.credit, result.dropped, *result.gradients)

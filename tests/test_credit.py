@@ -224,8 +224,7 @@ def test_token_ratio_is_exact_for_one_token(span, from_rollout, generator):
     behaviour = torch.randn(tree.logits.shape, generator=generator, dtype=torch.float64)
     settings = {"credit_span": span, "from_rollout": from_rollout}
     assert_same(expected_from(tree, behaviour, **settings), tree.exact(from_rollout))
-    if from_rollout:  # else a constant factor on the local term, all there is
-        assert_biased(expected_from(tree, behaviour, importance_clip=0.5, **settings), tree.exact(from_rollout))
+    assert_biased(expected_from(tree, behaviour, importance_clip=0.5, **settings), tree.exact(from_rollout))
 
 
 def test_token_ratio_is_exact_where_the_last_token_alone_is_older(generator):
