@@ -69,8 +69,10 @@ class Config:
     teacher_reads: str = _option("text", ("text", "demonstration", "both"))
     """What the teacher is shown: the correction in words, the question answered once before, or both."""
 
-    teacher: str = _option("frozen", ("frozen", "ema", "live"))
-    """Whose distribution is learnt: the student as it was at the start, a slow average of it, or the student itself."""
+    teacher: str = _option("frozen", ("frozen", "ema", "live", "local"))
+    """Whose distribution is learnt: the student's at the start, a slow average's, its own, or teacher_model's."""
+    teacher_model: str = ""
+    """Path or hub name of the teacher `local`: a causal LM whose tokens are the student's."""
     ema_rate: float = _option(0.05, (0.0, 1.0))
     """Share of the student that enters the ema teacher each step."""
     cost: str = _option("ce", ("ce", "kl"))
@@ -149,6 +151,10 @@ class Config:
             raise ValueError(
                 f"[top_p, top_k] the credit needs rollouts from the model's own distribution (top_p 1, top_k 0), got "
                 f"top_p {self.top_p}, top_k {self.top_k}; --off_policy insists"
+            )
+        if bool(self.teacher_model) != (self.teacher == "local"):
+            raise ValueError(
+                f"[teacher_model] belongs to teacher local: got {self.teacher_model!r} with teacher {self.teacher}"
             )
         if self.baseline == "leave_one_out" and self.credit_span != "none" and self.rollouts_per_prompt < 2:
             raise ValueError(
