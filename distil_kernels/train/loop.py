@@ -198,6 +198,7 @@ class Trainer:
             "grad_norm": float(grad_norm),
             "learning_rate": learning_rate,
             "skipped": self.skipped,
+            "cut": sum(self.prompts.cuts(entry.problem, feedback) for entry in batch for feedback in entry.feedback),
             "tokens_per_second": num_tokens / elapsed,
             "seconds": elapsed,
             **{f"seconds_{phase}": spent for phase, spent in seconds.items()},
