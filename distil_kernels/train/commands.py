@@ -49,7 +49,8 @@ def evaluate(arguments: list[str]) -> int:
     else:
         if "model" in given:
             raise ValueError(f"[model] the model to evaluate is {target}, got --model {config.model} too")
-        trainer = Trainer(dataclasses.replace(config, model=target, teacher="live", tracker="none"), Path(), console)
+        alone = dataclasses.replace(config, model=target, teacher="live", teacher_model="", tracker="none")
+        trainer = Trainer(alone, Path(), console)
     with trainer.accelerator.autocast():
         result = trainer.evaluate(trainer.student, trainer.teacher)
     assert result is not None

@@ -73,8 +73,10 @@ class Config:
     feedback: str = "correction"
     """What is said of an answer: correction (the expert's answer), trace (what happened when it was run), both, or
     module:function, called with problem and answer."""
-    teacher: str = _option("frozen", ("frozen", "ema", "live"))
-    """Whose distribution is learnt: the student as it was at the start, a slow average of it, or the student itself."""
+    teacher: str = _option("frozen", ("frozen", "ema", "live", "local"))
+    """Whose distribution is learnt: the student's at the start, a slow average's, its own, or teacher_model's."""
+    teacher_model: str = ""
+    """Path or hub name of the teacher `local`: a causal LM whose tokens are the student's."""
     ema_rate: float = _option(0.05, (0.0, 1.0))
     """Share of the student that enters the ema teacher each step."""
     objective: str = _option("forward_ce", ("forward_ce", "reverse_kl", "jsd", "policy_gradient"))
@@ -176,6 +178,10 @@ class Config:
             raise ValueError(
                 "[rollouts_per_prompt] objective policy_gradient compares rollouts of a prompt: expected at least 2, "
                 f"got {self.rollouts_per_prompt}"
+            )
+        if bool(self.teacher_model) != (self.teacher == "local"):
+            raise ValueError(
+                f"[teacher_model] belongs to teacher local: got {self.teacher_model!r} with teacher {self.teacher}"
             )
         if self.baseline == "leave_one_out" and self.credit_span != "none" and self.rollouts_per_prompt < 2:
             raise ValueError(

@@ -156,6 +156,11 @@ class Prompts:
                 demonstration = self._without_end(demonstration, excess)
         return None
 
+    def cuts(self, problem: Problem, feedback: Feedback) -> bool:
+        """Whether `teacher` has to shorten this correction."""
+        shown = self._turns(problem.question, feedback.text, feedback.demonstration, None)
+        return len(self._render([*self._corrected, *shown])) > self._max_tokens
+
     def stop_ids(self) -> list[int]:
         """Tokens that end an answer; they are part of the completion."""
         stops = set(self._end_ids)

@@ -40,7 +40,7 @@ from distil_kernels.train.objective import Sums, distil_loss, means, policy_loss
 from distil_kernels.train.prefix import completion_hidden, shares_prompts
 from distil_kernels.train.rollout import Sampling, sample
 from distil_kernels.train.tasks import Problem, held_out_problems, make_task, problems
-from distil_kernels.train.teacher import Teacher
+from distil_kernels.train.teacher import Teacher, check_same_tokens
 
 
 class Sample:
@@ -76,10 +76,14 @@ class Trainer:
         scheduler = LambdaLR(optimizer, partial(_rate, config))
         self.model, self.optimizer, self.scheduler = self.accelerator.prepare(model, optimizer, scheduler)
         self.student = split(self.accelerator.unwrap_model(self.model))
-        self.teacher = Teacher(self.student, config.teacher, config.ema_rate)
+        other = None
+        if config.teacher == "local":
+            other, other_tokenizer = models.load(config.teacher_model, "teacher_model")
+            check_same_tokens(self.tokenizer, other_tokenizer)
+        self.teacher = Teacher(self.student, config.teacher, config.ema_rate, other)
         self.average = PositionAverage(config.max_new_tokens, config.baseline_rate, self.student.weight.device)
-        self.start = checkpoint.fingerprint(self.student.model) if config.teacher == "frozen" else []
-        self.share = _shares(config, shares_prompts(self.student))
+        self.start = checkpoint.fingerprint(self.teacher.lm.model) if config.teacher in ("frozen", "local") else []
+        self.share = _shares(config, shares_prompts(self.student) and shares_prompts(self.teacher.lm))
 
         self.task, self.verify = make_task(config.task, config.seed), verifier(config.feedback)
         stream = problems(self.task, held_out=False)
@@ -207,6 +211,7 @@ class Trainer:
             "grad_norm": float(grad_norm),
             "learning_rate": learning_rate,
             "skipped": self.skipped,
+            "cut": sum(self.prompts.cuts(entry.problem, feedback) for entry in batch for feedback in entry.feedback),
             "tokens_per_second": num_tokens / elapsed,
             "seconds": elapsed,
             **{f"seconds_{phase}": spent for phase, spent in seconds.items()},
@@ -304,13 +309,13 @@ class Trainer:
         """Takes up a checkpoint directory and changes no file.
 
         Raises:
-            ValueError: the model that the run started from, which is its frozen teacher, is not the same any more.
+            ValueError: the model that teaches (the one that the run started from, or another) is not the same any more.
         """
         state = checkpoint.load_state(path)
         if state["start"] != self.start:
             raise ValueError(
-                f"[resume] {self.config.model} has other weights than when the run started, and a frozen teacher is "
-                "made of them: expected the same model"
+                f"[resume] {self.config.teacher_model or self.config.model} has other weights than when the run "
+                f"started, and a {self.config.teacher} teacher is made of them: expected the same model"
             )
         weights, _ = models.load(str(path))
         self.student.model.load_state_dict(weights.state_dict())
@@ -386,7 +391,7 @@ def _computes_in_bfloat16(config: Config) -> bool:
 def _shares(config: Config, possible: bool) -> bool:
     if config.share_prompts == "on" and not possible:
         raise ValueError(
-            "[share_prompts] this model's cache holds more than keys and values: expected auto or off, got on"
+            "[share_prompts] a model's cache holds more than keys and values: expected auto or off, got on"
         )
     return possible and config.share_prompts != "off"
 

