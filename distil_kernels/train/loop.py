@@ -69,14 +69,16 @@ class Trainer:
             raise ValueError(f"[accelerate] one process is supported, got {self.accelerator.num_processes}")
         set_seed(config.seed)
         model, self.tokenizer = models.load(config.model)
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-        )
+        # A checkpoint of adapters, and one without its frozen teacher, says nothing of the weights it started from.
+        self.start = checkpoint.fingerprint(model) if config.teacher == "frozen" or config.lora_rank else []
+        if config.lora_rank:
+            model = models.with_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
         scheduler = LambdaLR(optimizer, partial(_rate, config))
         self.model, self.optimizer, self.scheduler = self.accelerator.prepare(model, optimizer, scheduler)
         self.student = split(self.accelerator.unwrap_model(self.model))
         self.teacher = Teacher(self.student, config.teacher, config.ema_rate)
-        self.start = checkpoint.fingerprint(self.student.model) if config.teacher == "frozen" else []
         self.share = _shares(config, shares_prompts(self.student))
 
         self.task = make_task(config.task, config.seed)
@@ -287,16 +289,16 @@ class Trainer:
         """Takes up a checkpoint directory and changes no file.
 
         Raises:
-            ValueError: the model that the run started from, which is its frozen teacher, is not the same any more.
+            ValueError: the model that the run started from, its frozen teacher or what its adapters change, is not the
+                same any more.
         """
         state = checkpoint.load_state(path)
         if state["start"] != self.start:
             raise ValueError(
-                f"[resume] {self.config.model} has other weights than when the run started, and a frozen teacher is "
-                "made of them: expected the same model"
+                f"[resume] {self.config.model} has other weights than when the run started, and a frozen teacher or "
+                "adapters are made for them: expected the same model"
             )
-        weights, _ = models.load(str(path))
-        self.student.model.load_state_dict(weights.state_dict())
+        models.restore(self.student.model, path)
         self.teacher.load_state_dict(state["teacher"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
