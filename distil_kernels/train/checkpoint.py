@@ -3,8 +3,9 @@
     runs/<name>/config.json             the resolved configuration
                 metrics.jsonl           one line per step and per evaluation
                 rollouts.jsonl          one line per rollout
-                checkpoint-<step>/      model and tokenizer as transformers saves them, trainer.pt (optimiser, teacher,
-                                        schedule, generators, position), files.json (size and checksum of the others)
+                checkpoint-<step>/      model or adapters, and tokenizer, as their libraries save them; trainer.pt
+                                        (optimiser, teacher, schedule, generators, position); files.json (size and
+                                        checksum of the others)
                 checkpoint              link to the newest of them
                 plot.png
 

@@ -126,6 +126,12 @@ class Config:
     """AdamW's weight decay."""
     max_grad_norm: float = _option(1.0, POSITIVE)
     """Gradients are clipped to this norm."""
+    lora_rank: int = _option(0, AT_LEAST_0)
+    """Train adapters of this rank on the body (LoRA, by peft) instead of the weights; 0 trains the weights."""
+    lora_alpha: float = _option(16.0, POSITIVE)
+    """Adapters are scaled by alpha / rank."""
+    lora_targets: str = ""
+    """Modules with adapters: all-linear, names between commas, or empty for peft's choice for the architecture."""
 
     eval_every: int = _option(12, AT_LEAST_0)
     """Steps between evaluations on held-out problems; 0 evaluates before and after only."""
@@ -153,6 +159,15 @@ class Config:
     """Back end of the loss."""
     plan: str = "auto"
     """Plan of the loss."""
+
+    def remarks(self) -> list[str]:
+        """What a person should know of these options before the run."""
+        if self.feedback != "correction" and self.credit_span == "future" and self.objective != "policy_gradient":
+            return [
+                f"feedback {self.feedback} is computed from the rollout: credit_span future is then biased; sequence "
+                "(with discount 1) is exact, none leaves the credit out"
+            ]
+        return []
 
     def check(self) -> None:
         """Raises ValueError naming the field, what came and what was expected."""

@@ -51,13 +51,16 @@ class Sample:
         self.completions: list[list[int]] = []
         self.feedback: list[Feedback] = []
         self.teacher_prompts: list[list[int]] = []
+        self.taught: list[bool] = []
+        """Whether the teacher reads anything of a rollout's feedback; else its prompt is the student's, and masked."""
 
     def answered_with(self, trainer: Trainer, completions: list[list[int]]) -> None:
         """Verifies the rollouts and builds what the teacher reads for each."""
         self.completions = completions
         self.feedback = [trainer.verify(trainer.task, self.problem, trainer.prompts.answer(c)) for c in completions]
         prompts = [trainer.prompts.teacher(self.problem, feedback) for feedback in self.feedback]
-        self.teacher_prompts = [prompt for prompt in prompts if prompt is not None]
+        self.taught = [prompt is not None for prompt in prompts]
+        self.teacher_prompts = [prompt or self.prompt for prompt in prompts]
 
 
 class Trainer:
@@ -70,9 +73,12 @@ class Trainer:
             raise ValueError(f"[accelerate] one process is supported, got {self.accelerator.num_processes}")
         set_seed(config.seed)
         model, self.tokenizer = models.load(config.model)
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-        )
+        # A checkpoint of adapters, and one without its frozen teacher, says nothing of the weights it started from.
+        self.start = checkpoint.fingerprint(model) if config.teacher == "frozen" or config.lora_rank else []
+        if config.lora_rank:
+            model = models.with_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
         scheduler = LambdaLR(optimizer, partial(_rate, config))
         self.model, self.optimizer, self.scheduler = self.accelerator.prepare(model, optimizer, scheduler)
         self.student = split(self.accelerator.unwrap_model(self.model))
@@ -80,9 +86,9 @@ class Trainer:
         if config.teacher == "local":
             other, other_tokenizer = models.load(config.teacher_model, "teacher_model")
             check_same_tokens(self.tokenizer, other_tokenizer)
+            self.start += checkpoint.fingerprint(other)
         self.teacher = Teacher(self.student, config.teacher, config.ema_rate, other)
         self.average = PositionAverage(config.max_new_tokens, config.baseline_rate, self.student.weight.device)
-        self.start = checkpoint.fingerprint(self.teacher.lm.model) if config.teacher in ("frozen", "local") else []
         self.share = _shares(config, shares_prompts(self.student) and shares_prompts(self.teacher.lm))
 
         self.task, self.verify = make_task(config.task, config.seed), verifier(config.feedback)
@@ -91,6 +97,8 @@ class Trainer:
             (problem, self.verify(self.task, problem, problem.answer))
             for _, problem in islice(stream, config.num_examples)
         ]
+        self.worked = {problem.key for problem, _ in examples}
+        """Keys of the examples, whose answers stand in every prompt."""
         self.prompts = Prompts(
             self.tokenizer, examples, config.layout, config.teacher_reads, config.max_prompt_tokens,
             models.end_ids(self.student.model, self.tokenizer),
@@ -118,12 +126,12 @@ class Trainer:
     # One step.
 
     def next_batch(self) -> list[Sample]:
-        """Problems whose prompts fit; the others are counted in `skipped`."""
+        """Problems whose prompts fit and do not hold their answers; the others are counted in `skipped`."""
         batch: list[Sample] = []
         misses = 0
         for position, problem in problems(self.task, held_out=False, start=self.position):
             self.position = position
-            prompt = self.prompts.student(problem)
+            prompt = None if problem.key in self.worked else self.prompts.student(problem)
             # With an answer still to come, the correction is all of the feedback that can be too long.
             if prompt is None or self.prompts.teacher(problem, self.verify(self.task, problem, "")) is None:
                 self.skipped += 1
@@ -166,9 +174,10 @@ class Trainer:
                     scores = [feedback.score for entry in batch for feedback in entry.feedback]
                     loss, sums = policy_loss(self.student, hidden, completions, scores, config, normalizer)
                 else:
+                    taught = [counts for entry in batch for counts in entry.taught]
                     loss, sums = distil_loss(
                         self.student, hidden, self.teacher, teacher_hidden, completions, config, self.average,
-                        normalizer,
+                        normalizer, taught,
                     )  # fmt: skip
         with _timed(seconds, "backward"):
             self.accelerator.backward(loss)
@@ -211,6 +220,7 @@ class Trainer:
             "grad_norm": float(grad_norm),
             "learning_rate": learning_rate,
             "skipped": self.skipped,
+            "left_out": sum(not taught for entry in batch for taught in entry.taught),
             "cut": sum(self.prompts.cuts(entry.problem, feedback) for entry in batch for feedback in entry.feedback),
             "tokens_per_second": num_tokens / elapsed,
             "seconds": elapsed,
@@ -225,6 +235,8 @@ class Trainer:
     def run(self) -> bool:
         """Trains to `config.steps`. Returns whether it got there; the directory is complete either way."""
         config = self.config
+        for remark in config.remarks():
+            self._say(f"note: {remark}")
         tracking.start(self.accelerator, config, self.directory)
         with Interrupt(self.console) as interrupt, report.progress_bar(self.console) as bar:
             shown = bar.add_task(config.task, total=config.steps, completed=self.step, rate="")
@@ -309,16 +321,15 @@ class Trainer:
         """Takes up a checkpoint directory and changes no file.
 
         Raises:
-            ValueError: the model that teaches (the one that the run started from, or another) is not the same any more.
+            ValueError: a model that teaches, or that adapters change, is not the same any more.
         """
         state = checkpoint.load_state(path)
         if state["start"] != self.start:
             raise ValueError(
                 f"[resume] {self.config.teacher_model or self.config.model} has other weights than when the run "
-                f"started, and a {self.config.teacher} teacher is made of them: expected the same model"
+                f"started, and a {self.config.teacher} teacher or adapters are made for them: expected the same model"
             )
-        weights, _ = models.load(str(path))
-        self.student.model.load_state_dict(weights.state_dict())
+        models.restore(self.student.model, path)
         self.teacher.load_state_dict(state["teacher"])
         self.average.load_state_dict(state["baseline"])
         self.optimizer.load_state_dict(state["optimizer"])

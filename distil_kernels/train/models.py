@@ -37,6 +37,37 @@ def load(name: str, option: str = "model") -> tuple[PreTrainedModel, PreTrainedT
     return model.eval(), tokenizer
 
 
+def with_adapters(model: PreTrainedModel, rank: int, alpha: float, targets: str) -> PreTrainedModel:
+    """The model with LoRA adapters, which alone need gradients; they start as no change.
+
+    Args:
+        targets: "all-linear" (never the head), names between commas, or "" for peft's choice for the architecture.
+
+    Raises:
+        ValueError: peft is not installed, or finds no such modules.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ValueError("[lora_rank] peft is not installed: pip install peft") from error
+    modules = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
+    config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules=modules if targets else None)
+    try:
+        return get_peft_model(model, config).eval()
+    except ValueError as error:
+        raise ValueError(f"[lora_targets] {targets!r}: {error}") from error
+
+
+def restore(model: PreTrainedModel, path: Path) -> None:
+    """Takes up a checkpoint's weights, or its adapters where the model has them."""
+    if hasattr(model, "peft_config"):
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, load_peft_weights(str(path), device="cpu"))
+    else:
+        model.load_state_dict(load(str(path))[0].state_dict())
+
+
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end an answer: the tokenizer's and those of the model's generation config."""
     named = model.generation_config.eos_token_id

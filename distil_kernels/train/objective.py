@@ -96,13 +96,20 @@ def distil_loss(
     config: Config,
     average: PositionAverage,
     normalizer: float,
+    taught: Sequence[bool],
 ) -> tuple[Tensor, Sums]:
-    """Loss [] and what is logged of it; `average` takes note of the costs-to-go."""
+    """Loss [] and what is logged of it; `average` takes note of the costs-to-go.
+
+    Completions that are not `taught` cost nothing and show as 0 in the sums.
+    """
+    lengths = [len(done) for done in completions]
+    mask = None
+    if not all(taught):
+        mask = torch.tensor(taught).repeat_interleave(torch.tensor(lengths)).to(student_hidden.device)
     out = fused_loss(
         student, student_hidden, teacher, teacher_hidden, completions, config, average,
-        normalizer=normalizer, plan=config.plan,
+        normalizer=normalizer, plan=config.plan, token_mask=mask,
     )  # fmt: skip
-    lengths = [len(done) for done in completions]
     average.observe(out.cost_to_go, lengths)
     stats = out.stats
     rows = (out.cost, *(getattr(stats, name) for name in SUMMED[1:-1]), out.credit.abs())

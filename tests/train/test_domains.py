@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from test_run import QUICK, train
+import torch
+from test_run import QUICK, train, trainer
 
 from distil_kernels.train.__main__ import main
 from distil_kernels.train.checkpoint import read_lines
@@ -191,3 +192,45 @@ def test_a_run_of_each_domain(tiny_model: Path, tmp_path: Path, task: str, optio
 def test_a_task_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--task", "sceince", "--runs_dir", str(tmp_path), *QUICK]) == 2
     assert "did you mean science?" in capsys.readouterr().err
+
+
+def test_examples_are_no_training_problems_and_what_is_biased_is_said(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [
+        "--task",
+        "math",
+        "--max_prompt_tokens",
+        "4000",
+        "--feedback",
+        f"{__name__}:shout",
+        "--num_examples",
+        "9",
+    ]
+    directory = train(tiny_model, tmp_path, "run", *options, steps=6)
+    assert "note: feedback" in capsys.readouterr().out
+    rollouts = [record for record in read_lines(directory / "rollouts.jsonl") if record["kind"] == "training"]
+    task = make_task("math", seed=0)
+    own = (problem for problem in map(task.problem, range(1000)) if not is_held_out(problem))
+    examples = {next(own).question for _ in range(9)}
+    assert examples.isdisjoint({record["question"] for record in rollouts})
+
+
+def test_a_rollout_whose_teacher_reads_nothing_is_left_out(tiny_model: Path, tmp_path: Path) -> None:
+    """Its gradient is that of the others alone, over the same normaliser."""
+    gradients = []
+    for keep in (True, False):
+        run = trainer(tiny_model, tmp_path / str(keep), credit_span="none")
+        batch = run.next_batch()
+        run.roll_out(batch)
+        if keep:  # the second problem's rollouts count nothing
+            batch[1].taught = [False, False]
+        else:
+            del batch[1]
+        run.micro_batch(batch, 8.0, {})
+        gradients.append([parameter.grad.clone() for parameter in run.student.model.parameters()])
+        assert run.prompts.teacher(batch[0].problem, Feedback(0.0, "", "")) is None
+        batch[0].answered_with(run, batch[0].completions)
+        assert batch[0].taught == [True, True]
+    for masked, without in zip(*gradients, strict=True):
+        torch.testing.assert_close(masked, without, rtol=1e-3, atol=1e-6)

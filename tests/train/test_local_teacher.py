@@ -11,6 +11,7 @@ from tiny import byte_tokenizer, llama_config
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, PreTrainedModel
 
 from distil_kernels.hf import CausalLM, split
+from distil_kernels.train.baseline import PositionAverage
 from distil_kernels.train.config import Config
 from distil_kernels.train.objective import distil_loss
 from distil_kernels.train.teacher import Teacher, check_same_tokens
@@ -41,7 +42,9 @@ def state_logprobs(lm: PreTrainedModel, num_tokens: int) -> torch.Tensor:
 
 def ours(lm: CausalLM, teacher: Teacher, mine: torch.Tensor) -> torch.Tensor:
     taught = teacher.hidden(PROMPTS, ROWS, COMPLETIONS, share=True)
-    return distil_loss(lm, mine, teacher, taught, COMPLETIONS, CONFIG, normalizer=1.0)[0]
+    average = PositionAverage(8, 0.1, mine.device)
+    everyone = [True] * len(COMPLETIONS)
+    return distil_loss(lm, mine, teacher, taught, COMPLETIONS, CONFIG, average, 1.0, everyone)[0]
 
 
 @pytest.mark.parametrize(
