@@ -32,35 +32,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from distil_kernels.hf import split
 from distil_kernels.train import checkpoint, health, models, report, samples, tracking
 from distil_kernels.train.baseline import PositionAverage
+from distil_kernels.train.batch import Sample, prefers_right, rollout_records, unique
 from distil_kernels.train.config import Config
 from distil_kernels.train.evaluate import Evaluation, Evaluator
-from distil_kernels.train.feedback import Feedback, Prompts, verifier
+from distil_kernels.train.feedback import Prompts, verifier
 from distil_kernels.train.interrupt import Interrupt
 from distil_kernels.train.objective import Sums, distil_loss, means, policy_loss
 from distil_kernels.train.prefix import completion_hidden, shares_prompts
 from distil_kernels.train.rollout import Sampling, sample
-from distil_kernels.train.tasks import Problem, held_out_problems, make_task, problems
+from distil_kernels.train.tasks import held_out_problems, make_task, problems
 from distil_kernels.train.teacher import Teacher, check_same_tokens
-
-
-class Sample:
-    """A problem of the batch with all that belongs to it."""
-
-    def __init__(self, problem: Problem, prompt: list[int]) -> None:
-        self.problem, self.prompt = problem, prompt
-        self.completions: list[list[int]] = []
-        self.feedback: list[Feedback] = []
-        self.teacher_prompts: list[list[int]] = []
-        self.taught: list[bool] = []
-        """Whether the teacher reads anything of a rollout's feedback; else its prompt is the student's, and masked."""
-
-    def answered_with(self, trainer: Trainer, completions: list[list[int]]) -> None:
-        """Verifies the rollouts and builds what the teacher reads for each."""
-        self.completions = completions
-        self.feedback = [trainer.verify(trainer.task, self.problem, trainer.prompts.answer(c)) for c in completions]
-        prompts = [trainer.prompts.teacher(self.problem, feedback) for feedback in self.feedback]
-        self.taught = [prompt is not None for prompt in prompts]
-        self.teacher_prompts = [prompt or self.prompt for prompt in prompts]
 
 
 class Trainer:
@@ -162,7 +143,7 @@ class Trainer:
         config, teacher_hidden = self.config, None
         with self.accelerator.autocast():
             if config.objective != "policy_gradient":
-                texts, text_rows = _unique([prompt for entry in batch for prompt in entry.teacher_prompts])
+                texts, text_rows = unique([prompt for entry in batch for prompt in entry.teacher_prompts])
                 with _timed(seconds, "teacher"):
                     teacher_hidden = self.teacher.hidden(texts, text_rows, completions, self.share)
             with _timed(seconds, "student"):
@@ -216,7 +197,7 @@ class Trainer:
             **means(sums),
             "length": num_tokens / normalizer,
             "equal_groups": statistics.fmean(len({f.score for f in entry.feedback}) == 1 for entry in batch),
-            "teacher_prefers_right": _prefers_right(batch, [s.sequence_teacher_logprob for s in sums]),
+            "teacher_prefers_right": prefers_right(batch, [s.sequence_teacher_logprob for s in sums]),
             "grad_norm": float(grad_norm),
             "learning_rate": learning_rate,
             "skipped": self.skipped,
@@ -364,22 +345,7 @@ class Trainer:
             self._record_rollouts("sample", batch, columns)
 
     def _record_rollouts(self, kind: str, batch: list[Sample], columns: list[dict[str, Any]] | None = None) -> None:
-        records = [
-            {
-                "kind": kind,
-                "step": self.step,
-                "question": entry.problem.question,
-                "answer": self.prompts.answer(completion),
-                "expected": entry.problem.answer,
-                "score": feedback.score,
-                "feedback": feedback.text,
-                "tokens": completion,
-            }
-            for entry in batch
-            for completion, feedback in zip(entry.completions, entry.feedback, strict=True)
-        ]
-        for record, column in zip(records, columns or [], strict=columns is not None):
-            record.update(column)
+        records = rollout_records(kind, self.step, batch, self.prompts, columns)
         checkpoint.append_lines(self.directory / "rollouts.jsonl", records)
 
 
@@ -412,27 +378,3 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     began = time.perf_counter()
     yield
     seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - began
-
-
-def _unique(lists: list[list[int]]) -> tuple[list[list[int]], list[int]]:
-    """Different lists in order of appearance, and the index of each."""
-    index: dict[tuple[int, ...], int] = {}
-    rows = [index.setdefault(tuple(tokens), len(index)) for tokens in lists]
-    return [list(tokens) for tokens in index], rows
-
-
-def _prefers_right(batch: list[Sample], teacher_logprobs: list[torch.Tensor | None]) -> float | None:
-    """Share of (right, wrong) pairs of rollouts of one problem where the teacher finds the right one likelier."""
-    known = [part for part in teacher_logprobs if part is not None]
-    if not known:
-        return None
-    wins = pairs = 0
-    values = iter(torch.cat(known).tolist())
-    for entry in batch:
-        scored = [(feedback.score, next(values)) for feedback in entry.feedback]
-        for score, value in scored:
-            for other_score, other in scored:
-                if score > other_score:
-                    pairs += 1
-                    wins += value > other
-    return wins / pairs if pairs else None

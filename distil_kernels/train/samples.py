@@ -12,7 +12,7 @@ at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +20,11 @@ from transformers import PreTrainedTokenizerBase
 
 from distil_kernels.hf import CausalLM
 from distil_kernels.train.baseline import PositionAverage
+from distil_kernels.train.batch import Sample
 from distil_kernels.train.config import Config
 from distil_kernels.train.objective import fused_loss
 from distil_kernels.train.prefix import completion_hidden
 from distil_kernels.train.teacher import Teacher
-
-if TYPE_CHECKING:
-    from distil_kernels.train.loop import Sample
 
 NUM_TOP = 5
 BLOCK_ROWS = 64

@@ -1,0 +1,81 @@
+"""The problems of a step with all that belongs to them, and what is recorded of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from distil_kernels.train.feedback import Prompts
+from distil_kernels.train.tasks import Feedback, Problem
+
+if TYPE_CHECKING:
+    from distil_kernels.train.loop import Trainer
+
+
+class Sample:
+    """A problem of the batch with all that belongs to it."""
+
+    def __init__(self, problem: Problem, prompt: list[int]) -> None:
+        self.problem, self.prompt = problem, prompt
+        self.completions: list[list[int]] = []
+        self.feedback: list[Feedback] = []
+        self.teacher_prompts: list[list[int]] = []
+        self.taught: list[bool] = []
+        """Whether the teacher reads anything of a rollout's feedback; else its prompt is the student's, and masked."""
+
+    def answered_with(self, trainer: Trainer, completions: list[list[int]]) -> None:
+        """Verifies the rollouts and builds what the teacher reads for each."""
+        self.completions = completions
+        self.feedback = [trainer.verify(trainer.task, self.problem, trainer.prompts.answer(c)) for c in completions]
+        prompts = [trainer.prompts.teacher(self.problem, feedback) for feedback in self.feedback]
+        self.taught = [prompt is not None for prompt in prompts]
+        self.teacher_prompts = [prompt or self.prompt for prompt in prompts]
+
+
+def rollout_records(
+    kind: str, step: int, batch: Sequence[Sample], prompts: Prompts, columns: list[dict[str, Any]] | None
+) -> list[dict[str, Any]]:
+    """A line of rollouts.jsonl for each rollout; `columns` are what `samples` knows of each."""
+    records = [
+        {
+            "kind": kind,
+            "step": step,
+            "question": entry.problem.question,
+            "answer": prompts.answer(completion),
+            "expected": entry.problem.answer,
+            "score": feedback.score,
+            "feedback": feedback.text,
+            "tokens": completion,
+        }
+        for entry in batch
+        for completion, feedback in zip(entry.completions, entry.feedback, strict=True)
+    ]
+    for record, column in zip(records, columns or [], strict=columns is not None):
+        record.update(column)
+    return records
+
+
+def unique(lists: list[list[int]]) -> tuple[list[list[int]], list[int]]:
+    """Different lists in order of appearance, and the index of each."""
+    index: dict[tuple[int, ...], int] = {}
+    rows = [index.setdefault(tuple(tokens), len(index)) for tokens in lists]
+    return [list(tokens) for tokens in index], rows
+
+
+def prefers_right(batch: list[Sample], teacher_logprobs: list[torch.Tensor | None]) -> float | None:
+    """Share of (right, wrong) pairs of rollouts of one problem where the teacher finds the right one likelier."""
+    known = [part for part in teacher_logprobs if part is not None]
+    if not known:
+        return None
+    wins = pairs = 0
+    values = iter(torch.cat(known).tolist())
+    for entry in batch:
+        scored = [(feedback.score, next(values)) for feedback in entry.feedback]
+        for score, value in scored:
+            for other_score, other in scored:
+                if score > other_score:
+                    pairs += 1
+                    wins += value > other
+    return wins / pairs if pairs else None
