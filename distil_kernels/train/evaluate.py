@@ -17,7 +17,7 @@ import torch
 from distil_kernels.hf import CausalLM
 from distil_kernels.train.feedback import Prompts, Verifier
 from distil_kernels.train.rollout import Sampling, sample
-from distil_kernels.train.tasks import Problem, Task
+from distil_kernels.train.tasks import Feedback, Problem, Task
 from distil_kernels.train.teacher import Teacher
 
 BATCH_ROWS = 128
@@ -55,14 +55,12 @@ class Evaluator:
     ) -> None:
         self._task, self._verify, self._prompts, self._sampling = task, verify, prompts, sampling
         self._num_samples, self._seed, self._share = num_samples, seed, share
-        self._problems, self._student, self._teacher = [], [], []
+        self._problems, self._student = [], []
         for problem in held_out:
             student = prompts.student(problem)
-            teacher = prompts.teacher(problem, verify(task, problem, ""))
-            if student and teacher:
+            if student and prompts.teacher(problem, verify(task, problem, "")):
                 self._problems.append(problem)
                 self._student.append(student)
-                self._teacher.append(teacher)
         if not self._problems:
             raise ValueError(f"[max_prompt_tokens] none of {len(held_out)} held-out problems fits")
 
@@ -84,28 +82,34 @@ class Evaluator:
     ) -> Evaluation | None:
         """None when `stop` became true between batches."""
         with self.own_draws(student):
-            answers = []
-            for lm, prompts, greedy in (
-                (student, self._student, False),
-                (student, self._student, True),
-                (teacher.lm, self._teacher, False),
-            ):
-                with teacher.reading() if prompts is self._teacher else torch.no_grad():
-                    answers.append(self._answers(lm, prompts, greedy, stop))
-                if stop():
-                    return None
-        (sampled, length), (greedy_scores, _), (taught, _) = answers
-        means = [mean_and_error([sum(own) / len(own) for own in scores]) for scores in (sampled, greedy_scores, taught)]
-        return Evaluation(*means[0], *means[1], *means[2], length, len(sampled), pass_at(sampled))
+            sampled, length = self._answers(student, self._student, self._num_samples, self._sampling, stop)
+            greedy, _ = self._answers(student, self._student, 1, replace(self._sampling, temperature=0.0), stop)
+            if stop():
+                return None
+            # The teacher reads what is said of the greedy answer; where that is nothing, what the student reads.
+            read = [
+                self._prompts.teacher(problem, said[0]) or prompt
+                for problem, said, prompt in zip(self._problems, greedy, self._student, strict=True)
+            ]
+            with teacher.reading():
+                taught, _ = self._answers(teacher.lm, read, 1, self._sampling, stop)
+            if stop():
+                return None
+        scores = [[[said.score for said in own] for own in answers] for answers in (sampled, greedy, taught)]
+        means = [mean_and_error([sum(own) / len(own) for own in by_problem]) for by_problem in scores]
+        return Evaluation(*means[0], *means[1], *means[2], length, len(sampled), pass_at(scores[0]))
 
     def _answers(
-        self, lm: CausalLM, prompts: Sequence[list[int]], greedy: bool, stop: Callable[[], bool]
-    ) -> tuple[list[list[float]], float]:
-        """Scores of each problem's answers, and mean length."""
-        num_samples = 1 if greedy or prompts is self._teacher else self._num_samples
-        sampling = replace(self._sampling, temperature=0.0) if greedy else self._sampling
+        self,
+        lm: CausalLM,
+        prompts: Sequence[list[int]],
+        num_samples: int,
+        sampling: Sampling,
+        stop: Callable[[], bool],
+    ) -> tuple[list[list[Feedback]], float]:
+        """What is said of each problem's answers, and mean length."""
         per_batch = max(1, BATCH_ROWS // num_samples)
-        scores: list[list[float]] = []
+        feedback: list[list[Feedback]] = []
         num_tokens = 0
         for begin in range(0, len(prompts), per_batch):
             if stop():
@@ -117,8 +121,8 @@ class Evaluator:
             for first in range(0, len(rows), num_samples):
                 problem = self._problems[begin + rows[first]]
                 own = completions[first : first + num_samples]
-                scores.append([self._verify(self._task, problem, self._prompts.answer(c)).score for c in own])
-        return scores, num_tokens / max(1, len(scores) * num_samples)
+                feedback.append([self._verify(self._task, problem, self._prompts.answer(c)) for c in own])
+        return feedback, num_tokens / max(1, len(feedback) * num_samples)
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

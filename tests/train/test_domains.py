@@ -234,3 +234,22 @@ def test_a_rollout_whose_teacher_reads_nothing_is_left_out(tiny_model: Path, tmp
         assert batch[0].taught == [True, True]
     for masked, without in zip(*gradients, strict=True):
         torch.testing.assert_close(masked, without, rtol=1e-3, atol=1e-6)
+
+
+def test_the_teacher_is_evaluated_on_what_is_said_of_the_greedy_answer(tiny_model: Path, tmp_path: Path) -> None:
+    """Feedback from the rollout must come from one; a correction is the same for any answer."""
+    seen = []
+
+    def spy(task: object, problem: object, answer: str) -> Feedback:
+        seen.append(answer)
+        return Feedback(0.5, f"You said {answer!r}.", problem.answer)
+
+    run = trainer(tiny_model, tmp_path / "run", teacher="live", num_examples=0)
+    run.evaluate._verify = spy
+    read = []
+    original = run.evaluate._prompts.teacher
+    run.evaluate._prompts.teacher = lambda problem, said: read.append(said.text) or original(problem, said)
+    result = run.evaluate(run.student, run.teacher)
+    assert result.sampled == result.teacher == 0.5
+    greedy = seen[2 * run.config.eval_samples :][: len(read)]
+    assert read == [f"You said {answer!r}." for answer in greedy] and len(read) == 2
