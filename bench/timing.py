@@ -1,7 +1,8 @@
 """Time and memory, measured so that they can be compared.
 
-Time: all candidates of a case in one process, one call each per round (A B C A B C ...), so that a slow minute of the
-machine hits everyone; medians, and half the distance of the quartiles as spread. Warm-up is apart. The bare matrix
+Time: all candidates of a case in one process, one call each per round, so that a slow minute of the machine hits
+everyone, in an order that is shuffled for each round: who comes after one that has just freed much memory gets its
+pages cheap, and nobody may always come after the same. Medians, and half the distance of the quartiles as spread. Warm-up is apart. The bare matrix
 products of the same shape take part in the rounds: no candidate that computes every logit can be faster than these.
 
 Memory: in a process of its own (`check.py`), the peak of one call beyond inputs and their gradients, after a first
@@ -15,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import random
 import statistics
 import sys
 import time
@@ -64,12 +66,14 @@ def interleaved(calls: dict[str, Call], device: str, rounds: int, seconds: float
     times: dict[str, list[float]] = {name: [] for name in calls}
     begin = time.perf_counter()
     for number in range(rounds):
-        for name, call in calls.items():
+        order = list(calls)
+        random.Random(number).shuffle(order)
+        for name in order:
             if number >= 3 and sum(times[name]) > seconds:
                 continue
             synchronize(device)
             start = time.perf_counter()
-            call()
+            calls[name]()
             synchronize(device)
             times[name].append(time.perf_counter() - start)
         if number + 1 < rounds:

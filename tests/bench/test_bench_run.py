@@ -177,3 +177,15 @@ def test_a_wrong_argument_is_refused(arguments: list[str], capsys: pytest.Captur
     with pytest.raises(SystemExit):
         run.main(arguments)
     assert arguments[0] in capsys.readouterr().err
+
+
+def test_nobody_always_follows_the_same_neighbour() -> None:
+    import timing
+
+    order: list[str] = []
+    calls = {name: lambda name=name: order.append(name) for name in "abcd"}
+    timing.interleaved(calls, "cpu", rounds=6, seconds=1e9)
+    rounds = [order[begin : begin + 4] for begin in range(0, 24, 4)]
+    assert all(sorted(names) == list("abcd") for names in rounds)
+    before_b = {order[place - 1] for place in range(1, 24) if order[place] == "b"}
+    assert len(before_b) >= 3
