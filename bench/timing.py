@@ -2,8 +2,9 @@
 
 Time: all candidates of a case in one process, one call each per round, so that a slow minute of the machine hits
 everyone, in an order that is shuffled for each round: who comes after one that has just freed much memory gets its
-pages cheap, and nobody may always come after the same. Medians, and half the distance of the quartiles as spread. Warm-up is apart. The bare matrix
-products of the same shape take part in the rounds: no candidate that computes every logit can be faster than these.
+pages cheap, and nobody may always come after the same. Medians, and half the distance of the quartiles as spread.
+Warm-up is apart. The bare matrix products of the same shape take part in the rounds: no candidate that computes every
+logit can be faster than these.
 
 Memory: in a process of its own (`check.py`), the peak of one call beyond inputs and their gradients, after a first
 call has loaded code and compiled. On the CPU that is the kernel's high-water mark of resident memory, reset just

@@ -135,7 +135,7 @@ def test_rounds_are_interleaved_and_a_slow_call_leaves_after_its_third() -> None
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
     timings = timing.interleaved(calls, "cpu", rounds=2, seconds=100.0)
-    assert order == list("abcabc")
+    assert sorted(order[:3]) == sorted(order[3:]) == list("abc")
     assert {name: found.rounds for name, found in timings.items()} == {"a": 2, "b": 2, "c": 2}
     timings = timing.interleaved(calls, "cpu", rounds=5, seconds=-1.0)
     assert {found.rounds for found in timings.values()} == {3}
@@ -180,8 +180,6 @@ def test_a_wrong_argument_is_refused(arguments: list[str], capsys: pytest.Captur
 
 
 def test_nobody_always_follows_the_same_neighbour() -> None:
-    import timing
-
     order: list[str] = []
     calls = {name: lambda name=name: order.append(name) for name in "abcd"}
     timing.interleaved(calls, "cpu", rounds=6, seconds=1e9)
