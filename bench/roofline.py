@@ -104,13 +104,13 @@ def _parts(rows: int, dtype: str, threads: int) -> list[Part]:
 def _row_parts(logits: LogitPair) -> list[Part]:
     rows, vocab_size = logits.student.shape
     transform, tokens, ones = LogitTransform(None, None, 1.0), torch.arange(rows), torch.ones(rows)
-    rows = logits, transform, transform, tokens, FORWARD_CE
-    statistics = cpu.row_stats(*rows)
+    arguments = logits, transform, transform, tokens, FORWARD_CE
+    statistics = cpu.row_stats(*arguments)
     out = torch.empty_like(logits.student)
     pairs = rows * vocab_size
     return [
-        Part("row_stats", lambda: cpu.row_stats(*rows), ROW_STATS_OPERATIONS * pairs, 8 * pairs),
-        Part("row_grad", lambda: cpu.row_grad(*rows[:4], statistics, FORWARD_CE, ones, ones, out),
+        Part("row_stats", lambda: cpu.row_stats(*arguments), ROW_STATS_OPERATIONS * pairs, 8 * pairs),
+        Part("row_grad", lambda: cpu.row_grad(*arguments[:4], statistics, FORWARD_CE, ones, ones, out),
              ROW_GRAD_OPERATIONS * pairs, 12 * pairs),
     ]  # fmt: skip
 
