@@ -53,8 +53,8 @@ enum class InstructionSet : int { kBest = 0, kPortable = 1, kAvx2 = 2, kAvx512 =
 // Whether this build has a kernel for the instruction set and this processor can run it.
 bool cpu_supports(InstructionSet instruction_set);
 
-// statistics[k * num_rows + r] for every Statistic k; the last two are 0 unless they are what a row costs. tokens is
-// [num_rows], or nullptr: the log-probs are then 0.
+// statistics[k * num_rows + r] for every Statistic k; the last two are 0 unless they are what a row costs. tokens
+// is [num_rows], or nullptr: the log-probs are then 0.
 void cpu_row_stats(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens, const Cost& cost,
                    std::int64_t num_rows, std::int64_t vocab_size, float* statistics, int num_threads,
                    InstructionSet instruction_set);
@@ -77,8 +77,8 @@ struct Matrix {
 // Whether this build and this processor multiply bfloat16 pairs to float32 (AVX512-BF16).
 bool cpu_supports_gemm_bf16();
 
-// c [num_rows, num_columns] = (or += where accumulate) a [num_rows, depth] times b [depth, num_columns], products of
-// bfloat16 numbers summed in float32; the same result for any number of threads.
+// c [num_rows, num_columns] = (or += where accumulate) a [num_rows, depth] times b [depth, num_columns], products
+// of bfloat16 numbers summed in float32; the same result for any number of threads.
 void cpu_gemm_bf16(const Matrix& a, const Matrix& b, std::int64_t num_rows, std::int64_t num_columns,
                    std::int64_t depth, float* c, std::int64_t c_stride, bool accumulate, int num_threads);
 
@@ -144,8 +144,8 @@ int cuda_row_grad(const LogitRows& student, const LogitRows& teacher, const std:
                   const float* statistics, const Cost& cost, const float* cost_weight, const float* logprob_weight,
                   std::int64_t num_rows, std::int64_t vocab_size, const GradRows& grad, void* stream);
 
-// Both in one read of the logits, for kForwardCe without log-prob weights; a row lies in the shared memory of cluster_size blocks
-// (1, 2, 4 or 8; compute capability 9.0). All rows begin at multiples of 16 bytes.
+// Both in one read of the logits, for kForwardCe without log-prob weights; a row lies in the shared memory of
+// cluster_size blocks (1, 2, 4 or 8; compute capability 9.0). All rows begin at multiples of 16 bytes.
 int cuda_row_stats_grad(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
                         const float* ce_weight, std::int64_t num_rows, std::int64_t vocab_size, int cluster_size,
                         float* statistics, const GradRows& grad, void* stream);

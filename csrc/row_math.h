@@ -187,8 +187,8 @@ DISTIL_INLINE float mixture_excess(float p, float q, float weight) {
   return p < kTiny ? 0.0f : weight * (q - p) / p;
 }
 
-// One entry's share of KL(S || M) and KL(T || M). Neither can be negative: what is added, b (q - p) and (1 - b) (p - q),
-// sums to 0 over the vocabulary and takes the terms' first order away, which would cancel.
+// One entry's share of KL(S || M) and KL(T || M). Neither can be negative: what is added, b (q - p) and
+// (1 - b) (p - q), sums to 0 over the vocabulary and takes the terms' first order away, which would cancel.
 struct MixtureTerm {
   float student, teacher;
 };
@@ -203,7 +203,7 @@ DISTIL_INLINE MixtureTerm mixture_term(float p, float q, float jsd_weight) {
 struct RowGradient {
   float log_normalizer, teacher_log_normalizer;
   float cost_weight, logprob_weight;
-  float mean;        // of what the cost weighs probabilities with: KL(S || T), KL(S || M) or H(S)
+  float mean;  // of what the cost weighs probabilities with: KL(S || T), KL(S || M) or H(S)
   float jsd_weight;
 };
 
@@ -225,8 +225,7 @@ DISTIL_INLINE float grad_logit(float s, float t, const RowGradient& row) {
   const float q = kCost == kEntropy ? 0.0f : exp_shifted(t - row.teacher_log_normalizer);
   float cost;
   if (kCost == kReverseKl) {
-    const float ratio =
-        (at_least_floor(s) - at_least_floor(t)) - (row.log_normalizer - row.teacher_log_normalizer);
+    const float ratio = (at_least_floor(s) - at_least_floor(t)) - (row.log_normalizer - row.teacher_log_normalizer);
     cost = p * (ratio - row.mean);
   } else if (kCost == kJsd) {
     const float ratio = -log1p_accurate(mixture_excess(p, q, row.jsd_weight));

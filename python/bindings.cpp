@@ -101,8 +101,8 @@ PYBIND11_MODULE(_C, m) {
                          vocab_size, pointer<float>(grad), grad_stride, num_threads, instruction_set);
       },
       py::arg("student"), py::arg("teacher"), py::arg("tokens"), py::arg("statistics"), py::arg("cost"),
-      py::arg("cost_weight"), py::arg("logprob_weight"), py::arg("num_rows"), py::arg("vocab_size"), py::arg("grad"),
-      py::arg("grad_stride"), py::arg("num_threads"), py::arg("instruction_set"),
+      py::arg("cost_weight"), py::arg("logprob_weight"), py::arg("num_rows"), py::arg("vocab_size"),
+      py::arg("grad"), py::arg("grad_stride"), py::arg("num_threads"), py::arg("instruction_set"),
       py::call_guard<py::gil_scoped_release>());
 
   py::class_<dk::Matrix>(m, "Matrix")
@@ -210,8 +210,8 @@ PYBIND11_MODULE(_C, m) {
                                  pointer<void>(stream));
       },
       py::arg("student"), py::arg("teacher"), py::arg("tokens"), py::arg("statistics"), py::arg("cost"),
-      py::arg("cost_weight"), py::arg("logprob_weight"), py::arg("num_rows"), py::arg("vocab_size"), py::arg("grad"),
-      py::arg("stream"));
+      py::arg("cost_weight"), py::arg("logprob_weight"), py::arg("num_rows"), py::arg("vocab_size"),
+      py::arg("grad"), py::arg("stream"));
 
   m.def(
       "cuda_row_stats_grad",

@@ -173,8 +173,8 @@ inline void stats_of_row(const LogitRows& student, const LogitRows& teacher, con
 }
 
 template <Statistic kCost>
-inline void grad_block(const float* student_logits, const float* teacher_logits, std::int64_t size, float student_max,
-                       float teacher_max, const RowGradient& row, float* out) {
+inline void grad_block(const float* student_logits, const float* teacher_logits, std::int64_t size,
+                       float student_max, float teacher_max, const RowGradient& row, float* out) {
 #pragma omp simd
   for (std::int64_t v = 0; v < size; ++v) {
     out[v] = grad_logit<kCost>(student_logits[v] - student_max, teacher_logits[v] - teacher_max, row);
@@ -210,9 +210,12 @@ inline void grad_of_row(const LogitRows& student, const LogitRows& teacher, cons
     cost_weight *= student.inverse_temperature;
     logprob_weight *= student.inverse_temperature;
   }
-  const RowGradient gradient{statistic(kLogNormalizer), statistic(kTeacherLogNormalizer),
-                             cost_weight,               logprob_weight,
-                             statistic(mean_statistic(cost.statistic)), cost.jsd_weight};
+  const RowGradient gradient{statistic(kLogNormalizer),
+                             statistic(kTeacherLogNormalizer),
+                             cost_weight,
+                             logprob_weight,
+                             statistic(mean_statistic(cost.statistic)),
+                             cost.jsd_weight};
   const auto grad_block = grad_block_of(cost.statistic);
   for (std::int64_t begin = 0; begin < vocab_size; begin += kBlock) {
     const std::int64_t size = vocab_size - begin < kBlock ? vocab_size - begin : kBlock;

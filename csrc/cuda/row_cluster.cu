@@ -77,7 +77,11 @@ template <bool kSoftcap>
 __device__ inline void write_grad(const LogitRows& student, const Slice& slice, const RowState<double>& row_state,
                                   float ce_weight, std::int64_t row, const GradRows& grad) {
   const RowGradient gradient{static_cast<float>(log(row_state.sums.student)),
-                             static_cast<float>(log(row_state.sums.teacher)), ce_weight, 0.0f, 0.0f, 0.0f};
+                             static_cast<float>(log(row_state.sums.teacher)),
+                             ce_weight,
+                             0.0f,
+                             0.0f,
+                             0.0f};
   for (std::int64_t i = threadIdx.x * kVector; i < slice.size; i += kThreads * kVector) {
     float s[kVector], t[kVector], out[kVector] = {};
     load_floats<kVector>(slice.student + i, kVector, 0.0f, s);

@@ -78,9 +78,12 @@ __global__ void __launch_bounds__(kThreads)
   const std::int64_t token = logprob_weight != 0.0f ? tokens[row] : -1;
   const auto statistic = [&](Statistic which) { return statistics[which * num_rows + row]; };
   const float student_max = statistic(kMaxLogit), teacher_max = statistic(kTeacherMaxLogit);
-  const RowGradient gradient{statistic(kLogNormalizer), statistic(kTeacherLogNormalizer),
-                             cost_weight,               logprob_weight,
-                             statistic(mean_statistic(cost.statistic)), cost.jsd_weight};
+  const RowGradient gradient{statistic(kLogNormalizer),
+                             statistic(kTeacherLogNormalizer),
+                             cost_weight,
+                             logprob_weight,
+                             statistic(mean_statistic(cost.statistic)),
+                             cost.jsd_weight};
 #pragma unroll 2
   for (std::int64_t column = threadIdx.x * kWidth; column < vocab_size; column += kThreads * kWidth) {
     float s[kWidth], t[kWidth], out[kWidth] = {};
@@ -89,8 +92,8 @@ __global__ void __launch_bounds__(kThreads)
       load_logits<kWidth, kSoftcap>(teacher, row, column, vocab_size - column, t);
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
-        out[i] = grad_logit_of(cost.statistic, at_least_floor(s[i] - student_max), at_least_floor(t[i] - teacher_max),
-                               gradient);
+        out[i] = grad_logit_of(cost.statistic, at_least_floor(s[i] - student_max),
+                               at_least_floor(t[i] - teacher_max), gradient);
         if (column + i == token) out[i] += logprob_weight;
         out[i] *= derivative_at<kSoftcap>(student, s[i]);
       }
