@@ -4,7 +4,7 @@
     refused      other processes, signals to them, sockets, foreign functions, files outside the folder (those of the
                  interpreter may be read): an audit hook raises PermissionError, which the program sees as its error
     environment  empty; no user site-packages
-    network      on Linux also a namespace without any, where the system lets this process make one (`has_own_network`)
+    network      on Linux also a namespace without any, where the system lets this process make one
 
 This holds off mistakes, which is what models make, and lazy mischief. An audit hook is no wall against a program that
 is built to break out of CPython: run training on such tasks in a container or virtual machine of its own.
@@ -20,7 +20,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -122,15 +121,6 @@ def run_python(program: str, stdin: str = "", limits: Limits = Limits()) -> Run:
     elif exit_code != 0 and not error:
         error = f"the program ended with code {exit_code}"
     return Run(exit_code, output, "" if exit_code == 0 else _trimmed(error))
-
-
-@cache
-def has_own_network() -> bool:
-    """Whether programs run where there is no network at all, not only without sockets."""
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if _leave_network() else 1)
-    return os.waitpid(child, 0)[1] == 0
 
 
 def _confine(limits: Limits) -> None:
