@@ -74,13 +74,17 @@ struct Matrix {
   bool is_bf16;                            // else float32, rounded to bfloat16 before it is multiplied
 };
 
-// Whether this build and this processor multiply bfloat16 pairs to float32 (AVX512-BF16).
-bool cpu_supports_gemm_bf16();
+// What multiplies bfloat16 pairs to float32: vector registers (AVX512-BF16) or tile registers (AMX, the faster).
+enum class Bf16Unit { kBest, kVector, kTiles };
+
+// Whether this build and this processor have it; kBest is any.
+bool cpu_supports_gemm_bf16(Bf16Unit unit);
 
 // c [num_rows, num_columns] = (or += where accumulate) a [num_rows, depth] times b [depth, num_columns], products
 // of bfloat16 numbers summed in float32; the same result for any number of threads.
 void cpu_gemm_bf16(const Matrix& a, const Matrix& b, std::int64_t num_rows, std::int64_t num_columns,
-                   std::int64_t depth, float* c, std::int64_t c_stride, bool accumulate, int num_threads);
+                   std::int64_t depth, float* c, std::int64_t c_stride, bool accumulate, int num_threads,
+                   Bf16Unit unit);
 
 // residual[r] = what the sum of row r of `a` loses when its elements are rounded to bfloat16.
 void cpu_rounding_residual(const float* a, std::int64_t row_stride, std::int64_t num_rows, std::int64_t num_columns,

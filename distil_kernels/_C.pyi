@@ -11,6 +11,11 @@ class InstructionSet(Enum):
     avx2 = 2
     avx512 = 3
 
+class Bf16Unit(Enum):
+    best = 0
+    vector = 1
+    tiles = 2
+
 class Cost:
     def __init__(self, statistic: int, jsd_weight: float) -> None: ...
 
@@ -20,7 +25,7 @@ class LogitRows:
 class Matrix:
     def __init__(self, data: int, row_stride: int, column_stride: int, is_bf16: bool) -> None: ...
 
-def cpu_supports_gemm_bf16() -> bool: ...
+def cpu_supports_gemm_bf16(unit: Bf16Unit) -> bool: ...
 def cpu_gemm_bf16(
     a: Matrix,
     b: Matrix,
@@ -31,6 +36,7 @@ def cpu_gemm_bf16(
     c_stride: int,
     accumulate: bool,
     num_threads: int,
+    unit: Bf16Unit,
 ) -> None: ...
 def cpu_rounding_residual(
     a: int, row_stride: int, num_rows: int, num_columns: int, residual: int, num_threads: int

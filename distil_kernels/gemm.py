@@ -78,7 +78,14 @@ def _is_half_on_gpu(*operands: Tensor) -> bool:
 @cache
 def has_bf16_product() -> bool:
     """Whether this processor multiplies bfloat16 matrices to a float32 result."""
-    return _C is not None and _C.cpu_supports_gemm_bf16()
+    return bool(bf16_units())
+
+
+def bf16_units() -> list[str]:
+    """What of it does: "tiles" (AMX), "vector" (AVX512-BF16)."""
+    if _C is None:
+        return []
+    return [name for name in ("tiles", "vector") if _C.cpu_supports_gemm_bf16(getattr(_C.Bf16Unit, name))]
 
 
 def _is_bf16_on_cpu(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> bool:
@@ -92,7 +99,7 @@ def _is_bf16_on_cpu(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> bool
     )
 
 
-def _bf16_product(left: Tensor, right: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
+def _bf16_product(left: Tensor, right: Tensor, out: Tensor, *, accumulate: bool = False, unit: str = "best") -> None:
     """out [M, N] float32 = (or += where accumulate) left [M, K] @ right [K, N]."""
 
     def matrix(operand: Tensor) -> _C.Matrix:
@@ -101,7 +108,7 @@ def _bf16_product(left: Tensor, right: Tensor, out: Tensor, *, accumulate: bool 
     left, right = (x if 1 in x.stride() else x.contiguous() for x in (left, right))
     _C.cpu_gemm_bf16(
         matrix(left), matrix(right), *out.shape, left.shape[1], out.data_ptr(), out.stride(0), accumulate,
-        torch.get_num_threads(),
+        torch.get_num_threads(), getattr(_C.Bf16Unit, unit),
     )  # fmt: skip
 
 

@@ -72,6 +72,11 @@ PYBIND11_MODULE(_C, m) {
       .value("avx2", dk::InstructionSet::kAvx2)
       .value("avx512", dk::InstructionSet::kAvx512);
 
+  py::enum_<dk::Bf16Unit>(m, "Bf16Unit")
+      .value("best", dk::Bf16Unit::kBest)
+      .value("vector", dk::Bf16Unit::kVector)
+      .value("tiles", dk::Bf16Unit::kTiles);
+
   py::class_<dk::LogitRows>(m, "LogitRows")
       .def(py::init(&logit_rows), py::arg("raw"), py::arg("row_stride"), py::arg("bias"), py::arg("softcap"),
            py::arg("inverse_temperature"));
@@ -108,16 +113,19 @@ PYBIND11_MODULE(_C, m) {
   py::class_<dk::Matrix>(m, "Matrix")
       .def(py::init(&matrix), py::arg("data"), py::arg("row_stride"), py::arg("column_stride"), py::arg("is_bf16"));
 
-  m.def("cpu_supports_gemm_bf16", &dk::cpu_supports_gemm_bf16);
+  m.def("cpu_supports_gemm_bf16", &dk::cpu_supports_gemm_bf16, py::arg("unit"));
 
   m.def(
       "cpu_gemm_bf16",
       [](const dk::Matrix& a, const dk::Matrix& b, std::int64_t num_rows, std::int64_t num_columns,
-         std::int64_t depth, Address c, std::int64_t c_stride, bool accumulate, int num_threads) {
-        dk::cpu_gemm_bf16(a, b, num_rows, num_columns, depth, pointer<float>(c), c_stride, accumulate, num_threads);
+         std::int64_t depth, Address c, std::int64_t c_stride, bool accumulate, int num_threads,
+         dk::Bf16Unit unit) {
+        dk::cpu_gemm_bf16(a, b, num_rows, num_columns, depth, pointer<float>(c), c_stride, accumulate, num_threads,
+                          unit);
       },
       py::arg("a"), py::arg("b"), py::arg("num_rows"), py::arg("num_columns"), py::arg("depth"), py::arg("c"),
-      py::arg("c_stride"), py::arg("accumulate"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+      py::arg("c_stride"), py::arg("accumulate"), py::arg("num_threads"), py::arg("unit"),
+      py::call_guard<py::gil_scoped_release>());
 
   m.def(
       "cpu_rounding_residual",

@@ -11,8 +11,12 @@ pytestmark = pytest.mark.skipif(
     not gemm.has_bf16_product(), reason="this processor (or this build) has no bfloat16 product"
 )
 
-# Below, at and above the tile (8 x 48), transposition (32) and blocks (256 x 1920 x 576); rows of whole and cut lines.
-SIZES = [(1, 1, 1), (3, 5, 7), (8, 48, 32), (17, 100, 33), (40, 480, 64), (257, 50, 1300), (300, 2000, 600)]
+# Below, at and above the squares of C (8 x 48, 32 x 32), transposition (32) and blocks (256 x 1920 x 576, 128 x 1024 x
+# 576 or whole depths to 1024); rows of whole and cut lines.
+SIZES = [
+    (1, 1, 1), (3, 5, 7), (8, 48, 32), (17, 100, 33), (32, 32, 31), (40, 480, 64), (257, 50, 1300), (300, 2000, 600),
+    (70, 640, 1000),
+]  # fmt: skip
 
 
 @pytest.fixture(params=[1, 2], ids=["1thread", "2threads"])
@@ -23,10 +27,11 @@ def threads(request):
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("unit", gemm.bf16_units())
 @pytest.mark.parametrize("left_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("transposed", [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
-def test_product(size, transposed, left_dtype, threads, generator):
+def test_product(size, transposed, left_dtype, unit, threads, generator):
     rows, columns, depth = size
     left = torch.randn(depth, rows + 3, generator=generator).to(left_dtype)[:, :rows].t()
     right = torch.randn(columns, depth + 2, generator=generator).bfloat16()[:, :depth].t()
@@ -36,14 +41,15 @@ def test_product(size, transposed, left_dtype, threads, generator):
     out = wide[:, :columns]
     exact = left.bfloat16().double() @ right.double()
     bound = 4e-6 * left.bfloat16().double().abs() @ right.double().abs() + 1e-30
-    gemm._bf16_product(left, right, out)
+    gemm._bf16_product(left, right, out, unit=unit)
     assert ((out - exact).abs() <= bound).all()
-    gemm._bf16_product(left, right, out, accumulate=True)
+    gemm._bf16_product(left, right, out, accumulate=True, unit=unit)
     assert ((out - 2 * exact).abs() <= 3 * bound).all()
     assert wide[:, columns:].isnan().all()
 
 
-def test_threads_do_not_change_a_bit(generator):
+@pytest.mark.parametrize("unit", gemm.bf16_units())
+def test_threads_do_not_change_a_bit(unit, generator):
     left = torch.randn(100, 700, generator=generator)
     right = torch.randn(700, 500, generator=generator).bfloat16()
     results = []
@@ -51,7 +57,7 @@ def test_threads_do_not_change_a_bit(generator):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         results.append(torch.empty(100, 500))
-        gemm._bf16_product(left, right, results[-1])
+        gemm._bf16_product(left, right, results[-1], unit=unit)
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])

@@ -77,16 +77,26 @@ void cpu_row_grad(const LogitRows& student, const LogitRows& teacher, const std:
   }
 }
 
-bool cpu_supports_gemm_bf16() {
+bool cpu_supports_gemm_bf16(Bf16Unit unit) {
 #if defined(DISTIL_GEMM_BF16)
-  return has_avx512() && __builtin_cpu_supports("avx512bf16");
+  const bool has_vector = has_avx512() && __builtin_cpu_supports("avx512bf16");
+#if defined(DISTIL_GEMM_AMX)
+  if (unit == Bf16Unit::kTiles) return has_vector && amx::supported();
+#endif
+  return has_vector && unit != Bf16Unit::kTiles;
 #else
   return false;
 #endif
 }
 
 void cpu_gemm_bf16(const Matrix& a, const Matrix& b, std::int64_t num_rows, std::int64_t num_columns,
-                   std::int64_t depth, float* c, std::int64_t c_stride, bool accumulate, int num_threads) {
+                   std::int64_t depth, float* c, std::int64_t c_stride, bool accumulate, int num_threads,
+                   Bf16Unit unit) {
+#if defined(DISTIL_GEMM_AMX)
+  if (unit != Bf16Unit::kVector && cpu_supports_gemm_bf16(Bf16Unit::kTiles)) {
+    return amx::gemm(a, b, num_rows, num_columns, depth, c, c_stride, accumulate, num_threads);
+  }
+#endif
 #if defined(DISTIL_GEMM_BF16)
   avx512_bf16::gemm(a, b, num_rows, num_columns, depth, c, c_stride, accumulate, num_threads);
 #endif

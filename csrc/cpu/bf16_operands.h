@@ -1,0 +1,124 @@
+// Reading bfloat16 operands in either layout, for the products of this folder: code for processors with
+// AVX512-BF16.
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+
+#include "../distil_kernels.h"
+
+namespace distil_kernels {
+namespace {
+
+constexpr int kVector = 16;
+constexpr int kTransposed = 2 * kVector;  // depth that one transposition takes
+
+using Pair = std::uint32_t;  // two bfloat16 neighbours along the depth
+
+std::int64_t round_up(std::int64_t x, std::int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+// An operand seen as lanes (rows of A, columns of B) by depth.
+struct Lanes {
+  const void* data;
+  std::int64_t lane_stride, depth_stride;
+  bool is_bf16;
+
+  template <typename T>
+  const T* at(std::int64_t lane, std::int64_t depth) const {
+    return static_cast<const T*>(data) + lane * lane_stride + depth * depth_stride;
+  }
+};
+
+__mmask16 first(std::int64_t count) {
+  return count >= kVector ? __mmask16(0xffff) : count <= 0 ? __mmask16(0) : __mmask16((1u << count) - 1);
+}
+
+// 16 consecutive elements as 32-bit integers, bfloat16 in the low half; `count` of them exist.
+__m512i load_lanes(const Lanes& in, std::int64_t lane, std::int64_t depth, std::int64_t count) {
+  if (in.is_bf16) {
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(count), in.at<std::uint16_t>(lane, depth)));
+  }
+  const __m512 values = _mm512_maskz_loadu_ps(first(count), in.at<float>(lane, depth));
+  return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(values));
+}
+
+// 32 consecutive elements as 16 pairs; `count` of them exist.
+__m512i load_pairs(const Lanes& in, std::int64_t lane, std::int64_t depth, std::int64_t count) {
+  if (in.is_bf16) {
+    const __mmask32 mask = count >= 32 ? ~__mmask32(0) : (__mmask32(1) << count) - 1;
+    return _mm512_maskz_loadu_epi16(mask, in.at<std::uint16_t>(lane, depth));
+  }
+  const float* from = in.at<float>(lane, depth);
+  const __m512 low = _mm512_maskz_loadu_ps(first(count), from);
+  const __m512 high = _mm512_maskz_loadu_ps(first(count - kVector), from + kVector);
+  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+
+void transpose(__m512i (&rows)[kVector]) {
+  __m512i t[kVector];
+  for (int i = 0; i < kVector; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < kVector; i += 4) {
+    rows[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    rows[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    rows[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    rows[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 8; ++i) {
+    rows[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    rows[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+  }
+}
+
+// Where a thread's part of the columns or rows begins when `tiles` are shared out evenly.
+inline std::int64_t border(std::int64_t tiles, std::int64_t parts, std::int64_t at, int tile, std::int64_t size) {
+  return std::min(tiles * at / parts * tile, size);
+}
+
+// How many parts of C's rows and columns the threads take: the longer side first, then what is left of them the
+// other; the depth never, so that the order of every sum is the same for any number of threads.
+struct Parts {
+  std::int64_t rows = 1, columns = 1;
+};
+
+inline Parts share_out(std::int64_t row_tiles, std::int64_t column_tiles, bool wide, int num_threads) {
+  Parts parts;
+  if (wide) {
+    parts.columns = std::clamp<std::int64_t>(column_tiles, 1, num_threads);
+    parts.rows = std::clamp<std::int64_t>(row_tiles, 1, num_threads / parts.columns);
+  } else {
+    parts.rows = std::clamp<std::int64_t>(row_tiles, 1, num_threads);
+    parts.columns = std::clamp<std::int64_t>(column_tiles, 1, num_threads / parts.rows);
+  }
+  return parts;
+}
+
+// What becomes of a tile: added to C, written, or written past the caches. The last is for a C that is larger than
+// they are and complete: fetching 50 MB of lines only to overwrite them costs a tenth of the product.
+enum class Store { kAdd, kWrite, kStream };
+
+struct Free {
+  void operator()(Pair* block) const { std::free(block); }
+};
+
+// Room for packed panels, kept by each thread for its next product.
+template <std::size_t kBytes>
+Pair* packing_room() {
+  thread_local const std::unique_ptr<Pair, Free> room(static_cast<Pair*>(std::aligned_alloc(64, kBytes)));
+  return room.get();
+}
+
+}  // namespace
+}  // namespace distil_kernels
