@@ -59,12 +59,22 @@ void cpu_row_stats(const LogitRows& student, const LogitRows& teacher, const std
                    std::int64_t num_rows, std::int64_t vocab_size, float* statistics, int num_threads,
                    InstructionSet instruction_set);
 
-// grad[r * grad_stride + v] = d(cost_weight * cost + logprob_weight * log S[token]) / d raw student logit.
-// grad may be the student's own raw logits (in place). A row whose two weights are 0 gets zeros whatever it holds.
-// logprob_weight is [num_rows] or nullptr.
+enum class FloatType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// Gradient rows: row r begins row_stride * r elements of `type` behind data.
+struct GradRows {
+  void* data;
+  std::int64_t row_stride;
+  FloatType type;
+};
+
+// grad[r][v] = d(cost_weight * cost + logprob_weight * log S[token]) / d raw student logit, float32 or bfloat16. A
+// row of grad may begin where the student's raw logits do (in place). A row whose two weights are 0 gets zeros
+// whatever it holds. logprob_weight is [num_rows] or nullptr. rounding [num_rows] gets what the sum of each row
+// lost where grad is bfloat16.
 void cpu_row_grad(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
                   const float* statistics, const Cost& cost, const float* cost_weight, const float* logprob_weight,
-                  std::int64_t num_rows, std::int64_t vocab_size, float* grad, std::int64_t grad_stride,
+                  std::int64_t num_rows, std::int64_t vocab_size, const GradRows& grad, float* rounding,
                   int num_threads, InstructionSet instruction_set);
 
 // An operand of a product: element (i, j) at data + i * row_stride + j * column_stride, one of the strides 1.
@@ -127,15 +137,6 @@ void cpu_sparse_product(const SparseRows& rows, const DenseRows& dense, float* o
 
 // On a GPU. Pointers are of device memory, stream is a cudaStream_t. Work is only enqueued; each function returns a
 // cudaError_t (0 for success) of the launch. A token outside the vocabulary gets the log-prob NaN.
-enum class FloatType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-
-// Gradient rows: row r begins row_stride * r elements of `type` behind data.
-struct GradRows {
-  void* data;
-  std::int64_t row_stride;
-  FloatType type;
-};
-
 // 0 where the driver is there and has a device; what cuda_error_text turns into words.
 int cuda_device_error();
 const char* cuda_error_text(int error);

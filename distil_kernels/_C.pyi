@@ -22,6 +22,14 @@ class Cost:
 class LogitRows:
     def __init__(self, raw: int, row_stride: int, bias: int, softcap: float, inverse_temperature: float) -> None: ...
 
+class FloatType(Enum):
+    float32 = 0
+    bfloat16 = 1
+    float16 = 2
+
+class GradRows:
+    def __init__(self, data: int, row_stride: int, type: FloatType) -> None: ...
+
 class Matrix:
     def __init__(self, data: int, row_stride: int, column_stride: int, is_bf16: bool) -> None: ...
 
@@ -63,8 +71,8 @@ def cpu_row_grad(
     logprob_weight: int,
     num_rows: int,
     vocab_size: int,
-    grad: int,
-    grad_stride: int,
+    grad: GradRows,
+    rounding: int,
     num_threads: int,
     instruction_set: InstructionSet,
 ) -> None: ...
@@ -104,14 +112,6 @@ def cpu_sparse_product(
 ) -> None: ...
 
 # Where the extension was built with nvcc; the three row kernels return a cudaError_t.
-
-class FloatType(Enum):
-    float32 = 0
-    bfloat16 = 1
-    float16 = 2
-
-class GradRows:
-    def __init__(self, data: int, row_stride: int, type: FloatType) -> None: ...
 
 def cuda_device_error() -> int: ...
 def cuda_error_text(error: int) -> str: ...

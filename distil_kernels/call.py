@@ -124,6 +124,7 @@ class Call:
         chosen = choose_plan(shape, plan, credit_in_one_pass=in_order)
         if gradient_threshold:
             self._door.sparse_gradient(gradient_threshold, self._backend, shape.dtype, chosen.name)
+            chosen = chosen._replace(ring_rows=0)  # entries are selected before they are rounded
         values = isinstance(credit.baseline, Tensor)
         total, statistics, weights, dropped, *_ = ops.scalar_loss(
             *self._tensors, tokens, self._counted, self.row_weight(), cu_seqlens,

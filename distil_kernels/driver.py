@@ -144,22 +144,21 @@ class Workspace:
 
     def row_grad(
         self, chunk: _Chunk, statistics: Tensor, cost_weight: Tensor, logprob_weight: Tensor | None, out: Tensor
-    ) -> None:
+    ) -> Tensor | None:
         problem = self._problem
-        problem.kernels.row_grad(
+        return problem.kernels.row_grad(
             chunk.logits, problem.student, problem.teacher, chunk.tokens, statistics, problem.cost, cost_weight,
             logprob_weight, out,
         )  # fmt: skip
 
-    def row_stats_grad(self, chunk: _Chunk, cost_weight: Tensor, out: Tensor) -> Tensor:
+    def row_stats_grad(self, chunk: _Chunk, cost_weight: Tensor, out: Tensor) -> tuple[Tensor, Tensor | None]:
         """Both, where no weight depends on the statistics: back ends may then read the logits once."""
         problem = self._problem
         at_once = getattr(problem.kernels, "row_stats_grad", None)
         if at_once is not None and problem.cost.statistic in (Statistic.FORWARD_CE, Statistic.FORWARD_KL):
-            return at_once(chunk.logits, problem.student, problem.teacher, chunk.tokens, cost_weight, out)
+            return at_once(chunk.logits, problem.student, problem.teacher, chunk.tokens, cost_weight, out), None
         statistics = self.row_stats(chunk)
-        self.row_grad(chunk, statistics, cost_weight, None, out)
-        return statistics
+        return statistics, self.row_grad(chunk, statistics, cost_weight, None, out)
 
 
 def scalar_loss(
@@ -194,8 +193,9 @@ def policy_loss(problem: Problem, plan: Plan, needs: Needs, row_weight: Tensor, 
         clipped[rows] = (derivative == 0) & (surrogate[rows] != 0)
         if any(needs):
             out = sums.room(chunk.logits.student)
-            workspace.row_grad(chunk, chunk_statistics, -policy.entropy_weight * weight, weight * derivative, out)
-            sums.add(rows, out)
+            cost_weight = -policy.entropy_weight * weight
+            rounding = workspace.row_grad(chunk, chunk_statistics, cost_weight, weight * derivative, out)
+            sums.add(rows, out, rounding)
     rows_loss = surrogate - policy.entropy_weight * statistics[Statistic.ENTROPY]
     return PolicyResult((row_weight * rows_loss).sum(), statistics, surrogate, clipped, sums.result())
 
@@ -215,16 +215,16 @@ def _in_one_pass(
         chunk = workspace.load(rows)
         cost_weight, out = row_weight[rows], sums.room(chunk.logits.student)
         if credit_chunk is None and credit.behaviour_logprobs is None:
-            chunk_statistics = workspace.row_stats_grad(chunk, cost_weight, out)
+            chunk_statistics, rounding = workspace.row_stats_grad(chunk, cost_weight, out)
         else:
             chunk_statistics = workspace.row_stats(chunk)
             cost_weight, found = scan.row_weights(
                 chunk_statistics, problem.cost.statistic, cost_weight, rows, credit_chunk
             )
             credit_weights[:, rows] = found
-            workspace.row_grad(chunk, chunk_statistics, cost_weight, found[0], out)
+            rounding = workspace.row_grad(chunk, chunk_statistics, cost_weight, found[0], out)
         statistics[:, rows] = chunk_statistics
-        sums.add(rows, out)
+        sums.add(rows, out, rounding)
     return statistics, credit_weights, sums.dropped, sums.result()
 
 
@@ -256,9 +256,8 @@ def _in_two_passes(
 def rows_statistics(problem: Problem, plan: Plan) -> RowsResult:
     """Statistics of every row that counts (0 elsewhere), and what the plan keeps for the backward pass."""
     keeps, frozen = plan.name == "kept_gradient", plan.name == "frozen_head"
-    operand = gemm.operand_dtype(problem.student_hidden.dtype, problem.student_hidden.device.type)
     kept_shape = (problem.num_rows, problem.vocab_size) if keeps else 0
-    kept = problem.student_hidden.new_zeros(kept_shape, dtype=operand)
+    kept = problem.student_hidden.new_zeros(kept_shape, dtype=kept_dtype(problem.student_hidden))
     sums = GradientSums(
         problem.student_hidden, problem.student_weight, Needs(frozen, False, False), plan.ring_rows if frozen else 0
     )
@@ -274,8 +273,8 @@ def rows_statistics(problem: Problem, plan: Plan) -> RowsResult:
             statistics[:, rows] = _keep_gradient(workspace, chunk, ones, kept)
         elif frozen:
             out = sums.room(chunk.logits.student)
-            statistics[:, rows] = workspace.row_stats_grad(chunk, ones, out)
-            sums.add(rows, out)
+            statistics[:, rows], rounding = workspace.row_stats_grad(chunk, ones, out)
+            sums.add(rows, out, rounding)
         else:
             statistics[:, rows] = workspace.row_stats(chunk)
     return RowsResult(statistics, sums.result().hidden, kept)
@@ -297,13 +296,18 @@ def _head_statistics(problem: Problem) -> Tensor:
     return statistics
 
 
+def kept_dtype(hidden: Tensor) -> torch.dtype:
+    """Of the gradient that `kept_gradient` keeps: on the CPU wide, and rounded as the products read it."""
+    return gemm.accumulation_dtype(hidden.dtype) if hidden.device.type == "cpu" else hidden.dtype
+
+
 def _keep_gradient(workspace: Workspace, chunk: _Chunk, cost_weight: Tensor, kept: Tensor) -> Tensor:
     """Fills the chunk's rows of `kept`, returns its statistics."""
     if isinstance(chunk.rows, slice):
-        return workspace.row_stats_grad(chunk, cost_weight, kept[chunk.rows])
+        return workspace.row_stats_grad(chunk, cost_weight, kept[chunk.rows])[0]
     student_logits = chunk.logits.student
     out = student_logits if student_logits.dtype == kept.dtype else torch.empty_like(student_logits, dtype=kept.dtype)
-    statistics = workspace.row_stats_grad(chunk, cost_weight, out)
+    statistics, _ = workspace.row_stats_grad(chunk, cost_weight, out)
     kept[chunk.rows] = out
     return statistics
 
@@ -323,8 +327,8 @@ def rows_backward(
         chunk = workspace.load(rows)
         out = sums.room(chunk.logits.student)
         score_weight = None if logprob_weight is None else logprob_weight[rows]
-        workspace.row_grad(chunk, statistics[:, rows].contiguous(), cost_weight[rows], score_weight, out)
-        sums.add(rows, out)
+        rounding = workspace.row_grad(chunk, statistics[:, rows].contiguous(), cost_weight[rows], score_weight, out)
+        sums.add(rows, out, rounding)
     return sums.result()
 
 

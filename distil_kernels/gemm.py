@@ -3,7 +3,7 @@
 Rounding logits to bfloat16 costs 2 to 20 % of the gradient once teacher and student are close, so no product here
 rounds its result: float32 and float64 operands go to the vendor library as they are; half precision on a GPU asks it
 for a float32 result; on the CPU, where torch has no such product, bfloat16 goes to our own where the processor has the
-instructions (csrc/cpu/gemm_bf16.cpp; the gradient of the logits is rounded to bfloat16 as it is read, after the
+instructions (csrc/cpu/gemm_amx.cpp, gemm_bf16.cpp; the gradient of the logits is rounded to bfloat16 after the
 subtraction that needs float32) and is widened block by block of the vocabulary elsewhere, as float16 is (on processors
 without bfloat16 instructions that is also about six times faster than torch's own).
 
@@ -30,6 +30,9 @@ _WIDEN_BLOCK = 4096
 _MEAN_ROWS = 1024
 """Rows of W whose mean stands for the mean of all: what they have in common is in any sample."""
 
+_ROUND_BLOCK = 1024
+"""Vocabulary entries whose dW is formed in float32 before it is rounded: 1024 x 1024 floats stay in a cache."""
+
 _ADD_BLOCK = 16384
 """Vocabulary entries whose dW goes through a temporary where addmm cannot add to float32: 256 MiB at D = 4096."""
 
@@ -40,8 +43,10 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def operand_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """In which the gradient of the logits goes into its products: that of the hidden states on a GPU, else wide."""
-    return accumulation_dtype(dtype) if device_type == "cpu" else dtype
+    """In which the gradient of the logits goes into its products: that of the hidden states where there are such."""
+    if device_type == "cpu" and not (dtype == torch.bfloat16 and has_bf16_product()):
+        return accumulation_dtype(dtype)
+    return dtype
 
 
 @cache
@@ -135,8 +140,13 @@ def lm_head(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
             torch.mm(wide, weight_block.t(), out=out[:, block])
 
 
-def grad_hidden(grad_logits: Tensor, weight: Tensor) -> Tensor:
-    """grad_logits [R, V] @ weight [V, D], in the accumulation dtype."""
+def grad_hidden(grad_logits: Tensor, weight: Tensor, rounding: Tensor | None = None) -> Tensor:
+    """grad_logits [R, V] @ weight [V, D], in the accumulation dtype.
+
+    `rounding` [R] is what the sum of each row of grad_logits lost when it was rounded. A row of S - T sums to 0, so
+    what all of W's rows have in common cancels; rounded entries no longer do: what they lost times W's mean row is
+    added.
+    """
     dtype = accumulation_dtype(weight.dtype)
     if grad_logits.dtype == weight.dtype == dtype:
         return grad_logits @ weight
@@ -146,10 +156,9 @@ def grad_hidden(grad_logits: Tensor, weight: Tensor) -> Tensor:
     if _is_bf16_on_cpu(grad_logits, weight, dtype):
         _bf16_product(grad_logits, weight, out)
         if grad_logits.dtype == torch.float32:
-            # A row of S - T sums to 0, so what all of W's rows have in common cancels; rounded entries no longer do.
-            out.addr_(
-                _rounding_residual(grad_logits), weight[:: -(-weight.shape[0] // _MEAN_ROWS)].mean(0, dtype=dtype)
-            )
+            rounding = _rounding_residual(grad_logits)
+        if rounding is not None:
+            out.addr_(rounding, weight[:: -(-weight.shape[0] // _MEAN_ROWS)].mean(0, dtype=dtype))
         return out
     for block, weight_block in _widened(weight, dtype):
         out.addmm_(grad_logits[:, block].to(dtype), weight_block)
@@ -168,6 +177,22 @@ def add_grad_weight(grad_logits: Tensor, hidden: Tensor, out: Tensor) -> None:
         for begin in range(0, out.shape[0], _ADD_BLOCK):
             block = slice(begin, begin + _ADD_BLOCK)
             out[block] += torch.mm(grad_logits[:, block].t(), hidden, out_dtype=out.dtype)
+
+
+def grad_weight(grad_logits: Tensor, hidden: Tensor, out: Tensor) -> None:
+    """out [V, D] = grad_logits [R, V]^T @ hidden [R, D] over all rows there are, out in the dtype of the weight."""
+    if grad_logits.dtype == hidden.dtype == out.dtype and not _is_bf16_on_cpu(grad_logits, hidden, torch.float32):
+        torch.mm(grad_logits.t(), hidden, out=out)
+        return
+    wide = out.new_empty(min(_ROUND_BLOCK, out.shape[0]), out.shape[1], dtype=accumulation_dtype(out.dtype))
+    for begin in range(0, out.shape[0], _ROUND_BLOCK):
+        rows = grad_logits[:, begin : begin + _ROUND_BLOCK].t()
+        block = wide[: rows.shape[0]]
+        if _is_bf16_on_cpu(rows, hidden, wide.dtype):
+            _bf16_product(rows, hidden, block)
+        else:
+            torch.mm(rows.to(wide.dtype), hidden.to(wide.dtype), out=block)
+        out[begin : begin + _ROUND_BLOCK].copy_(block)
 
 
 def add_grad_bias(grad_logits: Tensor, upstream: Tensor | None, out: Tensor) -> None:

@@ -1,7 +1,8 @@
 """Chunks of logit gradients, multiplied into the gradients of hidden states, weight and bias.
 
 The ring holds gradient rows of several chunks in the dtype of the products' operands: on a GPU small chunks of logits
-would otherwise read and write the whole float32 dW too often (`plan` has the numbers). On the CPU there is none.
+would otherwise read and write the whole float32 dW too often (`plan` has the numbers). A ring with room for every row
+of the call needs no float32 dW at all: one product makes dW in the weight's own precision.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class Gradients(NamedTuple):
     """Of the student's inputs; an input that needs none has an empty tensor."""
 
     hidden: Tensor  # [N, D] in the dtype of the hidden states
-    weight: Tensor  # [V, D] in the accumulation dtype
+    weight: Tensor  # [V, D] in the accumulation dtype; in the weight's own where the ring had room for all rows
     bias: Tensor  # [V] in the accumulation dtype
 
 
@@ -47,41 +48,49 @@ class GradientSums:
         self, hidden: Tensor, weight: Tensor, needs: Needs, ring_rows: int, gradient_threshold: float = 0.0
     ) -> None:
         dtype = gemm.accumulation_dtype(hidden.dtype)
+        self._at_once = holds_all_rows(ring_rows, hidden.shape[0])
         self._gradient_threshold = gradient_threshold
         self.dropped = hidden.new_zeros(hidden.shape[0], dtype=dtype)
         self._hidden, self._weight, self._needs = hidden, weight, needs
         self._result = Gradients(
             hidden.new_zeros(hidden.shape if needs.hidden else 0),
-            memory.zeros(*(weight.shape if needs.weight else (0,)), like=weight, dtype=dtype),
+            self._new_grad_weight(*(weight.shape if needs.weight else (0,)), like=weight),
             weight.new_zeros(weight.shape[0] if needs.bias else 0, dtype=dtype),
         )
-        operand = gemm.operand_dtype(hidden.dtype, hidden.device.type)
-        self._ring = new_rows(hidden, ring_rows, weight.shape[0], operand) if ring_rows else None
+        self._operand = gemm.operand_dtype(hidden.dtype, hidden.device.type)
+        self._ring = new_rows(hidden, ring_rows, weight.shape[0], self._operand) if ring_rows else None
         self._waiting: list[Rows] = []
+        self._rounding: list[Tensor | None] = []
         self._num_waiting = 0
 
     def room(self, student_logits: Tensor) -> Tensor:
         """Where the gradient of the chunk's logits belongs."""
         if self._ring is None:
-            return student_logits
+            if student_logits.device.type != "cpu" or self._gradient_threshold:
+                return student_logits
+            return student_logits.view(self._operand)[:, : student_logits.shape[1]]
         num_rows = student_logits.shape[0]
         if self._num_waiting + num_rows > self._ring.shape[0]:
             self._empty_ring()
         return self._ring[self._num_waiting : self._num_waiting + num_rows]
 
-    def add(self, rows: Rows, grad_logits: Tensor) -> None:
+    def add(self, rows: Rows, grad_logits: Tensor, rounding: Tensor | None) -> None:
+        """`rounding` as in `gemm.grad_hidden`."""
         if self._ring is None:
-            self.multiply(rows, grad_logits)
+            self.multiply(rows, grad_logits, rounding=rounding)
         else:
             self._waiting.append(rows)
+            self._rounding.append(rounding)
             self._num_waiting += grad_logits.shape[0]
 
-    def multiply(self, rows: Rows, grad_logits: Tensor, upstream: Tensor | None = None) -> None:
+    def multiply(
+        self, rows: Rows, grad_logits: Tensor, upstream: Tensor | None = None, rounding: Tensor | None = None
+    ) -> None:
         """The products. `upstream` [R] scales rows of grad_logits that were formed before it was known."""
         kept = self._large_entries(rows, grad_logits)
         if self._needs.hidden:
             if kept is None:
-                grad = gemm.grad_hidden(grad_logits, self._weight)
+                grad = gemm.grad_hidden(grad_logits, self._weight, rounding)
             else:
                 grad = self._hidden.new_zeros(grad_logits.shape[0], self._hidden.shape[1], dtype=grad_logits.dtype)
                 kept.add_product(self._weight, out=grad)
@@ -90,7 +99,9 @@ class GradientSums:
             hidden = self._hidden[rows]
             if upstream is not None:
                 hidden = (hidden.to(upstream.dtype) * upstream[:, None]).to(grad_logits.dtype)
-            if kept is None:
+            if self._result.weight.dtype != gemm.accumulation_dtype(hidden.dtype):
+                gemm.grad_weight(grad_logits, hidden, out=self._result.weight)
+            elif kept is None:
                 gemm.add_grad_weight(grad_logits, hidden, out=self._result.weight)
             else:
                 kept.transposed().add_product(hidden, out=self._result.weight)
@@ -105,14 +116,31 @@ class GradientSums:
         return kept
 
     def result(self) -> Gradients:
+        if self._at_once and not self._waiting:
+            self._result.weight.zero_()
         self._empty_ring()
         return self._result
+
+    def _new_grad_weight(self, *size: int, like: Tensor) -> Tensor:
+        if self._at_once:
+            return memory.empty(*size, like=like, dtype=like.dtype)
+        return memory.zeros(*size, like=like, dtype=gemm.accumulation_dtype(like.dtype))
 
     def _empty_ring(self) -> None:
         if self._waiting:
             assert self._ring is not None
-            self.multiply(_joined(self._waiting), self._ring[: self._num_waiting])
-            self._waiting, self._num_waiting = [], 0
+            rounding = [each for each in self._rounding if each is not None]
+            self.multiply(
+                _joined(self._waiting),
+                self._ring[: self._num_waiting],
+                rounding=torch.cat(rounding) if rounding else None,
+            )
+            self._waiting, self._rounding, self._num_waiting = [], [], 0
+
+
+def holds_all_rows(ring_rows: int, num_rows: int) -> bool:
+    """Whether the products of a call see all of its rows at once."""
+    return ring_rows >= num_rows > 0
 
 
 def new_rows(like: Tensor, num_rows: int, vocab_size: int, dtype: torch.dtype) -> Tensor:

@@ -19,8 +19,8 @@ from distil_kernels.backends import FORWARD_CE, NUM_STATISTICS, Cost, LogitTrans
 from distil_kernels.backends.dispatch import BACKENDS
 from distil_kernels.checks import check_tokens, sequence_lengths
 from distil_kernels.credit import Credit
-from distil_kernels.gemm import accumulation_dtype, operand_dtype
-from distil_kernels.gradients import Needs
+from distil_kernels.gemm import accumulation_dtype
+from distil_kernels.gradients import Needs, holds_all_rows
 from distil_kernels.plan import Plan
 
 # torch reads the annotations of a custom op at run time and knows Optional[Tensor], not Tensor | None.
@@ -89,7 +89,7 @@ def _(student_hidden: Tensor, student_weight: Tensor, *rest: Any) -> tuple[Tenso
         student_hidden.new_empty(NUM_STATISTICS, num_rows, dtype=dtype),
         student_hidden.new_empty(2, num_rows, dtype=dtype),
         student_hidden.new_empty(num_rows, dtype=dtype),
-        *fake_gradients(student_hidden, student_weight, rest[-1]),
+        *fake_gradients(student_hidden, student_weight, rest[-1], rest[-2]),
     )
 
 
@@ -167,7 +167,7 @@ def _(student_hidden: Tensor, student_weight: Tensor, *rest: Any) -> tuple[Tenso
         student_hidden.new_empty(NUM_STATISTICS, num_rows, dtype=dtype),
         student_hidden.new_empty(num_rows, dtype=dtype),
         student_hidden.new_empty(num_rows, dtype=torch.bool),
-        *fake_gradients(student_hidden, student_weight, rest[-1]),
+        *fake_gradients(student_hidden, student_weight, rest[-1], rest[-2]),
     )
 
 
@@ -253,13 +253,13 @@ def row_statistics(
 @row_statistics.register_fake
 def _(student_hidden: Tensor, student_weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype, num_rows = accumulation_dtype(student_hidden.dtype), student_hidden.shape[0]
-    kept_dtype = operand_dtype(student_hidden.dtype, student_hidden.device.type)
     plan = rest[-4]
     return (
         student_hidden.new_empty(NUM_STATISTICS, num_rows, dtype=dtype),
         student_hidden.new_empty(student_hidden.shape if plan == "frozen_head" else 0),
         student_hidden.new_empty(
-            (num_rows, student_weight.shape[0]) if plan == "kept_gradient" else 0, dtype=kept_dtype
+            (num_rows, student_weight.shape[0]) if plan == "kept_gradient" else 0,
+            dtype=driver.kept_dtype(student_hidden),
         ),
     )
 
@@ -408,11 +408,16 @@ def make_problem(
     )
 
 
-def fake_gradients(student_hidden: Tensor, student_weight: Tensor, needs: list[bool]) -> tuple[Tensor, ...]:
+def fake_gradients(
+    student_hidden: Tensor, student_weight: Tensor, needs: list[bool], ring_rows: int = 0
+) -> tuple[Tensor, ...]:
     dtype = accumulation_dtype(student_weight.dtype)
+    at_once = holds_all_rows(ring_rows, student_hidden.shape[0])
     return (
         student_hidden.new_empty(student_hidden.shape if needs[0] else 0),
-        student_weight.new_empty(student_weight.shape if needs[1] else 0, dtype=dtype),
+        student_weight.new_empty(
+            student_weight.shape if needs[1] else 0, dtype=student_weight.dtype if at_once else dtype
+        ),
         student_weight.new_empty(student_weight.shape[0] if needs[2] else 0, dtype=dtype),
     )
 

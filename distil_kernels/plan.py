@@ -11,11 +11,14 @@ One lm_head product costs 2 N V D floating-point operations; a plan is named by 
 
     logits chunk      = 2 R V a     R rows of student and teacher logits
     ring              = Q V b       Q rows of the logits' gradient that wait for one dh and one dW product
-    dW accumulator    = V D a       a = 4 bytes (8 for float64), b = 2 for half precision on a GPU, else a
+    dW accumulator    = V D a       a = 4 bytes (8 for float64), b = 2 for half precision on a GPU and for bfloat16
+                                    where the CPU multiplies it, else a; none where the ring holds all N rows
 
-On the CPU there is no ring: the gradient of the logits overwrites the student's logits, and the products follow at
-once. On a GPU adding to a float32 dW moves 8 V D bytes, 1.6 ms for V D = 152k * 4096 on an H100: at one product per
-small chunk that is more than everything but the products themselves, at one per 4096 rows a few per cent.
+On the CPU the gradient of the logits overwrites the student's logits, and the products follow at once; but a bfloat16
+call of few rows for its hidden size (N b <= D a + R b) keeps all of them in a ring, which is less memory than the dW
+accumulator that it makes needless. On a GPU adding to a float32 dW moves 8 V D bytes, 1.6 ms for V D = 152k * 4096 on
+an H100: at one product per small chunk that is more than everything but the products themselves, at one per 4096 rows
+a few per cent.
 
 Chunk and ring come from memory budgets; a `Plan` passed as `plan=` to the public ops brings its own.
 """
@@ -101,7 +104,9 @@ def choose_chunk_rows(shape: Shape, chunk_bytes: int | None = None) -> int:
 def choose_ring_rows(shape: Shape, chunk_rows: int, budget: int = RING_BYTES) -> int:
     """As many whole chunks as the ring's memory holds and the call has; one where only dh is formed; 0 for in place."""
     if shape.device_type == "cpu":
-        return 0
+        rounded = operand_dtype(shape.dtype, "cpu") != accumulation_dtype(shape.dtype)
+        few = shape.num_rows <= 2 * shape.hidden_size + chunk_rows
+        return max(shape.num_rows, chunk_rows) if rounded and few and shape.grad_head else 0
     if not shape.grad_head:
         in_place = operand_dtype(shape.dtype, shape.device_type) == accumulation_dtype(shape.dtype)
         return 0 if in_place else chunk_rows

@@ -185,7 +185,8 @@ def topk_loss(
         loss += torch.where(weight != 0, weight * ce, 0.0).sum()
         if grad is not None:
             grad.mul_(weight[:, None]).masked_fill_((weight == 0)[:, None], 0.0)
-            sums.add(rows, sums.room(raw).copy_(grad))
+            out = sums.room(raw).copy_(grad)
+            sums.add(rows, out, None if out.dtype == grad.dtype else (grad - out).sum(-1))
     return loss, *sums.result()
 
 

@@ -37,11 +37,9 @@ dk::DenseRows dense_rows(Address data, std::int64_t row_stride, std::int64_t num
   return {pointer<const void>(data), row_stride, num_rows, num_columns, is_bfloat16};
 }
 
-#if defined(DISTIL_CUDA)
 dk::GradRows grad_rows(Address data, std::int64_t row_stride, dk::FloatType type) {
   return {pointer<void>(data), row_stride, type};
 }
-#endif
 
 }  // namespace
 
@@ -83,6 +81,14 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("cpu_supports", &dk::cpu_supports, py::arg("instruction_set"));
 
+  py::enum_<dk::FloatType>(m, "FloatType")
+      .value("float32", dk::FloatType::kFloat32)
+      .value("bfloat16", dk::FloatType::kBFloat16)
+      .value("float16", dk::FloatType::kFloat16);
+
+  py::class_<dk::GradRows>(m, "GradRows")
+      .def(py::init(&grad_rows), py::arg("data"), py::arg("row_stride"), py::arg("type"));
+
   m.def(
       "cpu_row_stats",
       [](const dk::LogitRows& student, const dk::LogitRows& teacher, Address tokens, const dk::Cost& cost,
@@ -99,15 +105,15 @@ PYBIND11_MODULE(_C, m) {
       "cpu_row_grad",
       [](const dk::LogitRows& student, const dk::LogitRows& teacher, Address tokens, Address statistics,
          const dk::Cost& cost, Address cost_weight, Address logprob_weight, std::int64_t num_rows,
-         std::int64_t vocab_size, Address grad, std::int64_t grad_stride, int num_threads,
+         std::int64_t vocab_size, const dk::GradRows& grad, Address rounding, int num_threads,
          dk::InstructionSet instruction_set) {
         dk::cpu_row_grad(student, teacher, pointer<const std::int64_t>(tokens), pointer<const float>(statistics),
                          cost, pointer<const float>(cost_weight), pointer<const float>(logprob_weight), num_rows,
-                         vocab_size, pointer<float>(grad), grad_stride, num_threads, instruction_set);
+                         vocab_size, grad, pointer<float>(rounding), num_threads, instruction_set);
       },
       py::arg("student"), py::arg("teacher"), py::arg("tokens"), py::arg("statistics"), py::arg("cost"),
       py::arg("cost_weight"), py::arg("logprob_weight"), py::arg("num_rows"), py::arg("vocab_size"),
-      py::arg("grad"), py::arg("grad_stride"), py::arg("num_threads"), py::arg("instruction_set"),
+      py::arg("grad"), py::arg("rounding"), py::arg("num_threads"), py::arg("instruction_set"),
       py::call_guard<py::gil_scoped_release>());
 
   py::class_<dk::Matrix>(m, "Matrix")
@@ -186,14 +192,6 @@ PYBIND11_MODULE(_C, m) {
       py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
 
 #if defined(DISTIL_CUDA)
-  py::enum_<dk::FloatType>(m, "FloatType")
-      .value("float32", dk::FloatType::kFloat32)
-      .value("bfloat16", dk::FloatType::kBFloat16)
-      .value("float16", dk::FloatType::kFloat16);
-
-  py::class_<dk::GradRows>(m, "GradRows")
-      .def(py::init(&grad_rows), py::arg("data"), py::arg("row_stride"), py::arg("type"));
-
   m.def("cuda_device_error", &dk::cuda_device_error);
   m.def("cuda_error_text", &dk::cuda_error_text, py::arg("error"));
 

@@ -9,6 +9,7 @@ import torch
 
 from distil_kernels.backends import cpu
 from distil_kernels.backends.dispatch import choose_backend
+from distil_kernels.gemm import operand_dtype
 from distil_kernels.plan import LOGITS_CHUNK_BYTES, PLANS, Shape, choose_chunk_rows, choose_plan, logits_chunk_bytes
 
 BIG = Shape(8192, 151_936, 4096, torch.bfloat16, "cpu", scalar=True, grad_hidden=True, grad_head=True)
@@ -81,3 +82,13 @@ def test_chunks_of_a_call_are_of_equal_size():
     assert choose_chunk_rows(replace(size, num_rows=512, vocab_size=151936)) == 256
     assert choose_chunk_rows(replace(size, num_rows=1)) == 1
     assert choose_chunk_rows(replace(size, num_rows=0)) == 1
+
+
+def test_ring_on_the_cpu_replaces_a_larger_accumulator():
+    rounded = operand_dtype(torch.bfloat16, "cpu") == torch.bfloat16
+    few = replace(BIG, num_rows=1024, hidden_size=576, vocab_size=49_152)
+    assert choose_plan(few).ring_rows == (1024 if rounded else 0)
+    many = choose_plan(replace(few, num_rows=2048))
+    assert many.ring_rows == 0
+    assert choose_plan(replace(few, grad_head=False)).ring_rows == 0
+    assert choose_plan(replace(few, dtype=torch.float32)).ring_rows == 0

@@ -140,3 +140,23 @@ def test_small_kl_keeps_its_digits(instruction_set, generator):
     for statistic in (Statistic.FORWARD_KL, Statistic.REVERSE_KL):
         error = (ours[statistic].double() - exact[statistic]).abs().max()
         assert error < 2e-7, f"{statistic.name}: {error:.1e} of {exact[statistic].max():.1e}"
+
+
+@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_bfloat16_gradient_and_what_its_sum_lost(instruction_set, vocab_size, generator):
+    pair = rows(9, vocab_size, generator)
+    pair.student[4, 0] = float("nan")
+    ones = torch.ones(9)
+    statistics = cpu.row_stats(pair, PLAIN, PLAIN, None, FORWARD_CE, instruction_set=instruction_set)
+    arguments = pair, PLAIN, PLAIN, None, statistics, FORWARD_CE, ones, None
+    exact, rounded = torch.empty_like(pair.student), torch.zeros(9, vocab_size, dtype=torch.bfloat16)
+    assert cpu.row_grad(*arguments, exact, instruction_set=instruction_set) is None
+    lost = cpu.row_grad(*arguments, rounded, instruction_set=instruction_set)
+    torch.testing.assert_close(rounded, exact.bfloat16(), rtol=0, atol=0, equal_nan=True)
+    expected = (exact.double() - rounded.double()).sum(-1)
+    torch.testing.assert_close(lost.double(), expected, rtol=1e-4, atol=1e-9, equal_nan=True)
+    in_place = pair.student.view(torch.bfloat16)[:, :vocab_size]
+    again = cpu.row_grad(*arguments, in_place, instruction_set=instruction_set)
+    torch.testing.assert_close(again, lost, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(in_place, rounded, rtol=0, atol=0, equal_nan=True)

@@ -59,11 +59,11 @@ void cpu_row_stats(const LogitRows& student, const LogitRows& teacher, const std
 
 void cpu_row_grad(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
                   const float* statistics, const Cost& cost, const float* cost_weight, const float* logprob_weight,
-                  std::int64_t num_rows, std::int64_t vocab_size, float* grad, std::int64_t grad_stride,
+                  std::int64_t num_rows, std::int64_t vocab_size, const GradRows& grad, float* rounding,
                   int num_threads, InstructionSet instruction_set) {
   const auto run = [&](auto row_grad) {
     row_grad(student, teacher, tokens, statistics, cost, cost_weight, logprob_weight, num_rows, vocab_size, grad,
-             grad_stride, num_threads);
+             rounding, num_threads);
   };
   switch (resolve(instruction_set)) {
 #if defined(DISTIL_X86_64)

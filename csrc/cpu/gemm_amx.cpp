@@ -50,30 +50,38 @@ class Tiles {
 
 enum class Operand { kLeft, kRight };
 
+// 16 lanes by 32 depths as 16 lines: a lane each where depths are neighbours in memory, else a pair of depths each.
+inline void load_tile(const Lanes& in, std::int64_t lane, std::int64_t num_lanes, std::int64_t depth,
+                      std::int64_t num_depths, __m512i (&lines)[kVector]) {
+  for (int i = 0; i < kVector; ++i) {
+    if (in.depth_stride == 1) {
+      lines[i] = i < num_lanes ? load_pairs(in, lane + i, depth, num_depths) : _mm512_setzero_si512();
+    } else {
+      const std::int64_t left = num_depths - 2 * i, at = left > 0 ? depth + 2 * i : depth;
+      const __m512i low = load_lanes(in, lane, at, left > 0 ? num_lanes : 0);
+      const __m512i high = load_lanes(in, lane, at + (left > 1), left > 1 ? num_lanes : 0);
+      lines[i] = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+    }
+  }
+}
+
 // Lanes [lane, lane + num_lanes) and depths [depth, depth + num_depths), filled with zeros to whole tiles: tiles
-// along the depth of 16 lanes after another.
+// along the depth of 16 lanes after another. Memory is read along its rows.
 template <Operand kOperand>
 void pack(const Lanes& in, std::int64_t lane, std::int64_t num_lanes, std::int64_t depth, std::int64_t num_depths,
           Pair* out) {
   const bool lane_by_lane = in.depth_stride == 1;
-  for (std::int64_t l = 0; l < round_up(num_lanes, kSide); l += kVector) {
-    for (std::int64_t k = 0; k < num_depths; k += kTransposed, out += kTilePairs) {
-      __m512i rows[kVector];
-      for (int i = 0; i < kVector; ++i) {
-        if (lane_by_lane) {
-          rows[i] =
-              l + i < num_lanes ? load_pairs(in, lane + l + i, depth + k, num_depths - k) : _mm512_setzero_si512();
-        } else {
-          const std::int64_t left = num_depths - k - 2 * i, lanes = num_lanes - l;
-          const std::int64_t at = left > 0 ? depth + k + 2 * i : depth;
-          const __m512i low = load_lanes(in, lane + l, at, left > 0 ? lanes : 0);
-          const __m512i high = load_lanes(in, lane + l, at + (left > 1), left > 1 ? lanes : 0);
-          rows[i] = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-        }
-      }
-      if (lane_by_lane != (kOperand == Operand::kLeft)) transpose(rows);
-      for (int i = 0; i < kVector; ++i) _mm512_store_si512(out + i * kVector, rows[i]);
-    }
+  const std::int64_t panels = round_up(num_lanes, kSide) / kVector;
+  const std::int64_t tiles = round_up(num_depths, kTransposed) / kTransposed;
+  for (std::int64_t at = 0; at < panels * tiles; ++at) {
+    const std::int64_t panel = lane_by_lane ? at / tiles : at % panels,
+                       tile = lane_by_lane ? at % tiles : at / panels;
+    const std::int64_t l = panel * kVector, k = tile * kTransposed;
+    __m512i lines[kVector];
+    load_tile(in, lane + l, num_lanes - l, depth + k, num_depths - k, lines);
+    if (lane_by_lane != (kOperand == Operand::kLeft)) transpose(lines);
+    Pair* const to = out + (panel * tiles + tile) * kTilePairs;
+    for (int i = 0; i < kVector; ++i) _mm512_store_si512(to + i * kVector, lines[i]);
   }
 }
 

@@ -7,6 +7,8 @@
 // intrinsics would buy nothing that shows.
 #include "row_kernels.h"
 
+#include <cstring>
+
 #include "../row_math.h"
 
 namespace distil_kernels::DISTIL_ISA {
@@ -194,14 +196,39 @@ inline auto grad_block_of(Statistic cost) {
   }
 }
 
-inline void grad_of_row(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
-                        const float* statistics, const Cost& cost, float cost_weight, float logprob_weight,
-                        std::int64_t row, std::int64_t num_rows, std::int64_t vocab_size, float* grad) {
+// Rounds to the nearest bfloat16, ties to even; returns what the sum loses. NaN stays NaN. Inlined by GCC 12 the
+// whole gradient takes 1.6 times as long.
+[[gnu::noinline]] float round_block(const float* exact, std::int64_t size, std::uint16_t* out) {
+  float lost = 0;
+#pragma omp simd reduction(+ : lost)
+  for (std::int64_t v = 0; v < size; ++v) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &exact[v], sizeof bits);
+    const std::uint32_t nearest = bits + 0x7fff + ((bits >> 16) & 1), quiet_nan = bits | 0x400000;
+    const std::uint32_t kept = (exact[v] == exact[v] ? nearest : quiet_nan) & 0xffff0000;
+    float rounded;
+    std::memcpy(&rounded, &kept, sizeof rounded);
+    lost += exact[v] - rounded;
+    out[v] = static_cast<std::uint16_t>(kept >> 16);
+  }
+  return lost;
+}
+
+// Returns what the row's sum lost to rounding.
+inline float grad_of_row(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
+                         const float* statistics, const Cost& cost, float cost_weight, float logprob_weight,
+                         std::int64_t row, std::int64_t num_rows, std::int64_t vocab_size, const GradRows& grad) {
+  const bool is_bf16 = grad.type == FloatType::kBFloat16;
+  char* const row_of_grad = static_cast<char*>(grad.data) + row * grad.row_stride * (is_bf16 ? 2 : 4);
+  float* const exact = reinterpret_cast<float*>(row_of_grad);
+  auto* const rounded = reinterpret_cast<std::uint16_t*>(row_of_grad);
   if (cost_weight == 0.0f && logprob_weight == 0.0f) {
-    for (std::int64_t v = 0; v < vocab_size; ++v) grad[v] = 0.0f;
-    return;
+    std::memset(row_of_grad, 0, vocab_size * (is_bf16 ? 2 : 4));
+    return 0.0f;
   }
   Block block;
+  alignas(64) float buffer[kBlock];
+  double lost = 0;
   const auto statistic = [&](Statistic which) { return statistics[which * num_rows + row]; };
   const float student_max = statistic(kMaxLogit), teacher_max = statistic(kTeacherMaxLogit);
   const std::int64_t token = logprob_weight != 0.0f ? tokens[row] : -1;
@@ -221,14 +248,17 @@ inline void grad_of_row(const LogitRows& student, const LogitRows& teacher, cons
     const std::int64_t size = vocab_size - begin < kBlock ? vocab_size - begin : kBlock;
     const float* teacher_logits = load(teacher, row, begin, size, block.teacher, block.derivative);
     const float* student_logits = load(student, row, begin, size, block.student, block.derivative);
-    float* out = grad + begin;
+    float* out = is_bf16 ? buffer : exact + begin;
     grad_block(student_logits, teacher_logits, size, student_max, teacher_max, gradient, out);
     if (token >= begin && token < begin + size) out[token - begin] += logprob_weight;
     if (softcap) {
 #pragma omp simd
       for (std::int64_t v = 0; v < size; ++v) out[v] *= block.derivative[v];
     }
+    // In place this writes where logits have been read: half as far into the row.
+    if (is_bf16) lost += round_block(buffer, size, rounded + begin);
   }
+  return static_cast<float>(lost);
 }
 
 }  // namespace
@@ -243,12 +273,13 @@ void row_stats(const LogitRows& student, const LogitRows& teacher, const std::in
 
 void row_grad(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
               const float* statistics, const Cost& cost, const float* cost_weight, const float* logprob_weight,
-              std::int64_t num_rows, std::int64_t vocab_size, float* grad, std::int64_t grad_stride,
+              std::int64_t num_rows, std::int64_t vocab_size, const GradRows& grad, float* rounding,
               int num_threads) {
 #pragma omp parallel for num_threads(num_threads) schedule(static)
   for (std::int64_t row = 0; row < num_rows; ++row) {
-    grad_of_row(student, teacher, tokens, statistics, cost, cost_weight[row],
-                logprob_weight ? logprob_weight[row] : 0.0f, row, num_rows, vocab_size, grad + row * grad_stride);
+    const float lost = grad_of_row(student, teacher, tokens, statistics, cost, cost_weight[row],
+                                   logprob_weight ? logprob_weight[row] : 0.0f, row, num_rows, vocab_size, grad);
+    if (rounding) rounding[row] = lost;
   }
 }
 

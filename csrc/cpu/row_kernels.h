@@ -9,7 +9,7 @@
                  std::int64_t num_rows, std::int64_t vocab_size, float* statistics, int num_threads);              \
   void row_grad(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,                    \
                 const float* statistics, const Cost& cost, const float* cost_weight, const float* logprob_weight,  \
-                std::int64_t num_rows, std::int64_t vocab_size, float* grad, std::int64_t grad_stride,             \
+                std::int64_t num_rows, std::int64_t vocab_size, const GradRows& grad, float* rounding,             \
                 int num_threads);                                                                                  \
   }
 

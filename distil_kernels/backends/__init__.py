@@ -5,15 +5,17 @@ A back end is a module of this package with two row kernels and one question:
     unavailable(device, dtype) -> str | None
         why it cannot run there, or None. `dtype` is that of the student's hidden states.
     row_stats(logits, student, teacher, tokens, cost) -> statistics [NUM_STATISTICS, R]
-    row_grad(logits, student, teacher, tokens, statistics, cost, cost_weight, logprob_weight, out) -> None
+    row_grad(logits, student, teacher, tokens, statistics, cost, cost_weight, logprob_weight, out) -> rounding | None
 
 `logits` is a `LogitPair`: the raw outputs [R, V] of the two lm_head products, float32 (float64 for float64 inputs).
 Where there is no teacher its logits are the student's. `student` and `teacher` are `LogitTransform`s, which the kernels
 apply on the fly. `tokens` is int64 [R] or None. `cost` names the statistic that rows cost; JSD and STUDENT_MIXTURE_KL,
 which take a second read, are 0 where they are not it.
 `row_grad` writes d(cost_weight * cost + logprob_weight * log S[token]) / d raw student logit to `out` [R, V], which
-may be `logits.student` itself; a row whose two weights are 0 gets zeros whatever its logits hold. On a GPU `out` may
-also be bfloat16 or float16, the operand of the next products; it then lies in memory of its own.
+may be `logits.student` itself; a row whose two weights are 0 gets zeros whatever its logits hold. `out` may also be
+bfloat16, on a GPU float16 too, the operand of the next products; it then lies in memory of its own, or on the CPU in
+the first half of each row of `logits.student`. Back ends of the CPU return what the sum of each row lost to that
+rounding, [R], the others None.
 
 Two more kernels are optional; the driver does without them where a back end has none:
 

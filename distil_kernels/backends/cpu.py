@@ -71,8 +71,9 @@ def row_grad(
     out: Tensor,
     *,
     instruction_set: str = "best",
-) -> None:
+) -> Tensor | None:
     num_rows, vocab_size = logits.student.shape
+    rounding = torch.empty(num_rows) if out.dtype == torch.bfloat16 else None
     _C.cpu_row_grad(
         _rows(logits.student, student),
         _rows(logits.teacher, teacher),
@@ -83,11 +84,12 @@ def row_grad(
         _address(logprob_weight),
         num_rows,
         vocab_size,
-        _address(out),
-        out.stride(0),
+        _C.GradRows(out.data_ptr(), out.stride(0), getattr(_C.FloatType, str(out.dtype).removeprefix("torch."))),
+        _address(rounding),
         torch.get_num_threads(),
         getattr(_C.InstructionSet, instruction_set),
     )
+    return rounding
 
 
 def _rows(raw: Tensor, transform: LogitTransform) -> _C.LogitRows:

@@ -67,7 +67,7 @@ def row_grad(
     cost_weight: Tensor,
     logprob_weight: Tensor | None,
     out: Tensor,
-) -> None:
+) -> Tensor | None:
     derivative = _derivative(logits.student, student)
     s_log_normalizer = statistics[Statistic.LOG_NORMALIZER, :, None]
     t_log_normalizer = statistics[Statistic.TEACHER_LOG_NORMALIZER, :, None]
@@ -91,7 +91,9 @@ def row_grad(
         grad -= logprob_weight[:, None] * s_probs
         grad.scatter_add_(1, tokens[:, None], logprob_weight[:, None])
         used = used | (logprob_weight != 0)
-    out.copy_(torch.where(used[:, None], grad * derivative, 0.0))
+    grad = torch.where(used[:, None], grad * derivative, 0.0)
+    out.copy_(grad)
+    return None if out.dtype == grad.dtype else (grad - out).sum(-1)
 
 
 def _mixture_excess(probs: Tensor, others: Tensor, weight: float) -> Tensor:
