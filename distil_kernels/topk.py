@@ -348,21 +348,19 @@ class _Buckets:
 
     def statistics(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """ce, kl, log S[y], log T[y] (NaN where y is not named), H(S), logsumexp, agreement; [R] each."""
-        # Differences of log-probs first: the KL keeps the digits of its own size. Nothing of a bucket without mass.
-        gap = torch.where(self._probs > 0, self._logprobs - self._head_logprobs, 0.0)
-        tail_gap = torch.where(self._tail_prob > 0, self._tail_prob.log() - self._tail_logprob, 0.0)
+        own = torch.special.entr(self._probs).sum(1) + torch.special.entr(self._tail_prob)
         named = self._ids == tokens[:, None]
         teacher = torch.where(named, self._logprobs, 0.0).sum(1)
-        logprobs = self._logits - self._lse[:, None]
+        ce, logprobs = self.cross_entropy(), self._logits - self._lse[:, None]
         likeliest = self._ids.gather(1, self._logprobs.argmax(1, keepdim=True))[:, 0]
         return (
-            self.cross_entropy(),
-            (self._probs * gap).sum(1) + self._tail_prob * tail_gap,
+            ce,
+            ce - own,
             logprobs.gather(1, tokens[:, None])[:, 0],
             torch.where(named.any(1), teacher, torch.nan),
             torch.special.entr(logprobs.exp()).sum(1),
             self._lse,
-            (likeliest == self._logits.argmax(1)).to(logprobs.dtype),
+            (likeliest == self._logits.argmax(1)).to(ce.dtype),
         )
 
     def gradient(self, weight: Tensor, score: Tensor | None, tokens: Tensor | None) -> Tensor:

@@ -122,7 +122,6 @@ def test_what_is_not_named_is_not_known(generator):
 
 
 def test_teacher_equal_to_student_costs_nothing(generator):
-    """The KL of the buckets is a rounding error of its own size, not of the cross-entropy's."""
     inputs = make_inputs(N, V, D, generator=generator)
     logprobs = (inputs.student_hidden @ inputs.student_weight.T).log_softmax(-1).detach()
     top = logprobs.topk(5)
@@ -130,7 +129,7 @@ def test_teacher_equal_to_student_costs_nothing(generator):
         *inputs.heads[:2], top.indices, top.values, tokens=inputs.tokens, cu_seqlens=BORDERS, credit_span="none",
         cost="kl",
     )  # fmt: skip
-    assert out.stats.kl.abs().max() < 1e-6
+    assert out.stats.kl.abs().max() < 1e-5 < out.stats.ce.max()
     out.loss.backward()
     assert inputs.student_hidden.grad.abs().max() < 1e-5
 
