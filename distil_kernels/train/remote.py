@@ -5,8 +5,8 @@
 
 A state is what the teacher reads and the completion up to there, as token ids: one request each (`samples`: one for
 AT_ONCE draws), from THREADS threads; a state that several rollouts visit is asked about once. Tokens come back as ids
-(llama.cpp, vLLM) or as text, which the tokenizer maps; what is no token of the student's goes to the bucket, and its
-probability is logged as `unmapped`, the whole bucket's as `tail`.
+(llama.cpp, vLLM; log-probs only) or as text, which the tokenizer maps; what is no token of the student's goes to the
+bucket, and its probability is logged as `unmapped`, the whole bucket's as `tail`.
 
 The shares of `samples` are unbiased for the teacher's probabilities T, and cross-entropy, gradient and credit are
 linear in them, so these are unbiased too. At one state the cross-entropy has variance Var_{v ~ T}(log S_v) / n;

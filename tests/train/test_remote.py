@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,7 @@ def test_log_probs_are_the_models_own(endpoint: str, expert: tuple[Any, Any]) ->
 
 def test_shares_of_draws_are_the_models_probabilities(endpoint: str, expert: tuple[Any, Any]) -> None:
     """At one state 200 draws: each likely token's count is within 4 standard deviations of a binomial's."""
-    prompts = [expert[1]("The capital of France is").input_ids]
+    prompts = [expert[1]("My favourite colour is").input_ids]
     number = 200
     other = teacher(expert, endpoint, "samples", teacher_samples=number, teacher_temperature=0.8)
     torch.manual_seed(3)
@@ -192,16 +193,24 @@ def test_forms_of_an_answer(endpoint: str, expert: tuple[Any, Any], relay: Calla
     """Ids beside texts (llama.cpp), instead of them (vLLM), and texts alone, of which some are nobody's."""
     where = states(expert[1])
     direct = teacher(expert, endpoint).at_states(*where, share=True)
-    for form in (lambda entry: f"token_id:{entry['id']}", lambda entry: entry["token"]):
+
+    def whole(entry: dict[str, Any]) -> str:
+        return bytes(entry["bytes"]).decode(errors="replace")  # llama.cpp cuts pieces of characters off its texts
+
+    cases = (
+        (lambda entry: f"token_id:{entry['id']}", lambda token: False),
+        (whole, lambda token: "\ufffd" in expert[1].decode([token])),
+        (lambda entry: whole(entry) + "\ufffd" * (entry["id"] % 2), lambda token: token % 2 == 1),
+    )
+    for form, nobodys in cases:
         found = teacher(expert, relay(legacy(form))).at_states(*where, share=True)
-        assert torch.equal(found.ids, direct.ids)
-        torch.testing.assert_close(found.logprobs, direct.logprobs, atol=1e-3, rtol=0)
-    strange = relay(legacy(lambda entry: entry["token"] + ("\ufffd?" if entry["id"] % 2 else "")))
-    found = teacher(expert, strange).at_states(*where, share=True)
-    odd = (direct.ids % 2 == 1) * direct.logprobs.exp()
-    torch.testing.assert_close(found.unmapped, odd.sum(1), atol=1e-3, rtol=1e-3)
-    assert (found.ids % 2 == 0).logical_or(found.ids < 0).all()
-    torch.testing.assert_close(found.tail, direct.tail + odd.sum(1), atol=1e-3, rtol=1e-3)
+        lost = torch.tensor([[nobodys(token) for token in row] for row in direct.ids.tolist()])
+        for row in range(len(direct.ids)):
+            assert torch.equal(found.ids[row][found.ids[row] >= 0], direct.ids[row][~lost[row]])
+        mass = (direct.logprobs.exp() * lost).sum(1)
+        torch.testing.assert_close(found.unmapped, mass, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(found.tail, direct.tail + mass, atol=1e-3, rtol=1e-3)
+    assert mass.max() > 0.1
 
 
 def test_loss_and_gradient_are_those_of_our_own_models_top_k(
@@ -219,27 +228,34 @@ def test_loss_and_gradient_are_those_of_our_own_models_top_k(
     with torch.no_grad():
         plain = [entry.prompt for entry in batch]
         start = completion_hidden(run.student, plain, [0, 0, 1, 1], completions, run.share)
-    found = []
-    for taught in (theirs, ours):
-        hidden = start.clone().requires_grad_()
-        out = fused_loss(run.student, hidden, run.teacher, taught, completions, run.config, run.average)
-        found.append((out, *torch.autograd.grad(out.loss, [hidden, run.student.weight])))
-    (out, *gradients), (expected, *expected_gradients) = found
-    torch.testing.assert_close(out.stats.ce, expected.stats.ce, atol=0.3, rtol=0.03)
-    assert out.loss.item() == pytest.approx(expected.loss.item(), rel=0.01) and out.credit.abs().max() > 0
-    for mine, other in zip(gradients, expected_gradients, strict=True):
-        assert torch.cosine_similarity(mine.flatten(), other.flatten(), dim=0) > 0.95
-        assert 0.9 < mine.norm() / other.norm() < 1.1
+
+    def gradients(taught: TopK, span: str) -> tuple[Any, ...]:
+        hidden, config = start.clone().requires_grad_(), replace(run.config, credit_span=span)
+        out = fused_loss(run.student, hidden, run.teacher, taught, completions, config, run.average)
+        return out, *torch.autograd.grad(out.loss, [hidden, run.student.weight])
+
+    # The credit is a difference of costs-to-go: what the server's rounding moves them by is a larger share of it.
+    for span, cosine, ratio in (("none", 0.99, 1.1), ("future", 0.95, 1.3)):
+        out, *found = gradients(theirs, span)
+        expected, *wanted = gradients(ours, span)
+        torch.testing.assert_close(out.stats.ce, expected.stats.ce, atol=0.3, rtol=0.03)
+        assert out.loss.item() == pytest.approx(expected.loss.item(), rel=0.02)
+        for mine, other in zip(found, wanted, strict=True):
+            assert torch.cosine_similarity(mine.flatten(), other.flatten(), dim=0) > cosine
+            assert 1 / ratio < mine.norm() / other.norm() < ratio
+    assert out.credit.abs().max() > 0
     loss, _ = run.micro_batch(batch, 4.0, {})
     assert loss.item() == pytest.approx(out.loss.item(), rel=1e-3)
     assert all(parameter.grad.isfinite().all() for parameter in run.student.model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [("remote", "--teacher_top", "5"), ("samples", "--teacher_samples", "4", "--baseline", "moving_average")]
 )
 def test_two_steps(endpoint: str, small: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
-    directory = train(small, tmp_path, "run", "--teacher", *options, "--teacher_url", endpoint, steps=2)
+    less = ("--prompts_per_step", "2", "--eval_problems", "2", "--max_new_tokens", "3")
+    directory = train(small, tmp_path, "run", *less, "--teacher", *options, "--teacher_url", endpoint, steps=2)
     records = metrics(directory)
     steps = [record for record in records if record["kind"] == "step"]
     assert len(steps) == 2
