@@ -9,21 +9,30 @@ P = sum_k p_k + p_tail (1 but for rounding) and s the student's logits
 
 The tail has a logsumexp of its own: 1 - sum_k S_k would be rounding where the student is sure. Rows go in chunks whose
 gradients are formed at once, as in `driver` (plan gradient_in_forward, or frozen_head). The arithmetic of a row is
-plain torch on every device: three passes over a chunk of logits. Left out: a loss per token with its own gradient.
+plain torch on every device: three passes over a chunk of logits. The gradient is linear in S,
+
+    w dCE / ds + a dlog S[y] / ds  =  (w P - a) S - w p + a [y]         (p_tail shared out as S is within the tail)
+
+so that the sequence-level loss adds no pass to it; but its a_t need every row's cross-entropy first, and so
+`fused_topk_distil_loss` forms the logits twice (4 products of 2NVD FLOP, `fused_topk_ce` 3). Left out: a loss per token
+with its own gradient, rollouts older than the student, autocast and other back ends.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
 from distil_kernels import memory, ops
-from distil_kernels.checks import Door
+from distil_kernels.checks import Door, check_tokens, sequence_lengths
+from distil_kernels.credit import Credit, CreditScan, reverse_chunks
 from distil_kernels.driver import plain_chunks
+from distil_kernels.functional import DistilLoss, TokenStats
 from distil_kernels.gemm import accumulation_dtype, lm_head
-from distil_kernels.gradients import GradientSums, Needs
+from distil_kernels.gradients import GradientSums, Needs, Rows
 from distil_kernels.plan import Shape, choose_chunk_rows, choose_ring_rows
 
 # ruff: noqa: UP045  (torch reads the annotations of a custom op and knows Optional[Tensor])
@@ -33,7 +42,7 @@ _MOST_MASS = 1 + 1e-3
 
 
 class _Student(NamedTuple):
-    bias: Tensor | None
+    bias: Tensor | None  # [V] in the accumulation dtype
     temperature: float
     softcap: float | None
 
@@ -101,13 +110,12 @@ def fused_topk_ce(
         weight = token_weight.detach().to(dtype)
     if token_mask is not None:
         weight = torch.where(token_mask, weight, 0.0)
-    leaves = (student_hidden, student_weight, student_bias)
-    needs = [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]
+    needs = _needs(student_hidden, student_weight, student_bias)
     num_kept = teacher_ids.shape[-1]
     total, *_ = topk_loss(
         student_hidden.reshape(-1, student_hidden.shape[-1]), student_weight, student_bias,
-        teacher_ids.reshape(-1, num_kept), teacher_logprobs.detach().to(dtype).reshape(-1, num_kept), counted,
-        weight.reshape(-1), float(temperature), logit_softcap, needs,
+        teacher_ids.reshape(-1, num_kept), teacher_logprobs.detach().to(dtype).reshape(-1, num_kept), None, counted,
+        weight.reshape(-1), None, float(temperature), logit_softcap, needs,
     )  # fmt: skip
     if reduction == "sum":
         return total
@@ -115,6 +123,93 @@ def fused_topk_ce(
         normalizer = weight.sum()
         normalizer = torch.where(normalizer == 0, 1.0, normalizer)
     return total / normalizer
+
+
+def fused_topk_distil_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    *,
+    tokens: Tensor,
+    cu_seqlens: Tensor,
+    student_bias: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    cost: str = "ce",
+    credit_span: str = "future",
+    discount: float = 1.0,
+    horizon: int | None = None,
+    normalize_by_remaining: bool = False,
+    baseline: str | Tensor | None = None,
+    group_size: int | None = None,
+    credit_clip: float | None = None,
+    credit_scale: float = 1.0,
+    normalizer: float | Tensor | None = None,
+) -> DistilLoss:
+    """`fused_distil_loss` for a teacher as `fused_topk_ce` knows it: K tokens and one bucket of all others.
+
+    Args:
+        student_hidden: [N, D] packed rows, the hidden states that predict `tokens`.
+        teacher_ids, teacher_logprobs: [N, K] as in `fused_topk_ce`.
+        cost: "ce", or "kl": that less the entropy of the teacher's K + 1 buckets.
+        Others: as in `fused_distil_loss`.
+
+    Returns:
+        DistilLoss. In `stats` what K tokens do not tell is NaN: `reverse_kl`, `teacher_lse`, and `teacher_logprob` of
+        a token that is not among them; `kl` and `teacher_entropy` are those of the buckets; `agree` is whether the
+        likeliest named token is the student's likeliest.
+
+    Raises:
+        As `fused_topk_ce` and `fused_distil_loss`.
+    """
+    door = Door("fused_topk_distil_loss")
+    door.positive("temperature", temperature, optional=False)
+    door.positive("logit_softcap", logit_softcap)
+    door.normalizer(normalizer, student_hidden)
+    door.one_of("cost", cost, ("ce", "kl"))
+    door.heads(student_hidden, student_weight, student_hidden, None, student_bias, None)
+    door.packed(student_hidden, cu_seqlens)
+    door.rows("token_mask", token_mask, student_hidden, "bool")
+    door.rows("tokens", tokens, student_hidden, "int64")
+    credit = door.credit(
+        student_hidden, credit_span, baseline, group_size, discount, horizon, normalize_by_remaining, credit_clip,
+        credit_scale, None, None,
+    )  # fmt: skip
+    _check_teacher(door, student_hidden, teacher_ids, teacher_logprobs, token_mask, student_weight.shape[0])
+    check_tokens(tokens, token_mask, student_weight.shape[0])
+    lengths = sequence_lengths(cu_seqlens, student_hidden.shape[0], credit.group_size)
+
+    dtype = accumulation_dtype(student_hidden.dtype)
+    rows = (student_hidden, student_weight, student_bias, teacher_ids, teacher_logprobs.detach().to(dtype))
+    options = (float(temperature), logit_softcap)
+    stats = _Problem(*rows, token_mask, *options).statistics(tokens)
+    costs = stats.ce if cost == "ce" else stats.kl
+    weights, cost_to_go = _credit(credit, lengths, token_mask, costs)
+    counts = torch.ones_like(costs) if token_mask is None else token_mask.to(dtype)
+    needs = _needs(student_hidden, student_weight, student_bias)
+    total, *_ = topk_loss(*rows, tokens, token_mask, counts, weights, *options, needs)
+    if cost == "kl":
+        total = total - stats.teacher_entropy.sum()
+    denominator = lengths.numel() if normalizer is None else normalizer
+    return DistilLoss(total / denominator, stats, costs, weights, cost_to_go, torch.zeros_like(costs))
+
+
+def _needs(*leaves: Tensor | None) -> list[bool]:
+    return [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]
+
+
+def _credit(credit: Credit, lengths: Tensor, counted: Tensor | None, costs: Tensor) -> Tensor:
+    """a_t and G_t [2, N] of costs [N] that are all known."""
+    found = costs.new_zeros(2, costs.numel())
+    if credit.span != "none":
+        scan = CreditScan(credit, lengths, costs.dtype, costs.device)
+        on_cpu = None if counted is None else counted.cpu()
+        for chunk in reverse_chunks(lengths, on_cpu, credit, max(1, costs.numel())):
+            rows = chunk.rows.to(costs.device)
+            found[:, rows] = scan.weights(costs[rows], chunk)
+    return found
 
 
 def _check_teacher(
@@ -158,67 +253,133 @@ def topk_loss(
     student_bias: Optional[Tensor],
     teacher_ids: Tensor,
     teacher_logprobs: Tensor,
+    tokens: Optional[Tensor],
     counted: Optional[Tensor],
     row_weight: Tensor,
+    score_weight: Optional[Tensor],
     temperature: float,
     logit_softcap: Optional[float],
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(sum of row_weight * CE [], gradients of hidden, weight and bias)."""
-    num_rows, vocab_size = student_hidden.shape[0], student_weight.shape[0]
-    dtype = accumulation_dtype(student_hidden.dtype)
-    shape = Shape(
-        num_rows, vocab_size, student_hidden.shape[1], student_hidden.dtype, student_hidden.device.type, scalar=True,
-        grad_hidden=needs[0], grad_head=needs[1] or needs[2],
-    )  # fmt: skip
+    """(sum of row_weight * CE [], gradients of hidden, weight and bias); score_weight * grad log S[tokens] enters the
+    gradients alone."""
+    problem = _Problem(
+        student_hidden, student_weight, student_bias, teacher_ids, teacher_logprobs, counted, temperature, logit_softcap
+    )
+    shape = problem.shape(needs)
     chunk_rows = choose_chunk_rows(shape)
     sums = GradientSums(student_hidden, student_weight, Needs(*needs), choose_ring_rows(shape, chunk_rows))
-    student = _Student(None if student_bias is None else student_bias.to(dtype), temperature, logit_softcap)
-    room = memory.empty(chunk_rows, vocab_size, like=student_hidden, dtype=dtype)
-    loss = student_hidden.new_zeros((), dtype=dtype)
-    for rows in plain_chunks(counted, num_rows, chunk_rows):
-        hidden = student_hidden[rows]
-        raw = room[: hidden.shape[0]]
-        lm_head(hidden, student_weight, out=raw)
-        ce, grad = _rows(raw, student, teacher_ids[rows], teacher_logprobs[rows], any(needs))
+    loss = row_weight.new_zeros(())
+    for rows, raw, both in problem.chunks(chunk_rows):
         weight = row_weight[rows]
-        loss += torch.where(weight != 0, weight * ce, 0.0).sum()
-        if grad is not None:
-            grad.mul_(weight[:, None]).masked_fill_((weight == 0)[:, None], 0.0)
+        loss += torch.where(weight != 0, weight * both.cross_entropy(), 0.0).sum()
+        if any(needs):
+            score = None if score_weight is None else score_weight[rows]
+            grad = both.gradient(weight, score, None if tokens is None else tokens[rows])
             out = sums.room(raw).copy_(grad)
             sums.add(rows, out, None if out.dtype == grad.dtype else (grad - out).sum(-1))
     return loss, *sums.result()
 
 
-def _rows(
-    raw: Tensor, student: _Student, ids: Tensor, logprobs: Tensor, with_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropy [R] and its gradient by the raw logits [R, V]."""
-    num_rows, vocab_size = raw.shape
-    logits, derivative = student.logits(raw)
-    known = ids >= 0
-    # Tokens that are not known point to a column behind the vocabulary, where nothing is.
-    place = torch.where(known, ids, vocab_size)
-    tail = raw.new_empty(num_rows, vocab_size + 1)
-    tail[:, :-1] = logits
-    tail[:, -1] = -torch.inf
-    head = tail.gather(1, place)
-    tail.scatter_(1, place, -torch.inf)
-    lse_tail = tail.logsumexp(1)
-    lse = torch.logaddexp(lse_tail, head.logsumexp(1))
-    probs = torch.where(known, logprobs, -torch.inf).exp()
-    has_tail = lse_tail > -torch.inf
-    tail_prob = torch.where(has_tail, (1.0 - probs.sum(1)).clamp(min=0.0), 0.0)
-    head_logprobs = torch.where(known, head - lse[:, None], 0.0)
-    tail_logprob = torch.where(has_tail, lse_tail - lse, 0.0)
-    ce = -(probs * head_logprobs).sum(1) - tail_prob * tail_logprob
-    if not with_grad:
-        return ce, None
-    mass = probs.sum(1) + tail_prob
-    tail_share = torch.where(has_tail, mass * tail_logprob.exp() - tail_prob, 0.0)
-    grad = tail.sub_(torch.where(has_tail, lse_tail, 0.0)[:, None]).exp_().mul_(tail_share[:, None])
-    grad.scatter_(1, place, torch.where(known, mass[:, None] * head_logprobs.exp() - probs, 0.0))
-    return ce, grad[:, :-1].mul_(derivative)
+class _Problem(NamedTuple):
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    ids: Tensor  # [N, K]
+    logprobs: Tensor  # [N, K] in the accumulation dtype
+    counted: Tensor | None  # [N] bool
+    temperature: float
+    softcap: float | None
+
+    def shape(self, needs: list[bool]) -> Shape:
+        hidden, vocab_size = self.hidden, self.weight.shape[0]
+        return Shape(
+            hidden.shape[0], vocab_size, hidden.shape[1], hidden.dtype, hidden.device.type, scalar=True,
+            grad_hidden=needs[0], grad_head=needs[1] or needs[2],
+        )  # fmt: skip
+
+    def chunks(self, chunk_rows: int) -> Iterator[tuple[Rows, Tensor, _Buckets]]:
+        """Rows that count, room for the gradient of their raw logits [R, V], and both models' buckets there."""
+        dtype = self.logprobs.dtype
+        student = _Student(None if self.bias is None else self.bias.to(dtype), self.temperature, self.softcap)
+        room = memory.empty(chunk_rows, self.weight.shape[0], like=self.hidden, dtype=dtype)
+        for rows in plain_chunks(self.counted, self.hidden.shape[0], chunk_rows):
+            hidden = self.hidden[rows]
+            raw = room[: hidden.shape[0]]
+            lm_head(hidden, self.weight, out=raw)
+            yield rows, raw, _Buckets(raw, student, self.ids[rows], self.logprobs[rows])
+
+    @torch.no_grad()
+    def statistics(self, tokens: Tensor) -> TokenStats:
+        """Of every row that counts; 0 elsewhere, NaN what is not known."""
+        found = self.logprobs.new_zeros(7, self.hidden.shape[0])
+        for rows, _, both in self.chunks(choose_chunk_rows(self.shape([False] * 3))):
+            found[:, rows] = torch.stack(both.statistics(tokens[rows]))
+        ce, kl, logprob, teacher_logprob, entropy, lse, agree = found
+        nan = torch.full_like(ce, torch.nan)
+        return TokenStats(ce, kl, nan, logprob, teacher_logprob, entropy, ce - kl, lse, nan, agree != 0)
+
+
+class _Buckets:
+    """R rows of both models: K named tokens and the tail."""
+
+    def __init__(self, raw: Tensor, student: _Student, ids: Tensor, logprobs: Tensor) -> None:
+        num_rows, vocab_size = raw.shape
+        logits, self._derivative = student.logits(raw)
+        self._ids, self._known = ids, ids >= 0
+        # Tokens that are not known point to a column behind the vocabulary, where nothing is.
+        self._place = torch.where(self._known, ids, vocab_size)
+        self._tail = raw.new_empty(num_rows, vocab_size + 1)
+        self._tail[:, :-1] = logits
+        self._tail[:, -1] = -torch.inf
+        head = self._tail.gather(1, self._place)
+        self._tail.scatter_(1, self._place, -torch.inf)
+        self._lse_tail = self._tail.logsumexp(1)
+        self._logits, self._lse = logits, torch.logaddexp(self._lse_tail, head.logsumexp(1))
+        self._logprobs = torch.where(self._known, logprobs, -torch.inf)
+        self._probs = self._logprobs.exp()
+        self._has_tail = self._lse_tail > -torch.inf
+        self._tail_prob = torch.where(self._has_tail, (1.0 - self._probs.sum(1)).clamp(min=0.0), 0.0)
+        self._head_logprobs = torch.where(self._known, head - self._lse[:, None], 0.0)
+        self._tail_logprob = torch.where(self._has_tail, self._lse_tail - self._lse, 0.0)
+
+    def cross_entropy(self) -> Tensor:
+        """[R]"""
+        return -(self._probs * self._head_logprobs).sum(1) - self._tail_prob * self._tail_logprob
+
+    def statistics(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """ce, kl, log S[y], log T[y] (NaN where y is not named), H(S), logsumexp, agreement; [R] each."""
+        own = torch.special.entr(self._probs).sum(1) + torch.special.entr(self._tail_prob)
+        named = self._ids == tokens[:, None]
+        teacher = torch.where(named, self._logprobs, 0.0).sum(1)
+        ce, logprobs = self.cross_entropy(), self._logits - self._lse[:, None]
+        likeliest = self._ids.gather(1, self._logprobs.argmax(1, keepdim=True))[:, 0]
+        return (
+            ce,
+            ce - own,
+            logprobs.gather(1, tokens[:, None])[:, 0],
+            torch.where(named.any(1), teacher, torch.nan),
+            torch.special.entr(logprobs.exp()).sum(1),
+            self._lse,
+            (likeliest == self._logits.argmax(1)).to(ce.dtype),
+        )
+
+    def gradient(self, weight: Tensor, score: Tensor | None, tokens: Tensor | None) -> Tensor:
+        """[R, V] of weight * CE + score * log S[tokens] by the raw logits, in the tail's memory."""
+        factor = weight * (self._probs.sum(1) + self._tail_prob)
+        used = weight != 0
+        if score is not None:
+            factor, used = factor - score, used | (score != 0)
+        tail_share = factor * self._tail_logprob.exp() - weight * self._tail_prob
+        tail_share = torch.where(self._has_tail, tail_share, 0.0)
+        grad = self._tail.sub_(torch.where(self._has_tail, self._lse_tail, 0.0)[:, None]).exp_()
+        grad.mul_(tail_share[:, None])
+        head = factor[:, None] * self._head_logprobs.exp() - weight[:, None] * self._probs
+        grad.scatter_(1, self._place, torch.where(self._known, head, 0.0))
+        if score is not None:
+            assert tokens is not None
+            grad.scatter_add_(1, tokens[:, None], score[:, None])
+        return grad[:, :-1].mul_(self._derivative).masked_fill_(~used[:, None], 0.0)
 
 
 @topk_loss.register_fake

@@ -154,8 +154,11 @@ def test_opcheck(generator):
 
     inputs = make_inputs(4, 9, 5, generator=generator)
     ids, logprobs = teacher_topk(4, 9, 3, generator)
-    arguments = (*inputs.heads[:2], None, ids, logprobs.float(), None, torch.ones(4), 1.0, None, [True, True, False])
-    torch.library.opcheck(topk_loss, arguments)
+    shared = (*inputs.heads[:2], None, ids, logprobs.float())
+    for score in (None, torch.randn(4, generator=generator)):
+        tokens = None if score is None else inputs.tokens
+        arguments = (*shared, tokens, None, torch.ones(4), score, 1.0, None, [True, True, False])
+        torch.library.opcheck(topk_loss, arguments)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,9 @@ def evaluate(arguments: list[str]) -> int:
     else:
         if "model" in given:
             raise ValueError(f"[model] the model to evaluate is {target}, got --model {config.model} too")
-        alone = dataclasses.replace(config, model=target, teacher="live", teacher_model="", tracker="none")
+        alone = dataclasses.replace(
+            config, model=target, teacher="live", teacher_model="", teacher_url="", tracker="none"
+        )
         trainer = Trainer(alone, Path(), console)
     with trainer.accelerator.autocast():
         result = trainer.evaluate(trainer.student, trainer.teacher)

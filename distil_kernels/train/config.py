@@ -73,10 +73,19 @@ class Config:
     feedback: str = "correction"
     """What is said of an answer: correction (the expert's answer), trace (what happened when it was run), both, or
     module:function, called with problem and answer."""
-    teacher: str = _option("frozen", ("frozen", "ema", "live", "local"))
-    """Whose distribution is learnt: the student's at the start, a slow average's, its own, or teacher_model's."""
+    teacher: str = _option("frozen", ("frozen", "ema", "live", "local", "remote", "samples"))
+    """Whose distribution is learnt: the student's at the start, a slow average's, its own, teacher_model's (local), or
+    that of teacher_url by its top log-probs (remote) or by sampled tokens (samples)."""
     teacher_model: str = ""
-    """Path or hub name of the teacher `local`: a causal LM whose tokens are the student's."""
+    """Teacher local: path or hub name of a causal LM whose tokens are the student's. Teachers remote and samples: the
+    endpoint's name for the model, where it has several."""
+    teacher_url: str = ""
+    """OpenAI-compatible endpoint of teachers remote and samples, http://HOST:PORT/v1, whose /completions takes token
+    ids; the key is OPENAI_API_KEY of the environment."""
+    teacher_top: int = _option(20, AT_LEAST_1)
+    """Tokens whose log-probs teacher remote is asked for; the others are one bucket."""
+    teacher_samples: int = _option(16, AT_LEAST_1)
+    """Next tokens that teacher samples draws at each state."""
     ema_rate: float = _option(0.05, (0.0, 1.0))
     """Share of the student that enters the ema teacher each step."""
     objective: str = _option("forward_ce", ("forward_ce", "reverse_kl", "jsd", "policy_gradient"))
@@ -108,7 +117,7 @@ class Config:
     temperature: float = _option(1.0, POSITIVE)
     """Temperature of the student, in rollouts and loss."""
     teacher_temperature: float = _option(1.0, POSITIVE)
-    """Temperature of the teacher."""
+    """Temperature of the teacher; of the draws of teacher samples."""
     top_p: float = _option(1.0, (0.0, 1.0))
     """Nucleus of training rollouts; below 1 only with off_policy."""
     top_k: int = _option(0, AT_LEAST_0)
@@ -194,10 +203,18 @@ class Config:
                 "[rollouts_per_prompt] objective policy_gradient compares rollouts of a prompt: expected at least 2, "
                 f"got {self.rollouts_per_prompt}"
             )
-        if bool(self.teacher_model) != (self.teacher == "local"):
+        endpoint = self.teacher in ("remote", "samples")
+        if bool(self.teacher_model) != (self.teacher == "local") and not endpoint:
             raise ValueError(
                 f"[teacher_model] belongs to teacher local: got {self.teacher_model!r} with teacher {self.teacher}"
             )
+        if not (self.teacher_url.startswith(("http://", "https://")) if endpoint else not self.teacher_url):
+            raise ValueError(
+                "[teacher_url] teachers remote and samples take http://HOST:PORT/v1, others none: got "
+                f"{self.teacher_url!r} with teacher {self.teacher}"
+            )
+        if endpoint:
+            self._check_partial_teacher()
         if self.baseline == "leave_one_out" and self.credit_span != "none" and self.rollouts_per_prompt < 2:
             raise ValueError(
                 f"[rollouts_per_prompt] baseline leave_one_out compares rollouts of a prompt: expected at least 2, "
@@ -210,6 +227,18 @@ class Config:
             )
         if self.name and Path(self.name).name != self.name:
             raise ValueError(f"[name] expected a plain directory name, got {self.name!r}")
+
+    def _check_partial_teacher(self) -> None:
+        """What a teacher without a whole distribution cannot do."""
+        expected: dict[str, tuple[Any, ...]] = {
+            "objective": ("forward_ce",), "backend": ("auto", "reference"), "plan": ("auto",),
+        }  # fmt: skip
+        if self.teacher == "remote":  # its log-probs come as they are
+            expected["teacher_temperature"] = (1.0,)
+        for name, allowed in expected.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"[{name}] teacher {self.teacher} takes {' or '.join(map(str, allowed))}, got {value}")
 
     def to_json(self) -> str:
         return json.dumps({option.name: getattr(self, option.name) for option in fields(self)}, indent=2) + "\n"

@@ -11,11 +11,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from distil_kernels.hf import CausalLM
 from distil_kernels.train.feedback import Prompts, Verifier
+from distil_kernels.train.remote import RemoteTeacher
 from distil_kernels.train.rollout import Sampling, sample
 from distil_kernels.train.tasks import Feedback, Problem, Task
 from distil_kernels.train.teacher import Teacher
@@ -78,12 +80,13 @@ class Evaluator:
             yield
 
     def __call__(
-        self, student: CausalLM, teacher: Teacher, stop: Callable[[], bool] = lambda: False
+        self, student: CausalLM, teacher: Teacher | RemoteTeacher, stop: Callable[[], bool] = lambda: False
     ) -> Evaluation | None:
         """None when `stop` became true between batches."""
         with self.own_draws(student):
-            sampled, length = self._answers(student, self._student, self._num_samples, self._sampling, stop)
-            greedy, _ = self._answers(student, self._student, 1, replace(self._sampling, temperature=0.0), stop)
+            draw = partial(sample, student)
+            sampled, length = self._answers(draw, self._student, self._num_samples, self._sampling, stop)
+            greedy, _ = self._answers(draw, self._student, 1, replace(self._sampling, temperature=0.0), stop)
             if stop():
                 return None
             # The teacher reads what is said of the greedy answer; where that is nothing, what the student reads.
@@ -91,8 +94,7 @@ class Evaluator:
                 self._prompts.teacher(problem, said[0]) or prompt
                 for problem, said, prompt in zip(self._problems, greedy, self._student, strict=True)
             ]
-            with teacher.reading():
-                taught, _ = self._answers(teacher.lm, read, 1, self._sampling, stop)
+            taught, _ = self._answers(teacher.answers, read, 1, self._sampling, stop)
             if stop():
                 return None
         scores = [[[said.score for said in own] for own in answers] for answers in (sampled, greedy, taught)]
@@ -101,7 +103,7 @@ class Evaluator:
 
     def _answers(
         self,
-        lm: CausalLM,
+        draw: Callable[[Sequence[list[int]], Sequence[int], Sampling, bool], list[list[int]]],
         prompts: Sequence[list[int]],
         num_samples: int,
         sampling: Sampling,
@@ -116,7 +118,7 @@ class Evaluator:
                 break
             batch = prompts[begin : begin + per_batch]
             rows = [row for row in range(len(batch)) for _ in range(num_samples)]
-            completions = sample(lm, batch, rows, sampling, self._share)
+            completions = draw(batch, rows, sampling, self._share)
             num_tokens += sum(map(len, completions))
             for first in range(0, len(rows), num_samples):
                 problem = self._problems[begin + rows[first]]

@@ -39,6 +39,7 @@ from distil_kernels.train.feedback import Prompts, verifier
 from distil_kernels.train.interrupt import Interrupt
 from distil_kernels.train.objective import Sums, distil_loss, means, policy_loss
 from distil_kernels.train.prefix import completion_hidden, shares_prompts
+from distil_kernels.train.remote import RemoteTeacher
 from distil_kernels.train.rollout import Sampling, sample
 from distil_kernels.train.tasks import held_out_problems, make_task, problems
 from distil_kernels.train.teacher import Teacher, check_same_tokens
@@ -63,14 +64,18 @@ class Trainer:
         scheduler = LambdaLR(optimizer, partial(_rate, config))
         self.model, self.optimizer, self.scheduler = self.accelerator.prepare(model, optimizer, scheduler)
         self.student = split(self.accelerator.unwrap_model(self.model))
-        other = None
+        head, other = self.student.weight, None
         if config.teacher == "local":
             other, other_tokenizer = models.load(config.teacher_model, "teacher_model")
             check_same_tokens(self.tokenizer, other_tokenizer)
             self.start += checkpoint.fingerprint(other)
-        self.teacher = Teacher(self.student, config.teacher, config.ema_rate, other)
-        self.average = PositionAverage(config.max_new_tokens, config.baseline_rate, self.student.weight.device)
-        self.share = _shares(config, shares_prompts(self.student) and shares_prompts(self.teacher.lm))
+        self.teacher: Teacher | RemoteTeacher
+        if config.teacher_url:
+            self.teacher = RemoteTeacher(config, self.tokenizer, head.shape[0], head.device)
+        else:
+            self.teacher = Teacher(self.student, config.teacher, config.ema_rate, other)
+        self.average = PositionAverage(config.max_new_tokens, config.baseline_rate, head.device)
+        self.share = _shares(config, shares_prompts(self.student) and self.teacher.shares_prompts)
 
         self.task, self.verify = make_task(config.task, config.seed), verifier(config.feedback)
         stream = problems(self.task, held_out=False)
@@ -140,25 +145,25 @@ class Trainer:
         group = self.config.rollouts_per_prompt
         completions = [done for entry in batch for done in entry.completions]
         rows = [row for row in range(len(batch)) for _ in range(group)]
-        config, teacher_hidden = self.config, None
+        config, taught = self.config, None
         with self.accelerator.autocast():
             if config.objective != "policy_gradient":
                 texts, text_rows = unique([prompt for entry in batch for prompt in entry.teacher_prompts])
                 with _timed(seconds, "teacher"):
-                    teacher_hidden = self.teacher.hidden(texts, text_rows, completions, self.share)
+                    taught = self.teacher.at_states(texts, text_rows, completions, self.share)
             with _timed(seconds, "student"):
                 prompts = [entry.prompt for entry in batch]
                 hidden = completion_hidden(self.student, prompts, rows, completions, self.share)
                 hidden = hidden.to(self.student.weight.dtype)
             with _timed(seconds, "loss"):
-                if teacher_hidden is None:
+                if taught is None:
                     scores = [feedback.score for entry in batch for feedback in entry.feedback]
                     loss, sums = policy_loss(self.student, hidden, completions, scores, config, normalizer)
                 else:
-                    taught = [counts for entry in batch for counts in entry.taught]
+                    counts = [counts for entry in batch for counts in entry.taught]
                     loss, sums = distil_loss(
-                        self.student, hidden, self.teacher, teacher_hidden, completions, config, self.average,
-                        normalizer, taught,
+                        self.student, hidden, self.teacher, taught, completions, config, self.average, normalizer,
+                        counts,
                     )  # fmt: skip
         with _timed(seconds, "backward"):
             self.accelerator.backward(loss)

@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distil_kernels import DistilLoss, fused_distil_loss, fused_policy_loss
+from distil_kernels import DistilLoss, fused_distil_loss, fused_policy_loss, fused_topk_distil_loss
 from distil_kernels.hf import CausalLM
 from distil_kernels.train.baseline import PositionAverage
 from distil_kernels.train.config import Config
+from distil_kernels.train.remote import RemoteTeacher, TopK
 from distil_kernels.train.teacher import Teacher
 
 
@@ -35,7 +36,9 @@ class Sums(NamedTuple):
     """[B], of each completion under the teacher, where there is one."""
 
 
-SUMMED = ("cost", "ce", "kl", "reverse_kl", "entropy", "teacher_entropy", "agree", "abs_credit")
+SUMMED = (
+    "cost", "ce", "kl", "reverse_kl", "entropy", "teacher_entropy", "agree", "abs_credit", "tail", "unmapped",
+)  # fmt: skip
 
 
 def _cost(config: Config) -> str:
@@ -45,35 +48,29 @@ def _cost(config: Config) -> str:
 def fused_loss(
     student: CausalLM,
     student_hidden: Tensor,
-    teacher: Teacher,
-    teacher_hidden: Tensor,
+    teacher: Teacher | RemoteTeacher,
+    taught: Tensor | TopK,
     completions: Sequence[list[int]],
     config: Config,
     average: PositionAverage,
+    plan: str = "auto",
     **options: Any,
 ) -> DistilLoss:
-    """The op with a run's settings; hidden states are [N, D], packed completion after completion."""
+    """The op with a run's settings; hidden states are [N, D], packed completion after completion, and `taught` is what
+    the teacher gave for these states."""
     lengths = [len(done) for done in completions]
-    teacher_weight, teacher_bias = teacher.head
     baseline: str | Tensor | None = config.baseline
     if config.baseline == "none" or config.credit_span == "none":
         baseline = None
     elif config.baseline == "moving_average":
         baseline = average.values(lengths)
-    return fused_distil_loss(
-        student_hidden,
-        student.weight,
-        teacher_hidden.to(student_hidden.dtype),
-        teacher_weight,
+    options |= dict(
         student_bias=student.bias,
-        teacher_bias=teacher_bias,
         temperature=config.temperature,
-        teacher_temperature=config.teacher_temperature,
         logit_softcap=student.softcap,
         tokens=torch.tensor([token for done in completions for token in done], device=student_hidden.device),
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
         cost=_cost(config),
-        jsd_weight=config.jsd_weight,
         credit_span=config.credit_span,
         discount=config.discount,
         horizon=config.horizon or None,
@@ -82,38 +79,50 @@ def fused_loss(
         group_size=config.rollouts_per_prompt,
         credit_clip=config.credit_clip or None,
         credit_scale=config.credit_scale,
-        backend=config.backend,
-        **options,
     )
+    if isinstance(taught, TopK):
+        return fused_topk_distil_loss(student_hidden, student.weight, taught.ids, taught.logprobs, **options)
+    assert isinstance(teacher, Teacher)
+    teacher_weight, teacher_bias = teacher.head
+    return fused_distil_loss(
+        student_hidden, student.weight, taught.to(student_hidden.dtype), teacher_weight, teacher_bias=teacher_bias,
+        teacher_temperature=config.teacher_temperature, jsd_weight=config.jsd_weight, backend=config.backend,
+        plan=plan, **options,
+    )  # fmt: skip
 
 
 def distil_loss(
     student: CausalLM,
     student_hidden: Tensor,
-    teacher: Teacher,
-    teacher_hidden: Tensor,
+    teacher: Teacher | RemoteTeacher,
+    taught: Tensor | TopK,
     completions: Sequence[list[int]],
     config: Config,
     average: PositionAverage,
     normalizer: float,
-    taught: Sequence[bool],
+    counts: Sequence[bool],
 ) -> tuple[Tensor, Sums]:
     """Loss [] and what is logged of it; `average` takes note of the costs-to-go.
 
-    Completions that are not `taught` cost nothing and show as 0 in the sums.
+    Completions that do not count cost nothing and show as 0 in the sums.
     """
     lengths = [len(done) for done in completions]
     mask = None
-    if not all(taught):
-        mask = torch.tensor(taught).repeat_interleave(torch.tensor(lengths)).to(student_hidden.device)
+    if not all(counts):
+        mask = torch.tensor(counts).repeat_interleave(torch.tensor(lengths)).to(student_hidden.device)
     out = fused_loss(
-        student, student_hidden, teacher, teacher_hidden, completions, config, average,
+        student, student_hidden, teacher, taught, completions, config, average,
         normalizer=normalizer, plan=config.plan, token_mask=mask,
     )  # fmt: skip
     average.observe(out.cost_to_go, lengths)
     stats = out.stats
-    rows = (out.cost, *(getattr(stats, name) for name in SUMMED[1:-1]), out.credit.abs())
-    totals = torch.stack([row.to(torch.float64).sum() for row in rows])
+    found = {"cost": out.cost, "abs_credit": out.credit.abs(), **stats._asdict()}
+    if isinstance(taught, TopK):
+        found |= {"tail": taught.tail, "unmapped": taught.unmapped}
+    unknown = out.cost.new_full((), math.nan)
+    totals = torch.stack([found.get(name, unknown).to(torch.float64).sum() for name in SUMMED])
+    if isinstance(taught, TopK):  # a token that is not named has no log-prob, and so the completion has none
+        return out.loss, Sums(sum(lengths), totals, None)
     device = student_hidden.device
     index = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
     per_sequence = torch.zeros(len(lengths), dtype=torch.float64, device=device)

@@ -61,10 +61,11 @@ def sample(
     finally:
         lm.model.generation_config = own_defaults
     stopping = set(stops)
-    return [_until_stop(tokens, stopping) for tokens in out[:, ids.shape[1] :].tolist()]
+    return [until_stop(tokens, stopping) for tokens in out[:, ids.shape[1] :].tolist()]
 
 
-def _until_stop(tokens: list[int], stops: set[int]) -> list[int]:
+def until_stop(tokens: list[int], stops: set[int]) -> list[int]:
+    """Tokens to the first stop, which is one of them."""
     for end, token in enumerate(tokens, 1):
         if token in stops:
             return tokens[:end]

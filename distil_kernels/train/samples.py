@@ -24,6 +24,7 @@ from distil_kernels.train.batch import Sample
 from distil_kernels.train.config import Config
 from distil_kernels.train.objective import fused_loss
 from distil_kernels.train.prefix import completion_hidden
+from distil_kernels.train.remote import RemoteTeacher, TopK
 from distil_kernels.train.teacher import Teacher
 
 NUM_TOP = 5
@@ -33,7 +34,7 @@ BLOCK_ROWS = 64
 @torch.no_grad()
 def token_columns(
     student: CausalLM,
-    teacher: Teacher,
+    teacher: Teacher | RemoteTeacher,
     batch: Sequence[Sample],
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
@@ -45,13 +46,13 @@ def token_columns(
     rows = [row for row, entry in enumerate(batch) for _ in entry.completions]
     teacher_prompts = [prompt for entry in batch for prompt in entry.teacher_prompts]
     hidden = completion_hidden(student, [entry.prompt for entry in batch], rows, completions, share)
-    teacher_hidden = teacher.hidden(teacher_prompts, range(len(completions)), completions, share)
-    hidden, teacher_hidden = hidden.to(student.weight.dtype), teacher_hidden.to(student.weight.dtype)
+    taught = teacher.at_states(teacher_prompts, range(len(completions)), completions, share)
+    hidden = hidden.to(student.weight.dtype)
     lengths = [len(done) for done in completions]
-    out = fused_loss(student, hidden, teacher, teacher_hidden, completions, config, average)
+    out = fused_loss(student, hidden, teacher, taught, completions, config, average)
     numbers = {"ce": out.stats.ce, "kl": out.stats.kl, "credit": out.credit}
     by_rollout = {name: values.split(lengths) for name, values in numbers.items()}
-    tops = _tops(student, hidden, teacher, teacher_hidden, tokenizer, config)
+    tops = _tops(student, hidden, teacher, taught, tokenizer, config)
     columns = []
     for index, done in enumerate(completions):
         columns.append(
@@ -70,17 +71,21 @@ def token_columns(
 def _tops(
     student: CausalLM,
     hidden: Tensor,
-    teacher: Teacher,
-    teacher_hidden: Tensor,
+    teacher: Teacher | RemoteTeacher,
+    taught: Tensor | TopK,
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
 ) -> Iterator[list[tuple[str, float, float]]]:
     """For each token position the teacher's likeliest tokens: text, teacher's and student's probability."""
     for begin in range(0, len(hidden), BLOCK_ROWS):
         block = slice(begin, begin + BLOCK_ROWS)
-        taught = (teacher.lm.logits(teacher_hidden[block]).float() / config.teacher_temperature).softmax(-1)
         own = (student.logits(hidden[block]).float() / config.temperature).softmax(-1)
-        best, ids = taught.topk(min(NUM_TOP, taught.shape[1]))
-        for p, q, tokens in zip(best.tolist(), own.gather(1, ids).tolist(), ids.tolist(), strict=True):
-            texts = [str(tokenizer.decode([token])) for token in tokens]
-            yield [(text, round(a, 5), round(b, 5)) for text, a, b in zip(texts, p, q, strict=True)]
+        if isinstance(taught, TopK):
+            best, ids = taught.logprobs[block, :NUM_TOP].exp(), taught.ids[block, :NUM_TOP]
+        else:
+            assert isinstance(teacher, Teacher)
+            logits = teacher.lm.logits(taught[block].to(student.weight.dtype)).float() / config.teacher_temperature
+            best, ids = logits.softmax(-1).topk(min(NUM_TOP, logits.shape[1]))
+        for p, q, tokens in zip(best.tolist(), own.gather(1, ids.clamp(min=0)).tolist(), ids.tolist(), strict=True):
+            known = [entry for entry in zip(tokens, p, q, strict=True) if entry[0] >= 0]
+            yield [(str(tokenizer.decode([token])), round(a, 5), round(b, 5)) for token, a, b in known]

@@ -4,7 +4,8 @@ or another model of the same vocabulary.
 `live` follows every step and can follow the student into a collapse. `frozen` cannot, and bounds what can be learnt
 by what the start can do with the feedback. `ema`, a slow average in float32, is between. A PEFT student's frozen
 teacher is the same model with its adapters off, and costs no memory. `local` is any other causal LM with the student's
-tokens; heads that one family pads to different sizes are brought to the student's.
+tokens; heads that one family pads to different sizes are brought to the student's. `remote` and `samples` have no
+weights here: `remote.RemoteTeacher`.
 
 Left out: a local teacher whose softcap is not the student's (the loss knows one).
 """
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from distil_kernels.hf import CausalLM, split
-from distil_kernels.train.prefix import completion_hidden
+from distil_kernels.train.prefix import completion_hidden, shares_prompts
+from distil_kernels.train.rollout import Sampling, sample
 
 ABSENT = -1e4
 """Logit of tokens that the teacher's head lacks: their probability is 0, and 0 times it is no NaN."""
@@ -55,15 +57,26 @@ class Teacher:
         """Weight and bias of the teacher's head; weight None where it shares the student's."""
         return (None if self.lm is self._student else self.lm.weight), self.lm.bias
 
+    @property
+    def shares_prompts(self) -> bool:
+        return shares_prompts(self.lm)
+
     @torch.no_grad()
-    def hidden(
+    def at_states(
         self, prompts: Sequence[list[int]], rows: Sequence[int], completions: Sequence[list[int]], share: bool
     ) -> Tensor:
-        """[N, D] for the completions' tokens after the teacher's prompts; arguments of `completion_hidden`."""
-        with self.reading():
+        """Hidden states [N, D] that predict the completions' tokens; arguments of `completion_hidden`."""
+        with self._reading():
             return completion_hidden(self.lm, prompts, rows, completions, share)
 
-    def reading(self) -> contextlib.AbstractContextManager[None]:
+    def answers(
+        self, prompts: Sequence[list[int]], rows: Sequence[int], sampling: Sampling, share: bool
+    ) -> list[list[int]]:
+        """Its own completions; arguments of `sample`."""
+        with self._reading():
+            return sample(self.lm, prompts, rows, sampling, share)
+
+    def _reading(self) -> contextlib.AbstractContextManager[None]:
         """In it, `lm` gives the teacher's values."""
         return self._student.model.disable_adapter() if self._adapters_off else contextlib.nullcontext()
 

@@ -30,7 +30,7 @@ def shift(lm: CausalLM) -> None:
 
 
 def answers(teacher: Teacher) -> torch.Tensor:
-    return teacher.hidden(PROMPTS, ROWS, COMPLETIONS, share=True)
+    return teacher.at_states(PROMPTS, ROWS, COMPLETIONS, share=True)
 
 
 def test_live_follows_at_once_and_shares_the_head() -> None:
