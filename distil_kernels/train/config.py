@@ -71,8 +71,9 @@ class Config:
     """What the teacher is shown: the correction in words, the question answered once before, or both."""
 
     feedback: str = "correction"
-    """What is said of an answer: correction (the expert's answer), trace (what happened when it was run), both, or
-    module:function, called with problem and answer."""
+    """What is said of an answer: correction (the expert's answer), trace (what happened when it was run), both,
+    siblings (another rollout's right answer; without one a rollout is left out), or module:function, called with
+    problem and answer."""
     teacher: str = _option("frozen", ("frozen", "ema", "live", "local"))
     """Whose distribution is learnt: the student's at the start, a slow average's, its own, or teacher_model's."""
     teacher_model: str = ""
@@ -89,8 +90,8 @@ class Config:
     normalize_advantages: bool = True
     """policy_gradient divides advantages by their group's standard deviation (GRPO)."""
     credit_span: str = _option("future", ("future", "sequence", "none"))
-    """Which costs a token answers for; none is the token-wise loss. Corrections do not depend on the rollout: future is
-    exact. For feedback computed from it, sequence is (with discount 1)."""
+    """Which costs a token answers for; none is the token-wise loss. Corrections and siblings do not depend on the
+    rollout: future is exact. For feedback computed from it, sequence is (with discount 1)."""
     discount: float = _option(0.9, (0.0, 1.0))
     """Weight of a cost one token further on."""
     horizon: int = _option(0, AT_LEAST_0)
@@ -162,12 +163,20 @@ class Config:
 
     def remarks(self) -> list[str]:
         """What a person should know of these options before the run."""
-        if self.feedback != "correction" and self.credit_span == "future" and self.objective != "policy_gradient":
-            return [
+        if self.credit_span == "none" or self.objective == "policy_gradient":
+            return []
+        said = []
+        if self.feedback not in ("correction", "siblings") and self.credit_span == "future":
+            said.append(
                 f"feedback {self.feedback} is computed from the rollout: credit_span future is then biased; sequence "
                 "(with discount 1) is exact, none leaves the credit out"
-            ]
-        return []
+            )
+        if self.feedback == "siblings" and self.baseline in ("leave_one_out", "position_mean"):
+            said.append(
+                f"feedback siblings shows a rollout to the teachers of those that baseline {self.baseline} compares it "
+                "with, a small bias; moving_average and none have none"
+            )
+        return said
 
     def check(self) -> None:
         """Raises ValueError naming the field, what came and what was expected."""
@@ -193,6 +202,11 @@ class Config:
             raise ValueError(
                 "[rollouts_per_prompt] objective policy_gradient compares rollouts of a prompt: expected at least 2, "
                 f"got {self.rollouts_per_prompt}"
+            )
+        if self.feedback == "siblings" and self.rollouts_per_prompt < 2:
+            raise ValueError(
+                f"[rollouts_per_prompt] feedback siblings needs other rollouts of a prompt: expected at least 2, got "
+                f"{self.rollouts_per_prompt}"
             )
         if bool(self.teacher_model) != (self.teacher == "local"):
             raise ValueError(

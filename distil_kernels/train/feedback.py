@@ -14,7 +14,8 @@ demonstration after plain examples (SmolLM2-135M, two examples, task `largest`).
                                                A:
 
 A correction does not depend on the rollout, which is what credit_span="future" assumes; a trace is computed from it,
-and then the whole sequence's cost is the exact credit (credit_span="sequence"). A prompt over the limit loses the end
+and then the whole sequence's cost is the exact credit (credit_span="sequence"). What `siblings` shows depends on other
+rollouts only. A prompt over the limit loses the end
 of the feedback first, then of the demonstration, never the question or the header; what still does not fit, or has
 nothing left that the student has not read, is no prompt at all and is counted by the caller.
 
@@ -34,7 +35,7 @@ from distil_kernels.train.tasks import Feedback, Problem, Task
 
 Verifier = Callable[[Task, Problem, str], Feedback]
 
-KINDS = ("correction", "trace", "both")
+KINDS = ("correction", "trace", "both", "siblings")
 
 
 def verifier(kind: str) -> Verifier:
@@ -42,13 +43,14 @@ def verifier(kind: str) -> Verifier:
 
     correction   the expert's answer; does not depend on the rollout
     trace        what happened to the answer (tasks whose answers are run); computed from the rollout
+    siblings     what a right answer says to others; `siblings` hands it to them
     function     called with (problem, answer); returns a Feedback, or a score and a text
 
     Raises:
         ValueError: the path does not name a function.
     """
     if kind in KINDS:
-        return {"correction": correct, "trace": trace, "both": both}[kind]
+        return {"correction": correct, "trace": trace, "both": both, "siblings": shown}[kind]
     module, _, name = kind.partition(":")
     try:
         function = getattr(importlib.import_module(module), name) if name else None
@@ -74,8 +76,17 @@ def correct(task: Task, problem: Problem, answer: str) -> Feedback:
     """Scores an answer and corrects it."""
     if not problem.answer:
         raise ValueError("[feedback] a record has no expert's answer to correct with: expected --feedback trace")
+    return _correction(task.score(answer.strip(), problem.entry), problem.answer)
+
+
+def shown(task: Task, problem: Problem, answer: str) -> Feedback:
+    """Scores an answer, and where it is right makes it the correction of others."""
     score = task.score(answer.strip(), problem.entry)
-    return Feedback(score, f"The correct answer is {problem.answer}.", problem.answer)
+    return _correction(score, answer.strip()) if score >= 1.0 else Feedback(score, "", "")
+
+
+def _correction(score: float, right: str) -> Feedback:
+    return Feedback(score, f"The correct answer is {right}.", right)
 
 
 def trace(task: Task, problem: Problem, answer: str) -> Feedback:
@@ -155,6 +166,10 @@ class Prompts:
             else:
                 demonstration = self._without_end(demonstration, excess)
         return None
+
+    def fits(self, problem: Problem, known: Feedback) -> bool:
+        """Whether the teacher can read some of what is `known` before any answer; nothing known always fits."""
+        return not (known.text or known.demonstration) or self.teacher(problem, known) is not None
 
     def cuts(self, problem: Problem, feedback: Feedback) -> bool:
         """Whether `teacher` has to shorten this correction."""

@@ -32,7 +32,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from distil_kernels.hf import split
 from distil_kernels.train import checkpoint, health, models, report, samples, tracking
 from distil_kernels.train.baseline import PositionAverage
-from distil_kernels.train.batch import Sample, prefers_right, rollout_records, unique
+from distil_kernels.train.batch import Sample, answered, prefers_right, rollout_records, unique
 from distil_kernels.train.config import Config
 from distil_kernels.train.evaluate import Evaluation, Evaluator
 from distil_kernels.train.feedback import Prompts, verifier
@@ -40,6 +40,7 @@ from distil_kernels.train.interrupt import Interrupt
 from distil_kernels.train.objective import Sums, distil_loss, means, policy_loss
 from distil_kernels.train.prefix import completion_hidden, shares_prompts
 from distil_kernels.train.rollout import Sampling, sample
+from distil_kernels.train.siblings import Say, as_verified, from_siblings
 from distil_kernels.train.tasks import held_out_problems, make_task, problems
 from distil_kernels.train.teacher import Teacher, check_same_tokens
 
@@ -73,6 +74,7 @@ class Trainer:
         self.share = _shares(config, shares_prompts(self.student) and shares_prompts(self.teacher.lm))
 
         self.task, self.verify = make_task(config.task, config.seed), verifier(config.feedback)
+        self.say: Say = from_siblings if config.feedback == "siblings" else as_verified
         stream = problems(self.task, held_out=False)
         examples = [
             (problem, self.verify(self.task, problem, problem.answer))
@@ -91,7 +93,7 @@ class Trainer:
         held_out_task = make_task(config.task, config.eval_seed)
         held_out = held_out_problems(held_out_task, config.eval_problems)
         self.evaluate = Evaluator(
-            held_out_task, self.verify, self.prompts, held_out, own_distribution, config.eval_samples,
+            held_out_task, self.verify, self.say, self.prompts, held_out, own_distribution, config.eval_samples,
             config.eval_seed, self.share,
         )  # fmt: skip
         self.step = 0
@@ -114,7 +116,7 @@ class Trainer:
             self.position = position
             prompt = None if problem.key in self.worked else self.prompts.student(problem)
             # With an answer still to come, the correction is all of the feedback that can be too long.
-            if prompt is None or self.prompts.teacher(problem, self.verify(self.task, problem, "")) is None:
+            if prompt is None or not self.prompts.fits(problem, self.verify(self.task, problem, "")):
                 self.skipped += 1
                 misses += 1
                 if misses == 1000:
@@ -130,8 +132,7 @@ class Trainer:
         group = self.config.rollouts_per_prompt
         rows = [row for row in range(len(batch)) for _ in range(group)]
         completions = sample(self.student, [entry.prompt for entry in batch], rows, self.sampling, self.share)
-        for index, entry in enumerate(batch):
-            entry.answered_with(self, completions[index * group : (index + 1) * group])
+        answered(self, batch, [completions[first : first + group] for first in range(0, len(rows), group)])
 
     def micro_batch(
         self, batch: list[Sample], normalizer: float, seconds: dict[str, float]
@@ -187,7 +188,7 @@ class Trainer:
         self.step += 1
         scores = [feedback.score for entry in batch for feedback in entry.feedback]
         sums = [part for _, part in parts]
-        num_tokens = sum(part.tokens for part in sums)
+        num_tokens = sum(len(done) for entry in batch for done in entry.completions)
         elapsed = time.perf_counter() - began
         record = {
             "kind": "step",

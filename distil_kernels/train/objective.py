@@ -26,7 +26,7 @@ from distil_kernels.train.teacher import Teacher
 
 
 class Sums(NamedTuple):
-    """Sums over completion tokens, on the device, to be divided by `tokens` when logged."""
+    """Sums over the completion tokens that count, on the device, to be divided by `tokens` when logged."""
 
     tokens: int
     totals: Tensor
@@ -100,7 +100,7 @@ def distil_loss(
 ) -> tuple[Tensor, Sums]:
     """Loss [] and what is logged of it; `average` takes note of the costs-to-go.
 
-    Completions that are not `taught` cost nothing and show as 0 in the sums.
+    Completions that are not `taught` cost nothing and are in no sum.
     """
     lengths = [len(done) for done in completions]
     mask = None
@@ -110,7 +110,7 @@ def distil_loss(
         student, student_hidden, teacher, teacher_hidden, completions, config, average,
         normalizer=normalizer, plan=config.plan, token_mask=mask,
     )  # fmt: skip
-    average.observe(out.cost_to_go, lengths)
+    average.observe(out.cost_to_go, lengths, mask)
     stats = out.stats
     rows = (out.cost, *(getattr(stats, name) for name in SUMMED[1:-1]), out.credit.abs())
     totals = torch.stack([row.to(torch.float64).sum() for row in rows])
@@ -118,7 +118,7 @@ def distil_loss(
     index = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
     per_sequence = torch.zeros(len(lengths), dtype=torch.float64, device=device)
     per_sequence.index_add_(0, index, stats.teacher_logprob.to(torch.float64))
-    return out.loss, Sums(sum(lengths), totals, per_sequence)
+    return out.loss, Sums(sum(lengths) if mask is None else int(mask.sum()), totals, per_sequence)
 
 
 def policy_loss(
@@ -155,8 +155,11 @@ def group_advantages(scores: Tensor, group_size: int, normalize: bool) -> Tensor
 
 
 def means(sums: Sequence[Sums]) -> dict[str, float]:
-    """Per-token means over micro-batches of what the objective knows, and the weight of the credit beside its cost."""
-    num_tokens = sum(part.tokens for part in sums)
+    """Per-token means over micro-batches of what the objective knows, and the weight of the credit beside its cost.
+
+    0 where no token counts.
+    """
+    num_tokens = max(1, sum(part.tokens for part in sums))
     totals = torch.stack([part.totals for part in sums]).sum(0).tolist()
     mean = {name: total / num_tokens for name, total in zip(SUMMED, totals, strict=True) if not math.isnan(total)}
     if "abs_credit" in mean:
