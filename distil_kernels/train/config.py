@@ -72,8 +72,10 @@ class Config:
 
     feedback: str = "correction"
     """What is said of an answer: correction (the expert's answer), trace (what happened when it was run), both,
-    siblings (another rollout's right answer; without one a rollout is left out), or module:function, called with
-    problem and answer."""
+    siblings (another rollout's right answer; without one a rollout is left out), self_evaluation (the student's own
+    critique of it), or module:function, called with problem and answer."""
+    max_critique_tokens: int = _option(48, AT_LEAST_1)
+    """Length limit of a critique (feedback self_evaluation)."""
     teacher: str = _option("frozen", ("frozen", "ema", "live", "local"))
     """Whose distribution is learnt: the student's at the start, a slow average's, its own, or teacher_model's."""
     teacher_model: str = ""
@@ -207,6 +209,11 @@ class Config:
             raise ValueError(
                 f"[rollouts_per_prompt] feedback siblings needs other rollouts of a prompt: expected at least 2, got "
                 f"{self.rollouts_per_prompt}"
+            )
+        if self.feedback in ("trace", "self_evaluation") and self.teacher_reads == "demonstration":
+            raise ValueError(
+                f"[teacher_reads] feedback {self.feedback} is words without a demonstration: expected text, got "
+                "demonstration"
             )
         if bool(self.teacher_model) != (self.teacher == "local"):
             raise ValueError(

@@ -13,14 +13,13 @@ demonstration after plain examples (SmolLM2-135M, two examples, task `largest`).
               A:                               Feedback: The correct answer is 76.
                                                A:
 
-A correction does not depend on the rollout, which is what credit_span="future" assumes; a trace is computed from it,
-and then the whole sequence's cost is the exact credit (credit_span="sequence"). What `siblings` shows depends on other
-rollouts only. A prompt over the limit loses the end
-of the feedback first, then of the demonstration, never the question or the header; what still does not fit, or has
-nothing left that the student has not read, is no prompt at all and is counted by the caller.
+A correction does not depend on the rollout, nor does what `siblings` shows: credit_span="future" assumes that. A trace
+and a critique are computed from it, and then the whole sequence's cost is the exact credit (credit_span="sequence"). A
+prompt over the limit loses the end of the feedback first, then of the demonstration, never the question or the header;
+what still does not fit, or has nothing left that the student has not read, is no prompt at all and is counted by the
+caller.
 
-Left out: tool outputs and self-evaluations, and multi-line answers in the "examples" format, whose answers end with the
-line.
+Left out: tool outputs, and multi-line answers in the "examples" format, whose answers end with the line.
 """
 
 from __future__ import annotations
@@ -35,22 +34,24 @@ from distil_kernels.train.tasks import Feedback, Problem, Task
 
 Verifier = Callable[[Task, Problem, str], Feedback]
 
-KINDS = ("correction", "trace", "both", "siblings")
+KINDS = ("correction", "trace", "both", "siblings", "self_evaluation")
+JUDGE = "Is this answer right? Say yes or no, and what the correct answer is."
 
 
 def verifier(kind: str) -> Verifier:
     """What says something about an answer: one of KINDS, or a function of the user's by `module:function`.
 
-    correction   the expert's answer; does not depend on the rollout
-    trace        what happened to the answer (tasks whose answers are run); computed from the rollout
-    siblings     what a right answer says to others; `siblings` hands it to them
-    function     called with (problem, answer); returns a Feedback, or a score and a text
+    correction       the expert's answer; does not depend on the rollout
+    trace            what happened to the answer (tasks whose answers are run); computed from the rollout
+    siblings         what a right answer says to others; `siblings` hands it to them
+    self_evaluation  what a critique of a right answer says, for worked examples; `critique` asks the model of others
+    function         called with (problem, answer); returns a Feedback, or a score and a text
 
     Raises:
         ValueError: the path does not name a function.
     """
     if kind in KINDS:
-        return {"correction": correct, "trace": trace, "both": both, "siblings": shown}[kind]
+        return dict(zip(KINDS, (correct, trace, both, shown, affirmed), strict=True))[kind]
     module, _, name = kind.partition(":")
     try:
         function = getattr(importlib.import_module(module), name) if name else None
@@ -83,6 +84,16 @@ def shown(task: Task, problem: Problem, answer: str) -> Feedback:
     """Scores an answer, and where it is right makes it the correction of others."""
     score = task.score(answer.strip(), problem.entry)
     return _correction(score, answer.strip()) if score >= 1.0 else Feedback(score, "", "")
+
+
+def affirmed(task: Task, problem: Problem, answer: str) -> Feedback:
+    """Scores an answer, and says so where it is right."""
+    score = task.score(answer.strip(), problem.entry)
+    return Feedback(score, _verdict(answer.strip(), answer.strip()) if score >= 1.0 else "", "")
+
+
+def _verdict(answer: str, right: str) -> str:
+    return f"{'Yes' if answer == right else 'No'}, the correct answer is {right}."
 
 
 def _correction(score: float, right: str) -> Feedback:
@@ -144,6 +155,9 @@ class Prompts:
             for problem, feedback in examples
             for turn in self._turns(problem.question, feedback.text, feedback.demonstration, problem.answer)
         ]
+        # Every second answer is the example's before it, so that a model sees both verdicts.
+        judged = [(problem, examples[index - index % 2][0].answer) for index, (problem, _) in enumerate(examples)]
+        self._judged = [(problem.question, shown, _verdict(shown, problem.answer)) for problem, shown in judged]
 
     def student(self, problem: Problem) -> list[int] | None:
         """The prompt that rollouts continue; None when it is over the limit."""
@@ -166,6 +180,16 @@ class Prompts:
             else:
                 demonstration = self._without_end(demonstration, excess)
         return None
+
+    def critic(self, problem: Problem, answer: str) -> list[int] | None:
+        """What a model reads to judge an answer, after the worked examples judged; None when it is over the limit."""
+        judged = [*self._judged, (problem.question, answer.strip(), None)]
+        if self._layout == "chat":
+            ids = self._render([turn for q, a, said in judged for turn in (_Turn(q, "", a), _Turn(JUDGE, "", said))])
+        else:
+            blocks = (f"Q: {q}\nA: {a}\nFeedback:" + (f" {said}\n\n" if said else "") for q, a, said in judged)
+            ids = self._tokenizer("".join(blocks)).input_ids
+        return ids if len(ids) <= self._max_tokens else None
 
     def fits(self, problem: Problem, known: Feedback) -> bool:
         """Whether the teacher can read some of what is `known` before any answer; nothing known always fits."""

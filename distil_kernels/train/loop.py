@@ -34,6 +34,7 @@ from distil_kernels.train import checkpoint, health, models, report, samples, tr
 from distil_kernels.train.baseline import PositionAverage
 from distil_kernels.train.batch import Sample, answered, prefers_right, rollout_records, unique
 from distil_kernels.train.config import Config
+from distil_kernels.train.critique import Critic
 from distil_kernels.train.evaluate import Evaluation, Evaluator
 from distil_kernels.train.feedback import Prompts, verifier
 from distil_kernels.train.interrupt import Interrupt
@@ -74,7 +75,6 @@ class Trainer:
         self.share = _shares(config, shares_prompts(self.student) and shares_prompts(self.teacher.lm))
 
         self.task, self.verify = make_task(config.task, config.seed), verifier(config.feedback)
-        self.say: Say = from_siblings if config.feedback == "siblings" else as_verified
         stream = problems(self.task, held_out=False)
         examples = [
             (problem, self.verify(self.task, problem, problem.answer))
@@ -86,6 +86,9 @@ class Trainer:
             self.tokenizer, examples, config.layout, config.teacher_reads, config.max_prompt_tokens,
             models.end_ids(self.student.model, self.tokenizer),
         )  # fmt: skip
+        self.say: Say = from_siblings if config.feedback == "siblings" else as_verified
+        if config.feedback == "self_evaluation":
+            self.say = Critic(self.prompts, config.max_critique_tokens, self.share)
         self.sampling = Sampling(
             config.max_new_tokens, self.prompts.stop_ids(), config.temperature, config.top_p, config.top_k
         )

@@ -16,7 +16,7 @@ from distil_kernels.train.checkpoint import read_lines
 from distil_kernels.train.config import Config, parse
 from distil_kernels.train.feedback import shown
 from distil_kernels.train.siblings import from_siblings
-from distil_kernels.train.tasks import Feedback, make_task
+from distil_kernels.train.tasks import Feedback, Problem, make_task
 from distil_kernels.train.tasks.numbers import LargestNumber
 
 WRONG = Feedback(0.25, "", "")
@@ -142,6 +142,26 @@ def test_a_resumed_run_repeats_an_uninterrupted_one_and_evaluations_show_sibling
     assert all((record["feedback"] != "") == record["taught"] for record in records)
     for record in filter(lambda record: record["taught"], records):
         assert len(record["feedback"].removeprefix("The correct answer is ").removesuffix(".")) % 2
+
+
+def test_the_evaluated_teacher_is_shown_a_right_sampled_answer(tiny_model: Path, tmp_path: Path) -> None:
+    run = trainer(tiny_model, tmp_path / "run", feedback="siblings", eval_problems=3, eval_samples=5)
+    seen: dict[str, list[str]] = {}
+
+    def scored(task: object, problem: Problem, answer: str) -> Feedback:
+        said = seen.setdefault(problem.question, [])
+        said.append(answer)
+        right = len(said) in (2, 4)  # of the sampled answers, which come first
+        return Feedback(1.0, "", answer) if right and len(seen) < 3 else Feedback(0.0, "", "")
+
+    read = []
+    run.evaluate._verify, teacher = scored, run.prompts.teacher
+    run.prompts.teacher = lambda problem, said: read.append((problem.question, said)) or teacher(problem, said)
+    assert run.evaluate(run.student, run.teacher).teacher_se == 0.0
+    assert [question for question, _ in read] == list(seen)
+    for index, (question, said) in enumerate(read):
+        expected = {seen[question][1], seen[question][3]} if index < 2 else {""}
+        assert said.demonstration in expected and said.score == 0.0
 
 
 def test_options(capsys: pytest.CaptureFixture[str]) -> None:
