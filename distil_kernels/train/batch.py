@@ -9,6 +9,7 @@ import torch
 
 from distil_kernels.train.feedback import Prompts
 from distil_kernels.train.tasks import Feedback, Problem
+from distil_kernels.train.tools import Rollouts
 
 if TYPE_CHECKING:
     from distil_kernels.train.loop import Trainer
@@ -20,29 +21,36 @@ class Sample:
     def __init__(self, problem: Problem, prompt: list[int]) -> None:
         self.problem, self.prompt = problem, prompt
         self.completions: list[list[int]] = []
+        self.written: list[list[bool]] = []
+        """Of each token of a completion whether the model wrote it; the others a tool put in."""
         self.feedback: list[Feedback] = []
         self.teacher_prompts: list[list[int]] = []
         self.taught: list[bool] = []
         """Whether the teacher reads anything of a rollout's feedback; else its prompt is the student's, and masked."""
 
-    def answered_with(self, prompts: Prompts, completions: list[list[int]], feedback: list[Feedback]) -> None:
+    @property
+    def counts(self) -> list[list[bool]]:
+        """Of each token of a completion whether it is learnt from the teacher."""
+        return [[taught and own for own in row] for row, taught in zip(self.written, self.taught, strict=True)]
+
+    def answered_with(self, prompts: Prompts, rollouts: Rollouts, feedback: list[Feedback]) -> None:
         """Builds what the teacher reads for each rollout."""
-        self.completions, self.feedback = completions, feedback
+        (self.completions, self.written), self.feedback = rollouts, feedback
         read = [prompts.teacher(self.problem, said) for said in feedback]
         self.taught = [prompt is not None for prompt in read]
         self.teacher_prompts = [prompt or self.prompt for prompt in read]
 
 
-def answered(trainer: Trainer, batch: Sequence[Sample], completions: Sequence[list[list[int]]]) -> None:
-    """Takes the completions of each problem, with what is said of them and what the teacher reads of that."""
+def answered(trainer: Trainer, batch: Sequence[Sample], rollouts: Sequence[Rollouts]) -> None:
+    """Takes the rollouts of each problem, with what is said of them and what the teacher reads of that."""
     problems = [entry.problem for entry in batch]
-    texts = [[trainer.prompts.answer(done) for done in own] for own in completions]
+    texts = [[trainer.prompts.answer(done) for done in own.completions] for own in rollouts]
     answers = [
         [(text, trainer.verify(trainer.task, problem, text)) for text in own]
         for problem, own in zip(problems, texts, strict=True)
     ]
-    feedback = trainer.say(trainer.student, problems, answers, max(map(len, completions)))
-    for entry, own, said in zip(batch, completions, feedback, strict=True):
+    feedback = trainer.say(trainer.student, problems, answers, max(map(len, texts)))
+    for entry, own, said in zip(batch, rollouts, feedback, strict=True):
         entry.answered_with(trainer.prompts, own, said)
 
 
@@ -61,9 +69,12 @@ def rollout_records(
             "feedback": feedback.text,
             "taught": taught,
             "tokens": completion,
+            "put_in": [index for index, own in enumerate(written) if not own],
         }
         for entry in batch
-        for completion, feedback, taught in zip(entry.completions, entry.feedback, entry.taught, strict=True)
+        for completion, written, feedback, taught in zip(
+            entry.completions, entry.written, entry.feedback, entry.taught, strict=True
+        )
     ]
     for record, column in zip(records, columns or [], strict=columns is not None):
         record.update(column)

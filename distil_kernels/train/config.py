@@ -60,7 +60,7 @@ class Config:
     micro_batch_prompts: int = _option(0, AT_LEAST_0)
     """Problems per forward and backward; 0 takes the batch in one. Changes memory, not the gradient."""
     max_new_tokens: int = _option(12, AT_LEAST_1)
-    """Length limit of a completion."""
+    """Length limit of a completion, without what a tool puts in."""
     max_prompt_tokens: int = _option(1024, (2, math.inf))
     """Length limit of a prompt. Feedback, then demonstration are cut to fit; else the problem is left out."""
     num_examples: int = _option(2, AT_LEAST_0)
@@ -76,6 +76,13 @@ class Config:
     critique of it), or module:function, called with problem and answer."""
     max_critique_tokens: int = _option(48, AT_LEAST_1)
     """Length limit of a critique (feedback self_evaluation)."""
+    tools: str = _option("none", ("none", "python"))
+    """Tool in rollouts: python puts in the value of an expression that the model writes as <tool>EXPRESSION</tool>;
+    what is put in is read by student and teacher and learnt by neither."""
+    max_tool_calls: int = _option(2, AT_LEAST_1)
+    """Calls in a completion; later ones are text."""
+    max_tool_tokens: int = _option(32, AT_LEAST_1)
+    """Length limit of what a call puts in; the rest is cut off."""
     teacher: str = _option("frozen", ("frozen", "ema", "live", "local"))
     """Whose distribution is learnt: the student's at the start, a slow average's, its own, or teacher_model's."""
     teacher_model: str = ""

@@ -16,10 +16,11 @@ import torch
 
 from distil_kernels.hf import CausalLM
 from distil_kernels.train.feedback import Prompts, Verifier
-from distil_kernels.train.rollout import Sampling, sample
+from distil_kernels.train.rollout import Sampling
 from distil_kernels.train.siblings import Said, Say
 from distil_kernels.train.tasks import Problem, Task
 from distil_kernels.train.teacher import Teacher
+from distil_kernels.train.tools import Python, roll_out
 
 BATCH_ROWS = 128
 
@@ -54,9 +55,10 @@ class Evaluator:
         num_samples: int,
         seed: int,
         share: bool,
+        tool: Python | None = None,
     ) -> None:
         self._task, self._verify, self._say, self._prompts, self._sampling = task, verify, say, prompts, sampling
-        self._num_samples, self._seed, self._share = num_samples, seed, share
+        self._num_samples, self._seed, self._share, self._tool = num_samples, seed, share, tool
         self._problems, self._student = [], []
         for problem in held_out:
             student = prompts.student(problem)
@@ -122,8 +124,8 @@ class Evaluator:
                 break
             batch = prompts[begin : begin + per_batch]
             rows = [row for row in range(len(batch)) for _ in range(num_samples)]
-            completions = sample(lm, batch, rows, sampling, self._share)
-            num_tokens += sum(map(len, completions))
+            completions, written = roll_out(lm, batch, rows, sampling, self._share, self._tool)
+            num_tokens += sum(map(sum, written))
             for first in range(0, len(rows), num_samples):
                 problem = self._problems[begin + rows[first]]
                 own = [self._prompts.answer(done) for done in completions[first : first + num_samples]]

@@ -19,12 +19,13 @@ prompt over the limit loses the end of the feedback first, then of the demonstra
 what still does not fit, or has nothing left that the student has not read, is no prompt at all and is counted by the
 caller.
 
-Left out: tool outputs, and multi-line answers in the "examples" format, whose answers end with the line.
+Left out: multi-line answers in the "examples" format, whose answers end with the line.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -121,6 +122,12 @@ class _Turn(NamedTuple):
     answer: str | None
 
 
+TOOL_EXAMPLE = _Turn(
+    "17 * 23? (Python gives the value of <tool>EXPRESSION</tool>.)", "", "<tool>17 * 23</tool> <result>391</result> 391"
+)
+_CALLS = re.compile(r"<(tool|result)>.*?</\1>", re.DOTALL)
+
+
 class Prompts:
     """Builds prompts as token ids.
 
@@ -130,6 +137,7 @@ class Prompts:
         reads: "text", "demonstration" or "both": what the teacher is shown of the feedback.
         max_tokens: length limit of a prompt.
         end_ids: tokens that end any answer of this model.
+        tool: whether the prompts show how to call `tools.Python`, whose calls are no part of an answer.
 
     Raises:
         ValueError: the layout does not suit the tokenizer, the model or the task's answers.
@@ -143,14 +151,17 @@ class Prompts:
         reads: str = "text",
         max_tokens: int = 1024,
         end_ids: Sequence[int] = (),
+        tool: bool = False,
     ) -> None:
         if layout == "chat" and not tokenizer.chat_template:
             raise ValueError("[layout] this tokenizer has no chat template: use layout examples")
         self._tokenizer = tokenizer
         self._layout, self._max_tokens, self._end_ids = layout, max_tokens, end_ids
         self._reads_text, self._reads_demonstration = reads in ("text", "both"), reads in ("demonstration", "both")
-        self._plain = [_Turn(problem.question, "", problem.answer) for problem, _ in examples]
-        self._corrected = [
+        self._tool = tool
+        shown = [TOOL_EXAMPLE] if tool else []
+        self._plain = [*shown, *(_Turn(problem.question, "", problem.answer) for problem, _ in examples)]
+        self._corrected = shown + [
             turn
             for problem, feedback in examples
             for turn in self._turns(problem.question, feedback.text, feedback.demonstration, problem.answer)
@@ -212,8 +223,9 @@ class Prompts:
 
     def answer(self, completion: list[int]) -> str:
         """The text of a completion that a verifier reads."""
-        text = self._tokenizer.decode(completion, skip_special_tokens=True)
-        return text.split("\n")[0] if self._layout == "examples" else text
+        text = str(self._tokenizer.decode(completion, skip_special_tokens=True))
+        text = text.split("\n")[0] if self._layout == "examples" else text
+        return _CALLS.sub("", text) if self._tool else text
 
     def _turns(self, question: str, text: str, demonstration: str, answer: str | None) -> list[_Turn]:
         before = [_Turn(question, "", demonstration)] if demonstration and self._reads_demonstration else []

@@ -40,10 +40,11 @@ from distil_kernels.train.feedback import Prompts, verifier
 from distil_kernels.train.interrupt import Interrupt
 from distil_kernels.train.objective import Sums, distil_loss, means, policy_loss
 from distil_kernels.train.prefix import completion_hidden, shares_prompts
-from distil_kernels.train.rollout import Sampling, sample
+from distil_kernels.train.rollout import Sampling
 from distil_kernels.train.siblings import Say, as_verified, from_siblings
 from distil_kernels.train.tasks import held_out_problems, make_task, problems
 from distil_kernels.train.teacher import Teacher, check_same_tokens
+from distil_kernels.train.tools import Python, Rollouts, roll_out
 
 
 class Trainer:
@@ -71,7 +72,11 @@ class Trainer:
             check_same_tokens(self.tokenizer, other_tokenizer)
             self.start += checkpoint.fingerprint(other)
         self.teacher = Teacher(self.student, config.teacher, config.ema_rate, other)
-        self.average = PositionAverage(config.max_new_tokens, config.baseline_rate, self.student.weight.device)
+        self.tool = None
+        if config.tools == "python":
+            self.tool = Python(self.tokenizer, config.max_tool_calls, config.max_tool_tokens)
+        longest = config.max_new_tokens + (self.tool.longest if self.tool else 0)
+        self.average = PositionAverage(longest, config.baseline_rate, self.student.weight.device)
         self.share = _shares(config, shares_prompts(self.student) and shares_prompts(self.teacher.lm))
 
         self.task, self.verify = make_task(config.task, config.seed), verifier(config.feedback)
@@ -84,7 +89,7 @@ class Trainer:
         """Keys of the examples, whose answers stand in every prompt."""
         self.prompts = Prompts(
             self.tokenizer, examples, config.layout, config.teacher_reads, config.max_prompt_tokens,
-            models.end_ids(self.student.model, self.tokenizer),
+            models.end_ids(self.student.model, self.tokenizer), self.tool is not None,
         )  # fmt: skip
         self.say: Say = from_siblings if config.feedback == "siblings" else as_verified
         if config.feedback == "self_evaluation":
@@ -97,7 +102,7 @@ class Trainer:
         held_out = held_out_problems(held_out_task, config.eval_problems)
         self.evaluate = Evaluator(
             held_out_task, self.verify, self.say, self.prompts, held_out, own_distribution, config.eval_samples,
-            config.eval_seed, self.share,
+            config.eval_seed, self.share, self.tool,
         )  # fmt: skip
         self.step = 0
         self.position = 0
@@ -134,8 +139,10 @@ class Trainer:
         """Samples completions, verifies them, and builds the teacher's prompts."""
         group = self.config.rollouts_per_prompt
         rows = [row for row in range(len(batch)) for _ in range(group)]
-        completions = sample(self.student, [entry.prompt for entry in batch], rows, self.sampling, self.share)
-        answered(self, batch, [completions[first : first + group] for first in range(0, len(rows), group)])
+        prompts = [entry.prompt for entry in batch]
+        done = roll_out(self.student, prompts, rows, self.sampling, self.share, self.tool)
+        groups = [slice(first, first + group) for first in range(0, len(rows), group)]
+        answered(self, batch, [Rollouts(done.completions[own], done.written[own]) for own in groups])
 
     def micro_batch(
         self, batch: list[Sample], normalizer: float, seconds: dict[str, float]
@@ -157,12 +164,13 @@ class Trainer:
             with _timed(seconds, "loss"):
                 if teacher_hidden is None:
                     scores = [feedback.score for entry in batch for feedback in entry.feedback]
-                    loss, sums = policy_loss(self.student, hidden, completions, scores, config, normalizer)
+                    written = [row for entry in batch for row in entry.written]
+                    loss, sums = policy_loss(self.student, hidden, completions, scores, config, normalizer, written)
                 else:
-                    taught = [counts for entry in batch for counts in entry.taught]
+                    counts = [row for entry in batch for row in entry.counts]
                     loss, sums = distil_loss(
                         self.student, hidden, self.teacher, teacher_hidden, completions, config, self.average,
-                        normalizer, taught,
+                        normalizer, counts,
                     )  # fmt: skip
         with _timed(seconds, "backward"):
             self.accelerator.backward(loss)
@@ -191,7 +199,7 @@ class Trainer:
         self.step += 1
         scores = [feedback.score for entry in batch for feedback in entry.feedback]
         sums = [part for _, part in parts]
-        num_tokens = sum(len(done) for entry in batch for done in entry.completions)
+        num_tokens = sum(sum(written) for entry in batch for written in entry.written)
         elapsed = time.perf_counter() - began
         record = {
             "kind": "step",

@@ -96,16 +96,15 @@ def distil_loss(
     config: Config,
     average: PositionAverage,
     normalizer: float,
-    taught: Sequence[bool],
+    counts: Sequence[Sequence[bool]],
 ) -> tuple[Tensor, Sums]:
     """Loss [] and what is logged of it; `average` takes note of the costs-to-go.
 
-    Completions that are not `taught` cost nothing and are in no sum.
+    Tokens that do not count (one entry of `counts` for each token of each completion) cost nothing, have no credit and
+    are in no sum.
     """
     lengths = [len(done) for done in completions]
-    mask = None
-    if not all(taught):
-        mask = torch.tensor(taught).repeat_interleave(torch.tensor(lengths)).to(student_hidden.device)
+    mask = token_mask(counts, student_hidden.device)
     out = fused_loss(
         student, student_hidden, teacher, teacher_hidden, completions, config, average,
         normalizer=normalizer, plan=config.plan, token_mask=mask,
@@ -118,7 +117,13 @@ def distil_loss(
     index = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
     per_sequence = torch.zeros(len(lengths), dtype=torch.float64, device=device)
     per_sequence.index_add_(0, index, stats.teacher_logprob.to(torch.float64))
-    return out.loss, Sums(sum(lengths) if mask is None else int(mask.sum()), totals, per_sequence)
+    return out.loss, Sums(sum(map(sum, counts)), totals, per_sequence)
+
+
+def token_mask(counts: Sequence[Sequence[bool]], device: torch.device) -> Tensor | None:
+    """[N] bool for packed completions; None where every token counts."""
+    flat = [token for row in counts for token in row]
+    return None if all(flat) else torch.tensor(flat, device=device)
 
 
 def policy_loss(
@@ -128,6 +133,7 @@ def policy_loss(
     scores: Sequence[float],
     config: Config,
     normalizer: float,
+    counts: Sequence[Sequence[bool]],
 ) -> tuple[Tensor, Sums]:
     """As `distil_loss` for rollouts that are as old as the model, so that no ratio is clipped; scores are [B]."""
     lengths = torch.tensor([len(done) for done in completions])
@@ -137,11 +143,11 @@ def policy_loss(
     out = fused_policy_loss(
         student_hidden, student.weight, tokens=tokens, advantages=per_token, student_bias=student.bias,
         temperature=config.temperature, logit_softcap=student.softcap, normalizer=normalizer, backend=config.backend,
-        plan=config.plan,
+        plan=config.plan, token_mask=token_mask(counts, tokens.device),
     )  # fmt: skip
     totals = torch.full((len(SUMMED),), math.nan, dtype=torch.float64, device=student_hidden.device)
     totals[SUMMED.index("entropy")] = out.entropy.to(torch.float64).sum()
-    return out.loss, Sums(tokens.numel(), totals, None)
+    return out.loss, Sums(sum(map(sum, counts)), totals, None)
 
 
 def group_advantages(scores: Tensor, group_size: int, normalize: bool) -> Tensor:

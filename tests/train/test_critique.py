@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_run import metrics, train, trainer
+from test_run import metrics, train, trainer, written
 from tiny import byte_tokenizer
 
 from distil_kernels.train.__main__ import main
@@ -80,7 +80,7 @@ def test_it_says_what_the_student_says_now(
         with torch.no_grad():  # the live weights, not the start's
             for parameter in run.student.model.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    assert [len(own) for own in critic(run.student, problems, said, 1)] == [1, 1]
+    assert critic(run.student, problems, said, 1) == [own[:1] for own in critic(run.student, problems, said, 3)]
     assert all(parameter.grad is None for parameter in run.student.model.parameters())
 
 
@@ -91,7 +91,7 @@ def test_in_a_run_the_teacher_reads_it(tiny_model: Path, tmp_path: Path) -> None
         for own in answers
     ]
     batch = run.next_batch()
-    answered(run, batch, [[[20], [21, 22]]] * len(batch))
+    answered(run, batch, [written([20], [21, 22])] * len(batch))
     assert [entry.taught for entry in batch] == [[False, True]] * len(batch)  # an empty critique leaves out
     text = run.tokenizer.decode([21, 22])
     assert run.tokenizer.decode(batch[0].teacher_prompts[1]).endswith(f"\nFeedback: {text} is nonsense.\nA:")

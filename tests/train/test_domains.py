@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_run import QUICK, train, trainer
+from test_run import QUICK, train, trainer, written
 
 from distil_kernels.train.__main__ import main
 from distil_kernels.train.batch import answered
@@ -231,7 +231,7 @@ def test_a_rollout_whose_teacher_reads_nothing_is_left_out(tiny_model: Path, tmp
         run.micro_batch(batch, 8.0, {})
         gradients.append([parameter.grad.clone() for parameter in run.student.model.parameters()])
         assert run.prompts.teacher(batch[0].problem, Feedback(0.0, "", "")) is None
-        answered(run, batch[:1], [batch[0].completions])
+        answered(run, batch[:1], [written(*batch[0].completions)])
         assert batch[0].taught == [True, True]
     for masked, without in zip(*gradients, strict=True):
         torch.testing.assert_close(masked, without, rtol=1e-3, atol=1e-6)

@@ -21,6 +21,7 @@ from distil_kernels.train.checkpoint import read_lines
 from distil_kernels.train.config import Config
 from distil_kernels.train.loop import Trainer
 from distil_kernels.train.objective import fused_loss
+from distil_kernels.train.tools import Rollouts
 
 QUICK = [
     "--prompts_per_step", "3", "--rollouts_per_prompt", "2", "--max_new_tokens", "4", "--num_examples", "1",
@@ -50,6 +51,11 @@ def trainer(model: Path, directory: Path, **changes: object) -> Trainer:
         "eval_problems": 2, **changes,
     }  # fmt: skip
     return Trainer(Config(**settings), directory, Console(quiet=True))
+
+
+def written(*completions: list[int]) -> Rollouts:
+    """Without a tool."""
+    return Rollouts(list(completions), [[True] * len(tokens) for tokens in completions])
 
 
 def test_three_steps_and_their_files(tiny_model: Path, tmp_path: Path) -> None:
@@ -96,7 +102,7 @@ def test_micro_batches_and_whole_rows_give_the_same_gradient(tiny_model: Path, t
         run = trainer(tiny_model, tmp_path / str(index), teacher=teacher, **changes)
         batch = run.next_batch()
         # The same rollouts whatever the sampler would have drawn.
-        answered(run, batch, [[[20 + i, 30, 40 + i][: 1 + i % 3], [21, 31 + i]] for i in range(len(batch))])
+        answered(run, batch, [written([20 + i, 30, 40 + i][: 1 + i % 3], [21, 31 + i]) for i in range(len(batch))])
         size = run.config.micro_batch_prompts or len(batch)
         total = sum(float(run.micro_batch(batch[i : i + size], 8.0, {})[0]) for i in range(0, len(batch), size))
         grad = torch.cat([parameter.grad.flatten() for parameter in run.student.model.parameters()])
@@ -135,7 +141,7 @@ def test_credit_settings_reach_the_loss(tiny_model: Path, tmp_path: Path, baseli
         credit_clip=0.6, credit_scale=0.1,
     )  # fmt: skip
     batch = run.next_batch()
-    answered(run, batch, [[[20, 30, 40, 50], [21, 31]]] * len(batch))
+    answered(run, batch, [written([20, 30, 40, 50], [21, 31])] * len(batch))
     lengths = [4, 2] * len(batch)
     run.average.observe(torch.arange(6.0).repeat(len(batch)), lengths)
     run.average.follow()
@@ -246,7 +252,7 @@ def test_cut_corrections_are_counted(tiny_model: Path, tmp_path: Path) -> None:
     """A limit some tokens below the longest correction: every rollout of a cut problem counts, whole ones do not."""
     loose = trainer(tiny_model, tmp_path / "loose")
     batch = loose.next_batch()
-    answered(loose, batch, [[[1], [2]]] * len(batch))
+    answered(loose, batch, [written([1], [2])] * len(batch))
     lengths = [len(prompt) for entry in batch for prompt in entry.teacher_prompts]
     assert loose.train_step()["cut"] == 0
     tight = trainer(tiny_model, tmp_path / "tight", max_prompt_tokens=max(lengths) - 3)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_run import metrics, train, trainer
+from test_run import metrics, train, trainer, written
 
 from distil_kernels import fused_distil_loss
 from distil_kernels.train.__main__ import main
@@ -104,7 +104,8 @@ def test_in_a_run_those_without_a_right_sibling_are_left_out(tiny_model: Path, t
         return run.tokenizer(f" {text}\n").input_ids
 
     right = [tokens(entry.problem.answer) for entry in batch]
-    answered(run, batch, [[right[0], tokens("0"), tokens("1")], [tokens("0")] * 3, [right[2]] * 3, [right[3]] * 3])
+    groups = [[right[0], tokens("0"), tokens("1")], [tokens("0")] * 3, [right[2]] * 3, [right[3]] * 3]
+    answered(run, batch, [written(*own) for own in groups])
     assert [entry.taught for entry in batch] == [[False, True, True], [False] * 3, [True] * 3, [True] * 3]
     read, first = run.tokenizer.decode(batch[0].teacher_prompts[1]), batch[0].problem
     assert read.endswith(f"Q: {first.question}\nFeedback: The correct answer is {first.answer}.\nA:")
