@@ -28,9 +28,10 @@ class PositionAverage:
         """[N] float64 for packed sequences; 0 at positions that no earlier batch reached."""
         return self._average[self._positions(lengths)]
 
-    def observe(self, cost_to_go: Tensor, lengths: Sequence[int]) -> None:
-        """Notes a micro-batch's costs-to-go [N]; `values` stays as it is until `follow`."""
-        rows = torch.stack([cost_to_go.to(torch.float64), torch.ones_like(cost_to_go, dtype=torch.float64)])
+    def observe(self, cost_to_go: Tensor, lengths: Sequence[int], mask: Tensor | None = None) -> None:
+        """Notes a micro-batch's costs-to-go [N], where `mask` [N] is True; `values` stays as it is until `follow`."""
+        counts = torch.ones_like(cost_to_go, dtype=torch.float64) if mask is None else mask.to(torch.float64)
+        rows = torch.stack([cost_to_go.to(torch.float64) * counts, counts])
         self._batch.index_add_(1, self._positions(lengths), rows)
 
     def follow(self) -> None:

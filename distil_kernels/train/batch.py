@@ -9,6 +9,7 @@ import torch
 
 from distil_kernels.train.feedback import Prompts
 from distil_kernels.train.tasks import Feedback, Problem
+from distil_kernels.train.tools import Rollouts
 
 if TYPE_CHECKING:
     from distil_kernels.train.loop import Trainer
@@ -20,18 +21,37 @@ class Sample:
     def __init__(self, problem: Problem, prompt: list[int]) -> None:
         self.problem, self.prompt = problem, prompt
         self.completions: list[list[int]] = []
+        self.written: list[list[bool]] = []
+        """Of each token of a completion whether the model wrote it; the others a tool put in."""
         self.feedback: list[Feedback] = []
         self.teacher_prompts: list[list[int]] = []
         self.taught: list[bool] = []
         """Whether the teacher reads anything of a rollout's feedback; else its prompt is the student's, and masked."""
 
-    def answered_with(self, trainer: Trainer, completions: list[list[int]]) -> None:
-        """Verifies the rollouts and builds what the teacher reads for each."""
-        self.completions = completions
-        self.feedback = [trainer.verify(trainer.task, self.problem, trainer.prompts.answer(c)) for c in completions]
-        prompts = [trainer.prompts.teacher(self.problem, feedback) for feedback in self.feedback]
-        self.taught = [prompt is not None for prompt in prompts]
-        self.teacher_prompts = [prompt or self.prompt for prompt in prompts]
+    @property
+    def counts(self) -> list[list[bool]]:
+        """Of each token of a completion whether it is learnt from the teacher."""
+        return [[taught and own for own in row] for row, taught in zip(self.written, self.taught, strict=True)]
+
+    def answered_with(self, prompts: Prompts, rollouts: Rollouts, feedback: list[Feedback]) -> None:
+        """Builds what the teacher reads for each rollout."""
+        (self.completions, self.written), self.feedback = rollouts, feedback
+        read = [prompts.teacher(self.problem, said) for said in feedback]
+        self.taught = [prompt is not None for prompt in read]
+        self.teacher_prompts = [prompt or self.prompt for prompt in read]
+
+
+def answered(trainer: Trainer, batch: Sequence[Sample], rollouts: Sequence[Rollouts]) -> None:
+    """Takes the rollouts of each problem, with what is said of them and what the teacher reads of that."""
+    problems = [entry.problem for entry in batch]
+    texts = [[trainer.prompts.answer(done) for done in own.completions] for own in rollouts]
+    answers = [
+        [(text, trainer.verify(trainer.task, problem, text)) for text in own]
+        for problem, own in zip(problems, texts, strict=True)
+    ]
+    feedback = trainer.say(trainer.student, problems, answers, max(map(len, texts)))
+    for entry, own, said in zip(batch, rollouts, feedback, strict=True):
+        entry.answered_with(trainer.prompts, own, said)
 
 
 def rollout_records(
@@ -47,10 +67,14 @@ def rollout_records(
             "expected": entry.problem.answer,
             "score": feedback.score,
             "feedback": feedback.text,
+            "taught": taught,
             "tokens": completion,
+            "put_in": [index for index, own in enumerate(written) if not own],
         }
         for entry in batch
-        for completion, feedback in zip(entry.completions, entry.feedback, strict=True)
+        for completion, written, feedback, taught in zip(
+            entry.completions, entry.written, entry.feedback, entry.taught, strict=True
+        )
     ]
     for record, column in zip(records, columns or [], strict=columns is not None):
         record.update(column)
@@ -65,7 +89,7 @@ def unique(lists: list[list[int]]) -> tuple[list[list[int]], list[int]]:
 
 
 def prefers_right(batch: list[Sample], teacher_logprobs: list[torch.Tensor | None]) -> float | None:
-    """Share of (right, wrong) pairs of rollouts of one problem where the teacher finds the right one likelier."""
+    """Share of (right, wrong) pairs of a problem's taught rollouts where the teacher finds the right one likelier."""
     known = [part for part in teacher_logprobs if part is not None]
     if not known:
         return None
@@ -73,6 +97,7 @@ def prefers_right(batch: list[Sample], teacher_logprobs: list[torch.Tensor | Non
     values = iter(torch.cat(known).tolist())
     for entry in batch:
         scored = [(feedback.score, next(values)) for feedback in entry.feedback]
+        scored = [pair for pair, taught in zip(scored, entry.taught, strict=True) if taught]
         for score, value in scored:
             for other_score, other in scored:
                 if score > other_score:

@@ -60,7 +60,7 @@ class Config:
     micro_batch_prompts: int = _option(0, AT_LEAST_0)
     """Problems per forward and backward; 0 takes the batch in one. Changes memory, not the gradient."""
     max_new_tokens: int = _option(12, AT_LEAST_1)
-    """Length limit of a completion."""
+    """Length limit of a completion, without what a tool puts in."""
     max_prompt_tokens: int = _option(1024, (2, math.inf))
     """Length limit of a prompt. Feedback, then demonstration are cut to fit; else the problem is left out."""
     num_examples: int = _option(2, AT_LEAST_0)
@@ -71,8 +71,18 @@ class Config:
     """What the teacher is shown: the correction in words, the question answered once before, or both."""
 
     feedback: str = "correction"
-    """What is said of an answer: correction (the expert's answer), trace (what happened when it was run), both, or
-    module:function, called with problem and answer."""
+    """What is said of an answer: correction (the expert's answer), trace (what happened when it was run), both,
+    siblings (another rollout's right answer; without one a rollout is left out), self_evaluation (the student's own
+    critique of it), or module:function, called with problem and answer."""
+    max_critique_tokens: int = _option(48, AT_LEAST_1)
+    """Length limit of a critique (feedback self_evaluation)."""
+    tools: str = _option("none", ("none", "python"))
+    """Tool in rollouts: python puts in the value of an expression that the model writes as <tool>EXPRESSION</tool>;
+    what is put in is read by student and teacher and learnt by neither."""
+    max_tool_calls: int = _option(2, AT_LEAST_1)
+    """Calls in a completion; later ones are text."""
+    max_tool_tokens: int = _option(32, AT_LEAST_1)
+    """Length limit of what a call puts in; the rest is cut off."""
     teacher: str = _option("frozen", ("frozen", "ema", "live", "local", "remote", "samples"))
     """Whose distribution is learnt: the student's at the start, a slow average's, its own, teacher_model's (local), or
     that of teacher_url by its top log-probs (remote) or by sampled tokens (samples)."""
@@ -98,8 +108,8 @@ class Config:
     normalize_advantages: bool = True
     """policy_gradient divides advantages by their group's standard deviation (GRPO)."""
     credit_span: str = _option("future", ("future", "sequence", "none"))
-    """Which costs a token answers for; none is the token-wise loss. Corrections do not depend on the rollout: future is
-    exact. For feedback computed from it, sequence is (with discount 1)."""
+    """Which costs a token answers for; none is the token-wise loss. Corrections and siblings do not depend on the
+    rollout: future is exact. For feedback computed from it, sequence is (with discount 1)."""
     discount: float = _option(0.9, (0.0, 1.0))
     """Weight of a cost one token further on."""
     horizon: int = _option(0, AT_LEAST_0)
@@ -171,12 +181,20 @@ class Config:
 
     def remarks(self) -> list[str]:
         """What a person should know of these options before the run."""
-        if self.feedback != "correction" and self.credit_span == "future" and self.objective != "policy_gradient":
-            return [
+        if self.credit_span == "none" or self.objective == "policy_gradient":
+            return []
+        said = []
+        if self.feedback not in ("correction", "siblings") and self.credit_span == "future":
+            said.append(
                 f"feedback {self.feedback} is computed from the rollout: credit_span future is then biased; sequence "
                 "(with discount 1) is exact, none leaves the credit out"
-            ]
-        return []
+            )
+        if self.feedback == "siblings" and self.baseline in ("leave_one_out", "position_mean"):
+            said.append(
+                f"feedback siblings shows a rollout to the teachers of those that baseline {self.baseline} compares it "
+                "with, a small bias; moving_average and none have none"
+            )
+        return said
 
     def check(self) -> None:
         """Raises ValueError naming the field, what came and what was expected."""
@@ -202,6 +220,16 @@ class Config:
             raise ValueError(
                 "[rollouts_per_prompt] objective policy_gradient compares rollouts of a prompt: expected at least 2, "
                 f"got {self.rollouts_per_prompt}"
+            )
+        if self.feedback == "siblings" and self.rollouts_per_prompt < 2:
+            raise ValueError(
+                f"[rollouts_per_prompt] feedback siblings needs other rollouts of a prompt: expected at least 2, got "
+                f"{self.rollouts_per_prompt}"
+            )
+        if self.feedback in ("trace", "self_evaluation") and self.teacher_reads == "demonstration":
+            raise ValueError(
+                f"[teacher_reads] feedback {self.feedback} is words without a demonstration: expected text, got "
+                "demonstration"
             )
         endpoint = self.teacher in ("remote", "samples")
         if bool(self.teacher_model) != (self.teacher == "local") and not endpoint:

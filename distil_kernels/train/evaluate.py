@@ -18,9 +18,11 @@ import torch
 from distil_kernels.hf import CausalLM
 from distil_kernels.train.feedback import Prompts, Verifier
 from distil_kernels.train.remote import RemoteTeacher
-from distil_kernels.train.rollout import Sampling, sample
-from distil_kernels.train.tasks import Feedback, Problem, Task
+from distil_kernels.train.rollout import Sampling
+from distil_kernels.train.siblings import Said, Say
+from distil_kernels.train.tasks import Problem, Task
 from distil_kernels.train.teacher import Teacher
+from distil_kernels.train.tools import Python, Rollouts, roll_out
 
 BATCH_ROWS = 128
 
@@ -48,19 +50,21 @@ class Evaluator:
         self,
         task: Task,
         verify: Verifier,
+        say: Say,
         prompts: Prompts,
         held_out: Sequence[Problem],
         sampling: Sampling,
         num_samples: int,
         seed: int,
         share: bool,
+        tool: Python | None = None,
     ) -> None:
-        self._task, self._verify, self._prompts, self._sampling = task, verify, prompts, sampling
-        self._num_samples, self._seed, self._share = num_samples, seed, share
+        self._task, self._verify, self._say, self._prompts, self._sampling = task, verify, say, prompts, sampling
+        self._num_samples, self._seed, self._share, self._tool = num_samples, seed, share, tool
         self._problems, self._student = [], []
         for problem in held_out:
             student = prompts.student(problem)
-            if student and prompts.teacher(problem, verify(task, problem, "")):
+            if student and prompts.fits(problem, verify(task, problem, "")):
                 self._problems.append(problem)
                 self._student.append(student)
         if not self._problems:
@@ -84,47 +88,51 @@ class Evaluator:
     ) -> Evaluation | None:
         """None when `stop` became true between batches."""
         with self.own_draws(student):
-            draw = partial(sample, student)
+            draw = partial(roll_out, student)
             sampled, length = self._answers(draw, self._student, self._num_samples, self._sampling, stop)
             greedy, _ = self._answers(draw, self._student, 1, replace(self._sampling, temperature=0.0), stop)
             if stop():
                 return None
-            # The teacher reads what is said of the greedy answer; where that is nothing, what the student reads.
+            # The teacher reads what is said of the greedy answer, whose siblings are the sampled ones; where that is
+            # nothing, what the student reads.
+            groups = [first + others for first, others in zip(greedy, sampled, strict=True)]
             read = [
                 self._prompts.teacher(problem, said[0]) or prompt
-                for problem, said, prompt in zip(self._problems, greedy, self._student, strict=True)
+                for problem, said, prompt in zip(
+                    self._problems, self._say(student, self._problems, groups, 1), self._student, strict=True
+                )
             ]
             taught, _ = self._answers(teacher.answers, read, 1, self._sampling, stop)
             if stop():
                 return None
-        scores = [[[said.score for said in own] for own in answers] for answers in (sampled, greedy, taught)]
+        scores = [[[said.score for _, said in own] for own in answers] for answers in (sampled, greedy, taught)]
         means = [mean_and_error([sum(own) / len(own) for own in by_problem]) for by_problem in scores]
         return Evaluation(*means[0], *means[1], *means[2], length, len(sampled), pass_at(scores[0]))
 
     def _answers(
         self,
-        draw: Callable[[Sequence[list[int]], Sequence[int], Sampling, bool], list[list[int]]],
+        draw: Callable[[Sequence[list[int]], Sequence[int], Sampling, bool, Python | None], Rollouts],
         prompts: Sequence[list[int]],
         num_samples: int,
         sampling: Sampling,
         stop: Callable[[], bool],
-    ) -> tuple[list[list[Feedback]], float]:
-        """What is said of each problem's answers, and mean length."""
+    ) -> tuple[list[list[Said]], float]:
+        """Each problem's answers with what is said of them, and mean length."""
         per_batch = max(1, BATCH_ROWS // num_samples)
-        feedback: list[list[Feedback]] = []
+        answers: list[list[Said]] = []
         num_tokens = 0
         for begin in range(0, len(prompts), per_batch):
             if stop():
                 break
             batch = prompts[begin : begin + per_batch]
             rows = [row for row in range(len(batch)) for _ in range(num_samples)]
-            completions = draw(batch, rows, sampling, self._share)
-            num_tokens += sum(map(len, completions))
+            completions, written = draw(batch, rows, sampling, self._share, self._tool)
+            num_tokens += sum(map(sum, written))
             for first in range(0, len(rows), num_samples):
                 problem = self._problems[begin + rows[first]]
-                own = completions[first : first + num_samples]
-                feedback.append([self._verify(self._task, problem, self._prompts.answer(c)) for c in own])
-        return feedback, num_tokens / max(1, len(feedback) * num_samples)
+                own = [self._prompts.answer(done) for done in completions[first : first + num_samples]]
+                answers.append([(text, self._verify(self._task, problem, text)) for text in own])
+        return answers, num_tokens / max(1, len(answers) * num_samples)
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

@@ -13,18 +13,19 @@ demonstration after plain examples (SmolLM2-135M, two examples, task `largest`).
               A:                               Feedback: The correct answer is 76.
                                                A:
 
-A correction does not depend on the rollout, which is what credit_span="future" assumes; a trace is computed from it,
-and then the whole sequence's cost is the exact credit (credit_span="sequence"). A prompt over the limit loses the end
-of the feedback first, then of the demonstration, never the question or the header; what still does not fit, or has
-nothing left that the student has not read, is no prompt at all and is counted by the caller.
+A correction does not depend on the rollout, nor does what `siblings` shows: credit_span="future" assumes that. A trace
+and a critique are computed from it, and then the whole sequence's cost is the exact credit (credit_span="sequence"). A
+prompt over the limit loses the end of the feedback first, then of the demonstration, never the question or the header;
+what still does not fit, or has nothing left that the student has not read, is no prompt at all and is counted by the
+caller.
 
-Left out: tool outputs and self-evaluations, and multi-line answers in the "examples" format, whose answers end with the
-line.
+Left out: multi-line answers in the "examples" format, whose answers end with the line.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -34,21 +35,24 @@ from distil_kernels.train.tasks import Feedback, Problem, Task
 
 Verifier = Callable[[Task, Problem, str], Feedback]
 
-KINDS = ("correction", "trace", "both")
+KINDS = ("correction", "trace", "both", "siblings", "self_evaluation")
+JUDGE = "Is this answer right? Say yes or no, and what the correct answer is."
 
 
 def verifier(kind: str) -> Verifier:
     """What says something about an answer: one of KINDS, or a function of the user's by `module:function`.
 
-    correction   the expert's answer; does not depend on the rollout
-    trace        what happened to the answer (tasks whose answers are run); computed from the rollout
-    function     called with (problem, answer); returns a Feedback, or a score and a text
+    correction       the expert's answer; does not depend on the rollout
+    trace            what happened to the answer (tasks whose answers are run); computed from the rollout
+    siblings         what a right answer says to others; `siblings` hands it to them
+    self_evaluation  what a critique of a right answer says, for worked examples; `critique` asks the model of others
+    function         called with (problem, answer); returns a Feedback, or a score and a text
 
     Raises:
         ValueError: the path does not name a function.
     """
     if kind in KINDS:
-        return {"correction": correct, "trace": trace, "both": both}[kind]
+        return dict(zip(KINDS, (correct, trace, both, shown, affirmed), strict=True))[kind]
     module, _, name = kind.partition(":")
     try:
         function = getattr(importlib.import_module(module), name) if name else None
@@ -74,8 +78,27 @@ def correct(task: Task, problem: Problem, answer: str) -> Feedback:
     """Scores an answer and corrects it."""
     if not problem.answer:
         raise ValueError("[feedback] a record has no expert's answer to correct with: expected --feedback trace")
+    return _correction(task.score(answer.strip(), problem.entry), problem.answer)
+
+
+def shown(task: Task, problem: Problem, answer: str) -> Feedback:
+    """Scores an answer, and where it is right makes it the correction of others."""
     score = task.score(answer.strip(), problem.entry)
-    return Feedback(score, f"The correct answer is {problem.answer}.", problem.answer)
+    return _correction(score, answer.strip()) if score >= 1.0 else Feedback(score, "", "")
+
+
+def affirmed(task: Task, problem: Problem, answer: str) -> Feedback:
+    """Scores an answer, and says so where it is right."""
+    score = task.score(answer.strip(), problem.entry)
+    return Feedback(score, _verdict(answer.strip(), answer.strip()) if score >= 1.0 else "", "")
+
+
+def _verdict(answer: str, right: str) -> str:
+    return f"{'Yes' if answer == right else 'No'}, the correct answer is {right}."
+
+
+def _correction(score: float, right: str) -> Feedback:
+    return Feedback(score, f"The correct answer is {right}.", right)
 
 
 def trace(task: Task, problem: Problem, answer: str) -> Feedback:
@@ -99,6 +122,12 @@ class _Turn(NamedTuple):
     answer: str | None
 
 
+TOOL_EXAMPLE = _Turn(
+    "17 * 23? (Python gives the value of <tool>EXPRESSION</tool>.)", "", "<tool>17 * 23</tool> <result>391</result> 391"
+)
+_CALLS = re.compile(r"<(tool|result)>.*?</\1>", re.DOTALL)
+
+
 class Prompts:
     """Builds prompts as token ids.
 
@@ -108,6 +137,7 @@ class Prompts:
         reads: "text", "demonstration" or "both": what the teacher is shown of the feedback.
         max_tokens: length limit of a prompt.
         end_ids: tokens that end any answer of this model.
+        tool: whether the prompts show how to call `tools.Python`, whose calls are no part of an answer.
 
     Raises:
         ValueError: the layout does not suit the tokenizer, the model or the task's answers.
@@ -121,18 +151,24 @@ class Prompts:
         reads: str = "text",
         max_tokens: int = 1024,
         end_ids: Sequence[int] = (),
+        tool: bool = False,
     ) -> None:
         if layout == "chat" and not tokenizer.chat_template:
             raise ValueError("[layout] this tokenizer has no chat template: use layout examples")
         self._tokenizer = tokenizer
         self._layout, self._max_tokens, self._end_ids = layout, max_tokens, end_ids
         self._reads_text, self._reads_demonstration = reads in ("text", "both"), reads in ("demonstration", "both")
-        self._plain = [_Turn(problem.question, "", problem.answer) for problem, _ in examples]
-        self._corrected = [
+        self._tool = tool
+        shown = [TOOL_EXAMPLE] if tool else []
+        self._plain = [*shown, *(_Turn(problem.question, "", problem.answer) for problem, _ in examples)]
+        self._corrected = shown + [
             turn
             for problem, feedback in examples
             for turn in self._turns(problem.question, feedback.text, feedback.demonstration, problem.answer)
         ]
+        # Every second answer is the example's before it, so that a model sees both verdicts.
+        judged = [(problem, examples[index - index % 2][0].answer) for index, (problem, _) in enumerate(examples)]
+        self._judged = [(problem.question, shown, _verdict(shown, problem.answer)) for problem, shown in judged]
 
     def student(self, problem: Problem) -> list[int] | None:
         """The prompt that rollouts continue; None when it is over the limit."""
@@ -156,6 +192,20 @@ class Prompts:
                 demonstration = self._without_end(demonstration, excess)
         return None
 
+    def critic(self, problem: Problem, answer: str) -> list[int] | None:
+        """What a model reads to judge an answer, after the worked examples judged; None when it is over the limit."""
+        judged = [*self._judged, (problem.question, answer.strip(), None)]
+        if self._layout == "chat":
+            ids = self._render([turn for q, a, said in judged for turn in (_Turn(q, "", a), _Turn(JUDGE, "", said))])
+        else:
+            blocks = (f"Q: {q}\nA: {a}\nFeedback:" + (f" {said}\n\n" if said else "") for q, a, said in judged)
+            ids = self._tokenizer("".join(blocks)).input_ids
+        return ids if len(ids) <= self._max_tokens else None
+
+    def fits(self, problem: Problem, known: Feedback) -> bool:
+        """Whether the teacher can read some of what is `known` before any answer; nothing known always fits."""
+        return not (known.text or known.demonstration) or self.teacher(problem, known) is not None
+
     def cuts(self, problem: Problem, feedback: Feedback) -> bool:
         """Whether `teacher` has to shorten this correction."""
         shown = self._turns(problem.question, feedback.text, feedback.demonstration, None)
@@ -173,8 +223,9 @@ class Prompts:
 
     def answer(self, completion: list[int]) -> str:
         """The text of a completion that a verifier reads."""
-        text = self._tokenizer.decode(completion, skip_special_tokens=True)
-        return text.split("\n")[0] if self._layout == "examples" else text
+        text = str(self._tokenizer.decode(completion, skip_special_tokens=True))
+        text = text.split("\n")[0] if self._layout == "examples" else text
+        return _CALLS.sub("", text) if self._tool else text
 
     def _turns(self, question: str, text: str, demonstration: str, answer: str | None) -> list[_Turn]:
         before = [_Turn(question, "", demonstration)] if demonstration and self._reads_demonstration else []

@@ -1,6 +1,7 @@
 """What is wrong with a run, in words, from its records: said once each, while there is time to stop it.
 
-    no signal          every group's rollouts scored alike (policy_gradient), or the teacher agrees with the student
+    no signal          every group's rollouts scored alike (policy_gradient), no rollout has feedback, or the teacher
+                       agrees with the student
     entropy            the student has become sure of everything
     length             answers ran into the limit, or shrank to half: a sum of future cost pays for stopping early
     teacher            it answers no better than its student, or much worse than at the start
@@ -36,13 +37,18 @@ def warnings(records: Sequence[Record], config: Config) -> Iterator[tuple[str, s
     def mean(records: Sequence[Record], key: str) -> float:
         return statistics.fmean(record[key] for record in records)
 
-    if config.objective == "policy_gradient" and mean(last, "equal_groups") == 1.0:
+    has_teacher = config.objective != "policy_gradient"
+    if has_teacher and mean(last, "left_out") == config.prompts_per_step * config.rollouts_per_prompt:
+        text = f"no signal: in the last {WINDOW} steps the teacher had nothing to read of any rollout (left_out)"
+        yield "signal", text
+        return
+    if not has_teacher and mean(last, "equal_groups") == 1.0:
         text = (
             f"no signal: in the last {WINDOW} steps all rollouts of each problem scored the same, so no advantage is "
             "left; an easier or harder task, more rollouts, or an objective with a teacher"
         )
         yield "signal", text
-    if config.objective != "policy_gradient" and mean(last, "kl") < _NO_DISAGREEMENT:
+    if has_teacher and mean(last, "kl") < _NO_DISAGREEMENT:
         text = (
             f"no signal: teacher and student differ by {mean(last, 'kl'):.1e} nats a token; the feedback says nothing "
             "that the student does not know, or the teacher has followed it"

@@ -13,6 +13,7 @@ from rich.text import Text
 from distil_kernels.train.page import COLORS, harmless, strengths, visible
 
 Record = dict[str, Any]
+PUT_IN = "dim italic"
 
 
 def choose(records: Sequence[Record], step: int | None, problem: int, rollout: int) -> Record:
@@ -42,8 +43,9 @@ def show(record: Record, color: str, console: Console) -> None:
     verdict = "right" if record["score"] >= 1.0 else "wrong"
     top = strengths([record])[color]
     completion = Text()
-    for text, value in zip(record["texts"], record[color], strict=True):
-        completion.append(visible(text, inner=True), style=_style(value, top))
+    for index, (text, value) in enumerate(zip(record["texts"], record[color], strict=True)):
+        style = PUT_IN if index in record.get("put_in", ()) else _style(value, top)
+        completion.append(visible(text, inner=True), style=style)
     legend = f"{COLORS[color]}, full colour at {top:.3g} nats"
     title = f"step {record['step']}, problem {record['problem']}, score {record['score']:.2g} ({verdict})"
     parts: list[RenderableType] = [
@@ -62,6 +64,9 @@ def _alternatives(record: Record, color: str, top: float) -> Table:
         table.add_column(label, justify="right")
     table.add_column("teacher's likeliest")
     for index, text in enumerate(record["texts"]):
+        if index in record.get("put_in", ()):
+            table.add_row(Text(visible(text), style=PUT_IN), *("" for _ in COLORS), "put in by a tool, not learnt")
+            continue
         numbers = [Text(f"{record[name][index]:.3f}") for name in COLORS]
         others = Text("   ").join(
             Text(f"{visible(other)} {taught:.2f}→{own:.2f}", style="bold" if other == text else "")

@@ -32,17 +32,20 @@ from torch.optim.lr_scheduler import LambdaLR
 from distil_kernels.hf import split
 from distil_kernels.train import checkpoint, health, models, report, samples, tracking
 from distil_kernels.train.baseline import PositionAverage
-from distil_kernels.train.batch import Sample, prefers_right, rollout_records, unique
+from distil_kernels.train.batch import Sample, answered, prefers_right, rollout_records, unique
 from distil_kernels.train.config import Config
+from distil_kernels.train.critique import Critic
 from distil_kernels.train.evaluate import Evaluation, Evaluator
 from distil_kernels.train.feedback import Prompts, verifier
 from distil_kernels.train.interrupt import Interrupt
 from distil_kernels.train.objective import Sums, distil_loss, means, policy_loss
 from distil_kernels.train.prefix import completion_hidden, shares_prompts
 from distil_kernels.train.remote import RemoteTeacher
-from distil_kernels.train.rollout import Sampling, sample
+from distil_kernels.train.rollout import Sampling
+from distil_kernels.train.siblings import Say, as_verified, from_siblings
 from distil_kernels.train.tasks import held_out_problems, make_task, problems
 from distil_kernels.train.teacher import Teacher, check_same_tokens
+from distil_kernels.train.tools import Python, Rollouts, roll_out
 
 
 class Trainer:
@@ -74,7 +77,11 @@ class Trainer:
             self.teacher = RemoteTeacher(config, self.tokenizer, head.shape[0], head.device)
         else:
             self.teacher = Teacher(self.student, config.teacher, config.ema_rate, other)
-        self.average = PositionAverage(config.max_new_tokens, config.baseline_rate, head.device)
+        self.tool = None
+        if config.tools == "python":
+            self.tool = Python(self.tokenizer, config.max_tool_calls, config.max_tool_tokens)
+        longest = config.max_new_tokens + (self.tool.longest if self.tool else 0)
+        self.average = PositionAverage(longest, config.baseline_rate, head.device)
         self.share = _shares(config, shares_prompts(self.student) and self.teacher.shares_prompts)
 
         self.task, self.verify = make_task(config.task, config.seed), verifier(config.feedback)
@@ -87,8 +94,11 @@ class Trainer:
         """Keys of the examples, whose answers stand in every prompt."""
         self.prompts = Prompts(
             self.tokenizer, examples, config.layout, config.teacher_reads, config.max_prompt_tokens,
-            models.end_ids(self.student.model, self.tokenizer),
+            models.end_ids(self.student.model, self.tokenizer), self.tool is not None,
         )  # fmt: skip
+        self.say: Say = from_siblings if config.feedback == "siblings" else as_verified
+        if config.feedback == "self_evaluation":
+            self.say = Critic(self.prompts, config.max_critique_tokens, self.share)
         self.sampling = Sampling(
             config.max_new_tokens, self.prompts.stop_ids(), config.temperature, config.top_p, config.top_k
         )
@@ -96,8 +106,8 @@ class Trainer:
         held_out_task = make_task(config.task, config.eval_seed)
         held_out = held_out_problems(held_out_task, config.eval_problems)
         self.evaluate = Evaluator(
-            held_out_task, self.verify, self.prompts, held_out, own_distribution, config.eval_samples,
-            config.eval_seed, self.share,
+            held_out_task, self.verify, self.say, self.prompts, held_out, own_distribution, config.eval_samples,
+            config.eval_seed, self.share, self.tool,
         )  # fmt: skip
         self.step = 0
         self.position = 0
@@ -119,7 +129,7 @@ class Trainer:
             self.position = position
             prompt = None if problem.key in self.worked else self.prompts.student(problem)
             # With an answer still to come, the correction is all of the feedback that can be too long.
-            if prompt is None or self.prompts.teacher(problem, self.verify(self.task, problem, "")) is None:
+            if prompt is None or not self.prompts.fits(problem, self.verify(self.task, problem, "")):
                 self.skipped += 1
                 misses += 1
                 if misses == 1000:
@@ -134,9 +144,10 @@ class Trainer:
         """Samples completions, verifies them, and builds the teacher's prompts."""
         group = self.config.rollouts_per_prompt
         rows = [row for row in range(len(batch)) for _ in range(group)]
-        completions = sample(self.student, [entry.prompt for entry in batch], rows, self.sampling, self.share)
-        for index, entry in enumerate(batch):
-            entry.answered_with(self, completions[index * group : (index + 1) * group])
+        prompts = [entry.prompt for entry in batch]
+        done = roll_out(self.student, prompts, rows, self.sampling, self.share, self.tool)
+        groups = [slice(first, first + group) for first in range(0, len(rows), group)]
+        answered(self, batch, [Rollouts(done.completions[own], done.written[own]) for own in groups])
 
     def micro_batch(
         self, batch: list[Sample], normalizer: float, seconds: dict[str, float]
@@ -158,9 +169,10 @@ class Trainer:
             with _timed(seconds, "loss"):
                 if taught is None:
                     scores = [feedback.score for entry in batch for feedback in entry.feedback]
-                    loss, sums = policy_loss(self.student, hidden, completions, scores, config, normalizer)
+                    written = [row for entry in batch for row in entry.written]
+                    loss, sums = policy_loss(self.student, hidden, completions, scores, config, normalizer, written)
                 else:
-                    counts = [counts for entry in batch for counts in entry.taught]
+                    counts = [row for entry in batch for row in entry.counts]
                     loss, sums = distil_loss(
                         self.student, hidden, self.teacher, taught, completions, config, self.average, normalizer,
                         counts,
@@ -192,7 +204,7 @@ class Trainer:
         self.step += 1
         scores = [feedback.score for entry in batch for feedback in entry.feedback]
         sums = [part for _, part in parts]
-        num_tokens = sum(part.tokens for part in sums)
+        num_tokens = sum(sum(written) for entry in batch for written in entry.written)
         elapsed = time.perf_counter() - began
         record = {
             "kind": "step",

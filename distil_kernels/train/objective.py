@@ -27,7 +27,7 @@ from distil_kernels.train.teacher import Teacher
 
 
 class Sums(NamedTuple):
-    """Sums over completion tokens, on the device, to be divided by `tokens` when logged."""
+    """Sums over the completion tokens that count, on the device, to be divided by `tokens` when logged."""
 
     tokens: int
     totals: Tensor
@@ -100,21 +100,20 @@ def distil_loss(
     config: Config,
     average: PositionAverage,
     normalizer: float,
-    counts: Sequence[bool],
+    counts: Sequence[Sequence[bool]],
 ) -> tuple[Tensor, Sums]:
     """Loss [] and what is logged of it; `average` takes note of the costs-to-go.
 
-    Completions that do not count cost nothing and show as 0 in the sums.
+    Tokens that do not count (one entry of `counts` for each token of each completion) cost nothing, have no credit and
+    are in no sum.
     """
     lengths = [len(done) for done in completions]
-    mask = None
-    if not all(counts):
-        mask = torch.tensor(counts).repeat_interleave(torch.tensor(lengths)).to(student_hidden.device)
+    mask = token_mask(counts, student_hidden.device)
     out = fused_loss(
         student, student_hidden, teacher, taught, completions, config, average,
         normalizer=normalizer, plan=config.plan, token_mask=mask,
     )  # fmt: skip
-    average.observe(out.cost_to_go, lengths)
+    average.observe(out.cost_to_go, lengths, mask)
     stats = out.stats
     found = {"cost": out.cost, "abs_credit": out.credit.abs(), **stats._asdict()}
     if isinstance(taught, TopK):
@@ -127,7 +126,13 @@ def distil_loss(
     index = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
     per_sequence = torch.zeros(len(lengths), dtype=torch.float64, device=device)
     per_sequence.index_add_(0, index, stats.teacher_logprob.to(torch.float64))
-    return out.loss, Sums(sum(lengths), totals, per_sequence)
+    return out.loss, Sums(sum(map(sum, counts)), totals, per_sequence)
+
+
+def token_mask(counts: Sequence[Sequence[bool]], device: torch.device) -> Tensor | None:
+    """[N] bool for packed completions; None where every token counts."""
+    flat = [token for row in counts for token in row]
+    return None if all(flat) else torch.tensor(flat, device=device)
 
 
 def policy_loss(
@@ -137,6 +142,7 @@ def policy_loss(
     scores: Sequence[float],
     config: Config,
     normalizer: float,
+    counts: Sequence[Sequence[bool]],
 ) -> tuple[Tensor, Sums]:
     """As `distil_loss` for rollouts that are as old as the model, so that no ratio is clipped; scores are [B]."""
     lengths = torch.tensor([len(done) for done in completions])
@@ -146,11 +152,11 @@ def policy_loss(
     out = fused_policy_loss(
         student_hidden, student.weight, tokens=tokens, advantages=per_token, student_bias=student.bias,
         temperature=config.temperature, logit_softcap=student.softcap, normalizer=normalizer, backend=config.backend,
-        plan=config.plan,
+        plan=config.plan, token_mask=token_mask(counts, tokens.device),
     )  # fmt: skip
     totals = torch.full((len(SUMMED),), math.nan, dtype=torch.float64, device=student_hidden.device)
     totals[SUMMED.index("entropy")] = out.entropy.to(torch.float64).sum()
-    return out.loss, Sums(tokens.numel(), totals, None)
+    return out.loss, Sums(sum(map(sum, counts)), totals, None)
 
 
 def group_advantages(scores: Tensor, group_size: int, normalize: bool) -> Tensor:
@@ -164,8 +170,11 @@ def group_advantages(scores: Tensor, group_size: int, normalize: bool) -> Tensor
 
 
 def means(sums: Sequence[Sums]) -> dict[str, float]:
-    """Per-token means over micro-batches of what the objective knows, and the weight of the credit beside its cost."""
-    num_tokens = sum(part.tokens for part in sums)
+    """Per-token means over micro-batches of what the objective knows, and the weight of the credit beside its cost.
+
+    0 where no token counts.
+    """
+    num_tokens = max(1, sum(part.tokens for part in sums))
     totals = torch.stack([part.totals for part in sums]).sum(0).tolist()
     mean = {name: total / num_tokens for name, total in zip(SUMMED, totals, strict=True) if not math.isnan(total)}
     if "abs_credit" in mean:

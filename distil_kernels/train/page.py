@@ -150,6 +150,9 @@ def _problem(records: Sequence[Record], top: dict[str, float]) -> str:
 
 
 def _token(record: Record, index: int, top: dict[str, float]) -> str:
+    if index in record.get("put_in", ()):
+        text = html.escape(visible(record["texts"][index], inner=True))
+        return f"<span class='t given' tabindex='0'>{text}<span class='tip'>put in by a tool, not learnt</span></span>"
     shares = ";".join(f"--{name}:{min(1.0, abs(record[name][index]) / top[name]):.3f}" for name in COLORS)
     text = record["texts"][index]
     numbers = " · ".join(f"{label} {record[name][index]:.3f}" for name, label in COLORS.items())

@@ -39,6 +39,7 @@ from transformers import PreTrainedTokenizerBase
 from distil_kernels.train.batch import unique
 from distil_kernels.train.config import Config
 from distil_kernels.train.rollout import Sampling, until_stop
+from distil_kernels.train.tools import Python, Rollouts
 
 THREADS = 8
 AT_ONCE = 4
@@ -113,9 +114,9 @@ class RemoteTeacher:
         return TopK(*(part[index].to(self._device) for part in (ids, logprobs, unmapped)))
 
     def answers(
-        self, prompts: Sequence[list[int]], rows: Sequence[int], sampling: Sampling, share: bool
-    ) -> list[list[int]]:
-        """As `rollout.sample`, but for the tokens: the tokenizer's for the text that came."""
+        self, prompts: Sequence[list[int]], rows: Sequence[int], sampling: Sampling, share: bool, tool: Python | None
+    ) -> Rollouts:
+        """As `roll_out`, but for the tokens, which are the tokenizer's for the text that came, and without a tool."""
         options = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
         asked = [prompts[row] for row in rows]
         with ThreadPoolExecutor(THREADS) as pool:
@@ -127,7 +128,8 @@ class RemoteTeacher:
                 )
             )
         stops = set(sampling.stop_ids)
-        return [until_stop(self._tokenizer(text, add_special_tokens=False).input_ids, stops) for text in texts]
+        done = [until_stop(self._tokenizer(text, add_special_tokens=False).input_ids, stops) for text in texts]
+        return Rollouts(done, [[True] * len(tokens) for tokens in done])
 
     def follow(self) -> None:
         """An endpoint stays as it is."""

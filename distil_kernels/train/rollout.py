@@ -7,11 +7,13 @@ of a completion; a completion cut by the length limit has none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from distil_kernels.hf import CausalLM
 from distil_kernels.train.prefix import pad, read
@@ -30,11 +32,22 @@ class Sampling:
     """0 keeps the whole vocabulary."""
 
 
+Ends = Callable[[Sequence[int]], bool]
+"""Whether sampling stops after these tokens of a completion."""
+
+
 @torch.no_grad()
 def sample(
-    lm: CausalLM, prompts: Sequence[list[int]], rows: Sequence[int], sampling: Sampling, share: bool
+    lm: CausalLM,
+    prompts: Sequence[list[int]],
+    rows: Sequence[int],
+    sampling: Sampling,
+    share: bool,
+    ends: Ends | None = None,
 ) -> list[list[int]]:
     """One completion per entry of `rows`, which names its prompt; draws from torch's global generator.
+
+    Stops at a stop token, at the length limit, and where `ends` says so.
 
     Returns:
         B lists of token ids, each with its stop token unless it was cut.
@@ -57,16 +70,33 @@ def sample(
         cache = {}
     own_defaults, lm.model.generation_config = lm.model.generation_config, GenerationConfig()
     try:
-        out = lm.model.generate(ids, attention_mask=mask, generation_config=generation, **cache)
+        out = lm.model.generate(
+            ids,
+            attention_mask=mask,
+            generation_config=generation,
+            stopping_criteria=StoppingCriteriaList([_Ending(ends, ids.shape[1])] if ends else []),
+            **cache,
+        )
     finally:
         lm.model.generation_config = own_defaults
     stopping = set(stops)
-    return [until_stop(tokens, stopping) for tokens in out[:, ids.shape[1] :].tolist()]
+    return [until_stop(tokens, stopping, ends) for tokens in out[:, ids.shape[1] :].tolist()]
 
 
-def until_stop(tokens: list[int], stops: set[int]) -> list[int]:
-    """Tokens to the first stop, which is one of them."""
+class _Ending(StoppingCriteria):
+    """Asks of each row's tokens from `start` on."""
+
+    def __init__(self, ends: Ends, start: int) -> None:
+        self._ends, self._start = ends, start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        rows = input_ids[:, self._start :].tolist()
+        return torch.tensor([self._ends(tokens) for tokens in rows], device=input_ids.device)
+
+
+def until_stop(tokens: list[int], stops: set[int], ends: Ends | None = None) -> list[int]:
+    """Tokens to the first stop or end, which is one of them."""
     for end, token in enumerate(tokens, 1):
-        if token in stops:
+        if token in stops or (ends and ends(tokens[:end])):
             return tokens[:end]
     return tokens

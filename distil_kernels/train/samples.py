@@ -5,8 +5,8 @@
     credit  the weight of grad log S[token]: discounted cost to come, less its baseline
     top     the teacher's likeliest tokens with both models' probabilities
 
-The numbers are those of the loss on these rollouts (the same op without gradients). Logits exist for BLOCK_ROWS tokens
-at a time.
+The numbers are those of the loss on these rollouts (the same op without gradients): 0 where a token does not count.
+Logits exist for BLOCK_ROWS tokens at a time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from distil_kernels.hf import CausalLM
 from distil_kernels.train.baseline import PositionAverage
 from distil_kernels.train.batch import Sample
 from distil_kernels.train.config import Config
-from distil_kernels.train.objective import fused_loss
+from distil_kernels.train.objective import fused_loss, token_mask
 from distil_kernels.train.prefix import completion_hidden
 from distil_kernels.train.remote import RemoteTeacher, TopK
 from distil_kernels.train.teacher import Teacher
@@ -49,7 +49,8 @@ def token_columns(
     taught = teacher.at_states(teacher_prompts, range(len(completions)), completions, share)
     hidden = hidden.to(student.weight.dtype)
     lengths = [len(done) for done in completions]
-    out = fused_loss(student, hidden, teacher, taught, completions, config, average)
+    mask = token_mask([row for entry in batch for row in entry.counts], hidden.device)
+    out = fused_loss(student, hidden, teacher, taught, completions, config, average, token_mask=mask)
     numbers = {"ce": out.stats.ce, "kl": out.stats.kl, "credit": out.credit}
     by_rollout = {name: values.split(lengths) for name, values in numbers.items()}
     tops = _tops(student, hidden, teacher, taught, tokenizer, config)

@@ -23,7 +23,8 @@ from transformers import PreTrainedTokenizerBase
 
 from distil_kernels.hf import CausalLM, split
 from distil_kernels.train.prefix import completion_hidden, shares_prompts
-from distil_kernels.train.rollout import Sampling, sample
+from distil_kernels.train.rollout import Sampling
+from distil_kernels.train.tools import Python, Rollouts, roll_out
 
 ABSENT = -1e4
 """Logit of tokens that the teacher's head lacks: their probability is 0, and 0 times it is no NaN."""
@@ -70,11 +71,11 @@ class Teacher:
             return completion_hidden(self.lm, prompts, rows, completions, share)
 
     def answers(
-        self, prompts: Sequence[list[int]], rows: Sequence[int], sampling: Sampling, share: bool
-    ) -> list[list[int]]:
-        """Its own completions; arguments of `sample`."""
+        self, prompts: Sequence[list[int]], rows: Sequence[int], sampling: Sampling, share: bool, tool: Python | None
+    ) -> Rollouts:
+        """Its own completions; arguments of `roll_out`."""
         with self._reading():
-            return sample(self.lm, prompts, rows, sampling, share)
+            return roll_out(self.lm, prompts, rows, sampling, share, tool)
 
     def _reading(self) -> contextlib.AbstractContextManager[None]:
         """In it, `lm` gives the teacher's values."""

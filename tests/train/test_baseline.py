@@ -36,6 +36,16 @@ def test_definition(generator: torch.Generator) -> None:
     assert average.values([2, 0, 4]).tolist() == pytest.approx([*expected[:2], *expected])
 
 
+def test_rows_that_do_not_count_are_not_noticed() -> None:
+    average, without = (PositionAverage(3, RATE, torch.device("cpu")) for _ in range(2))
+    average.observe(torch.tensor([4.0, 0.0, 6.0, 0.0]), [3, 1], torch.tensor([True, False, True, False]))
+    without.observe(torch.tensor([4.0]), [1])
+    without.follow()
+    average.follow()
+    assert average.values([3]).tolist() == [4.0, 0.0, 6.0] and not average.state_dict()["met"][1]
+    assert average.values([1]).equal(without.values([1]))
+
+
 def test_state_is_all_that_the_next_batch_needs() -> None:
     average, other = (PositionAverage(3, RATE, torch.device("cpu")) for _ in range(2))
     average.observe(torch.tensor([1.0, 2.0]), [2])

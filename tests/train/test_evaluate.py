@@ -14,6 +14,7 @@ from distil_kernels.train import models
 from distil_kernels.train.evaluate import Evaluator, mean_and_error
 from distil_kernels.train.feedback import Prompts, correct
 from distil_kernels.train.rollout import Sampling
+from distil_kernels.train.siblings import as_verified
 from distil_kernels.train.tasks import Problem, make_task, problems
 from distil_kernels.train.teacher import Teacher
 
@@ -51,7 +52,7 @@ def test_every_problem_and_sample_counts_once(tiny_model: Path, monkeypatch: pyt
     task = Vowels(answers)
     held_out = [problem for _, problem in islice(problems(task, held_out=True), 7)]
     evaluate = Evaluator(
-        task, correct, prompts, held_out, Sampling(5, prompts.stop_ids()), num_samples=2, seed=1, share=True
+        task, correct, as_verified, prompts, held_out, Sampling(5, prompts.stop_ids()), 2, seed=1, share=True
     )
     answers.clear()
     result = evaluate(lm, Teacher(lm, "live", 0.0))
@@ -69,7 +70,7 @@ def test_repeats_itself_and_leaves_the_generator_alone(tiny_model: Path) -> None
     task = Vowels([])
     held_out = [problem for _, problem in islice(problems(task, held_out=True), 4)]
     evaluate = Evaluator(
-        task, correct, prompts, held_out, Sampling(5, prompts.stop_ids()), num_samples=3, seed=1, share=True
+        task, correct, as_verified, prompts, held_out, Sampling(5, prompts.stop_ids()), 3, seed=1, share=True
     )
     torch.manual_seed(5)
     state = torch.get_rng_state()
@@ -84,4 +85,6 @@ def test_problems_that_do_not_fit_are_an_error_when_none_does(tiny_model: Path) 
     _, tokenizer = models.load(str(tiny_model))
     prompts = Prompts(tokenizer, [], max_tokens=3, end_ids=[0])
     with pytest.raises(ValueError, match="max_prompt_tokens"):
-        Evaluator(Vowels([]), correct, prompts, [Vowels([]).problem(0)], Sampling(5, [0]), 1, 1, share=True)
+        Evaluator(
+            Vowels([]), correct, as_verified, prompts, [Vowels([]).problem(0)], Sampling(5, [0]), 1, 1, share=True
+        )

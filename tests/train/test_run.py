@@ -16,10 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distil_kernels.testing import credit_by_definition
 from distil_kernels.train.__main__ import main
+from distil_kernels.train.batch import answered
 from distil_kernels.train.checkpoint import read_lines
 from distil_kernels.train.config import Config
 from distil_kernels.train.loop import Trainer
 from distil_kernels.train.objective import fused_loss
+from distil_kernels.train.tools import Rollouts
 
 QUICK = [
     "--prompts_per_step", "3", "--rollouts_per_prompt", "2", "--max_new_tokens", "4", "--num_examples", "1",
@@ -49,6 +51,11 @@ def trainer(model: Path, directory: Path, **changes: object) -> Trainer:
         "eval_problems": 2, **changes,
     }  # fmt: skip
     return Trainer(Config(**settings), directory, Console(quiet=True))
+
+
+def written(*completions: list[int]) -> Rollouts:
+    """Without a tool."""
+    return Rollouts(list(completions), [[True] * len(tokens) for tokens in completions])
 
 
 def test_three_steps_and_their_files(tiny_model: Path, tmp_path: Path) -> None:
@@ -94,8 +101,8 @@ def test_micro_batches_and_whole_rows_give_the_same_gradient(tiny_model: Path, t
     for index, changes in enumerate(settings):
         run = trainer(tiny_model, tmp_path / str(index), teacher=teacher, **changes)
         batch = run.next_batch()
-        for number, entry in enumerate(batch):  # the same rollouts whatever the sampler would have drawn
-            entry.answered_with(run, [[20 + number, 30, 40 + number][: 1 + number % 3], [21, 31 + number]])
+        # The same rollouts whatever the sampler would have drawn.
+        answered(run, batch, [written([20 + i, 30, 40 + i][: 1 + i % 3], [21, 31 + i]) for i in range(len(batch))])
         size = run.config.micro_batch_prompts or len(batch)
         total = sum(float(run.micro_batch(batch[i : i + size], 8.0, {})[0]) for i in range(0, len(batch), size))
         grad = torch.cat([parameter.grad.flatten() for parameter in run.student.model.parameters()])
@@ -134,8 +141,7 @@ def test_credit_settings_reach_the_loss(tiny_model: Path, tmp_path: Path, baseli
         credit_clip=0.6, credit_scale=0.1,
     )  # fmt: skip
     batch = run.next_batch()
-    for entry in batch:
-        entry.answered_with(run, [[20, 30, 40, 50], [21, 31]])
+    answered(run, batch, [written([20, 30, 40, 50], [21, 31])] * len(batch))
     lengths = [4, 2] * len(batch)
     run.average.observe(torch.arange(6.0).repeat(len(batch)), lengths)
     run.average.follow()
@@ -245,10 +251,9 @@ def test_a_tracker_that_is_not_installed_is_said(
 def test_cut_corrections_are_counted(tiny_model: Path, tmp_path: Path) -> None:
     """A limit some tokens below the longest correction: every rollout of a cut problem counts, whole ones do not."""
     loose = trainer(tiny_model, tmp_path / "loose")
-    lengths = []
-    for entry in loose.next_batch():
-        entry.answered_with(loose, [[1], [2]])
-        lengths += [len(prompt) for prompt in entry.teacher_prompts]
+    batch = loose.next_batch()
+    answered(loose, batch, [written([1], [2])] * len(batch))
+    lengths = [len(prompt) for entry in batch for prompt in entry.teacher_prompts]
     assert loose.train_step()["cut"] == 0
     tight = trainer(tiny_model, tmp_path / "tight", max_prompt_tokens=max(lengths) - 3)
     record = tight.train_step()
