@@ -63,13 +63,11 @@ def test_they_write_one_directory(whole: Path) -> None:
     assert [(record["step"], record["problems"]) for record in evaluations] == [(0, 3), (2, 3), (4, 3)]
     rollouts = [record for record in read_lines(whole / "rollouts.jsonl") if record["kind"] == "training"]
     assert len(rollouts) == 4 * 3 * 2
-    for step in range(1, 5):
-        mine = [record for record in rollouts if record["step"] == step]
-        assert len({record["question"] for record in mine}) == 3
-        length = sum(len(record["tokens"]) for record in mine) / 6
-        assert [record["length"] for record in records if (record["kind"], record["step"]) == ("step", step)] == [
-            length
-        ]
+    for record in records:
+        if record["kind"] == "step":
+            own = [rollout for rollout in rollouts if rollout["step"] == record["step"]]
+            assert len({rollout["question"] for rollout in own}) == 3
+            assert record["length"] == sum(len(rollout["tokens"]) for rollout in own) / 6
     assert [path.name for path in whole.parent.iterdir()] == ["run"]
     # LambdaLR counts optimiser steps, not processes' steps.
     assert load_state(whole / "checkpoint")["scheduler"]["last_epoch"] == 4
@@ -124,7 +122,7 @@ def test_each_draws_its_own_rollouts_and_the_seed_says_which(tiny_model: Path, t
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--prompts_per_step", "1"], "[prompts_per_step] expected 2 or more"),
+        (["--prompts_per_step", "1"], "[prompts_per_step] expected one for each of 2 processes, got 1"),
         (["--baseline", "position_mean"], "[baseline] position_mean compares the whole batch"),
     ],
 )

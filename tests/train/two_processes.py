@@ -25,6 +25,8 @@ def together(function: Callable[..., int | None], *arguments: Any) -> list[int |
     for process in both:
         process.start()
     for process in both:
+        process.join(60)  # one that waits for the other would wait for ever
+        process.kill()
         process.join()
     return [process.exitcode for process in both]
 
