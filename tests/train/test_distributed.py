@@ -135,9 +135,9 @@ def test_each_draws_its_own_rollouts_and_the_seed_says_which(tiny_model: Path, t
 def test_a_batch_that_cannot_be_shared_out_is_refused(
     tiny_model: Path, tmp_path: Path, options: list[str], said: str
 ) -> None:
-    assert together(refused, [*start(tiny_model, tmp_path, "run", 1), *options], tmp_path) == [2, 2]
-    for rank in range(2):
-        assert said in (tmp_path / f"{rank}.txt").read_text()
+    main_status, other = together(refused, [*start(tiny_model, tmp_path, "run", 1), *options], tmp_path)
+    assert main_status == 2 and other != 0  # the other may find the main one gone before it has read its options
+    assert said in (tmp_path / "0.txt").read_text()
 
 
 def test_processes_that_accelerate_does_not_know_are_refused(
