@@ -65,7 +65,8 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
     """Makes every layer keep only its input for the backward pass, which runs the layer again.
 
     transformers' own switch works in training mode only, where dropout would change the loss; this is the same on
-    transformers' layers in evaluation mode. Not for passes with gradients that fill a cache.
+    transformers' layers in evaluation mode. Not for passes with gradients that fill a cache. SmolLM2 in float32 over 4
+    rows of 544 tokens: 0.58 GiB above weights and gradients instead of 3.01, 48 s instead of 29 on one core.
 
     Raises:
         ValueError: the model has no such layers.

@@ -9,7 +9,10 @@ processes then hold the same bits, and take the same step without sending weight
 
 With one process everything here is the identity.
 
-Left out: sharded weights (FSDP, DeepSpeed), and summing while the backward still runs.
+Left out: summing while the backward still runs, and sharded weights (FSDP, DeepSpeed), which are refused. FSDP2 gives
+the right gradients when the body's call is registered with the root module (register_fsdp_forward_method), which leaves
+the head's weight whole until the backward; but the frozen and ema teachers would have to be sharded too, rollouts of
+different lengths to wait for each other, and accelerate has it on GPUs only.
 """
 
 from __future__ import annotations

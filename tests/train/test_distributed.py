@@ -6,16 +6,20 @@ import os
 import signal
 from contextlib import redirect_stderr
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import DistributedType
 from test_nothing_lost import assert_equal
 from test_run import QUICK, metrics, trainer
 from two_processes import together
 
 from distil_kernels.train.__main__ import main
 from distil_kernels.train.checkpoint import load_state, read_lines
+from distil_kernels.train.config import Config
 from distil_kernels.train.loop import Trainer
+from distil_kernels.train.processes import Processes
 
 EXTRA = ["--teacher", "ema", "--ema_rate", "0.3", "--baseline", "moving_average", "--eval_problems", "3"]
 
@@ -138,6 +142,13 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(
     main_status, other = together(refused, [*start(tiny_model, tmp_path, "run", 1), *options], tmp_path)
     assert main_status == 2 and other != 0  # the other may find the main one gone before it has read its options
     assert said in (tmp_path / "0.txt").read_text()
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_sharded_models_are_refused(kind: str) -> None:
+    told = SimpleNamespace(distributed_type=DistributedType(kind), num_processes=2)
+    with pytest.raises(ValueError, match=f"expected the whole model in every process, got {kind}"):
+        Processes.of(told, Config())  # type: ignore[arg-type]
 
 
 def test_processes_that_accelerate_does_not_know_are_refused(
