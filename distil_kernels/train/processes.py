@@ -4,8 +4,8 @@
 
 DistributedDataParallel does not fit: it sums in hooks that its own forward arms, and here the body runs several times
 per step (prompts, then completions) while the head's weight goes into the loss without any forward of the model. So
-the gradients are summed after the last backward, in buckets of BUCKET numbers, which is the most extra memory. All
-processes then hold the same bits, and take the same step without sending weights.
+the gradients are summed after the last backward, in buckets of BUCKET numbers (or one larger parameter), which is the
+extra memory. All processes then hold the same bits, and take the same step without sending weights.
 
 With one process everything here is the identity.
 

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import DistributedType
+from accelerate import Accelerator, DistributedType
 from test_nothing_lost import assert_equal
 from test_run import QUICK, metrics, trainer
 from two_processes import together
 
+from distil_kernels.train import processes
 from distil_kernels.train.__main__ import main
 from distil_kernels.train.checkpoint import load_state, read_lines
 from distil_kernels.train.config import Config
@@ -104,6 +105,33 @@ def test_another_number_of_processes_does_not_resume(whole: Path, capsys: pytest
 def test_one_process_evaluates_a_run_of_two(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(whole)]) == 0
     assert '"problems": 3' in capsys.readouterr().out
+
+
+def gradients(rank: int) -> list[torch.Tensor | None]:
+    generator = torch.Generator().manual_seed(rank)
+    grads: list[torch.Tensor | None] = [torch.randn(n, 3, generator=generator) for n in (1, 2, 40, 3, 2, 1)]
+    grads[1 + rank] = None
+    return grads
+
+
+def sum_small_buckets(rank: int, directory: Path) -> None:
+    processes.BUCKET = 10  # the third parameter alone is larger
+    accelerator = Accelerator(cpu=True)
+    mine = gradients(rank)
+    parameters = [torch.nn.Parameter(torch.zeros(n, 3)) for n in (1, 2, 40, 3, 2, 1)]
+    for parameter, grad in zip(parameters, mine, strict=True):
+        parameter.grad = grad
+    Processes.of(accelerator, Config()).sum_gradients(parameters)
+    torch.save([parameter.grad for parameter in parameters], directory / f"{rank}.pt")
+    accelerator.end_training()
+
+
+def test_gradients_are_summed_bucket_by_bucket(tmp_path: Path) -> None:
+    """A parameter that one process has no gradient for is the other's."""
+    assert together(sum_small_buckets, tmp_path) == [0, 0]
+    expected = [sum(grad for grad in pair if grad is not None) for pair in zip(gradients(0), gradients(1), strict=True)]
+    for rank in range(2):
+        assert_equal(torch.load(tmp_path / f"{rank}.pt"), expected)
 
 
 def same_problem(rank: int, model: Path, directory: Path, seed: int) -> None:
