@@ -61,8 +61,8 @@ class Trainer:
         if config.lora_rank:
             model = models.with_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets)
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        rates = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-        optimizer = torch.optim.AdamW(self.trained, **rates, fused=True)
+        decay = config.weight_decay
+        optimizer = torch.optim.AdamW(self.trained, lr=config.learning_rate, weight_decay=decay, fused=True)
         self.scheduler = LambdaLR(optimizer, partial(_rate, config))  # accelerate's takes a step for every process
         # evaluation_mode: placed and set for autocast, not wrapped in DistributedDataParallel.
         self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
