@@ -47,20 +47,27 @@ def _train(arguments: list[str]) -> int:
     resumes = bool(config.resume)
     if resumes:
         config, directory = _resumed(config, given)
-    else:
+    elif _is_main():
         directory = _new_directory(config)
         write_text(directory / "config.json", config.to_json())
+    else:
+        directory = Path(config.runs_dir)  # until the main process says which
     # Late, so that wrong options are reported before seconds of imports.
     from rich.console import Console
 
     from distil_kernels.train.loop import Trainer
 
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 160, quiet=not _is_main())
     console.print(configuration.resolved(config), highlight=False, markup=False)
     trainer = Trainer(config, directory, console)
     if resumes:
         trainer.resume()
     return 0 if trainer.run() else 130
+
+
+def _is_main() -> bool:
+    """Whether this process makes the directory and prints; as torchrun and accelerate launch tell, before imports."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _new_directory(config: Config) -> Path:
@@ -87,7 +94,8 @@ def _resumed(config: Config, given: set[str]) -> tuple[Config, Path]:
     config_before = Config.from_json(path.read_text())
     if "steps" in given:
         config_before = dataclasses.replace(config_before, steps=config.steps)
-        write_text(path, config_before.to_json())
+        if _is_main():
+            write_text(path, config_before.to_json())
     return config_before, directory
 
 

@@ -13,12 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from distil_kernels.train.processes import ALONE, Processes
+
 
 class PositionAverage:
-    """Of positions 0 to num_positions - 1; `rate` is the share of a batch's mean that enters."""
+    """Of positions 0 to num_positions - 1; `rate` is the share of a batch's mean (over processes) that enters."""
 
-    def __init__(self, num_positions: int, rate: float, device: torch.device) -> None:
-        self._rate = rate
+    def __init__(self, num_positions: int, rate: float, device: torch.device, processes: Processes = ALONE) -> None:
+        self._rate, self._processes = rate, processes
         self._average = torch.zeros(num_positions, dtype=torch.float64, device=device)
         self._batch = torch.zeros(2, num_positions, dtype=torch.float64, device=device)
         """Sums and numbers of what the batch has shown so far."""
@@ -36,6 +38,7 @@ class PositionAverage:
 
     def follow(self) -> None:
         """Moves the average after an optimiser step."""
+        self._processes.sum(self._batch)
         total, number = self._batch
         rate = (1.0 - (1.0 - self._rate) * self._met.double()) * (number > 0)
         self._average += rate * (total / number.clamp(min=1.0) - self._average)

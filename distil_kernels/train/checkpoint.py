@@ -78,6 +78,22 @@ def keep_lines(path: Path, keeps: Callable[[dict[str, Any]], bool]) -> list[dict
     return kept
 
 
+def drop_after(directory: Path, step: int) -> list[dict[str, Any]]:
+    """Drops a run's records of later steps, and returns the kept ones of metrics.jsonl.
+
+    A rollout of an evaluation that was not finished is of its step, and goes too.
+    """
+    kept = keep_lines(directory / "metrics.jsonl", lambda record: record["step"] <= step)
+    last_of = {"training": step, "sample": min(step, last_evaluation(kept))}
+    keep_lines(directory / "rollouts.jsonl", lambda record: record["step"] <= last_of[record["kind"]])
+    return kept
+
+
+def last_evaluation(records: Iterable[dict[str, Any]]) -> int:
+    """Step of the last evaluation among records of metrics.jsonl; -1 before the first."""
+    return max((record["step"] for record in records if record["kind"] == "evaluation"), default=-1)
+
+
 def save(
     directory: Path,
     step: int,

@@ -56,6 +56,8 @@ def evaluate(arguments: list[str]) -> int:
     with trainer.accelerator.autocast():
         result = trainer.evaluate(trainer.student, trainer.teacher)
     assert result is not None
+    if not trainer.processes.is_main:
+        return 0
     table = Table(title=f"{target}: {result.problems} held-out problems of {trainer.config.task}")
     for column in ("", "mean", "standard error"):
         table.add_column(column, justify="right" if column else "left")

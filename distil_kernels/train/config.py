@@ -54,11 +54,11 @@ class Config:
     steps: int = _option(24, AT_LEAST_0)
     """Optimiser steps: one per batch."""
     prompts_per_step: int = _option(4, AT_LEAST_1)
-    """Different problems in a batch."""
+    """Different problems in a batch, which the processes share out."""
     rollouts_per_prompt: int = _option(4, AT_LEAST_1)
     """Completions sampled for each problem."""
     micro_batch_prompts: int = _option(0, AT_LEAST_0)
-    """Problems per forward and backward; 0 takes the batch in one. Changes memory, not the gradient."""
+    """Problems per forward and backward; 0 takes a process's share in one. Changes memory, not the gradient."""
     max_new_tokens: int = _option(12, AT_LEAST_1)
     """Length limit of a completion, without what a tool puts in."""
     max_prompt_tokens: int = _option(1024, (2, math.inf))
@@ -174,6 +174,9 @@ class Config:
     """Of the model's products; weights stay float32. auto: bfloat16 on GPUs that have it, float32 on CPUs."""
     share_prompts: str = _option("auto", ("auto", "on", "off"))
     """Read each prompt once for all its rollouts (exact), whole rows for models whose cache does not allow it."""
+    gradient_checkpointing: bool = False
+    """Keep only each layer's input for the backward pass and run the layer again; the student then reads whole rows
+    there. Changes memory and time, not the gradient."""
     backend: str = _option("auto", ("auto", "reference", "cpu", "triton", "cuda"))
     """Back end of the loss."""
     plan: str = "auto"
@@ -252,6 +255,11 @@ class Config:
             raise ValueError(
                 "[micro_batch_prompts] baseline position_mean needs the whole batch at once: expected 0, got "
                 f"{self.micro_batch_prompts}"
+            )
+        if self.gradient_checkpointing and self.share_prompts == "on":
+            raise ValueError(
+                "[share_prompts] gradient_checkpointing reads whole rows where there are gradients: expected auto or "
+                "off, got on"
             )
         if self.name and Path(self.name).name != self.name:
             raise ValueError(f"[name] expected a plain directory name, got {self.name!r}")

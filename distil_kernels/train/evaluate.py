@@ -1,8 +1,8 @@
 """Accuracy on held-out problems, greedy and sampled, with standard errors, and the teacher's own as an alarm.
 
-The problems are the same at each evaluation and sampling starts from the same seed, in a forked generator that leaves
-the training's draws alone. Standard errors are over problems: a problem's samples are averaged first, because they
-are not independent.
+The problems are the same at each evaluation, and shared out among the processes. Sampling starts from the same seed,
+its own in each process, in a forked generator that leaves the training's draws alone. Standard errors are over
+problems: a problem's samples are averaged first, because they are not independent.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from distil_kernels.hf import CausalLM
 from distil_kernels.train.feedback import Prompts, Verifier
+from distil_kernels.train.processes import ALONE, Processes
 from distil_kernels.train.remote import RemoteTeacher
 from distil_kernels.train.rollout import Sampling
 from distil_kernels.train.siblings import Said, Say
@@ -43,6 +45,13 @@ class Evaluation:
     """Chance that one of k sampled answers is right, with its standard error, by k: 1, 2, 4, ..., eval_samples."""
 
 
+class _Answers(NamedTuple):
+    scores: list[list[list[float]]]
+    """Of the sampled, the greedy and the teacher's answers to each problem."""
+    num_tokens: int
+    """Of the sampled answers."""
+
+
 class Evaluator:
     """Holds the held-out problems and how to answer them."""
 
@@ -58,81 +67,91 @@ class Evaluator:
         seed: int,
         share: bool,
         tool: Python | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         self._task, self._verify, self._say, self._prompts, self._sampling = task, verify, say, prompts, sampling
-        self._num_samples, self._seed, self._share, self._tool = num_samples, seed, share, tool
-        self._problems, self._student = [], []
+        self._num_samples, self._seed, self._share = num_samples, seed, share
+        self._tool, self._processes = tool, processes
+        fitting = []
         for problem in held_out:
             student = prompts.student(problem)
             if student and prompts.fits(problem, verify(task, problem, "")):
-                self._problems.append(problem)
-                self._student.append(student)
-        if not self._problems:
-            raise ValueError(f"[max_prompt_tokens] none of {len(held_out)} held-out problems fits")
-
-    @property
-    def student_prompts(self) -> list[tuple[Problem, list[int]]]:
+                fitting.append((problem, student))
+        self.student_prompts: list[tuple[Problem, list[int]]] = processes.from_main(fitting)
         """The held-out problems that fit, with what the student reads."""
-        return list(zip(self._problems, self._student, strict=True))
+        if not self.student_prompts:
+            raise ValueError(f"[max_prompt_tokens] none of {len(held_out)} held-out problems fits")
 
     @contextmanager
     def own_draws(self, student: CausalLM) -> Iterator[None]:
         """In it, sampling starts from the evaluation's seed; training's generator is left alone."""
         devices = [student.weight.device] if student.weight.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            torch.manual_seed(self._seed)
+            torch.manual_seed(self._processes.seed(self._seed))
             yield
 
     def __call__(
         self, student: CausalLM, teacher: Teacher | RemoteTeacher, stop: Callable[[], bool] = lambda: False
     ) -> Evaluation | None:
-        """None when `stop` became true between batches."""
+        """None when `stop` became true between batches, in any process."""
         with self.own_draws(student):
-            draw = partial(roll_out, student)
-            sampled, length = self._answers(draw, self._student, self._num_samples, self._sampling, stop)
-            greedy, _ = self._answers(draw, self._student, 1, replace(self._sampling, temperature=0.0), stop)
-            if stop():
-                return None
-            # The teacher reads what is said of the greedy answer, whose siblings are the sampled ones; where that is
-            # nothing, what the student reads.
-            groups = [first + others for first, others in zip(greedy, sampled, strict=True)]
-            read = [
-                self._prompts.teacher(problem, said[0]) or prompt
-                for problem, said, prompt in zip(
-                    self._problems, self._say(student, self._problems, groups, 1), self._student, strict=True
-                )
-            ]
-            taught, _ = self._answers(teacher.answers, read, 1, self._sampling, stop)
-            if stop():
-                return None
-        scores = [[[said.score for _, said in own] for own in answers] for answers in (sampled, greedy, taught)]
+            parts = self._processes.gather([self._own_answers(student, teacher, stop)])
+        found = [part for part in parts if part is not None]
+        if len(found) < len(parts):
+            return None
+        scores = [[own for part in found for own in part.scores[kind]] for kind in range(3)]
         means = [mean_and_error([sum(own) / len(own) for own in by_problem]) for by_problem in scores]
-        return Evaluation(*means[0], *means[1], *means[2], length, len(sampled), pass_at(scores[0]))
+        length = sum(part.num_tokens for part in found) / (len(scores[0]) * self._num_samples)
+        return Evaluation(*means[0], *means[1], *means[2], length, len(scores[0]), pass_at(scores[0]))
+
+    def _own_answers(
+        self, student: CausalLM, teacher: Teacher | RemoteTeacher, stop: Callable[[], bool]
+    ) -> _Answers | None:
+        """To this process's share of the problems."""
+        problems = self._processes.share(self.student_prompts)
+        draw = partial(roll_out, student)
+        sampled, num_tokens = self._answers(draw, problems, self._num_samples, self._sampling, stop)
+        greedy, _ = self._answers(draw, problems, 1, replace(self._sampling, temperature=0.0), stop)
+        if stop():
+            return None
+        # The teacher reads what is said of the greedy answer, whose siblings are the sampled ones; where that is
+        # nothing, what the student reads.
+        groups = [first + others for first, others in zip(greedy, sampled, strict=True)]
+        said = self._say(student, [problem for problem, _ in problems], groups, 1)
+        read = [
+            (problem, self._prompts.teacher(problem, first[0]) or prompt)
+            for (problem, prompt), first in zip(problems, said, strict=True)
+        ]
+        taught, _ = self._answers(teacher.answers, read, 1, self._sampling, stop)
+        if stop():
+            return None
+        scores = [[[feedback.score for _, feedback in own] for own in answers] for answers in (sampled, greedy, taught)]
+        return _Answers(scores, num_tokens)
 
     def _answers(
         self,
         draw: Callable[[Sequence[list[int]], Sequence[int], Sampling, bool, Python | None], Rollouts],
-        prompts: Sequence[list[int]],
+        problems: Sequence[tuple[Problem, list[int]]],
         num_samples: int,
         sampling: Sampling,
         stop: Callable[[], bool],
-    ) -> tuple[list[list[Said]], float]:
-        """Each problem's answers with what is said of them, and mean length."""
+    ) -> tuple[list[list[Said]], int]:
+        """The answers to each problem, behind its prompt, with what is said of them, and their number of tokens."""
         per_batch = max(1, BATCH_ROWS // num_samples)
         answers: list[list[Said]] = []
         num_tokens = 0
-        for begin in range(0, len(prompts), per_batch):
+        for begin in range(0, len(problems), per_batch):
             if stop():
                 break
-            batch = prompts[begin : begin + per_batch]
+            batch = problems[begin : begin + per_batch]
             rows = [row for row in range(len(batch)) for _ in range(num_samples)]
-            completions, written = draw(batch, rows, sampling, self._share, self._tool)
+            completions, written = draw([prompt for _, prompt in batch], rows, sampling, self._share, self._tool)
             num_tokens += sum(map(sum, written))
-            for first in range(0, len(rows), num_samples):
-                problem = self._problems[begin + rows[first]]
-                own = [self._prompts.answer(done) for done in completions[first : first + num_samples]]
+            for row, (problem, _) in enumerate(batch):
+                done = completions[row * num_samples : (row + 1) * num_samples]
+                own = [self._prompts.answer(tokens) for tokens in done]
                 answers.append([(text, self._verify(self._task, problem, text)) for text in own])
-        return answers, num_tokens / max(1, len(answers) * num_samples)
+        return answers, num_tokens
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

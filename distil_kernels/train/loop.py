@@ -7,8 +7,9 @@
         loss     = fused_distil_loss(...)                   whole vocabulary, sequence-level gradient
         one optimiser step; the ema teacher follows
 
-One process. Everything random in a step comes from torch's global generator and the data position, so that a resumed
-run repeats an uninterrupted one. Ctrl-C finishes the step; a second one stops at once, at the last checkpoint.
+Several processes share each batch out (`processes`); the main one writes and prints. Everything random in a step comes
+from torch's global generator, one stream per process, and the data position, so that a resumed run repeats an
+uninterrupted one. Ctrl-C finishes the step; a second one stops at once, at the last checkpoint.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -40,6 +41,7 @@ from distil_kernels.train.feedback import Prompts, verifier
 from distil_kernels.train.interrupt import Interrupt
 from distil_kernels.train.objective import Sums, distil_loss, means, policy_loss
 from distil_kernels.train.prefix import completion_hidden, shares_prompts
+from distil_kernels.train.processes import Processes
 from distil_kernels.train.remote import RemoteTeacher
 from distil_kernels.train.rollout import Sampling
 from distil_kernels.train.siblings import Say, as_verified, from_siblings
@@ -49,23 +51,26 @@ from distil_kernels.train.tools import Python, Rollouts, roll_out
 
 
 class Trainer:
-    """Everything of one run. `directory` exists and is the run's own."""
+    """Everything of one run. `directory` exists and is the run's own; the main process's counts."""
 
     def __init__(self, config: Config, directory: Path, console: Console) -> None:
-        self.config, self.directory, self.console = config, directory, console
-        self.accelerator = tracking.accelerator(config, directory, _computes_in_bfloat16(config))
-        if self.accelerator.num_processes > 1:
-            raise ValueError(f"[accelerate] one process is supported, got {self.accelerator.num_processes}")
+        self.config, self.console = config, console
+        self.accelerator = tracking.accelerator(config, directory)
+        self.processes = Processes.of(self.accelerator, config)
+        self.directory = self.processes.from_main(directory)
         set_seed(config.seed)
         model, self.tokenizer = models.load(config.model)
         # A checkpoint of adapters, and one without its frozen teacher, says nothing of the weights it started from.
         self.start = checkpoint.fingerprint(model) if config.teacher == "frozen" or config.lora_rank else []
         if config.lora_rank:
             model = models.with_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
-        scheduler = LambdaLR(optimizer, partial(_rate, config))
-        self.model, self.optimizer, self.scheduler = self.accelerator.prepare(model, optimizer, scheduler)
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        decay = config.weight_decay
+        optimizer = torch.optim.AdamW(self.trained, lr=config.learning_rate, weight_decay=decay, fused=True)
+        self.scheduler = LambdaLR(optimizer, partial(_rate, config))  # accelerate's takes a step for every process
+        # evaluation_mode: placed and set for autocast, not wrapped in DistributedDataParallel.
+        self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.student = split(self.accelerator.unwrap_model(self.model))
         head, other = self.student.weight, None
         if config.teacher == "local":
@@ -77,11 +82,13 @@ class Trainer:
             self.teacher = RemoteTeacher(config, self.tokenizer, head.shape[0], head.device)
         else:
             self.teacher = Teacher(self.student, config.teacher, config.ema_rate, other)
+        if config.gradient_checkpointing:
+            models.checkpoint_layers(self.student.model)
         self.tool = None
         if config.tools == "python":
             self.tool = Python(self.tokenizer, config.max_tool_calls, config.max_tool_tokens)
         longest = config.max_new_tokens + (self.tool.longest if self.tool else 0)
-        self.average = PositionAverage(longest, config.baseline_rate, head.device)
+        self.average = PositionAverage(longest, config.baseline_rate, head.device, self.processes)
         self.share = _shares(config, shares_prompts(self.student) and self.teacher.shares_prompts)
 
         self.task, self.verify = make_task(config.task, config.seed), verifier(config.feedback)
@@ -107,7 +114,7 @@ class Trainer:
         held_out = held_out_problems(held_out_task, config.eval_problems)
         self.evaluate = Evaluator(
             held_out_task, self.verify, self.say, self.prompts, held_out, own_distribution, config.eval_samples,
-            config.eval_seed, self.share, self.tool,
+            config.eval_seed, self.share, self.tool, self.processes,
         )  # fmt: skip
         self.step = 0
         self.position = 0
@@ -118,11 +125,16 @@ class Trainer:
         """Step of the last checkpoint."""
         self._records: list[dict[str, Any]] = []
         self._warned: set[str] = set()
+        if not self.processes.is_main:  # the model, with new adapters, is the same; what is sampled from it is not
+            set_seed(self.processes.seed(config.seed))
 
     # One step.
 
     def next_batch(self) -> list[Sample]:
-        """Problems whose prompts fit and do not hold their answers; the others are counted in `skipped`."""
+        """Problems whose prompts fit and do not hold their answers; the others are counted in `skipped`.
+
+        Those of all processes, in each of them.
+        """
         batch: list[Sample] = []
         misses = 0
         for position, problem in problems(self.task, held_out=False, start=self.position):
@@ -138,9 +150,11 @@ class Trainer:
             batch.append(Sample(problem, prompt))
             if len(batch) == self.config.prompts_per_step:
                 break
+        # A user's feedback may not be the same twice.
+        batch, self.position, self.skipped = self.processes.from_main((batch, self.position, self.skipped))
         return batch
 
-    def roll_out(self, batch: list[Sample]) -> None:
+    def roll_out(self, batch: Sequence[Sample]) -> None:
         """Samples completions, verifies them, and builds the teacher's prompts."""
         group = self.config.rollouts_per_prompt
         rows = [row for row in range(len(batch)) for _ in range(group)]
@@ -150,7 +164,7 @@ class Trainer:
         answered(self, batch, [Rollouts(done.completions[own], done.written[own]) for own in groups])
 
     def micro_batch(
-        self, batch: list[Sample], normalizer: float, seconds: dict[str, float]
+        self, batch: Sequence[Sample], normalizer: float, seconds: dict[str, float]
     ) -> tuple[torch.Tensor, Sums]:
         """Forward and backward of some of the batch's problems, added to the gradients."""
         group = self.config.rollouts_per_prompt
@@ -164,7 +178,9 @@ class Trainer:
                     taught = self.teacher.at_states(texts, text_rows, completions, self.share)
             with _timed(seconds, "student"):
                 prompts = [entry.prompt for entry in batch]
-                hidden = completion_hidden(self.student, prompts, rows, completions, self.share)
+                # A recomputed layer would add to the prompts' cache once more.
+                share = self.share and not config.gradient_checkpointing
+                hidden = completion_hidden(self.student, prompts, rows, completions, share)
                 hidden = hidden.to(self.student.weight.dtype)
             with _timed(seconds, "loss"):
                 if taught is None:
@@ -182,34 +198,38 @@ class Trainer:
         return loss.detach(), sums
 
     def train_step(self) -> dict[str, Any]:
-        """One batch, one update. Returns the record of metrics.jsonl."""
+        """One batch, one update. Returns the record of metrics.jsonl, the same in all processes but for times."""
         seconds: dict[str, float] = {}
         began = time.perf_counter()
         batch = self.next_batch()
+        own = self.processes.share(batch)
         with _timed(seconds, "rollout"), self.accelerator.autocast():
-            self.roll_out(batch)
+            self.roll_out(own)
         normalizer = float(len(batch) * self.config.rollouts_per_prompt)
-        size = self.config.micro_batch_prompts or len(batch)
-        parts = [
-            self.micro_batch(batch[begin : begin + size], normalizer, seconds) for begin in range(0, len(batch), size)
-        ]
+        size = self.config.micro_batch_prompts or len(own)
+        parts = [self.micro_batch(own[begin : begin + size], normalizer, seconds) for begin in range(0, len(own), size)]
+        with _timed(seconds, "exchange"):  # and waiting for the others
+            self.processes.sum_gradients(self.trained)
         with _timed(seconds, "optimizer"):
             learning_rate = self.scheduler.get_last_lr()[0]
-            grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+            grad_norm = self.accelerator.clip_grad_norm_(self.trained, self.config.max_grad_norm)
             self.optimizer.step()
             self.scheduler.step()
             self.optimizer.zero_grad()
             self.teacher.follow()
             self.average.follow()
         self.step += 1
+        with _timed(seconds, "exchange"):
+            batch = self.processes.gather(own)
+            sums = self.processes.gather([part.on_cpu() for _, part in parts])
+            losses = self.processes.gather([float(loss) for loss, _ in parts])
         scores = [feedback.score for entry in batch for feedback in entry.feedback]
-        sums = [part for _, part in parts]
         num_tokens = sum(sum(written) for entry in batch for written in entry.written)
         elapsed = time.perf_counter() - began
         record = {
             "kind": "step",
             "step": self.step,
-            "loss": float(sum(loss for loss, _ in parts)),
+            "loss": sum(losses),
             "accuracy": statistics.fmean(scores),
             **means(sums),
             "length": num_tokens / normalizer,
@@ -241,7 +261,7 @@ class Trainer:
             while True:
                 if self._evaluation_is_due():
                     self._evaluate(interrupt)
-                done = self.step >= config.steps or interrupt.requested
+                done = self.step >= config.steps or self.processes.any(interrupt.requested)
                 if done or (self.step and config.checkpoint_every and self.step % config.checkpoint_every == 0):
                     self.save()
                 if done:
@@ -249,12 +269,11 @@ class Trainer:
                 record = self.train_step()
                 bar.update(shown, completed=self.step, rate=f"{record['seconds']:.1f} s/step")
                 self.console.print(report.step_line(record), highlight=False)
-            records = checkpoint.read_lines(self.directory / "metrics.jsonl")
-            report.plot(
-                records, self.directory / "plot.png", f"{config.task}, {config.objective}, {config.teacher} teacher"
-            )
+            if self.processes.is_main:
+                about = f"{config.task}, {config.objective}, {config.teacher} teacher"
+                report.plot(self._records, self.directory / "plot.png", about)
         self.accelerator.end_training()
-        evaluations = [record for record in records if record["kind"] == "evaluation"]
+        evaluations = [record for record in self._records if record["kind"] == "evaluation"]
         if evaluations:
             self.console.print(report.final_table(evaluations))
         self.console.print(f"run directory: {self.directory}", highlight=False)
@@ -271,7 +290,8 @@ class Trainer:
             result: Evaluation | None = self.evaluate(self.student, self.teacher, lambda: interrupt.requested)
         if result is not None:
             record = {"kind": "evaluation", "step": self.step, **asdict(result), "seconds": time.perf_counter() - began}
-            self._record_samples()
+            if self.processes.is_main:
+                self._record_samples()
             self._record(record)
             self.evaluated = self.step
             self.console.print(report.evaluation_line(self.step, result), style="bold", highlight=False)
@@ -289,34 +309,42 @@ class Trainer:
             "scheduler": self.scheduler.state_dict(),
             "teacher": self.teacher.state_dict(),
             "baseline": self.average.state_dict(),
-            "generators": checkpoint.generator_states(),
+            "generators": self.processes.gather([checkpoint.generator_states()]),
         }
-        checkpoint.save(
-            self.directory, self.step, self.student.model, self.tokenizer, state, self.config.keep_checkpoints
-        )
+        if self.processes.is_main:
+            kept = self.config.keep_checkpoints
+            checkpoint.save(self.directory, self.step, self.student.model, self.tokenizer, state, kept)
         self.saved = self.step
 
     def resume(self) -> None:
-        """Takes up the run directory's last checkpoint, or its beginning, and drops the records after it."""
-        checkpoint.remove_leftovers(self.directory)
-        path = checkpoint.newest_whole(self.directory, self._say)
+        """Takes up the run directory's last checkpoint, or its beginning, and drops the records after it.
+
+        Raises:
+            ValueError: the run had another number of processes, or `load` refuses the checkpoint.
+        """
+        main = self.processes.is_main
+        if main:
+            checkpoint.remove_leftovers(self.directory)
+        path = self.processes.from_main(checkpoint.newest_whole(self.directory, self._say) if main else None)
         if path is None:
             self._say(f"{self.directory} has no checkpoint yet: starting from step 0")
         else:
-            self.load(path)
-            checkpoint.point_to(path)
+            generators = self.load(path)
+            if len(generators) != self.processes.count:
+                raise ValueError(
+                    f"[resume] the run has {len(generators)} streams of random numbers, one for each process: expected "
+                    f"{len(generators)} processes, got {self.processes.count}"
+                )
+            checkpoint.restore_generators(generators[self.processes.index])
+            if main:
+                checkpoint.point_to(path)
             self._say(f"resuming from {path}")
-        last = self.saved  # -1 without a checkpoint: nothing is kept
-        kept = checkpoint.keep_lines(self.directory / "metrics.jsonl", lambda record: record["step"] <= last)
-        self._records = kept
-        self.evaluated = max((record["step"] for record in kept if record["kind"] == "evaluation"), default=-1)
-        last_of = {"training": last, "sample": min(last, self.evaluated)}
-        checkpoint.keep_lines(
-            self.directory / "rollouts.jsonl", lambda record: record["step"] <= last_of[record["kind"]]
-        )
+        # Without a checkpoint `saved` is -1 and nothing is kept.
+        self._records = self.processes.from_main(checkpoint.drop_after(self.directory, self.saved) if main else [])
+        self.evaluated = checkpoint.last_evaluation(self._records)
 
-    def load(self, path: Path) -> None:
-        """Takes up a checkpoint directory and changes no file.
+    def load(self, path: Path) -> list[dict[str, Any]]:
+        """Takes up a checkpoint directory but for its generators' states, which it returns, and changes no file.
 
         Raises:
             ValueError: a model that teaches, or that adapters change, is not the same any more.
@@ -333,16 +361,18 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.step, self.position, self.skipped = state["step"], state["position"], state["skipped"]
-        checkpoint.restore_generators(state["generators"])
         self.saved = self.step
+        return state["generators"]
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _record(self, record: dict[str, Any]) -> None:
+        self._records.append(record)
+        if not self.processes.is_main:
+            return
         checkpoint.append_lines(self.directory / "metrics.jsonl", [record])
         tracking.log(self.accelerator, record)
-        self._records.append(record)
         for kind, text in health.warnings(self._records, self.config):
             if kind not in self._warned:
                 self._warned.add(kind)
@@ -362,8 +392,9 @@ class Trainer:
             self._record_rollouts("sample", batch, columns)
 
     def _record_rollouts(self, kind: str, batch: list[Sample], columns: list[dict[str, Any]] | None = None) -> None:
-        records = rollout_records(kind, self.step, batch, self.prompts, columns)
-        checkpoint.append_lines(self.directory / "rollouts.jsonl", records)
+        if self.processes.is_main:
+            records = rollout_records(kind, self.step, batch, self.prompts, columns)
+            checkpoint.append_lines(self.directory / "rollouts.jsonl", records)
 
 
 def _rate(config: Config, step: int) -> float:
@@ -374,12 +405,6 @@ def _rate(config: Config, step: int) -> float:
     if config.learning_rate_schedule == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * done))
     return 1.0 - done if config.learning_rate_schedule == "linear" else 1.0
-
-
-def _computes_in_bfloat16(config: Config) -> bool:
-    if config.precision == "auto":
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return config.precision == "bfloat16"
 
 
 def _shares(config: Config, possible: bool) -> bool:

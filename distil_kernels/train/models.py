@@ -10,10 +10,13 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
 
 SMOLLM2 = "smollm2"
@@ -56,6 +59,23 @@ def with_adapters(model: PreTrainedModel, rank: int, alpha: float, targets: str)
         return get_peft_model(model, config).eval()
     except ValueError as error:
         raise ValueError(f"[lora_targets] {targets!r}: {error}") from error
+
+
+def checkpoint_layers(model: PreTrainedModel) -> None:
+    """Makes every layer keep only its input for the backward pass, which runs the layer again.
+
+    transformers' own switch works in training mode only, where dropout would change the loss; this is the same on
+    transformers' layers in evaluation mode. Not for passes with gradients that fill a cache. SmolLM2 in float32 over 4
+    rows of 544 tokens: 0.58 GiB above weights and gradients instead of 3.01, 48 s instead of 29 on one core.
+
+    Raises:
+        ValueError: the model has no such layers.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(f"[gradient_checkpointing] transformers' {type(model).__name__} has no layers for it")
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def restore(model: PreTrainedModel, path: Path) -> None:

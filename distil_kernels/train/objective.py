@@ -27,13 +27,17 @@ from distil_kernels.train.teacher import Teacher
 
 
 class Sums(NamedTuple):
-    """Sums over the completion tokens that count, on the device, to be divided by `tokens` when logged."""
+    """Sums over the completion tokens that count, to be divided by `tokens` when logged."""
 
     tokens: int
     totals: Tensor
     """[len(SUMMED)] float64."""
     sequence_teacher_logprob: Tensor | None
     """[B], of each completion under the teacher, where there is one."""
+
+    def on_cpu(self) -> Sums:
+        by_sequence = self.sequence_teacher_logprob
+        return Sums(self.tokens, self.totals.cpu(), None if by_sequence is None else by_sequence.cpu())
 
 
 SUMMED = (

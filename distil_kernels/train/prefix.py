@@ -8,6 +8,11 @@ expanding to the rollouts only indexes.
 
 A model whose cache is more than plain keys and values (sliding windows, recurrent layers) reads whole rows instead:
 the same results, `shares_prompts` says which.
+
+Left out: all rows packed into one without padding. With a block-diagonal mask on one core, SmolLM2 forward and backward
+took 11.3 s instead of 21.2 (shared prompts) for 8 completions of 16 to 256 tokens, but 13.6 s instead of 5.9 for 16 of
+4 to 16 tokens behind 60 of prompt: packing reads prompts once per rollout, and its attention grows with the square of
+the whole batch. It is for flash-attn's varlen kernels, and for long answers of very different lengths.
 """
 
 from __future__ import annotations

@@ -7,12 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from distil_kernels.train.config import Config
 
 
-def accelerator(config: Config, directory: Path, bfloat16: bool) -> Accelerator:
+def accelerator(config: Config, directory: Path) -> Accelerator:
     """The run's accelerator; TensorBoard writes into the run directory.
 
     Raises:
@@ -21,7 +22,8 @@ def accelerator(config: Config, directory: Path, bfloat16: bool) -> Accelerator:
     if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
         raise ValueError(f"[tracker] {config.tracker} is not installed: pip install {config.tracker}")
     return Accelerator(
-        mixed_precision="bf16" if bfloat16 else "no",
+        cpu=not torch.accelerator.is_available(),  # else accelerate overlooks the other processes that torchrun started
+        mixed_precision="bf16" if _computes_in_bfloat16(config) else "no",
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=str(directory),
     )
@@ -42,3 +44,9 @@ def log(accelerator: Accelerator, record: dict[str, Any]) -> None:
         if isinstance(value, (int, float)) and name != "step"
     }
     accelerator.log(numbers, step=record["step"])
+
+
+def _computes_in_bfloat16(config: Config) -> bool:
+    if config.precision == "auto":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return config.precision == "bfloat16"

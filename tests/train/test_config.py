@@ -72,6 +72,7 @@ def test_unknown_options_are_errors_with_a_suggestion(
         (["--top_k", "50"], ["[top_p, top_k]", "50"]),
         (["--rollouts_per_prompt", "1"], ["[rollouts_per_prompt]", "at least 2", "1"]),
         (["--baseline", "position_mean", "--micro_batch_prompts", "2"], ["[micro_batch_prompts]", "whole batch"]),
+        (["--gradient_checkpointing", "--share_prompts", "on"], ["[share_prompts]", "auto or off", "on"]),
         (["--name", "a/b"], ["[name]", "'a/b'"]),
         (["--steps", "many"], ["--steps", "many"]),
     ],

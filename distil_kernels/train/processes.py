@@ -1,0 +1,129 @@
+"""The processes of a run: every one holds the whole model and takes its share of each step's problems.
+
+    own problems  ->  rollouts, loss / rollouts of the whole batch  ->  gradients summed over processes  ->  equal steps
+
+DistributedDataParallel does not fit: it sums in hooks that its own forward arms, and here the body runs several times
+per step (prompts, then completions) while the head's weight goes into the loss without any forward of the model. So
+the gradients are summed after the last backward, in buckets of BUCKET numbers (or one larger parameter), which is the
+extra memory. All processes then hold the same bits, and take the same step without sending weights.
+
+With one process everything here is the identity.
+
+Left out: summing while the backward still runs, and sharded weights (FSDP, DeepSpeed), which are refused. FSDP2 gives
+the right gradients when the body's call is registered with the root module (register_fsdp_forward_method), which leaves
+the head's weight whole until the backward; but the frozen and ema teachers would have to be sharded too, rollouts of
+different lengths to wait for each other, and accelerate has it on GPUs only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedType
+from torch import Tensor, nn
+
+from distil_kernels.train.config import Config
+
+T = TypeVar("T")
+
+BUCKET = 1 << 25
+SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process and the others; what talks to them must be called by all of them in the same order."""
+
+    index: int = 0
+    count: int = 1
+
+    @staticmethod
+    def of(accelerator: Accelerator, config: Config) -> Processes:
+        """Those that accelerate knows.
+
+        Raises:
+            ValueError: it shards the model or does not know all that were started, or the batch cannot be shared out.
+        """
+        kind, count = accelerator.distributed_type, accelerator.num_processes
+        if kind in SHARDED:
+            raise ValueError(f"[accelerate] expected the whole model in every process, got {kind.value}")
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started != count:
+            raise ValueError(f"[accelerate] expected the {started} processes that were started, got {count}")
+        if config.prompts_per_step < count:
+            raise ValueError(
+                f"[prompts_per_step] expected one for each of {count} processes, got {config.prompts_per_step}"
+            )
+        if config.baseline == "position_mean" and count > 1:
+            raise ValueError(
+                "[baseline] position_mean compares the whole batch, of which a process has its share: expected another "
+                f"with {count} processes"
+            )
+        return Processes(accelerator.process_index, count)
+
+    @property
+    def is_main(self) -> bool:
+        return self.index == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's part of what all have; the parts follow each other, and differ by one item at most."""
+        return items[len(items) * self.index // self.count : len(items) * (self.index + 1) // self.count]
+
+    def seed(self, seed: int) -> int:
+        """A seed of this process's own; the main one's is the seed itself."""
+        if self.is_main:
+            return seed
+        return int(numpy.random.SeedSequence((seed, self.index)).generate_state(1)[0])
+
+    def gather(self, items: Sequence[T]) -> list[T]:
+        """The items of all processes, in their order (pickled: no tensors of a device)."""
+        if self.count == 1:
+            return list(items)
+        parts: list[Any] = [None] * self.count
+        dist.all_gather_object(parts, list(items))
+        return [item for part in parts for item in part]
+
+    def from_main(self, value: T) -> T:
+        """The main process's value."""
+        values = [value]
+        if self.count > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so in one process at least."""
+        return any(self.gather([flag]))
+
+    def sum(self, tensor: Tensor) -> None:
+        """Adds the other processes' tensors, in place."""
+        if self.count > 1:
+            dist.all_reduce(tensor)
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Gives every process the sum of the gradients of all; a parameter that one has no gradient for adds 0."""
+        if self.count == 1:
+            return
+        bucket: list[Tensor] = []
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if bucket and sum(map(torch.numel, bucket)) + parameter.numel() > BUCKET:
+                self._sum_bucket(bucket)
+                bucket = []
+            bucket.append(parameter.grad)
+        self._sum_bucket(bucket)
+
+    def _sum_bucket(self, bucket: Sequence[Tensor]) -> None:
+        flat = torch.cat([grad.flatten() for grad in bucket])
+        dist.all_reduce(flat)
+        for grad, total in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
+            grad.copy_(total.view_as(grad))
+
+
+ALONE = Processes()
