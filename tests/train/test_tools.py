@@ -114,6 +114,17 @@ def test_the_length_limit_is_on_what_the_model_writes(lm: CausalLM) -> None:
         assert greedy(lm, "a", limit) == [expected]  # cut inside a call: nothing is run or put in
 
 
+def test_each_row_has_its_own_length_left(lm: CausalLM) -> None:
+    expected = ["<tool>6*7</tool>[ <result>42</result>] 42\n", "<tool>2**99</tool>[ <result>633</result>] b"]
+    assert greedy(lm, "ac", 20) == expected
+
+
+def test_a_token_that_ends_the_answer_ends_it_even_where_it_closes_a_call(lm: CausalLM) -> None:
+    sampling = Sampling(60, [*STOP, *ids(">")], temperature=0.0)
+    done = roll_out(lm, [ids("a:<tool>6*7")], [0], sampling, True, Python(TOKENIZER, 2, 3))
+    assert done == Rollouts([ids(CLOSE)], [[True] * len(CLOSE)])
+
+
 def test_without_a_tool_a_call_is_text(lm: CausalLM) -> None:
     done = roll_out(lm, [ids("a:")], [0], Sampling(60, STOP, temperature=0.0), True, None)
     assert done == Rollouts([ids(KNOWN["a:"])], [[True] * len(KNOWN["a:"])])
