@@ -297,7 +297,18 @@ def test_what_is_wrong_is_said_before_any_work(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def said(model: Path, url: str, kind: str = "remote") -> str:
-        arguments = ["--model", str(model), "--runs_dir", str(tmp_path), "--name", "run", "--overwrite", *QUICK]
+        arguments = [
+            "--model",
+            str(model),
+            "--runs_dir",
+            str(tmp_path),
+            "--name",
+            "run",
+            "--overwrite",
+            "--steps",
+            "0",
+            *QUICK,
+        ]
         assert main([*arguments, "--teacher", kind, "--teacher_url", url]) == 2
         assert not (tmp_path / "run" / "metrics.jsonl").exists()
         return capsys.readouterr().err
