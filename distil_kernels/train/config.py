@@ -160,6 +160,9 @@ class Config:
     """Sampled answers to each held-out problem, beside one greedy answer."""
     eval_seed: int = _option(1234, AT_LEAST_0)
     """Seed of the held-out problems and of sampling in evaluations."""
+    alignment_every: int = _option(0, AT_LEAST_0)
+    """Steps between records of whether a step of each objective, credited and not, would raise the reward of the batch
+    (first order, at the hidden states); 0 for never."""
     checkpoint_every: int = _option(50, AT_LEAST_0)
     """Steps between checkpoints; one is always written at the end. 0: only then."""
     eval_rollouts: int = _option(2, AT_LEAST_0)
@@ -191,6 +194,12 @@ class Config:
             said.append(
                 f"feedback {self.feedback} is computed from the rollout: credit_span future is then biased; sequence "
                 "(with discount 1) is exact, none leaves the credit out"
+            )
+        if self.alignment_every and (self.rollouts_per_prompt < 2 or self.objective == "policy_gradient"):
+            raise ValueError(
+                "[alignment_every] compares a teacher's objectives with rewards within a group: expected an objective "
+                f"with a teacher and rollouts_per_prompt of at least 2, got {self.objective} and "
+                f"{self.rollouts_per_prompt}"
             )
         if self.feedback == "siblings" and self.baseline in ("leave_one_out", "position_mean"):
             said.append(

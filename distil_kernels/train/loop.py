@@ -31,7 +31,7 @@ from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
 
 from distil_kernels.hf import split
-from distil_kernels.train import checkpoint, health, models, report, samples, tracking
+from distil_kernels.train import alignment, checkpoint, health, models, report, samples, tracking
 from distil_kernels.train.baseline import PositionAverage
 from distil_kernels.train.batch import Sample, answered, prefers_right, rollout_records, unique
 from distil_kernels.train.config import Config
@@ -193,6 +193,13 @@ class Trainer:
                         self.student, hidden, self.teacher, taught, completions, config, self.average, normalizer,
                         counts,
                     )  # fmt: skip
+                    if config.alignment_every and (self.step + 1) % config.alignment_every == 0:
+                        scores = [feedback.score for entry in batch for feedback in entry.feedback]
+                        found = alignment.inner_products(
+                            self.student, hidden, self.teacher, taught, completions, scores, config, self.average,
+                            counts,
+                        )  # fmt: skip
+                        sums = sums._replace(inner_products=found)
         with _timed(seconds, "backward"):
             self.accelerator.backward(loss)
         return loss.detach(), sums
@@ -232,6 +239,7 @@ class Trainer:
             "loss": sum(losses),
             "accuracy": statistics.fmean(scores),
             **means(sums),
+            **alignment.figures([part.inner_products for part in sums]),
             "length": num_tokens / normalizer,
             "equal_groups": statistics.fmean(len({f.score for f in entry.feedback}) == 1 for entry in batch),
             "teacher_prefers_right": prefers_right(batch, [s.sequence_teacher_logprob for s in sums]),

@@ -34,10 +34,11 @@ class Sums(NamedTuple):
     """[len(SUMMED)] float64."""
     sequence_teacher_logprob: Tensor | None
     """[B], of each completion under the teacher, where there is one."""
+    inner_products: Tensor | None = None
+    """Of `alignment`, where asked for."""
 
     def on_cpu(self) -> Sums:
-        by_sequence = self.sequence_teacher_logprob
-        return Sums(self.tokens, self.totals.cpu(), None if by_sequence is None else by_sequence.cpu())
+        return Sums(self.tokens, *(None if field is None else field.cpu() for field in self[1:]))  # type: ignore
 
 
 SUMMED = (
