@@ -195,12 +195,6 @@ class Config:
                 f"feedback {self.feedback} is computed from the rollout: credit_span future is then biased; sequence "
                 "(with discount 1) is exact, none leaves the credit out"
             )
-        if self.alignment_every and (self.rollouts_per_prompt < 2 or self.objective == "policy_gradient"):
-            raise ValueError(
-                "[alignment_every] compares a teacher's objectives with rewards within a group: expected an objective "
-                f"with a teacher and rollouts_per_prompt of at least 2, got {self.objective} and "
-                f"{self.rollouts_per_prompt}"
-            )
         if self.feedback == "siblings" and self.baseline in ("leave_one_out", "position_mean"):
             said.append(
                 f"feedback siblings shows a rollout to the teachers of those that baseline {self.baseline} compares it "
@@ -232,6 +226,12 @@ class Config:
             raise ValueError(
                 "[rollouts_per_prompt] objective policy_gradient compares rollouts of a prompt: expected at least 2, "
                 f"got {self.rollouts_per_prompt}"
+            )
+        if self.alignment_every and (self.rollouts_per_prompt < 2 or self.objective == "policy_gradient"):
+            raise ValueError(
+                "[alignment_every] compares a teacher's objectives with rewards within a group: expected an objective "
+                f"with a teacher and rollouts_per_prompt of at least 2, got {self.objective} and "
+                f"{self.rollouts_per_prompt}"
             )
         if self.feedback == "siblings" and self.rollouts_per_prompt < 2:
             raise ValueError(
