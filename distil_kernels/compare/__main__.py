@@ -21,6 +21,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder of runs and models")
     parser.add_argument("--docs", type=Path, help="Markdown file whose marked block and figures/ are written")
     parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
+    names = [budget.task for budget in study.Scale().tasks]
+    parser.add_argument("--tasks", nargs="+", choices=names, help="only these (default all)")
     parser.add_argument("--seeds", type=int, help=f"reported seeds (default {study.Scale().seeds})")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
     options = parser.parse_args(arguments)
@@ -39,6 +41,8 @@ def main(arguments: list[str] | None = None) -> None:
     scale = study.QUICK if options.quick else study.Scale()
     if options.seeds:
         scale = replace(scale, seeds=options.seeds)
+    if options.tasks:
+        scale = replace(scale, tasks=tuple(budget for budget in scale.tasks if budget.task in options.tasks))
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
@@ -55,12 +59,12 @@ def main(arguments: list[str] | None = None) -> None:
         results = study.conduct(scale, options.output, options.jobs, progress)
 
     found = report.tables(scale, results)
-    headline = report.versions(scale, results)
-    report.show(found, headline)
+    first_line = report.headline(scale, results)
+    report.show(found, first_line)
     folder = options.docs.parent / "figures" if options.docs else options.output
     paths = figures.draw(scale, results, folder)
     if options.docs:
-        report.write_block(options.docs, "\n\n".join([headline + ".", *(table.markdown() for table in found)]))
+        report.write_block(options.docs, "\n\n".join([first_line + ".", *(table.markdown() for table in found)]))
         paths.append(options.docs)
     for path in [options.output / "runs.jsonl", *paths]:
         print(path)

@@ -67,7 +67,7 @@ class Run:
     pretrain_steps: int
     steps: int
     prompts: int
-    rollouts: int = 4
+    rollouts: int
     ema_rate: float = 0.05
     max_grad_norm: float = 1.0
     eval_every: int = 10

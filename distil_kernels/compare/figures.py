@@ -84,8 +84,9 @@ def _objectives(scale: Scale, results: Results) -> Figure:
 
 
 def _teachers(scale: Scale, results: Results) -> Figure:
-    figure, panels = _panels(len(scale.tasks))
-    for axes, budget in zip(panels, scale.tasks, strict=True):
+    budgets = [budget for budget in scale.tasks if budget.all_teachers]
+    figure, panels = _panels(len(budgets))
+    for axes, budget in zip(panels, budgets, strict=True):
         rate = chosen_rate(scale, results, budget, REFERENCE)
         for setting, colour in zip((REFERENCE, *TEACHERS), (BLUE, GREEN, ORANGE), strict=True):
             runs = seeds_of(scale, results, budget, setting, rate)

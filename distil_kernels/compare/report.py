@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from math import isnan, nan, sqrt
+from math import isnan, log, nan, sqrt
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
@@ -16,6 +16,7 @@ import torch
 
 import distil_kernels
 from distil_kernels.compare.experiment import CREDITS, OBJECTIVES, Result
+from distil_kernels.compare.stopping import early_ends, expected_length
 from distil_kernels.compare.study import (
     REFERENCE,
     SETTINGS,
@@ -28,8 +29,10 @@ from distil_kernels.compare.study import (
     Setting,
     area,
     chosen_rate,
+    reported_runs,
+    tuning_runs,
 )
-from distil_kernels.compare.tasks import TASKS
+from distil_kernels.compare.tasks import SIGNS, TASKS
 from distil_kernels.theory.success import pass_at_k
 
 BEGIN, END = "<!-- python -m distil_kernels.compare: begin -->", "<!-- python -m distil_kernels.compare: end -->"
@@ -38,7 +41,7 @@ BEGIN, END = "<!-- python -m distil_kernels.compare: begin -->", "<!-- python -m
 class Table(NamedTuple):
     title: str
     header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
 
     def markdown(self) -> str:
         rule = "|---" + "|--:" * (len(self.header) - 1) + "|"
@@ -95,7 +98,7 @@ def _objectives(scale: Scale, results: Results, budget: Budget) -> Table:
     )  # fmt: skip
     reference = seeds_of(scale, results, budget, REFERENCE, chosen_rate(scale, results, budget, REFERENCE))
     rows = []
-    for setting in SETTINGS:
+    for setting in budget.settings:
         rate = chosen_rate(scale, results, budget, setting)
         runs = seeds_of(scale, results, budget, setting, rate)
         ends = [average_at_k(run, samples) for run in runs]
@@ -114,30 +117,41 @@ def _objectives(scale: Scale, results: Results, budget: Budget) -> Table:
         ))  # fmt: skip
     start = _number(fmean(run.sampled[0] for run in reference))
     greedy = _number(fmean(run.greedy[0] for run in reference))
-    title = f"{TASKS[budget.task].title.capitalize()}: {budget.steps} steps, {budget.prompts} problems x 4 answers"
+    title = (
+        f"{TASKS[budget.task].title.capitalize()}: {budget.steps} steps of {budget.prompts} x {budget.rollouts} answers"
+    )
     return Table(f"{title}; start {start} sampled, {greedy} greedy", header, rows)
 
 
 def _variants(scale: Scale, results: Results, budget: Budget) -> Table:
     rate = chosen_rate(scale, results, budget, REFERENCE)
-    settings = (REFERENCE, ("ce", "frozen"), ("distil_undiscounted", "frozen"), ("distil_kl", "frozen"), *VARIANTS)
     rows = []
-    for setting in settings:
-        if scale.run(budget, setting, rate, 0) not in results:
-            continue  # a competitor whose own rate is another
+    for setting in (REFERENCE, *VARIANTS):
         runs = seeds_of(scale, results, budget, setting, rate)
         rows.append((
             label(setting), _measured([area(run) for run in runs]), _measured([run.sampled[-1] for run in runs]),
             _number(fmean(run.length[len(run.length) // 2] for run in runs), 2),
-            _number(fmean(run.length[-1] for run in runs), 2),
+            _number(fmean(run.length[-1] for run in runs), 2), _asked_length(setting[0]),
         ))  # fmt: skip
+    header = ("credit", "mean over training", "sampled at the end", "length half-way", "length", "length asked for")
     title = f"{TASKS[budget.task].title.capitalize()}: what is credited, all at learning rate {rate:g}"
-    return Table(title, ("credit", "mean over training", "sampled at the end", "length half-way", "length"), rows)
+    return Table(title, header, rows)
+
+
+def _asked_length(objective: str) -> str:
+    """By `stopping`, for credit that is a discounted sum, of a teacher unsure of nothing but its four signs."""
+    options = (OBJECTIVES | CREDITS)[objective].options or {}
+    if "horizon" in options or "normalize_by_remaining" in options:
+        return ""
+    sign = log(len(SIGNS)) if options["cost"] == "ce" else 0.0
+    return _number(expected_length(early_ends([0.0, sign] * 4 + [0.0, 0.0], options["discount"])), 2)
 
 
 def _teachers(scale: Scale, results: Results) -> Table:
     rows = []
     for budget in scale.tasks:
+        if not budget.all_teachers:
+            continue
         rate = chosen_rate(scale, results, budget, REFERENCE)
         for setting in (REFERENCE, *TEACHERS):
             runs = seeds_of(scale, results, budget, setting, rate)
@@ -153,8 +167,11 @@ def _rates(scale: Scale, results: Results) -> Table:
     """What was chosen from: accuracy averaged over training on the tuning seeds."""
     rows = []
     for setting in SETTINGS:
-        cells = []
+        cells: list[str] = []
         for budget in scale.tasks:
+            if setting not in budget.settings:
+                cells += [""] * len(scale.rates)
+                continue
             best = chosen_rate(scale, results, budget, setting)
             for rate in scale.rates:
                 text = _number(fmean(area(results[run]) for run in scale.tuning(budget, setting, rate)), 2)
@@ -164,22 +181,23 @@ def _rates(scale: Scale, results: Results) -> Table:
     return Table("Tuning: mean over training on seeds of its own", ("objective", *header), rows)
 
 
-def versions(scale: Scale, results: Results) -> str:
-    minutes = sum(result.seconds for result in results.values()) / 60
+def headline(scale: Scale, results: Results) -> str:
+    runs = {*tuning_runs(scale), *reported_runs(scale, results)}
+    minutes = sum(results[run].seconds for run in runs) / 60
     return (
         f"distil_kernels {distil_kernels.__version__}, torch {torch.__version__}, Python {platform.python_version()}; "
-        f"{scale.seeds} seeds over {scale.models} pre-trained models, {len(results)} runs in {minutes:.0f} minutes of "
-        "one core"
+        f"{scale.seeds} seeds over {scale.models} pre-trained models, "
+        f"{len(runs)} runs in {minutes:.0f} minutes of one core"
     )
 
 
-def show(found: list[Table], headline: str) -> None:
+def show(found: Sequence[Table], first_line: str) -> None:
     from rich.console import Console
     from rich.table import Table as Grid
 
     # A pipe has no width: rich would fold the columns at 80.
     console = Console() if Console().is_terminal else Console(width=170)
-    console.print(headline, highlight=False)
+    console.print(first_line, highlight=False)
     for table in found:
         grid = Grid(*table.header, title=table.title, title_justify="left", show_edge=False, pad_edge=False)
         for row in table.rows:

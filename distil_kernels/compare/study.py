@@ -24,7 +24,6 @@ import torch
 
 from distil_kernels.compare.experiment import CREDITS, OBJECTIVES, Result, Run, execute
 from distil_kernels.compare.pretrain import Pretraining, pretrained
-from distil_kernels.compare.tasks import TASKS
 
 Results = dict[Run, Result]
 Setting = tuple[str, str]
@@ -47,7 +46,16 @@ class Budget(NamedTuple):
     task: str
     steps: int
     prompts: int
-    """Per step, each with `Run.rollouts` answers."""
+    """Per step."""
+    rollouts: int = 4
+    """Answers to each prompt."""
+    pretrain_steps: int = 500
+    all_teachers: bool = True
+    """Whether teachers that are not frozen take part."""
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        return SETTINGS if self.all_teachers else tuple(setting for setting in SETTINGS if setting[1] == "frozen")
 
 
 @dataclass(frozen=True)
@@ -58,22 +66,21 @@ class Scale:
         Budget("sort", 40, 16),
         Budget("list", 60, 16),
         Budget("descend", 80, 16),
-        Budget("add", 160, 32),
+        Budget("add", 150, 32, rollouts=2, pretrain_steps=1000, all_teachers=False),
     )
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     seeds: int = 10
     tuning_seeds: int = 2
     models: int = 3
     """Pre-training seeds that the seeds are dealt to in turn."""
-    pretrain_steps: int = 500
     eval_problems: int = 96
     final_samples: int = 16
 
     def run(self, budget: Budget, setting: Setting, rate: float, seed: int) -> Run:
         objective, teacher = setting
         return Run(
-            budget.task, objective, teacher, rate, seed, seed % self.models, self.pretrain_steps, budget.steps,
-            budget.prompts, eval_every=max(1, budget.steps // 10), eval_problems=self.eval_problems,
+            budget.task, objective, teacher, rate, seed, seed % self.models, budget.pretrain_steps, budget.steps,
+            budget.prompts, budget.rollouts, eval_every=max(1, budget.steps // 10), eval_problems=self.eval_problems,
             final_samples=self.final_samples,
         )  # fmt: skip
 
@@ -83,8 +90,8 @@ class Scale:
 
 
 QUICK = Scale(
-    tasks=tuple(Budget(task, 2, 2) for task in TASKS), rates=(3e-4, 1e-3), seeds=2, tuning_seeds=1,
-    models=1, pretrain_steps=20, eval_problems=8, final_samples=4,
+    tasks=(Budget("list", 2, 2, pretrain_steps=20), Budget("add", 2, 2, pretrain_steps=20, all_teachers=False)),
+    rates=(3e-4, 1e-3), seeds=2, tuning_seeds=1, models=1, eval_problems=8, final_samples=8,
 )  # fmt: skip
 
 
@@ -102,7 +109,7 @@ def tuning_runs(scale: Scale) -> list[Run]:
     return [
         run
         for budget in scale.tasks
-        for setting in SETTINGS
+        for setting in budget.settings
         for rate in scale.rates
         for run in scale.tuning(budget, setting, rate)
     ]
@@ -119,7 +126,7 @@ def reported_runs(scale: Scale, results: Results) -> list[Run]:
     for seed in range(scale.seeds):
         runs += [scale.run(budget, setting, rate, seed) for (budget, setting), rate in rates.items()]
         for budget in scale.tasks:
-            explained = TEACHERS + (VARIANTS if budget.task == VARIANTS_TASK else ())
+            explained = (TEACHERS if budget.all_teachers else ()) + (VARIANTS if budget.task == VARIANTS_TASK else ())
             runs += [scale.run(budget, setting, rates[budget, REFERENCE], seed) for setting in explained]
     return list(dict.fromkeys(runs))
 
@@ -150,13 +157,13 @@ def conduct(scale: Scale, folder: Path, jobs: int, progress: Callable[[str, int,
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "runs.jsonl"
     results = load(path)
-    models = [Pretraining(task, seed, scale.pretrain_steps) for task, *_ in scale.tasks for seed in range(scale.models)]
     with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        for done, _ in enumerate(_each(pool, partial(_pretrain, folder=folder / "models"), models), 1):
-            progress("pre-training", done, len(models))
-        for phase, runs in (("tuning", tuning_runs), ("reported runs", reported_runs)):
-            wanted = runs(scale) if runs is tuning_runs else runs(scale, results)
+        for phase in ("tuning", "reported runs"):
+            wanted = tuning_runs(scale) if phase == "tuning" else reported_runs(scale, results)
             missing = [run for run in wanted if run not in results]
+            models = list(dict.fromkeys(Pretraining(run.task, run.model_seed, run.pretrain_steps) for run in missing))
+            for done, _ in enumerate(_each(pool, partial(_pretrain, folder=folder / "models"), models), 1):
+                progress(f"models for {phase}", done, len(models))
             done = len(wanted) - len(missing)
             progress(phase, done, len(wanted))
             for run, result in _each(pool, partial(_execute, folder=folder / "models"), missing):
