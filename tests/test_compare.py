@@ -181,7 +181,7 @@ def test_tables_say_what_the_runs_hold():
             add(setting, best, seed, accuracy + gain)
     objectives, teachers, tuning = report.tables(scale, results)
     rows = {row[0]: row for row in objectives.rows}
-    assert rows["CE"][1] == "1e-2" and rows["CE"][3] == ".667 ± .167" and rows["CE"][8] == "+.167 ± .042"
+    assert rows["CE"][1] == "1e-2" and rows["CE"][3] == ".667 ± .182" and rows["CE"][8] == "+.167 ± .042"
     assert rows["KL + credit"][8] == ".000 ± .000" and rows["CE + credit (DistIL)"][8] == ""
     assert [row[1] for row in teachers.rows] == ["frozen", "ema", "live"]
     assert dict((row[0], row[1:]) for row in tuning.rows)["CE"] == (".25", "**.50**")

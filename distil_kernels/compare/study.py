@@ -120,7 +120,7 @@ def reported_runs(scale: Scale, results: Results) -> list[Run]:
     rates = {
         (budget, setting): chosen_rate(scale, results, budget, setting)
         for budget in scale.tasks
-        for setting in SETTINGS
+        for setting in budget.settings
     }
     runs = []
     for seed in range(scale.seeds):
