@@ -11,7 +11,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc python -type f)
 
-.PHONY: train test bench theory lint format clean
+.PHONY: train test bench theory compare lint format clean
 
 train: $(VENV)/train
 	$(BIN)/python -m distil_kernels.train $(ARGS)
@@ -24,6 +24,9 @@ bench: $(VENV)/train
 
 theory: $(VENV)/train
 	$(BIN)/python -m distil_kernels.theory $(ARGS)
+
+compare: $(VENV)/train
+	$(BIN)/python -m distil_kernels.compare $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

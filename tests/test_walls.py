@@ -28,6 +28,7 @@ LEVELS = [
     {"testing"},
     {"hf"},
     {"theory", "train"},
+    {"compare"},
 ]
 
 
@@ -80,9 +81,10 @@ def test_imports_flow_one_way(path):
             assert level(imported) <= level(own), f"{own} imports {imported}"
 
 
-def test_trainer_uses_the_public_ops():
+@pytest.mark.parametrize("folder", ["train", "compare"])
+def test_trainers_use_the_public_ops(folder):
     below = {name for names in LEVELS[: level("functional")] for name in names}
-    for path in sources("distil_kernels/train", "*.py"):
+    for path in sources(f"distil_kernels/{folder}", "*.py"):
         assert not imports(path) & below, path
 
 

@@ -1,0 +1,40 @@
+"""Where credited cross-entropy pays for an early end, and the length that it asks for.
+
+At a state whose teacher does not end, a student that ends with probability e and else agrees pays -log(1 - e) now, and
+the cost to come, c nats, only if it goes on:
+
+    J(e) = -log(1 - e) + (1 - e) c         least at e = 0 where c <= 1, at e = 1 - 1 / c where c > 1
+
+So an end that the teacher never chooses is worth its cost as soon as going on costs more than one nat: cross-entropy
+holds the teacher's entropy, which no student can lower but by not going there. Cost `kl` leaves that entropy out. With
+a discount c is the discounted cost to come; the same condition makes the expected gradient vanish.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import log
+
+
+def early_ends(entropies: Sequence[float], discount: float) -> list[float]:
+    """Probability e of an end at each position where the gradient with credit vanishes; the last position ends anyway.
+
+    Args:
+        entropies: of the teacher at each position of a whole answer, in nats (0 at all of them for cost `kl`).
+        discount: of the cost to come, per token.
+    """
+    ends, to_come = [0.0], entropies[-1]
+    for entropy in reversed(entropies[:-1]):
+        worth = max(1.0, discount * to_come)
+        ends.append(1.0 - 1.0 / worth)
+        to_come = entropy + log(worth) + discount * to_come / worth
+    return ends[::-1]
+
+
+def expected_length(ends: Sequence[float]) -> float:
+    """Tokens of an answer, its end included, whose position t ends early with probability ends[t]."""
+    length, alive = 0.0, 1.0
+    for end in ends:
+        length += alive
+        alive *= 1.0 - end
+    return length
