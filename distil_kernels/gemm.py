@@ -108,12 +108,12 @@ def _bf16_product(left: Tensor, right: Tensor, out: Tensor, *, accumulate: bool 
     """out [M, N] float32 = (or += where accumulate) left [M, K] @ right [K, N]."""
 
     def matrix(operand: Tensor) -> _C.Matrix:
-        return _C.Matrix(operand.data_ptr(), *operand.stride(), operand.dtype == torch.bfloat16)
+        return _C.Matrix(operand.data_ptr(), operand.stride(0), operand.stride(1), operand.dtype == torch.bfloat16)
 
     left, right = (x if 1 in x.stride() else x.contiguous() for x in (left, right))
     _C.cpu_gemm_bf16(
-        matrix(left), matrix(right), *out.shape, left.shape[1], out.data_ptr(), out.stride(0), accumulate,
-        torch.get_num_threads(), getattr(_C.Bf16Unit, unit),
+        matrix(left), matrix(right), out.shape[0], out.shape[1], left.shape[1], out.data_ptr(), out.stride(0),
+        accumulate, torch.get_num_threads(), getattr(_C.Bf16Unit, unit),
     )  # fmt: skip
 
 
@@ -121,7 +121,12 @@ def _rounding_residual(matrix: Tensor) -> Tensor:
     """[R]: what each row's sum loses when float32 entries [R, V] are rounded to bfloat16."""
     residual = matrix.new_empty(matrix.shape[0])
     _C.cpu_rounding_residual(
-        matrix.data_ptr(), matrix.stride(0), *matrix.shape, residual.data_ptr(), torch.get_num_threads()
+        matrix.data_ptr(),
+        matrix.stride(0),
+        matrix.shape[0],
+        matrix.shape[1],
+        residual.data_ptr(),
+        torch.get_num_threads(),
     )
     return residual
 

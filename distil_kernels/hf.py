@@ -25,7 +25,7 @@ class CausalLM:
 
     model: Any
     """The module that was split: a transformers or PEFT model."""
-    body: nn.Module
+    body: Any
     """Everything below the head; its first output is the hidden states after the final norm."""
     weight: Tensor
     """[V, D], the model's own parameter."""
@@ -79,7 +79,7 @@ def split(model: nn.Module, check: bool = True) -> CausalLM:
     return parts
 
 
-def _unwrap_peft(model: nn.Module) -> nn.Module:
+def _unwrap_peft(model: Any) -> Any:
     if not hasattr(model, "peft_config"):
         return model
     for name, adapter in model.peft_config.items():

@@ -108,7 +108,8 @@ def scaled_gradients(ctx: Any, grad_loss: Tensor | None, *_: Tensor) -> tuple:
     if _is_traced() or _keeps_graph():
         gradients = scale_gradients(*ctx.saved_tensors, grad_loss, ctx.weight_dtype)
     else:
-        gradients = _scale_in_place(*ctx.saved_tensors, grad_loss, ctx.weight_dtype)
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        gradients = _scale_in_place(grad_hidden, grad_weight, grad_bias, grad_loss, ctx.weight_dtype)
     return _input_gradients(gradients, ctx.needs, ctx.num_inputs)
 
 

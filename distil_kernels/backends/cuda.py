@@ -10,7 +10,7 @@ current stream and never wait.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from distil_kernels.backends import FORWARD_CE, NUM_STATISTICS, Cost, LogitPair,
 try:
     from distil_kernels import _C
 except ImportError as error:  # not built, or built for another Python
-    _C = None
+    _C = None  # type: ignore[assignment]
     _IMPORT_ERROR = str(error)
 
 _CLUSTER_SIZES = (1, 2, 4, 8)
@@ -124,7 +124,8 @@ def row_stats_grad(
 ) -> Tensor:
     num_rows, vocab_size = logits.student.shape
     device = logits.student.device
-    block_bytes = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's types lack this field
+    block_bytes = properties.shared_memory_per_block_optin
     aligned = all(_aligned(tensor) for tensor in (*logits, out, student.bias, teacher.bias))
     kernel = choose_row_kernel(torch.cuda.get_device_capability(device), block_bytes, vocab_size, aligned)
     if kernel.cluster_size == 0:

@@ -249,5 +249,5 @@ class Prompts:
 
     def _without_end(self, text: str, num_tokens: int) -> str:
         ids = self._tokenizer(text, add_special_tokens=False).input_ids
-        shorter = self._tokenizer.decode(ids[: max(0, len(ids) - num_tokens)])
+        shorter = str(self._tokenizer.decode(ids[: max(0, len(ids) - num_tokens)]))
         return shorter if len(shorter) < len(text) else text[:-1]

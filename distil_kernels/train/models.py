@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -54,11 +55,13 @@ def with_adapters(model: PreTrainedModel, rank: int, alpha: float, targets: str)
     except ImportError as error:
         raise ValueError("[lora_rank] peft is not installed: pip install peft") from error
     modules = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
-    config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules=modules if targets else None)
+    options: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "target_modules": modules if targets else None}
+    config = LoraConfig(task_type="CAUSAL_LM", **options)
     try:
-        return get_peft_model(model, config).eval()
+        adapted: Any = get_peft_model(model, config)
     except ValueError as error:
         raise ValueError(f"[lora_targets] {targets!r}: {error}") from error
+    return adapted.eval()
 
 
 def checkpoint_layers(model: PreTrainedModel) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -31,8 +31,13 @@ __all__ = [
     "problems",
 ]
 
-OWN_TASKS = {"largest": LargestNumber, "add": AddNumbers, "sort": SortNumbers}
-DOMAINS = {"qa": Questions, "science": MultipleChoice, "math": Mathematics, "code": Code}
+OWN_TASKS: dict[str, Callable[[int], Task]] = {"largest": LargestNumber, "add": AddNumbers, "sort": SortNumbers}
+DOMAINS: dict[str, Callable[[Path, int], Task]] = {
+    "qa": Questions,
+    "science": MultipleChoice,
+    "math": Mathematics,
+    "code": Code,
+}
 """Tasks over the records of a file; all but qa come with a small one of their own."""
 
 HELD_OUT_SHARE = 8
