@@ -101,8 +101,9 @@ class Config:
     objective: str = _option("forward_ce", ("forward_ce", "reverse_kl", "jsd", "policy_gradient"))
     """What is minimised: cross-entropy to the teacher (DistIL), KL to it (SDPO), their JSD (OPSD), or, without a
     teacher, minus the score less the group's mean (GRPO)."""
-    cost: str = _option("ce", ("ce", "kl"))
-    """Per-token cost of forward_ce: cross-entropy (the paper's) or forward KL; the same but for credit."""
+    cost: str = _option("kl", ("ce", "kl"))
+    """Per-token cost of forward_ce: forward KL, or cross-entropy (the paper's, and preset distil's). The same but for
+    credit, where cross-entropy pays for ending early as soon as more than a nat is to come (docs/results.md)."""
     jsd_weight: float = _option(0.5, (1e-6, 1 - 1e-6))
     """Weight of the teacher in the JSD's mixture."""
     normalize_advantages: bool = True

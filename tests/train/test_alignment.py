@@ -66,7 +66,7 @@ def batch_of(run, scores) -> list:
 @pytest.mark.parametrize("micro_batch", [4, 1])
 def test_figures_are_those_of_plain_autograd(tiny_model: Path, tmp_path: Path, micro_batch: int) -> None:
     run = trainer(
-        tiny_model, tmp_path / "run", alignment_every=1, baseline="none", discount=0.9, credit_span="future",
+        tiny_model, tmp_path / "run", alignment_every=1, cost="ce", baseline="none", discount=0.9, credit_span="future",
         teacher="frozen",
     )  # fmt: skip
     batch = batch_of(run, (1.0, 0.0))

@@ -75,7 +75,7 @@ def test_samples_hold_the_numbers_of_plain_torch(run: Path, tiny_model: Path) ->
             best = taught[position].exp().topk(5)
             assert [entry[1] for entry in top] == pytest.approx(best.values.tolist(), abs=1e-4)
             assert [entry[2] for entry in top] == pytest.approx(own[position].exp()[best.indices].tolist(), abs=1e-4)
-        costs[sample["problem"]].append(ce.tolist())
+        costs[sample["problem"]].append(kl.tolist())
     for problem, group in costs.items():
         to_go = [[sum(0.9 ** (i - t) * ce[i] for i in range(t + 1, len(ce))) for t in range(len(ce))] for ce in group]
         own_samples = [sample for sample in samples if sample["problem"] == problem]

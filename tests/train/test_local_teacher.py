@@ -17,7 +17,9 @@ from distil_kernels.train.objective import distil_loss
 from distil_kernels.train.teacher import Teacher, check_same_tokens
 
 PROMPTS, ROWS, COMPLETIONS = [[1, 2, 3], [1, 4]], [0, 0, 1, 1], [[5, 6], [7], [8, 9, 10], [11]]
-CONFIG = Config(credit_span="none", baseline="none", rollouts_per_prompt=2, teacher="local", teacher_model="other")
+CONFIG = Config(
+    cost="ce", credit_span="none", baseline="none", rollouts_per_prompt=2, teacher="local", teacher_model="other"
+)
 
 
 def model(config: object) -> PreTrainedModel:

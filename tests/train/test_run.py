@@ -25,7 +25,7 @@ from distil_kernels.train.tools import Rollouts
 
 QUICK = [
     "--prompts_per_step", "3", "--rollouts_per_prompt", "2", "--max_new_tokens", "4", "--num_examples", "1",
-    "--eval_problems", "4", "--eval_every", "2", "--learning_rate", "1e-3", "--warmup_steps", "1",
+    "--eval_problems", "4", "--eval_every", "2", "--learning_rate", "1e-3", "--warmup_steps", "1", "--cost", "ce",
 ]  # fmt: skip
 TIMES = ("seconds", "tokens_per_second")
 
@@ -48,7 +48,7 @@ def trainer(model: Path, directory: Path, **changes: object) -> Trainer:
     directory.mkdir()
     settings = {
         "model": str(model), "prompts_per_step": 4, "rollouts_per_prompt": 2, "max_new_tokens": 4, "num_examples": 1,
-        "eval_problems": 2, **changes,
+        "eval_problems": 2, "cost": "ce", **changes,
     }  # fmt: skip
     return Trainer(Config(**settings), directory, Console(quiet=True))
 
