@@ -99,7 +99,7 @@ class GradientSums:
             hidden = self._hidden[rows]
             if upstream is not None:
                 hidden = (hidden.to(upstream.dtype) * upstream[:, None]).to(grad_logits.dtype)
-            if self._result.weight.dtype != gemm.accumulation_dtype(hidden.dtype):
+            if self._at_once:
                 gemm.grad_weight(grad_logits, hidden, out=self._result.weight)
             elif kept is None:
                 gemm.add_grad_weight(grad_logits, hidden, out=self._result.weight)
