@@ -197,7 +197,7 @@ def _time(
             calls[candidate.name] = lambda loss=loss: forward_backward(loss, problem)
     for name in limits:
         calls[name]()
-    timings = interleaved(calls, case.device, options.rounds, options.seconds)
+    timings = interleaved(calls, case.device, options.rounds, options.seconds, case.naive_bytes)
     problem.clear_gradients()
     return timings, limits, failures
 

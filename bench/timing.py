@@ -1,8 +1,9 @@
 """Time and memory, measured so that they can be compared.
 
 Time: all candidates of a case in one process, one call each per round, so that a slow minute of the machine hits
-everyone, in an order that is shuffled for each round: who comes after one that has just freed much memory gets its
-pages cheap, and nobody may always come after the same. Medians, and half the distance of the quartiles as spread.
+everyone, in an order that is shuffled for each round. On the CPU free memory is touched before each call: pages that
+a virtual machine has given back to its host cost up to fifty times as much as others, and who comes after one that
+has just freed much memory would not pay for them. Medians, and half the distance of the quartiles as spread.
 Warm-up is apart. The bare matrix products of the same shape take part in the rounds: no candidate that computes every
 logit can be faster than these.
 
@@ -28,6 +29,8 @@ from pathlib import Path
 import torch
 from cases import NUM_PRODUCTS, Case, Problem
 from torch import Tensor
+
+from distil_kernels import gemm, memory
 
 Call = Callable[[], object]
 
@@ -59,10 +62,12 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def interleaved(calls: dict[str, Call], device: str, rounds: int, seconds: float) -> dict[str, Timing]:
+def interleaved(
+    calls: dict[str, Call], device: str, rounds: int, seconds: float, free_bytes: int = 2**30
+) -> dict[str, Timing]:
     """Medians over rounds; a call that has used up `seconds` leaves after its third round.
 
-    Each call must have run before: warm-up is the caller's.
+    Each call must have run before: warm-up is the caller's. `free_bytes` of memory are touched before each.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     begin = time.perf_counter()
@@ -72,6 +77,8 @@ def interleaved(calls: dict[str, Call], device: str, rounds: int, seconds: float
         for name in order:
             if number >= 3 and sum(times[name]) > seconds:
                 continue
+            if device == "cpu":
+                _touch_free_memory(free_bytes)
             synchronize(device)
             start = time.perf_counter()
             calls[name]()
@@ -80,6 +87,10 @@ def interleaved(calls: dict[str, Call], device: str, rounds: int, seconds: float
         if number + 1 < rounds:
             report_progress("rounds", number + 1, rounds, begin)
     return {name: _summary(samples) for name, samples in times.items()}
+
+
+def _touch_free_memory(num_bytes: int) -> None:
+    memory.empty(min(num_bytes, 2**33), like=torch.empty(0), dtype=torch.uint8).zero_()
 
 
 def _summary(samples: list[float]) -> Timing:
@@ -96,35 +107,47 @@ def report_progress(what: str, done: int, total: int, begin: float) -> None:
 def bare_products(case: Case, problem: Problem) -> dict[str, Call]:
     """The op's matrix products and nothing else, into memory that is already there.
 
-    Half precision on the CPU is also timed with operands widened to float32 beforehand: where a processor has no
-    such instructions that is the faster one, and the limit is the fastest way there is.
+    By torch's library, and on the CPU by this one's own where it has such a product. Half precision on the CPU is
+    also timed with operands widened to float32 beforehand: where a processor has no such instructions that is the
+    faster one, and the limit is the fastest way there is.
     """
     dtypes = [case.torch_dtype]
     if case.device == "cpu" and case.torch_dtype != torch.float32:
         dtypes.append(torch.float32)
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     label = f"{NUM_PRODUCTS[case.op]} bare products"
-    return {f"{label}, {names[dtype]}": _products(case, problem, dtype) for dtype in dtypes}
+    calls: dict[str, Call] = {f"{label}, {names[dtype]}": _products(case, problem, dtype) for dtype in dtypes}
+    if case.device == "cpu" and gemm.reads_head_in_place(case.torch_dtype):
+        calls[f"{label}, ours"] = _products(case, problem, case.torch_dtype, ours=True)
+    return calls
 
 
-def _products(case: Case, problem: Problem, dtype: torch.dtype) -> Call:
+def _products(case: Case, problem: Problem, dtype: torch.dtype, *, ours: bool = False) -> Call:
+    """Ours leave float32 logits, and round the sums of all rows of dW once."""
     hidden = problem.inputs.student_hidden.detach().to(dtype)
     weight = problem.inputs.student_weight.detach().to(dtype)
-    rows = min(case.num_rows, max(1, _MAX_LIMIT_BYTES // (case.vocab_size * dtype.itemsize)))
-    logits = hidden.new_empty(rows, case.vocab_size)
+    logits_dtype = torch.float32 if ours else dtype
+    rows = min(case.num_rows, max(1, _MAX_LIMIT_BYTES // (case.vocab_size * logits_dtype.itemsize)))
+    logits = hidden.new_empty(rows, case.vocab_size, dtype=logits_dtype)
+    gradient = logits if logits_dtype == dtype else torch.zeros_like(logits, dtype=dtype)
     grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
     with_grad_weight = case.op not in ("frozen",)
     num_logits = NUM_PRODUCTS[case.op] - 1 - with_grad_weight
 
     def run() -> None:
         for begin in range(0, case.num_rows, rows):
-            chunk = slice(begin, min(begin + rows, case.num_rows))
-            part = logits[: chunk.stop - chunk.start]
+            part, out = hidden[begin : begin + rows], logits[: case.num_rows - begin]
+            grad = gradient[: part.shape[0]]
             for _ in range(num_logits):
-                torch.mm(hidden[chunk], weight.t(), out=part)
-            torch.mm(part, weight, out=grad_hidden[chunk])
-            if with_grad_weight:
-                torch.addmm(grad_weight, part.t(), hidden[chunk], beta=float(begin > 0), out=grad_weight)
+                gemm.lm_head(part, weight, out=out) if ours else torch.mm(part, weight.t(), out=out)
+            if ours:
+                gemm.grad_hidden(grad, weight)
+            else:
+                torch.mm(grad, weight, out=grad_hidden[begin : begin + rows])
+            if with_grad_weight and ours:
+                gemm.grad_weight(grad, part, out=grad_weight)
+            elif with_grad_weight:
+                torch.addmm(grad_weight, grad.t(), part, beta=float(begin > 0), out=grad_weight)
 
     return run
 

@@ -81,20 +81,31 @@ void cpu_row_grad(const LogitRows& student, const LogitRows& teacher, const std:
 struct Matrix {
   const void* data;
   std::int64_t row_stride, column_stride;  // in elements
-  bool is_bf16;                            // else float32, rounded to bfloat16 before it is multiplied
+  bool is_bf16;                            // else float32
 };
 
-// What multiplies bfloat16 pairs to float32: vector registers (AVX512-BF16) or tile registers (AMX, the faster).
-enum class Bf16Unit { kBest, kVector, kTiles };
+// A result: row r begins row_stride * r elements behind data.
+struct Product {
+  void* data;
+  std::int64_t row_stride;
+  bool is_bf16;  // float32 sums rounded once; else float32
+};
+
+// What multiplies: vector registers (AVX-512 with its bfloat16 instructions), or tile registers (AMX; bfloat16
+// operands only, and the faster for them).
+enum class GemmUnit { kBest, kVector, kTiles };
 
 // Whether this build and this processor have it; kBest is any.
-bool cpu_supports_gemm_bf16(Bf16Unit unit);
+bool cpu_supports_gemm(GemmUnit unit);
 
-// c [num_rows, num_columns] = (or += where accumulate) a [num_rows, depth] times b [depth, num_columns], products
-// of bfloat16 numbers summed in float32; the same result for any number of threads.
-void cpu_gemm_bf16(const Matrix& a, const Matrix& b, std::int64_t num_rows, std::int64_t num_columns,
-                   std::int64_t depth, float* c, std::int64_t c_stride, bool accumulate, int num_threads,
-                   Bf16Unit unit);
+// Whether the processor is of Intel's make.
+bool cpu_is_intel();
+
+// c [num_rows, num_columns] = (or += where accumulate) a [num_rows, depth] times b [depth, num_columns], summed in
+// float32; the same result for any number of threads. The product is one of bfloat16 numbers where b is bfloat16 (a
+// float32 a is rounded), else both are float32. A bfloat16 c takes no accumulate, and no tiles.
+void cpu_gemm(const Matrix& a, const Matrix& b, std::int64_t num_rows, std::int64_t num_columns, std::int64_t depth,
+              const Product& c, bool accumulate, int num_threads, GemmUnit unit);
 
 // residual[r] = what the sum of row r of `a` loses when its elements are rounded to bfloat16.
 void cpu_rounding_residual(const float* a, std::int64_t row_stride, std::int64_t num_rows, std::int64_t num_columns,

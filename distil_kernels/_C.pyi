@@ -11,7 +11,7 @@ class InstructionSet(Enum):
     avx2 = 2
     avx512 = 3
 
-class Bf16Unit(Enum):
+class GemmUnit(Enum):
     best = 0
     vector = 1
     tiles = 2
@@ -33,18 +33,21 @@ class GradRows:
 class Matrix:
     def __init__(self, data: int, row_stride: int, column_stride: int, is_bf16: bool) -> None: ...
 
-def cpu_supports_gemm_bf16(unit: Bf16Unit) -> bool: ...
-def cpu_gemm_bf16(
+class Product:
+    def __init__(self, data: int, row_stride: int, is_bf16: bool) -> None: ...
+
+def cpu_is_intel() -> bool: ...
+def cpu_supports_gemm(unit: GemmUnit) -> bool: ...
+def cpu_gemm(
     a: Matrix,
     b: Matrix,
     num_rows: int,
     num_columns: int,
     depth: int,
-    c: int,
-    c_stride: int,
+    c: Product,
     accumulate: bool,
     num_threads: int,
-    unit: Bf16Unit,
+    unit: GemmUnit,
 ) -> None: ...
 def cpu_rounding_residual(
     a: int, row_stride: int, num_rows: int, num_columns: int, residual: int, num_threads: int

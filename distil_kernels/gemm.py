@@ -1,11 +1,13 @@
 """The three matrix products of an lm_head, with float32 results from operands of any precision.
 
 Rounding logits to bfloat16 costs 2 to 20 % of the gradient once teacher and student are close, so no product here
-rounds its result: float32 and float64 operands go to the vendor library as they are; half precision on a GPU asks it
-for a float32 result; on the CPU, where torch has no such product, bfloat16 goes to our own where the processor has the
-instructions (csrc/cpu/gemm_amx.cpp, gemm_bf16.cpp; the gradient of the logits is rounded to bfloat16 after the
-subtraction that needs float32) and is widened block by block of the vocabulary elsewhere, as float16 is (on processors
-without bfloat16 instructions that is also about six times faster than torch's own).
+rounds its result. float32 and float64 operands go to the vendor library, but for float32 on a CPU with AVX-512 of
+another maker than Intel, where that library runs its AVX2 code (105 of our 230 GF/s on a Zen 5 core): there our own
+product takes them (csrc/cpu/gemm_avx512.cpp). Half precision on a GPU asks the library for a float32 result; on the
+CPU, where torch has no such product, bfloat16 goes to our own where the processor has the instructions (the same file,
+or gemm_amx.cpp; the gradient of the logits is rounded to bfloat16 after the subtraction that needs float32) and is
+widened block by block of the vocabulary elsewhere, as float16 is (on processors without bfloat16 instructions that is
+also about six times faster than torch's own).
 
 What torch has for half precision on a GPU: `mm` with a float32 result since 2.8, `addmm` that adds to a float32 matrix
 since 2.10. Without the second, dW takes one more pass over a block of it; without the first, operands are widened on
@@ -81,39 +83,49 @@ def _is_half_on_gpu(*operands: Tensor) -> bool:
 
 
 @cache
+def units() -> tuple[str, ...]:
+    """What this processor has for products of our own: "tiles" (AMX, bfloat16 only), "vector" (AVX-512 with BF16)."""
+    if _C is None:
+        return ()
+    return tuple(name for name in ("tiles", "vector") if _C.cpu_supports_gemm(getattr(_C.GemmUnit, name)))
+
+
 def has_bf16_product() -> bool:
     """Whether this processor multiplies bfloat16 matrices to a float32 result."""
-    return bool(bf16_units())
+    return bool(units())
 
 
-def bf16_units() -> list[str]:
-    """What of it does: "tiles" (AMX), "vector" (AVX512-BF16)."""
-    if _C is None:
-        return []
-    return [name for name in ("tiles", "vector") if _C.cpu_supports_gemm_bf16(getattr(_C.Bf16Unit, name))]
+def has_float32_product() -> bool:
+    """Whether our own product of float32 matrices goes before the vendor library's."""
+    return "vector" in units() and not _C.cpu_is_intel()
 
 
-def _is_bf16_on_cpu(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> bool:
-    """`left` may be float32: it is rounded as it is read."""
-    return (
-        left.device.type == "cpu"
-        and right.dtype == torch.bfloat16
-        and left.dtype in (torch.bfloat16, torch.float32)
-        and out_dtype == torch.float32
-        and has_bf16_product()
-    )
+def reads_head_in_place(dtype: torch.dtype) -> bool:
+    """Whether a chunk of logits costs the same per row however few it has: W is not packed for it (CPU)."""
+    return (dtype == torch.bfloat16 and units() == ("vector",)) or (dtype == torch.float32 and has_float32_product())
 
 
-def _bf16_product(left: Tensor, right: Tensor, out: Tensor, *, accumulate: bool = False, unit: str = "best") -> None:
-    """out [M, N] float32 = (or += where accumulate) left [M, K] @ right [K, N]."""
+def _is_ours(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> bool:
+    """`left` may be float32 beside a bfloat16 `right`: it is rounded as it is read."""
+    if left.device.type != "cpu" or left.dtype not in (torch.bfloat16, torch.float32):
+        return False
+    if right.dtype == torch.bfloat16:
+        rounds_once = out_dtype == torch.bfloat16 and "tiles" not in units()
+        return has_bf16_product() and (out_dtype == torch.float32 or rounds_once)
+    return left.dtype == right.dtype == out_dtype == torch.float32 and has_float32_product()
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor, *, accumulate: bool = False, unit: str = "best") -> None:
+    """out [M, N] float32 = (or += where accumulate) left [M, K] @ right [K, N]; or bfloat16, without accumulate."""
 
     def matrix(operand: Tensor) -> _C.Matrix:
         return _C.Matrix(operand.data_ptr(), operand.stride(0), operand.stride(1), operand.dtype == torch.bfloat16)
 
     left, right = (x if 1 in x.stride() else x.contiguous() for x in (left, right))
-    _C.cpu_gemm_bf16(
-        matrix(left), matrix(right), out.shape[0], out.shape[1], left.shape[1], out.data_ptr(), out.stride(0),
-        accumulate, torch.get_num_threads(), getattr(_C.Bf16Unit, unit),
+    _C.cpu_gemm(
+        matrix(left), matrix(right), out.shape[0], out.shape[1], left.shape[1],
+        _C.Product(out.data_ptr(), out.stride(0), out.dtype == torch.bfloat16), accumulate, torch.get_num_threads(),
+        getattr(_C.GemmUnit, unit),
     )  # fmt: skip
 
 
@@ -133,12 +145,12 @@ def _rounding_residual(matrix: Tensor) -> Tensor:
 
 def lm_head(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     """out [R, V] = hidden [R, D] @ weight [V, D]^T."""
-    if hidden.dtype == weight.dtype == out.dtype:
+    if _is_ours(hidden, weight, out.dtype) and hidden.dtype == weight.dtype:
+        _product(hidden, weight.t(), out)
+    elif hidden.dtype == weight.dtype == out.dtype:
         torch.mm(hidden, weight.t(), out=out)
     elif _is_half_on_gpu(hidden, weight):
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
-    elif hidden.dtype == torch.bfloat16 and _is_bf16_on_cpu(hidden, weight, out.dtype):
-        _bf16_product(hidden, weight.t(), out)
     else:
         wide = hidden.to(out.dtype)
         for block, weight_block in _widened(weight, out.dtype):
@@ -153,18 +165,19 @@ def grad_hidden(grad_logits: Tensor, weight: Tensor, rounding: Tensor | None = N
     added.
     """
     dtype = accumulation_dtype(weight.dtype)
+    if _is_ours(grad_logits, weight, dtype):
+        out = grad_logits.new_empty(grad_logits.shape[0], weight.shape[1], dtype=dtype)
+        _product(grad_logits, weight, out)
+        if grad_logits.dtype != weight.dtype:
+            rounding = _rounding_residual(grad_logits)
+        if rounding is not None:
+            out.addr_(rounding, weight[:: -(-weight.shape[0] // _MEAN_ROWS)].mean(0, dtype=dtype))
+        return out
     if grad_logits.dtype == weight.dtype == dtype:
         return grad_logits @ weight
     if _is_half_on_gpu(grad_logits, weight):
         return torch.mm(grad_logits, weight, out_dtype=dtype)
     out = grad_logits.new_zeros(grad_logits.shape[0], weight.shape[1], dtype=dtype)
-    if _is_bf16_on_cpu(grad_logits, weight, dtype):
-        _bf16_product(grad_logits, weight, out)
-        if grad_logits.dtype == torch.float32:
-            rounding = _rounding_residual(grad_logits)
-        if rounding is not None:
-            out.addr_(rounding, weight[:: -(-weight.shape[0] // _MEAN_ROWS)].mean(0, dtype=dtype))
-        return out
     for block, weight_block in _widened(weight, dtype):
         out.addmm_(grad_logits[:, block].to(dtype), weight_block)
     return out
@@ -172,8 +185,8 @@ def grad_hidden(grad_logits: Tensor, weight: Tensor, rounding: Tensor | None = N
 
 def add_grad_weight(grad_logits: Tensor, hidden: Tensor, out: Tensor) -> None:
     """out [V, D] += grad_logits [R, V]^T @ hidden [R, D], out in the accumulation dtype."""
-    if _is_bf16_on_cpu(grad_logits, hidden, out.dtype):
-        _bf16_product(grad_logits.t(), hidden, out, accumulate=True)
+    if _is_ours(grad_logits, hidden, out.dtype):
+        _product(grad_logits.t(), hidden, out, accumulate=True)
     elif not _is_half_on_gpu(grad_logits, hidden):
         out.addmm_(grad_logits.t().to(out.dtype), hidden.to(out.dtype))
     elif _has_wide_addmm():
@@ -186,15 +199,21 @@ def add_grad_weight(grad_logits: Tensor, hidden: Tensor, out: Tensor) -> None:
 
 def grad_weight(grad_logits: Tensor, hidden: Tensor, out: Tensor) -> None:
     """out [V, D] = grad_logits [R, V]^T @ hidden [R, D] over all rows there are, out in the dtype of the weight."""
-    if grad_logits.dtype == hidden.dtype == out.dtype and not _is_bf16_on_cpu(grad_logits, hidden, torch.float32):
+    if _is_ours(grad_logits, hidden, out.dtype):
+        _product(grad_logits.t(), hidden, out)
+        return
+    if _is_half_on_gpu(grad_logits, hidden) and out.dtype != hidden.dtype:
+        torch.mm(grad_logits.t(), hidden, out_dtype=out.dtype, out=out)
+        return
+    if grad_logits.dtype == hidden.dtype == out.dtype and not _is_ours(grad_logits, hidden, torch.float32):
         torch.mm(grad_logits.t(), hidden, out=out)
         return
     wide = out.new_empty(min(_ROUND_BLOCK, out.shape[0]), out.shape[1], dtype=accumulation_dtype(out.dtype))
     for begin in range(0, out.shape[0], _ROUND_BLOCK):
         rows = grad_logits[:, begin : begin + _ROUND_BLOCK].t()
         block = wide[: rows.shape[0]]
-        if _is_bf16_on_cpu(rows, hidden, wide.dtype):
-            _bf16_product(rows, hidden, block)
+        if _is_ours(rows, hidden, wide.dtype):
+            _product(rows, hidden, block)
         else:
             torch.mm(rows.to(wide.dtype), hidden.to(wide.dtype), out=block)
         out[begin : begin + _ROUND_BLOCK].copy_(block)

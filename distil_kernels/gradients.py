@@ -48,17 +48,20 @@ class GradientSums:
         self, hidden: Tensor, weight: Tensor, needs: Needs, ring_rows: int, gradient_threshold: float = 0.0
     ) -> None:
         dtype = gemm.accumulation_dtype(hidden.dtype)
-        self._at_once = holds_all_rows(ring_rows, hidden.shape[0])
+        at_once = holds_all_rows(ring_rows, hidden.shape[0])
         self._gradient_threshold = gradient_threshold
         self.dropped = hidden.new_zeros(hidden.shape[0], dtype=dtype)
         self._hidden, self._weight, self._needs = hidden, weight, needs
         self._result = Gradients(
             hidden.new_zeros(hidden.shape if needs.hidden else 0),
-            self._new_grad_weight(*(weight.shape if needs.weight else (0,)), like=weight),
+            memory.empty(
+                *(weight.shape if needs.weight else (0,)), like=weight, dtype=weight.dtype if at_once else dtype
+            ),
             weight.new_zeros(weight.shape[0] if needs.bias else 0, dtype=dtype),
         )
         self._operand = gemm.operand_dtype(hidden.dtype, hidden.device.type)
         self._ring = new_rows(hidden, ring_rows, weight.shape[0], self._operand) if ring_rows else None
+        self._weight_written = False
         self._waiting: list[Rows] = []
         self._rounding: list[Tensor | None] = []
         self._num_waiting = 0
@@ -99,12 +102,14 @@ class GradientSums:
             hidden = self._hidden[rows]
             if upstream is not None:
                 hidden = (hidden.to(upstream.dtype) * upstream[:, None]).to(grad_logits.dtype)
-            if self._at_once:
-                gemm.grad_weight(grad_logits, hidden, out=self._result.weight)
-            elif kept is None:
+            if kept is not None:
+                self._begin_grad_weight()
+                kept.transposed().add_product(hidden, out=self._result.weight)
+            elif self._weight_written:
                 gemm.add_grad_weight(grad_logits, hidden, out=self._result.weight)
             else:
-                kept.transposed().add_product(hidden, out=self._result.weight)
+                gemm.grad_weight(grad_logits, hidden, out=self._result.weight)
+            self._weight_written = True
         if self._needs.bias:
             gemm.add_grad_bias(grad_logits, upstream, out=self._result.bias)
 
@@ -116,15 +121,15 @@ class GradientSums:
         return kept
 
     def result(self) -> Gradients:
-        if self._at_once and not self._waiting:
-            self._result.weight.zero_()
         self._empty_ring()
+        self._begin_grad_weight()
         return self._result
 
-    def _new_grad_weight(self, *size: int, like: Tensor) -> Tensor:
-        if self._at_once:
-            return memory.empty(*size, like=like, dtype=like.dtype)
-        return memory.zeros(*size, like=like, dtype=gemm.accumulation_dtype(like.dtype))
+    def _begin_grad_weight(self) -> None:
+        """The first product writes dW (a pass over all of it less); zeros where there is none yet."""
+        if not self._weight_written:
+            self._result.weight.zero_()
+            self._weight_written = True
 
     def _empty_ring(self) -> None:
         if self._waiting:
@@ -144,8 +149,14 @@ def holds_all_rows(ring_rows: int, num_rows: int) -> bool:
 
 
 def new_rows(like: Tensor, num_rows: int, vocab_size: int, dtype: torch.dtype) -> Tensor:
-    """[num_rows, V]. On a GPU rows begin at multiples of 64 bytes whatever V, for wide loads and fast products."""
-    stride = vocab_size if like.device.type == "cpu" else -(-vocab_size // 32) * 32
+    """[num_rows, V]; rows begin at multiples of 64 bytes whatever V, for wide loads and fast products.
+
+    And on a CPU not at multiples of a page: what lies one below the other would share a few places of every cache.
+    """
+    line, page = 64 // dtype.itemsize, 4096 // dtype.itemsize
+    stride = -(-vocab_size // line) * line
+    if like.device.type == "cpu" and stride % page == 0:
+        stride += line
     return memory.empty(num_rows, stride, like=like, dtype=dtype)[:, :vocab_size]
 
 

@@ -15,7 +15,7 @@ One lm_head product costs 2 N V D floating-point operations; a plan is named by 
                                     where the CPU multiplies it, else a; none where the ring holds all N rows
 
 On the CPU the gradient of the logits overwrites the student's logits, and the products follow at once; but a bfloat16
-call of few rows for its hidden size (N b <= D a + R b) keeps all of them in a ring, which is less memory than the dW
+call of few rows for its hidden size (N <= 2 D + 256) keeps all of them in a ring, which is less memory than the dW
 accumulator that it makes needless. On a GPU adding to a float32 dW moves 8 V D bytes, 1.6 ms for V D = 152k * 4096 on
 an H100: at one product per small chunk that is more than everything but the products themselves, at one per 4096 rows
 a few per cent.
@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import torch
 
-from distil_kernels.gemm import accumulation_dtype, operand_dtype
+from distil_kernels.gemm import accumulation_dtype, operand_dtype, reads_head_in_place
 
 PLANS = ("gradient_in_forward", "kept_gradient", "recompute", "frozen_head", "stats_only")
 
@@ -41,7 +41,11 @@ _ENOUGH_ROWS, _ENOUGH_BYTES = 256, 48 * 2**20
 """A larger chunk on the CPU wins nothing: at N = 1024, V = 49k, D = 576 the whole operation took 1.15, 1.16, 1.11,
 1.14, 1.10 times its bare products with 128, 192, 256, 384, 512 rows (one Zen 4 thread), and memory grows with them. A
 smaller one costs: every chunk packs all of W for its products (N = 512, V = 152k, D = 1024: 1.20 times at 128 rows,
-1.07 at 256)."""
+1.07 at 256), and adds to all of dW."""
+
+_ENOUGH_ROWS_UNPACKED = 112
+"""The same where W is read in place and its dW is written in one product, or products are slow enough beside adding to
+it (float32): 128 rows took .98 to 1.05 of the time of 256, on one and two Zen 5 threads."""
 
 RING_BYTES = 1280 * 2**20
 """Default memory for the ring on a GPU: 4096 bfloat16 rows of a 152k vocabulary."""
@@ -90,7 +94,9 @@ def choose_chunk_rows(shape: Shape, chunk_bytes: int | None = None) -> int:
     budget = chunk_bytes or LOGITS_CHUNK_BYTES.get(shape.device_type, LOGITS_CHUNK_BYTES["cuda"])
     rows = budget // logits_chunk_bytes(shape, 1)
     if chunk_bytes is None and shape.device_type == "cpu":
-        rows = min(rows, max(_ENOUGH_ROWS, _ENOUGH_BYTES // logits_chunk_bytes(shape, 1)))
+        unpacked = reads_head_in_place(shape.dtype) and (shape.dtype == torch.float32 or _ring_holds_all_rows(shape))
+        enough = _ENOUGH_ROWS_UNPACKED if unpacked else _ENOUGH_ROWS
+        rows = min(rows, max(enough, _ENOUGH_BYTES // logits_chunk_bytes(shape, 1)))
     multiple = _ROW_MULTIPLE.get(shape.device_type, _ROW_MULTIPLE["cuda"])
     if rows > multiple:
         rows -= rows % multiple
@@ -104,14 +110,18 @@ def choose_chunk_rows(shape: Shape, chunk_bytes: int | None = None) -> int:
 def choose_ring_rows(shape: Shape, chunk_rows: int, budget: int = RING_BYTES) -> int:
     """As many whole chunks as the ring's memory holds and the call has; one where only dh is formed; 0 for in place."""
     if shape.device_type == "cpu":
-        rounded = operand_dtype(shape.dtype, "cpu") != accumulation_dtype(shape.dtype)
-        few = shape.num_rows <= 2 * shape.hidden_size + chunk_rows
-        return max(shape.num_rows, chunk_rows) if rounded and few and shape.grad_head else 0
+        return max(shape.num_rows, chunk_rows) if _ring_holds_all_rows(shape) else 0
     if not shape.grad_head:
         in_place = operand_dtype(shape.dtype, shape.device_type) == accumulation_dtype(shape.dtype)
         return 0 if in_place else chunk_rows
     chunks = min(budget // ring_bytes(shape, chunk_rows), -(-shape.num_rows // chunk_rows))
     return chunk_rows * max(1, chunks)
+
+
+def _ring_holds_all_rows(shape: Shape) -> bool:
+    """On the CPU: whether half-precision gradients of all rows are less than a float32 dW and a chunk of them."""
+    rounded = operand_dtype(shape.dtype, "cpu") != accumulation_dtype(shape.dtype)
+    return rounded and shape.grad_head and shape.num_rows <= 2 * shape.hidden_size + _ENOUGH_ROWS
 
 
 def choose_plan(shape: Shape, requested: str | Plan = "auto", *, credit_in_one_pass: bool = True) -> Plan:

@@ -28,6 +28,10 @@ dk::Matrix matrix(Address data, std::int64_t row_stride, std::int64_t column_str
   return {pointer<const void>(data), row_stride, column_stride, is_bf16};
 }
 
+dk::Product product(Address data, std::int64_t row_stride, bool is_bf16) {
+  return {pointer<void>(data), row_stride, is_bf16};
+}
+
 dk::SparseRows sparse_rows(Address offsets, Address index, Address value, std::int64_t num_rows) {
   return {pointer<std::int64_t>(offsets), pointer<std::int32_t>(index), pointer<float>(value), num_rows};
 }
@@ -70,10 +74,10 @@ PYBIND11_MODULE(_C, m) {
       .value("avx2", dk::InstructionSet::kAvx2)
       .value("avx512", dk::InstructionSet::kAvx512);
 
-  py::enum_<dk::Bf16Unit>(m, "Bf16Unit")
-      .value("best", dk::Bf16Unit::kBest)
-      .value("vector", dk::Bf16Unit::kVector)
-      .value("tiles", dk::Bf16Unit::kTiles);
+  py::enum_<dk::GemmUnit>(m, "GemmUnit")
+      .value("best", dk::GemmUnit::kBest)
+      .value("vector", dk::GemmUnit::kVector)
+      .value("tiles", dk::GemmUnit::kTiles);
 
   py::class_<dk::LogitRows>(m, "LogitRows")
       .def(py::init(&logit_rows), py::arg("raw"), py::arg("row_stride"), py::arg("bias"), py::arg("softcap"),
@@ -119,19 +123,14 @@ PYBIND11_MODULE(_C, m) {
   py::class_<dk::Matrix>(m, "Matrix")
       .def(py::init(&matrix), py::arg("data"), py::arg("row_stride"), py::arg("column_stride"), py::arg("is_bf16"));
 
-  m.def("cpu_supports_gemm_bf16", &dk::cpu_supports_gemm_bf16, py::arg("unit"));
+  py::class_<dk::Product>(m, "Product")
+      .def(py::init(&product), py::arg("data"), py::arg("row_stride"), py::arg("is_bf16"));
 
-  m.def(
-      "cpu_gemm_bf16",
-      [](const dk::Matrix& a, const dk::Matrix& b, std::int64_t num_rows, std::int64_t num_columns,
-         std::int64_t depth, Address c, std::int64_t c_stride, bool accumulate, int num_threads,
-         dk::Bf16Unit unit) {
-        dk::cpu_gemm_bf16(a, b, num_rows, num_columns, depth, pointer<float>(c), c_stride, accumulate, num_threads,
-                          unit);
-      },
-      py::arg("a"), py::arg("b"), py::arg("num_rows"), py::arg("num_columns"), py::arg("depth"), py::arg("c"),
-      py::arg("c_stride"), py::arg("accumulate"), py::arg("num_threads"), py::arg("unit"),
-      py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_is_intel", &dk::cpu_is_intel);
+  m.def("cpu_supports_gemm", &dk::cpu_supports_gemm, py::arg("unit"));
+  m.def("cpu_gemm", &dk::cpu_gemm, py::arg("a"), py::arg("b"), py::arg("num_rows"), py::arg("num_columns"),
+        py::arg("depth"), py::arg("c"), py::arg("accumulate"), py::arg("num_threads"), py::arg("unit"),
+        py::call_guard<py::gil_scoped_release>());
 
   m.def(
       "cpu_rounding_residual",

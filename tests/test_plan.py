@@ -9,7 +9,7 @@ import torch
 
 from distil_kernels.backends import cpu
 from distil_kernels.backends.dispatch import choose_backend
-from distil_kernels.gemm import operand_dtype
+from distil_kernels.gemm import operand_dtype, reads_head_in_place
 from distil_kernels.plan import LOGITS_CHUNK_BYTES, PLANS, Shape, choose_chunk_rows, choose_plan, logits_chunk_bytes
 
 BIG = Shape(8192, 151_936, 4096, torch.bfloat16, "cpu", scalar=True, grad_hidden=True, grad_head=True)
@@ -51,8 +51,9 @@ def test_chunk_fits_its_memory(vocab_size):
     assert logits_chunk_bytes(shape, rows) <= LOGITS_CHUNK_BYTES["cpu"] or rows == 1
     # No row more would fit, up to the multiple of 16 that products like.
     full = rows == shape.num_rows or logits_chunk_bytes(shape, rows + 16) > LOGITS_CHUNK_BYTES["cpu"]
-    assert full or (rows >= 256 and logits_chunk_bytes(shape, max(rows, 257)) > 48 * 2**20)
-    assert choose_chunk_rows(replace(shape, vocab_size=49_152)) == 256
+    enough = 112 if reads_head_in_place(shape.dtype) and shape.dtype == torch.float32 else 256
+    assert full or (rows >= enough and logits_chunk_bytes(shape, max(rows, enough) + 16) > 48 * 2**20)
+    assert choose_chunk_rows(replace(shape, vocab_size=49_152)) == (128 if enough == 112 else 256)
 
 
 def test_backend_choice_says_why():
@@ -76,10 +77,14 @@ def test_fallback_says_so_once(monkeypatch):
 
 
 def test_chunks_of_a_call_are_of_equal_size():
-    """300 rows are 2 x 160, not 256 and 44; 512 of 152k on the CPU are 2 x 256."""
-    size = Shape(300, 49152, 576, torch.float32, "cpu", scalar=True)
+    """300 rows are 2 x 160, not 256 and 44; 512 of 152k on the CPU are 2 x 256, where every chunk packs the head."""
+    size = Shape(300, 49152, 576, torch.float16, "cpu", scalar=True)
     assert choose_chunk_rows(size) == 160
     assert choose_chunk_rows(replace(size, num_rows=512, vocab_size=151936)) == 256
+    if reads_head_in_place(torch.float32):
+        single = replace(size, dtype=torch.float32)
+        assert choose_chunk_rows(single) == 112
+        assert choose_chunk_rows(replace(single, num_rows=512, vocab_size=151936)) == 112
     assert choose_chunk_rows(replace(size, num_rows=1)) == 1
     assert choose_chunk_rows(replace(size, num_rows=0)) == 1
 

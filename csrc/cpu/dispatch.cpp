@@ -1,5 +1,5 @@
 // Chooses the compiled copy of the row kernels: the widest that this processor runs, or the one asked for.
-#include "gemm_bf16.h"
+#include "gemm.h"
 #include "row_kernels.h"
 #include "sparse_kernels.h"
 
@@ -8,6 +8,7 @@ namespace {
 
 #if defined(DISTIL_X86_64)
 constexpr bool kX86 = true;
+bool is_intel() { return __builtin_cpu_is("intel"); }
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -15,6 +16,7 @@ bool has_avx512() {
 }
 #else
 constexpr bool kX86 = false;
+bool is_intel() { return false; }
 bool has_avx2() { return false; }
 bool has_avx512() { return false; }
 #endif
@@ -77,35 +79,38 @@ void cpu_row_grad(const LogitRows& student, const LogitRows& teacher, const std:
   }
 }
 
-bool cpu_supports_gemm_bf16(Bf16Unit unit) {
-#if defined(DISTIL_GEMM_BF16)
+bool cpu_supports_gemm(GemmUnit unit) {
+#if defined(DISTIL_GEMM)
   const bool has_vector = has_avx512() && __builtin_cpu_supports("avx512bf16");
 #if defined(DISTIL_GEMM_AMX)
-  if (unit == Bf16Unit::kTiles) return has_vector && amx::supported();
+  if (unit == GemmUnit::kTiles) return has_vector && amx::supported();
 #endif
-  return has_vector && unit != Bf16Unit::kTiles;
+  return has_vector && unit != GemmUnit::kTiles;
 #else
   return false;
 #endif
 }
 
-void cpu_gemm_bf16(const Matrix& a, const Matrix& b, std::int64_t num_rows, std::int64_t num_columns,
-                   std::int64_t depth, float* c, std::int64_t c_stride, bool accumulate, int num_threads,
-                   Bf16Unit unit) {
+bool cpu_is_intel() { return kX86 && is_intel(); }
+
+void cpu_gemm(const Matrix& a, const Matrix& b, std::int64_t num_rows, std::int64_t num_columns, std::int64_t depth,
+              const Product& c, bool accumulate, int num_threads, GemmUnit unit) {
 #if defined(DISTIL_GEMM_AMX)
-  if (unit != Bf16Unit::kVector && cpu_supports_gemm_bf16(Bf16Unit::kTiles)) {
-    return amx::gemm(a, b, num_rows, num_columns, depth, c, c_stride, accumulate, num_threads);
+  const bool tiles = unit != GemmUnit::kVector && b.is_bf16 && !c.is_bf16;
+  if (tiles && cpu_supports_gemm(GemmUnit::kTiles)) {
+    return amx::gemm(a, b, num_rows, num_columns, depth, static_cast<float*>(c.data), c.row_stride, accumulate,
+                     num_threads);
   }
 #endif
-#if defined(DISTIL_GEMM_BF16)
-  avx512_bf16::gemm(a, b, num_rows, num_columns, depth, c, c_stride, accumulate, num_threads);
+#if defined(DISTIL_GEMM)
+  avx512::gemm(a, b, num_rows, num_columns, depth, c, accumulate, num_threads);
 #endif
 }
 
 void cpu_rounding_residual(const float* a, std::int64_t row_stride, std::int64_t num_rows, std::int64_t num_columns,
                            float* residual, int num_threads) {
-#if defined(DISTIL_GEMM_BF16)
-  avx512_bf16::rounding_residual(a, row_stride, num_rows, num_columns, residual, num_threads);
+#if defined(DISTIL_GEMM)
+  avx512::rounding_residual(a, row_stride, num_rows, num_columns, residual, num_threads);
 #endif
 }
 

@@ -7,8 +7,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "bf16_operands.h"
-#include "gemm_bf16.h"
+#include "gemm.h"
+#include "operands.h"
 
 namespace distil_kernels {
 namespace {
@@ -130,7 +130,7 @@ void multiply_square(const Pair* a, const Pair* b, std::int64_t num_tiles, float
 // One thread's part: rows [row, row_end), columns [column, column_end).
 void multiply_part(const Lanes& a, const Lanes& b, std::int64_t row, std::int64_t row_end, std::int64_t column,
                    std::int64_t column_end, std::int64_t depth, float* c, std::int64_t c_stride, bool accumulate) {
-  Pair* const packed_a = packing_room<(kRows * kDeepest + kPackedColumns) * sizeof(std::uint16_t)>();
+  Pair* const packed_a = packing_room((kRows * kDeepest + kPackedColumns) / 2);
   Pair* const packed_b = packed_a + kRows * kDeepest / 2;
   const std::int64_t num_blocks = depth <= kDeepest ? 1 : (depth + kDepth - 1) / kDepth;
   const std::int64_t block = round_up((depth + num_blocks - 1) / num_blocks, kTransposed);

@@ -1,5 +1,5 @@
-// Reading bfloat16 operands in either layout, for the products of this folder: code for processors with
-// AVX512-BF16.
+// Reading operands in either layout, sharing out threads and storing results, for the products of this folder: code
+// for processors with AVX-512 and its bfloat16 instructions.
 #pragma once
 
 #include <immintrin.h>
@@ -17,7 +17,7 @@ namespace {
 constexpr int kVector = 16;
 constexpr int kTransposed = 2 * kVector;  // depth that one transposition takes
 
-using Pair = std::uint32_t;  // two bfloat16 neighbours along the depth
+using Pair = std::uint32_t;  // two bfloat16 neighbours along the depth, or a float
 
 std::int64_t round_up(std::int64_t x, std::int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
@@ -30,6 +30,10 @@ struct Lanes {
   template <typename T>
   const T* at(std::int64_t lane, std::int64_t depth) const {
     return static_cast<const T*>(data) + lane * lane_stride + depth * depth_stride;
+  }
+  // Where the depth is consecutive.
+  const Pair* words(std::int64_t lane, std::int64_t depth) const {
+    return is_bf16 ? reinterpret_cast<const Pair*>(at<std::uint16_t>(lane, depth)) : at<Pair>(lane, depth);
   }
 };
 
@@ -113,10 +117,15 @@ struct Free {
   void operator()(Pair* block) const { std::free(block); }
 };
 
-// Room for packed panels, kept by each thread for its next product.
-template <std::size_t kBytes>
-Pair* packing_room() {
-  thread_local const std::unique_ptr<Pair, Free> room(static_cast<Pair*>(std::aligned_alloc(64, kBytes)));
+// Room for packed operands, kept by each thread for its next product. `size` is a multiple of 16.
+inline Pair* packing_room(std::int64_t size) {
+  thread_local std::unique_ptr<Pair, Free> room;
+  thread_local std::int64_t room_size = 0;
+  if (size > room_size) {
+    room.reset();
+    room.reset(static_cast<Pair*>(std::aligned_alloc(64, size * sizeof(Pair))));
+    room_size = size;
+  }
   return room.get();
 }
 
