@@ -401,7 +401,7 @@ def make_problem(
         teacher_weight,
         transform(student_bias, temperature),
         transform(teacher_bias, teacher_temperature),
-        tokens,
+        None if tokens is None else tokens.contiguous(),
         counted,
         BACKENDS[backend],
         cost,
