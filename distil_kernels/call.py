@@ -88,7 +88,7 @@ class Call:
         """[N] mask times weight, or None where every row counts once."""
         if self._token_weight is None:
             return None if self._counted is None else self._counted.to(self._accumulation_dtype)
-        weight = self._token_weight.to(self._accumulation_dtype)
+        weight = self._token_weight.to(self._accumulation_dtype).contiguous()  # row kernels know its address alone
         return weight if self._counted is None else torch.where(self._counted, weight, 0.0)
 
     def denominator(self, normalizer: float | Tensor | None) -> float | Tensor:

@@ -150,6 +150,21 @@ def reverse_chunks(lengths: Tensor, counted: Tensor | None, credit: Credit, max_
     return chunks
 
 
+def on_device(chunks: list[Chunk], device: torch.device) -> list[Chunk]:
+    """The same chunks with their indices there: one copy for all of them, for which nothing waits."""
+    if not chunks:
+        return chunks
+    fields = torch.stack([torch.cat(each) for each in zip(*(chunk[:3] for chunk in chunks), strict=True)])
+    if device.type == "cuda":
+        fields = fields.pin_memory()
+    sizes = [chunk.rows.numel() for chunk in chunks]
+    parts = zip(*(field.split(sizes) for field in fields.to(device, non_blocking=True)), strict=True)
+    return [
+        chunk._replace(rows=rows, positions=positions, sequences=sequences)
+        for (rows, positions, sequences), chunk in zip(parts, chunks, strict=True)
+    ]
+
+
 class CreditScan:
     """Turns the costs of chunks, given in `reverse_chunks` order, into the weights and costs-to-go of their rows."""
 
@@ -177,11 +192,11 @@ class CreditScan:
     def weights(self, costs: Tensor, chunk: Chunk) -> Tensor:
         """[2, R]: a_t and G_t of a chunk's rows from their costs [R] (already times the token weight)."""
         credit = self._credit
-        where = (chunk.positions.to(costs.device), chunk.sequences.to(costs.device))
+        where = (chunk.positions, chunk.sequences)
         grid = costs.new_zeros(chunk.num_positions, chunk.num_sequences)
         grid[where] = costs
         alive = torch.zeros_like(grid)
-        alive[where] = 1.0
+        alive[where] = torch.ones_like(costs)  # a number would be copied to the device
         if credit.span == "sequence":
             to_go = grid.sum(0, keepdim=True).expand_as(grid)
         else:
@@ -196,7 +211,7 @@ class CreditScan:
     def _baseline(self, to_go: Tensor, alive: Tensor, where: tuple[Tensor, Tensor], chunk: Chunk) -> Tensor:
         credit = self._credit
         if isinstance(credit.baseline, Tensor):
-            return credit.baseline[chunk.rows.to(to_go.device)].to(to_go.dtype)
+            return credit.baseline[chunk.rows].to(to_go.dtype)
         if credit.baseline == "leave_one_out":
             groups = to_go.unflatten(1, (-1, credit.group_size))
             others = (groups.sum(-1, keepdim=True) - groups) / (credit.group_size - 1)

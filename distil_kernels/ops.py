@@ -190,11 +190,15 @@ def _scale_in_place(
     grad_hidden: Tensor, grad_weight: Tensor, grad_bias: Tensor, scale: Tensor, weight_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As scale_gradients, without a second dW: the forward pass's own tensors become the gradients."""
-    if scale.device.type != "cpu" or scale.item() != 1.0:  # on a GPU asking would wait for it
-        for gradient in (grad_hidden, grad_weight, grad_bias):
-            gradient.mul_(scale)
+    one = scale.device.type == "cpu" and scale.item() == 1.0  # on a GPU asking would wait for it
     if grad_weight.dtype != weight_dtype:
-        grad_weight = memory.empty(*grad_weight.shape, like=grad_weight, dtype=weight_dtype).copy_(grad_weight)
+        narrow = memory.empty(*grad_weight.shape, like=grad_weight, dtype=weight_dtype)
+        grad_weight = narrow.copy_(grad_weight) if one else torch.mul(grad_weight, scale, out=narrow)
+    elif not one:
+        grad_weight.mul_(scale)
+    if not one:
+        grad_hidden.mul_(scale)
+        grad_bias.mul_(scale)
     return grad_hidden, grad_weight, grad_bias
 
 
@@ -401,7 +405,7 @@ def make_problem(
         teacher_weight,
         transform(student_bias, temperature),
         transform(teacher_bias, teacher_temperature),
-        tokens,
+        None if tokens is None else tokens.contiguous(),
         counted,
         BACKENDS[backend],
         cost,

@@ -14,11 +14,11 @@ One lm_head product costs 2 N V D floating-point operations; a plan is named by 
     dW accumulator    = V D a       a = 4 bytes (8 for float64), b = 2 for half precision on a GPU and for bfloat16
                                     where the CPU multiplies it, else a; none where the ring holds all N rows
 
-On the CPU the gradient of the logits overwrites the student's logits, and the products follow at once; but a bfloat16
-call of few rows for its hidden size (N <= 2 D + 256) keeps all of them in a ring, which is less memory than the dW
-accumulator that it makes needless. On a GPU adding to a float32 dW moves 8 V D bytes, 1.6 ms for V D = 152k * 4096 on
-an H100: at one product per small chunk that is more than everything but the products themselves, at one per 4096 rows
-a few per cent.
+A call of few rows for its hidden size keeps all of them in a ring, which is less memory than the dW accumulator that it
+makes needless: N b <= D a + Q b with Q the ring of a longer call. On the CPU that is for bfloat16 only, and elsewhere
+the gradient of the logits overwrites the student's logits and the products follow at once. On a GPU adding to a float32
+dW moves 8 V D bytes, 1.6 ms for V D = 152k * 4096 on an H100: at one product per small chunk that is more than
+everything but the products themselves, at one per 4096 rows a few per cent (docs/performance.md has the sum).
 
 Chunk and ring come from memory budgets; a `Plan` passed as `plan=` to the public ops brings its own.
 """
@@ -37,6 +37,11 @@ PLANS = ("gradient_in_forward", "kept_gradient", "recompute", "frozen_head", "st
 LOGITS_CHUNK_BYTES = {"cpu": 320 * 2**20, "cuda": 640 * 2**20}
 """Default memory for the logits of a chunk: 256 rows of 152k on the CPU, 512 on a GPU (not yet timed)."""
 
+_EXTRA_BYTES = 4 * 2**30
+"""On a GPU the chunk is twice that where all of the call's extra memory then stays below this. Every chunk reads both
+heads: at D = 4096 a product of 512 rows spends two thirds of its arithmetic's time on memory, one of 1024 two
+fifths."""
+
 _ENOUGH_ROWS, _ENOUGH_BYTES = 256, 48 * 2**20
 """A larger chunk on the CPU wins nothing: at N = 1024, V = 49k, D = 576 the whole operation took 1.15, 1.16, 1.11,
 1.14, 1.10 times its bare products with 128, 192, 256, 384, 512 rows (one Zen 4 thread), and memory grows with them. A
@@ -47,8 +52,12 @@ _ENOUGH_ROWS_UNPACKED = 112
 """The same where W is read in place and its dW is written in one product, or products are slow enough beside adding to
 it (float32): 128 rows took .98 to 1.05 of the time of 256, on one and two Zen 5 threads."""
 
-RING_BYTES = 1280 * 2**20
-"""Default memory for the ring on a GPU: 4096 bfloat16 rows of a 152k vocabulary."""
+RING_BYTES = 1152 * 2**20
+"""Default memory for the ring on a GPU: 3584 bfloat16 rows of a 152k vocabulary."""
+
+HIDDEN_RING_BYTES = 640 * 2**20
+"""The same where only dh is formed. Its product has R x D results, few tiles for a GPU's processors where R is a chunk:
+at D = 4096, tiles of 128 x 256 and 132 processors 512 rows make half a wave, 2048 nearly two."""
 
 _ROW_MULTIPLE = {"cpu": 16, "cuda": 128}
 """Chunks are whole tiles of the matrix products, unless the call itself is smaller."""
@@ -91,7 +100,7 @@ def ring_bytes(shape: Shape, ring_rows: int) -> int:
 
 def choose_chunk_rows(shape: Shape, chunk_bytes: int | None = None) -> int:
     """As many rows as the memory for a chunk of logits holds, at least one; no more than make chunks of equal size."""
-    budget = chunk_bytes or LOGITS_CHUNK_BYTES.get(shape.device_type, LOGITS_CHUNK_BYTES["cuda"])
+    budget = chunk_bytes or _chunk_budget(shape)
     rows = budget // logits_chunk_bytes(shape, 1)
     if chunk_bytes is None and shape.device_type == "cpu":
         unpacked = reads_head_in_place(shape.dtype) and (shape.dtype == torch.float32 or _ring_holds_all_rows(shape))
@@ -107,21 +116,39 @@ def choose_chunk_rows(shape: Shape, chunk_bytes: int | None = None) -> int:
     return rows
 
 
-def choose_ring_rows(shape: Shape, chunk_rows: int, budget: int = RING_BYTES) -> int:
-    """As many whole chunks as the ring's memory holds and the call has; one where only dh is formed; 0 for in place."""
+def _chunk_budget(shape: Shape) -> int:
+    budget = LOGITS_CHUNK_BYTES.get(shape.device_type, LOGITS_CHUNK_BYTES["cuda"])
+    if shape.device_type == "cpu" or not shape.grad_head:
+        return budget
+    rest = min(ring_bytes(shape, shape.num_rows), RING_BYTES + _accumulator_bytes(shape))
+    return 2 * budget if rest + 2 * budget <= _EXTRA_BYTES else budget
+
+
+def choose_ring_rows(shape: Shape, chunk_rows: int) -> int:
+    """All rows of the call where their ring takes less memory than another with a dW accumulator; else as many whole
+    chunks as the ring's memory holds; 0 for in place."""
     if shape.device_type == "cpu":
         return max(shape.num_rows, chunk_rows) if _ring_holds_all_rows(shape) else 0
-    if not shape.grad_head:
-        in_place = operand_dtype(shape.dtype, shape.device_type) == accumulation_dtype(shape.dtype)
-        return 0 if in_place else chunk_rows
-    chunks = min(budget // ring_bytes(shape, chunk_rows), -(-shape.num_rows // chunk_rows))
-    return chunk_rows * max(1, chunks)
+    budget = RING_BYTES if shape.grad_head else HIDDEN_RING_BYTES
+    chunks = min(max(1, budget // ring_bytes(shape, chunk_rows)), -(-shape.num_rows // chunk_rows) or 1)
+    if shape.grad_head and _spares_accumulator(shape, chunks * chunk_rows):
+        return max(shape.num_rows, chunk_rows)
+    return chunk_rows * chunks
+
+
+def _spares_accumulator(shape: Shape, ring_rows: int) -> bool:
+    """Whether a ring of all rows takes no more memory than one of `ring_rows` beside a dW accumulator."""
+    return ring_bytes(shape, shape.num_rows) <= ring_bytes(shape, ring_rows) + _accumulator_bytes(shape)
+
+
+def _accumulator_bytes(shape: Shape) -> int:
+    return shape.vocab_size * shape.hidden_size * accumulation_dtype(shape.dtype).itemsize
 
 
 def _ring_holds_all_rows(shape: Shape) -> bool:
-    """On the CPU: whether half-precision gradients of all rows are less than a float32 dW and a chunk of them."""
+    """On the CPU, where rows wait only if they are rounded and spare the accumulator."""
     rounded = operand_dtype(shape.dtype, "cpu") != accumulation_dtype(shape.dtype)
-    return rounded and shape.grad_head and shape.num_rows <= 2 * shape.hidden_size + _ENOUGH_ROWS
+    return rounded and shape.grad_head and _spares_accumulator(shape, _ENOUGH_ROWS)
 
 
 def choose_plan(shape: Shape, requested: str | Plan = "auto", *, credit_in_one_pass: bool = True) -> Plan:

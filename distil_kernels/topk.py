@@ -28,7 +28,7 @@ from torch import Tensor
 
 from distil_kernels import memory, ops
 from distil_kernels.checks import Door, check_tokens, sequence_lengths
-from distil_kernels.credit import Credit, CreditScan, reverse_chunks
+from distil_kernels.credit import Credit, CreditScan, on_device, reverse_chunks
 from distil_kernels.driver import plain_chunks
 from distil_kernels.functional import DistilLoss, TokenStats
 from distil_kernels.gemm import accumulation_dtype, lm_head
@@ -206,8 +206,8 @@ def _credit(credit: Credit, lengths: Tensor, counted: Tensor | None, costs: Tens
     if credit.span != "none":
         scan = CreditScan(credit, lengths, costs.dtype, costs.device)
         on_cpu = None if counted is None else counted.cpu()
-        for chunk in reverse_chunks(lengths, on_cpu, credit, max(1, costs.numel())):
-            rows = chunk.rows.to(costs.device)
+        for chunk in on_device(reverse_chunks(lengths, on_cpu, credit, max(1, costs.numel())), costs.device):
+            rows = chunk.rows
             found[:, rows] = scan.weights(costs[rows], chunk)
     return found
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import distil_kernels.functional
 import distil_kernels.plan
-from distil_kernels import fused_forward_ce
+from distil_kernels import fused_forward_ce, token_stats
 from distil_kernels.testing import KINDS, Inputs, assert_within_budget, baselines, make_inputs, oracle, term_sizes
 
 CPU_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -290,3 +290,20 @@ def test_shapes_strides_and_masks(data, monkeypatch):
         gradients = torch.autograd.grad(value, leaves, upstream(value))
         masked = Inputs(*inputs.heads, inputs.tokens, {**inputs.options, "token_mask": mask})
         compare(masked, reduction, value.flatten() if reduction == "none" else value, gradients)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_every_other_entry_of_longer_rows(backend, generator):
+    """Weights and tokens that are views with gaps: back ends that take addresses must not read what lies between."""
+    inputs = make_inputs(9, 23, 8, generator=generator)
+    weight, tokens = torch.rand(18, generator=generator)[::2], torch.stack([inputs.tokens, 22 - inputs.tokens], 1)[:, 0]
+
+    def results(weight: torch.Tensor, tokens: torch.Tensor) -> list[torch.Tensor]:
+        loss = fused_forward_ce(*inputs.heads, token_weight=weight, reduction="sum", backend=backend)
+        stats = token_stats(*inputs.heads, tokens=tokens, backend=backend)
+        total = loss + (weight * stats.logprob).sum()
+        return [loss, stats.logprob, *torch.autograd.grad(total, list(inputs.leaves.values()))]
+
+    assert not weight.is_contiguous()
+    assert not tokens.is_contiguous()
+    torch.testing.assert_close(results(weight, tokens), results(weight.contiguous(), tokens.contiguous()))

@@ -97,3 +97,32 @@ def test_ring_on_the_cpu_replaces_a_larger_accumulator():
     assert many.ring_rows == 0
     assert choose_plan(replace(few, grad_head=False)).ring_rows == 0
     assert choose_plan(replace(few, dtype=torch.float32)).ring_rows == 0
+
+
+GPU = replace(BIG, device_type="cuda")
+
+
+def extra_bytes(shape: Shape) -> int:
+    """As the docstring of `plan` has it."""
+    plan = choose_plan(shape)
+    ring = plan.ring_rows * shape.vocab_size * 2
+    accumulator = shape.vocab_size * shape.hidden_size * 4
+    alone = plan.ring_rows >= shape.num_rows or not shape.grad_head
+    return logits_chunk_bytes(shape, plan.chunk_rows) + ring + (0 if alone else accumulator)
+
+
+def test_ring_on_a_gpu():
+    """All rows where that spares the accumulator; what a few waves of dh's product need where there is no dW."""
+    assert choose_plan(GPU)[1:3] == (1024, 8192)
+    assert choose_plan(replace(GPU, num_rows=65536))[1:3] == (512, 3584)
+    assert choose_plan(replace(GPU, hidden_size=1024))[1:3] == (1024, 3072)
+    assert choose_plan(replace(GPU, grad_head=False))[1:3] == (512, 2048)
+    assert choose_plan(replace(GPU, num_rows=37))[1:3] == (37, 37)
+    assert choose_plan(replace(GPU, dtype=torch.float32)).ring_rows == 1536  # N > D + Q: float32 rows are as wide as dW
+
+
+@pytest.mark.parametrize("num_rows", [1, 100, 4096, 8192, 11_000, 12_000, 65_536, 10**6])
+def test_memory_on_a_gpu(num_rows):
+    """V = 152k, D = 4096: 4.5 GB with dW, 1.5 GB without, whatever the number of rows; 100 MB are for dh."""
+    assert extra_bytes(replace(GPU, num_rows=num_rows)) <= 4.4e9
+    assert extra_bytes(replace(GPU, num_rows=num_rows, grad_head=False)) <= 1.4e9

@@ -14,9 +14,10 @@ Triton is imported at the first use, so that the package works without it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,18 +69,18 @@ def row_stats(
     block, num_splits = _blocks(vocab_size)
     new = logits.student.new_empty
     partials, token_logits = new(num_rows, num_splits, _kernels().NUM_PARTIALS), _token_logits(new, num_rows, tokens)
-    if num_rows > 0:
-        _kernels().row_partials[(num_rows * num_splits,)](
-            *_logit_arguments(logits, student, teacher), tokens, token_logits, partials, num_rows, vocab_size,
-            num_splits, *_transform_flags(student, teacher), HAS_TOKENS=tokens is not None, BLOCK=block,
-            num_warps=_num_warps(block),
-        )  # fmt: skip
+    _launch(
+        _kernels().row_partials, num_rows * num_splits, *_logit_arguments(logits, student, teacher), tokens,
+        token_logits, partials, num_rows, vocab_size, num_splits, *_transform_flags(student, teacher),
+        HAS_TOKENS=tokens is not None, BLOCK=block, num_warps=_num_warps(block),
+    )  # fmt: skip
     statistics = _merge(partials, token_logits)
-    if cost.statistic == Statistic.JSD and num_rows > 0:
+    if cost.statistic == Statistic.JSD:
         mixture = new(2, num_rows, num_splits)
-        _kernels().mixture_partials[(num_rows * num_splits,)](
-            *_logit_arguments(logits, student, teacher), statistics, mixture, cost.jsd_weight, num_rows, vocab_size,
-            num_splits, *_transform_flags(student, teacher), BLOCK=block, num_warps=_num_warps(block),
+        _launch(
+            _kernels().mixture_partials, num_rows * num_splits, *_logit_arguments(logits, student, teacher),
+            statistics, mixture, mixture.stride(0), cost.jsd_weight, num_rows, vocab_size, num_splits,
+            *_transform_flags(student, teacher), BLOCK=block, num_warps=_num_warps(block),
         )  # fmt: skip
         student_kl, teacher_kl = mixture.sum(-1)
         statistics[Statistic.JSD] = cost.jsd_weight * teacher_kl + (1.0 - cost.jsd_weight) * student_kl
@@ -100,13 +101,12 @@ def row_grad(
 ) -> None:
     num_rows, vocab_size = logits.student.shape
     block, num_splits = _blocks(vocab_size)
-    if num_rows > 0:
-        _kernels().row_grad[(num_rows * num_splits,)](
-            *_logit_arguments(logits, student, teacher), tokens, statistics, cost_weight, logprob_weight,
-            cost.jsd_weight, out, out.stride(0), num_rows, vocab_size, num_splits, *_transform_flags(student, teacher),
-            HAS_LOGPROB=logprob_weight is not None, COST=int(cost.statistic), BLOCK=block,
-            num_warps=_num_warps(block),
-        )  # fmt: skip
+    _launch(
+        _kernels().row_grad, num_rows * num_splits, *_logit_arguments(logits, student, teacher), tokens, statistics,
+        cost_weight, logprob_weight, cost.jsd_weight, out, out.stride(0), num_rows, vocab_size, num_splits,
+        *_transform_flags(student, teacher), HAS_LOGPROB=logprob_weight is not None, COST=int(cost.statistic),
+        BLOCK=block, num_warps=_num_warps(block),
+    )  # fmt: skip
 
 
 def head_stats(
@@ -129,14 +129,14 @@ def head_stats(
         return student_hidden.new_empty(shape, dtype=torch.float32)
 
     partials, token_logits = new(num_rows, num_splits, _kernels().NUM_PARTIALS), _token_logits(new, num_rows, tokens)
-    if num_rows > 0:
-        _kernels().head_partials[(-(-num_rows // tile.rows) * num_splits,)](
-            *operands, *(each.stride(0) for each in operands), student.bias, teacher.bias,
-            *_transform_arguments(student, teacher), tokens, token_logits, partials, num_rows, vocab_size, num_splits,
-            split_size, student_hidden.shape[1], teacher_hidden.shape[1], *_transform_flags(student, teacher),
-            HAS_TOKENS=tokens is not None, WIDEN=student_hidden.device.type == "cpu", ROWS=tile.rows,
-            COLUMNS=tile.columns, DEPTH=tile.depth, num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
+    _launch(
+        _kernels().head_partials, -(-num_rows // tile.rows) * num_splits, *operands,
+        *(each.stride(0) for each in operands), student.bias, teacher.bias, *_transform_arguments(student, teacher),
+        tokens, token_logits, partials, num_rows, vocab_size, num_splits, split_size, student_hidden.shape[1],
+        teacher_hidden.shape[1], *_transform_flags(student, teacher), HAS_TOKENS=tokens is not None,
+        WIDEN=student_hidden.device.type == "cpu", ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
     return _merge(partials, token_logits)
 
 
@@ -186,12 +186,19 @@ def _operand(matrix: Tensor) -> Tensor:
 def _merge(partials: Tensor, token_logits: Tensor | None) -> Tensor:
     num_rows, num_splits, _ = partials.shape
     statistics = partials.new_empty(NUM_STATISTICS, num_rows)
-    if num_rows > 0:
-        _kernels().merge_partials[(num_rows,)](
-            partials, token_logits, statistics, num_rows, num_splits,
-            HAS_TOKENS=token_logits is not None, SPLITS=_power_of_two(num_splits), num_warps=1,
-        )  # fmt: skip
+    _launch(
+        _kernels().merge_partials, num_rows, partials, token_logits, statistics, num_rows, num_splits,
+        HAS_TOKENS=token_logits is not None, SPLITS=_power_of_two(num_splits), num_warps=1,
+    )  # fmt: skip
     return statistics
+
+
+def _launch(kernel: Any, num_programs: int, *arguments: Any, **constants: Any) -> None:
+    """On the device of the first argument: Triton itself takes whichever is the current one."""
+    device = arguments[0].device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        if num_programs > 0:
+            kernel[(num_programs,)](*arguments, **constants)
 
 
 def _token_logits(new: Callable[..., Tensor], num_rows: int, tokens: Tensor | None) -> Tensor | None:

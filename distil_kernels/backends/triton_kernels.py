@@ -207,7 +207,7 @@ def merge_partials(
 def mixture_partials(
     student_ptr, teacher_ptr, student_stride, teacher_stride, student_bias_ptr, teacher_bias_ptr,
     student_softcap, teacher_softcap, student_inverse_temperature, teacher_inverse_temperature,
-    statistics_ptr, partials_ptr, jsd_weight, num_rows, vocab_size, num_splits,
+    statistics_ptr, partials_ptr, partials_stride, jsd_weight, num_rows, vocab_size, num_splits,
     HAS_STUDENT_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr,
     HAS_STUDENT_SOFTCAP: tl.constexpr, HAS_TEACHER_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -230,7 +230,7 @@ def mixture_partials(
     own = 1.0 - jsd_weight
     out = partials_ptr + row * num_splits + split
     tl.store(out, tl.sum(jsd_weight * (q - p) - p * _log1p(_mixture_excess(p, q, jsd_weight))))
-    tl.store(out + num_rows.to(tl.int64) * num_splits, tl.sum(own * (p - q) - q * _log1p(_mixture_excess(q, p, own))))
+    tl.store(out + partials_stride, tl.sum(own * (p - q) - q * _log1p(_mixture_excess(q, p, own))))
 
 
 @triton.jit
