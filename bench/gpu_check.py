@@ -1,190 +1,133 @@
 """Everything that only a GPU can show, in one command. Not yet run on a GPU.
 
-    python bench/gpu_check.py           builds, tests (tests/gpu), compute-sanitizer on small shapes, then timings
-    python bench/gpu_check.py smoke     a few small calls of each back end: what compute-sanitizer watches
-    python bench/gpu_check.py time      the timings alone
+    python bench/gpu_check.py [STAGE ...] [--out FOLDER] [--minutes 9] [--peers FOLDER] [--commit HASH] [--rehearse]
 
-Writes bench/results/gpu_check_<device>_<date>.json and prints a short table: medians by device events, every
-candidate once per round; the bare matrix products of the same shape take part, since none can be faster than those.
-Without a GPU it says so and exits 2.
+Stages, the most valuable first (default: all of them):
+
+    build      pip install -e . --no-build-isolation --no-deps
+    smoke      small calls of each back end against plain torch
+    time       the issue's targets: times over the four bare products, extra memory
+    accuracy   gradient errors against float64, with teacher and student apart and nearly equal
+    parts      each product at several row counts, each row kernel's bandwidth: what bounds what
+    sweep      rows of chunk and ring
+    profile    milliseconds by kernel of one step
+    peers      what others have, timed in the same rounds (--peers: a folder of their packages)
+    test       tests/gpu
+    sanitize   compute-sanitizer, memcheck and racecheck, on the row kernels
+    resources  registers and spills
+
+This file needs no torch and no built extension; what runs on the GPU is in gpu_stages.py, a process per stage. FOLDER
+(default bench/results) gets gpu_check.json, written anew after every number, and gpu_check.log: a run that is killed
+leaves what it has measured, and a second run of other stages adds to it. Nothing begins after --minutes. Without a
+GPU it says so and exits 2; --rehearse runs the stages from smoke to peers on the CPU, whose numbers mean nothing.
 """
 
 from __future__ import annotations
 
-import datetime
+import argparse
 import json
+import os
 import shutil
-import statistics
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
 from pathlib import Path
 
-import torch
-
-from distil_kernels import fused_distil_loss, fused_forward_ce
-from distil_kernels.backends.dispatch import BACKENDS
-
 ROOT = Path(__file__).parent.parent
-SHAPES = [(8192, 151936, 4096), (8192, 151936, 1024), (8192, 32000, 4096)]
-ROUNDS = 11
-NUM_SEQUENCES = 32
-
-Call = Callable[[], object]
-
-
-def available() -> list[str]:
-    gpu = torch.device("cuda")
-    return [name for name in ("cuda", "triton") if BACKENDS[name].unavailable(gpu, torch.bfloat16) is None]
+STAGES = {
+    "build": 240, "smoke": 120, "time": 240, "accuracy": 120, "parts": 120, "sweep": 120, "profile": 90, "peers": 300,
+    "test": 400, "sanitize": 300, "resources": 200,
+}  # fmt: skip
+"""By name, the most seconds each may take."""
 
 
-def make_heads(num_rows: int, vocab_size: int, hidden_size: int) -> list[torch.Tensor]:
-    """Student hidden states and head (with gradients), then the teacher's; logits of about unit scale."""
-    sizes = (num_rows, vocab_size) * 2
-    heads = [torch.randn(size, hidden_size, device="cuda", dtype=torch.bfloat16) for size in sizes]
-    for weight in heads[1::2]:
-        weight.mul_(hidden_size**-0.5)
-    for tensor in heads[:2]:
-        tensor.requires_grad_()
-    return heads
-
-
-def step(heads: list[torch.Tensor], backend: str, kind: str) -> None:
-    """Forward and backward as a training step makes them."""
-    hidden, weight, teacher_hidden, teacher_weight = heads
-    hidden.grad = weight.grad = None
-    if kind == "credit":
-        tokens = torch.zeros(hidden.shape[0], dtype=torch.int64, device="cuda")
-        borders = torch.arange(NUM_SEQUENCES + 1) * (hidden.shape[0] // NUM_SEQUENCES)
-        loss = fused_distil_loss(*heads, tokens=tokens, cu_seqlens=borders, backend=backend).loss
-    else:
-        own_weight = weight.detach() if kind == "frozen_head" else weight
-        loss = fused_forward_ce(hidden, own_weight, teacher_hidden, teacher_weight, backend=backend)
-    loss.backward()
-
-
-def bare_products(heads: list[torch.Tensor]) -> Call:
-    """Four products in chunks of rows: both logits (float32 results), dh and dW."""
-    hidden, weight, teacher_hidden, teacher_weight = (tensor.detach() for tensor in heads)
-    rows = 4096
-    logits = torch.empty(rows, weight.shape[0], device="cuda")
-    grad_logits = torch.randn(rows, weight.shape[0], device="cuda", dtype=torch.bfloat16)
-
-    def run() -> None:
-        for begin in range(0, hidden.shape[0], rows):
-            part = slice(begin, begin + rows)
-            torch.mm(hidden[part], weight.t(), out_dtype=torch.float32, out=logits)
-            torch.mm(teacher_hidden[part], teacher_weight.t(), out_dtype=torch.float32, out=logits)
-            torch.mm(grad_logits, weight)
-            torch.mm(grad_logits.t(), hidden[part])
-
-    return run
-
-
-def milliseconds(calls: dict[str, Call]) -> dict[str, list[float]]:
-    """Per call its times, one of each per round after two rounds of warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(ROUNDS + 2):
-        for name, call in calls.items():
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            call()
-            end.record()
-            end.synchronize()
-            if number >= 2:
-                times[name].append(begin.elapsed_time(end))
-    return times
-
-
-def extra_bytes(call: Call, heads: list[torch.Tensor]) -> int:
-    """Peak of one call beyond inputs and their gradients."""
-    for tensor in heads:
-        tensor.grad = None
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    gradients = sum(tensor.grad.nbytes for tensor in heads if tensor.grad is not None)
-    return torch.cuda.max_memory_allocated() - before - gradients
-
-
-def time_shape(shape: tuple[int, int, int]) -> dict[str, object]:
-    heads = make_heads(*shape)
-    calls: dict[str, Call] = {"four bare products": bare_products(heads)}
-    for backend in available():
-        for kind in ("forward_ce", "credit", "frozen_head"):
-            calls[f"{backend} {kind}"] = lambda backend=backend, kind=kind: step(heads, backend, kind)
-    memory = {name: extra_bytes(call, heads) for name, call in calls.items()}
-    times = milliseconds(calls)
-    medians = {name: statistics.median(each) for name, each in times.items()}
-    print(f"\nN={shape[0]} V={shape[1]} D={shape[2]}")
-    print(f"{'candidate':<24}{'ms':>9}{'min':>9}{'max':>9}{'ratio':>8}{'extra GB':>10}")
-    for name, median in medians.items():
-        ratio = median / medians["four bare products"]
-        print(f"{name:<24}{median:9.2f}{min(times[name]):9.2f}{max(times[name]):9.2f}{ratio:8.3f}"
-              f"{memory[name] / 1e9:10.2f}")  # fmt: skip
-    return {"shape": shape, "milliseconds": times, "extra_bytes": memory}
-
-
-def run_timings() -> None:
-    device = torch.cuda.get_device_name()
-    print(f"{device}, torch {torch.__version__}, CUDA {torch.version.cuda}, bfloat16, forward and backward")
-    record = {
-        "device": device,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "shapes": [time_shape(shape) for shape in SHAPES],
-    }
-    folder = ROOT / "bench" / "results"
-    folder.mkdir(exist_ok=True)
-    name = f"gpu_check_{device.replace(' ', '_')}_{record['date'][:10]}.json"
-    (folder / name).write_text(json.dumps(record, indent=1) + "\n")
-    print(f"wrote bench/results/{name}")
-
-
-def smoke() -> None:
-    for backend in available():
-        for vocab_size in (131, 4096):
-            heads = make_heads(64, vocab_size, 64)
-            for kind in ("forward_ce", "credit", "frozen_head"):
-                step(heads, backend, kind)
-        torch.cuda.synchronize()
-        print(f"{backend}: ran")
-
-
-def check_all() -> int:
+def commands(stage: str, record: Path, rehearse: bool) -> list[list[str]]:
     python = sys.executable
-    steps = [
-        [python, "setup.py", "build_ext", "--inplace"],
-        [python, "bench/resources.py"],
-        [python, "-m", "pytest", "-q", "tests/gpu"],
-    ]
+    if stage == "build":
+        return [[python, "-m", "pip", "install", "-q", "-e", str(ROOT), "--no-build-isolation", "--no-deps"]]
+    if stage == "test":
+        return [[python, "-m", "pytest", "-q", "--durations=5", "tests/gpu"]]
+    if stage == "resources":
+        return [[python, "bench/resources.py"]]
+    own = [python, "bench/gpu_stages.py", stage, str(record), *(["--rehearse"] if rehearse else [])]
+    if stage != "sanitize":
+        return [own]
     if shutil.which("compute-sanitizer") is None:
-        print("no compute-sanitizer: memcheck and racecheck are left out")
-    else:
-        for tool in ("memcheck", "racecheck"):
-            steps.append(["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", python, __file__, "smoke"])
-    failed = []
-    for command in [*steps, [python, __file__, "time"]]:
-        print(f"\n$ {' '.join(command)}", flush=True)
-        if subprocess.run(command, cwd=ROOT, check=False).returncode != 0:
-            failed.append(" ".join(command))
-    print("\n".join(["", *(f"FAILED: {each}" for each in failed)]) if failed else "\nall passed")
-    return int(bool(failed))
+        print("no compute-sanitizer: nothing looks for races", flush=True)
+        return []
+    only_ours = ["--kernel-name", "kernel_substring=row_", "--error-exitcode", "1"]
+    return [["compute-sanitizer", "--tool", tool, *only_ours, *own] for tool in ("memcheck", "racecheck")]
 
 
-def main(names: list[str]) -> int:
-    if not torch.cuda.is_available():
-        print("gpu_check: torch finds no GPU on this machine")
+def run(command: list[str], seconds: float, log: Path, peers: str | None) -> str:
+    """Its output to the screen and the log as it comes; returns how it ended."""
+    paths = [*([peers] if peers else []), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    with log.open("a") as file:
+        print(f"\n$ {' '.join(command)}".replace(str(ROOT), "."), file=file, flush=True)
+        process = subprocess.Popen(
+            ["timeout", "--kill-after=5", f"{seconds:.0f}", *command], cwd=ROOT, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                print(line, end="", file=file, flush=True)
+            code = process.wait()
+        except KeyboardInterrupt:
+            os.killpg(process.pid, signal.SIGTERM)
+            raise
+    return {0: "passed", 124: f"stopped after {seconds:.0f} s"}.get(code, f"failed ({code})")
+
+
+def header(commit: str | None) -> dict[str, object]:
+    if commit is None:
+        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        commit = found.stdout.strip() or None
+    return {"commit": commit, "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "stages": {}, "results": {}}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", metavar="STAGE")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--peers", help="folder of the peers' packages (pip install --target)")
+    parser.add_argument("--commit", help="of a copy without its history")
+    parser.add_argument("--rehearse", action="store_true")
+    options = parser.parse_args(arguments)
+    unknown = set(options.stages) - set(STAGES)
+    if unknown:
+        parser.error(f"no stage {sorted(unknown)}; there are {list(STAGES)}")
+    if not options.rehearse and not _has_gpu():
+        print("gpu_check: the driver finds no GPU on this machine")
         return 2
-    if names == ["smoke"]:
-        smoke()
-    elif names == ["time"]:
-        run_timings()
-    else:
-        return check_all()
-    return 0
+    end = time.monotonic() + 60 * options.minutes
+    options.out.mkdir(parents=True, exist_ok=True)
+    record, log = options.out / "gpu_check.json", options.out / "gpu_check.log"
+    if not record.exists():
+        record.write_text(json.dumps(header(options.commit)) + "\n")
+    failed = False
+    for stage in options.stages or STAGES:
+        for command in commands(stage, record.resolve(), options.rehearse):
+            left = end - time.monotonic()
+            began = time.monotonic()
+            ended = run(command, min(STAGES[stage], left), log, options.peers) if left > 10 else "no time left"
+            name = f"{stage} {command[2]}" if stage == "sanitize" else stage
+            print(f"== {name}: {ended}, {time.monotonic() - began:.0f} s", flush=True)
+            failed |= ended != "passed"
+            found = json.loads(record.read_text())
+            found["stages"][name] = ended
+            record.write_text(json.dumps(found, indent=1) + "\n")
+    return int(failed)
+
+
+def _has_gpu() -> bool:
+    program = shutil.which("nvidia-smi")
+    return program is not None and subprocess.run([program, "-L"], capture_output=True).returncode == 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -158,10 +158,10 @@ def on_device(chunks: list[Chunk], device: torch.device) -> list[Chunk]:
     if device.type == "cuda":
         fields = fields.pin_memory()
     sizes = [chunk.rows.numel() for chunk in chunks]
-    parts = zip(*(field.split(sizes) for field in fields.to(device, non_blocking=True)), strict=True)
+    parts = fields.to(device, non_blocking=True).split(sizes, dim=1)
     return [
-        chunk._replace(rows=rows, positions=positions, sequences=sequences)
-        for (rows, positions, sequences), chunk in zip(parts, chunks, strict=True)
+        chunk._replace(rows=part[0], sequences=part[1], positions=part[2])
+        for part, chunk in zip(parts, chunks, strict=True)
     ]
 
 

@@ -39,8 +39,7 @@ LOGITS_CHUNK_BYTES = {"cpu": 320 * 2**20, "cuda": 640 * 2**20}
 
 _EXTRA_BYTES = 4 * 2**30
 """On a GPU the chunk is twice that where all of the call's extra memory then stays below this. Every chunk reads both
-heads: at D = 4096 a product of 512 rows spends two thirds of its arithmetic's time on memory, one of 1024 two
-fifths."""
+heads: at D = 4096 a product of 512 rows takes two thirds of its arithmetic's time for memory, of 1024 two fifths."""
 
 _ENOUGH_ROWS, _ENOUGH_BYTES = 256, 48 * 2**20
 """A larger chunk on the CPU wins nothing: at N = 1024, V = 49k, D = 576 the whole operation took 1.15, 1.16, 1.11,
@@ -125,8 +124,8 @@ def _chunk_budget(shape: Shape) -> int:
 
 
 def choose_ring_rows(shape: Shape, chunk_rows: int) -> int:
-    """All rows of the call where their ring takes less memory than another with a dW accumulator; else as many whole
-    chunks as the ring's memory holds; 0 for in place."""
+    """All rows of the call where that spares the dW accumulator and takes no more memory; else as many whole chunks as
+    the ring's memory holds; 0 for in place."""
     if shape.device_type == "cpu":
         return max(shape.num_rows, chunk_rows) if _ring_holds_all_rows(shape) else 0
     budget = RING_BYTES if shape.grad_head else HIDDEN_RING_BYTES
