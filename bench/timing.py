@@ -180,10 +180,11 @@ def return_large_blocks() -> None:
         ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
-def reset_high_water() -> bool:
-    """Returns free heap pages to the system, then sets VmHWM to what is resident now (Linux only)."""
+def reset_high_water(trim: bool = True) -> bool:
+    """Returns free heap pages to the system (`trim`), then sets VmHWM to what is resident now (Linux only)."""
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        if trim:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError):
         return False

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from timing import reset_high_water, resident_bytes, return_large_blocks
+from timing import reset_high_water, resident_bytes
 
 from distil_kernels.train import models
 from distil_kernels.train.config import Config
@@ -67,29 +67,24 @@ class Gate:
         self._pipe, self._seed, self._step = pipe, seed, 0
 
     def begin(self) -> None:
-        self._weighs = self._pipe.recv()
-        self._found: dict[str, Any] = {}
-        if self._weighs:
-            return_large_blocks()
-            reset_high_water()
-            self._found["held"] = resident_bytes("VmRSS")
+        self._pipe.recv()
+        reset_high_water()
+        self._held = resident_bytes("VmRSS")
         torch.manual_seed(self._seed + self._step)
         self._step += 1
         self._began = time.perf_counter()
 
     def rolled_out(self, completions: list[list[int]]) -> None:
-        self._found |= {"rollout": time.perf_counter() - self._began, "completions": completions}
-        self._weigh("rollout_peak")
+        self._rollout = {
+            "rollout": time.perf_counter() - self._began,
+            "rollout_peak": resident_bytes("VmHWM") - self._held,
+            "completions": completions,
+        }
+        reset_high_water(trim=False)
 
     def end(self, **results: float) -> None:
-        self._found |= {"seconds": time.perf_counter() - self._began, **results}
-        self._weigh("update_peak")
-        self._pipe.send(self._found)
-
-    def _weigh(self, name: str) -> None:
-        if self._weighs:
-            self._found[name] = resident_bytes("VmHWM") - self._found["held"]
-            reset_high_water()
+        seconds, peak = time.perf_counter() - self._began, resident_bytes("VmHWM") - self._held
+        self._pipe.send({"seconds": seconds, "held": self._held, "update_peak": peak, **self._rollout, **results})
 
 
 def work_through(name: str, work: Work, pipe: Connection) -> None:

@@ -11,9 +11,9 @@ token ids. The learning rate is 0 (AdamW does all its work), so that all of them
 all set the same seed, so that they sample the same completions: the step's loss and gradient must then agree.
 
 Columns: median seconds of a step and their spread; ratio to ours; medians of its rollouts (with prompts and feedback)
-and of its update (all that follows); completion tokens per second; MiB of the process between steps, and its peak in
-rollouts and update beyond that (gradients included), in one more step that is not timed; KL(student||teacher) per
-token, which is another number for sampled_token. The last line is the whole run as JSON.
+and of its update (all that follows); completion tokens per second; MiB that its process holds before a step, and its
+peak in rollouts and update beyond that (gradients included), medians too; KL(student||teacher) per token, which is
+another number for sampled_token. The last line is the whole run as JSON.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import math
 import multiprocessing
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "layout": "chat",
         "num_examples": 0,
         "prompts_per_step": 2,
-        "max_new_tokens": 128,
+        "max_new_tokens": 96,
     },
 }
 """Options of Config. In `long` no token ends an answer."""
 WARM_UP = 1
+MEDIANS = ("rollout", "held", "rollout_peak", "update_peak")
 COLUMNS = (
     "", "s/step", "+-", "x ours", "rollout s", "update s", "tokens/s", "MiB", "rollout +MiB", "update +MiB", "KL/token",
 )  # fmt: skip
@@ -69,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     )  # fmt: skip
     run = {"header": report.header("cpu", options.threads)}
     print(*report.header_lines(run["header"]), sep="\n", flush=True)
-    work = Work.of(config, WARM_UP + options.rounds + 1, options.shape == "long", options.threads)
+    work = Work.of(config, WARM_UP + options.rounds, options.shape == "long", options.threads)
     run["table"] = measure(names, work)
     report.print_lines(title(run["table"]), COLUMNS, cells(run["table"]), notes(run["table"]))
     if options.json:
@@ -92,7 +94,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def measure(names: list[str], work: Work) -> dict[str, Any]:
-    """A table: `work.steps` steps of each trainer, WARM_UP of them before those that are timed, one weighed after."""
+    """A table: `work.steps` steps of each trainer, of which the first WARM_UP do not count."""
     context = multiprocessing.get_context("spawn")
     pipes, found = {}, {name: [] for name in names}
     for name in names:
@@ -100,17 +102,15 @@ def measure(names: list[str], work: Work) -> dict[str, Any]:
         context.Process(target=work_through, args=(name, work, theirs), daemon=True).start()
         theirs.close()  # so that the end of its process ends a wait for it
 
-    def step(name: str, weighs: bool = False) -> None:
-        pipes[name].send(weighs)
+    def step(name: str) -> None:
+        pipes[name].send("step")
         found[name].append(pipes[name].recv())
 
     for name in names:
         for _ in range(WARM_UP):
             step(name)
-    rounds = work.steps - WARM_UP - 1
-    timings = interleaved({name: lambda name=name: step(name) for name in names}, "cpu", rounds, math.inf)
-    for name in names:
-        step(name, weighs=True)
+    calls = {name: partial(step, name) for name in names}
+    timings = interleaved(calls, "cpu", work.steps - WARM_UP, math.inf)
     lengths = [len(done) for taken in found[names[0]] for done in taken["completions"]]
     return {
         "config": dataclasses.asdict(work.config),
@@ -123,17 +123,17 @@ def measure(names: list[str], work: Work) -> dict[str, Any]:
 
 
 def _row(name: str, timing: Timing, steps: list[dict[str, Any]], ours: list[dict[str, Any]]) -> dict[str, Any]:
-    timed, weighed = steps[WARM_UP:-1], steps[-1]
+    timed = steps[WARM_UP:]
     num_tokens = sum(len(done) for step in timed for done in step["completions"])
+    medians = {key: statistics.median(step[key] for step in timed) for key in MEDIANS}
     return {
         "name": name,
         "seconds": timing.seconds,
         "spread": timing.spread,
         "rounds": timing.rounds,
-        "rollout": statistics.median(step["rollout"] for step in timed),
+        **medians,
         "update": statistics.median(step["seconds"] - step["rollout"] for step in timed),
         "tokens_per_second": num_tokens / sum(step["seconds"] for step in timed),
-        **{key: weighed[key] for key in ("held", "rollout_peak", "update_peak")},
         "same_completions": sum(a["completions"] == b["completions"] for a, b in zip(steps, ours, strict=True)),
         "kl": [step["kl"] for step in steps],
         "grad_norm": [step["grad_norm"] for step in steps],
