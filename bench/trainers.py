@@ -124,7 +124,7 @@ def measure(names: list[str], work: Work) -> dict[str, Any]:
 
 def _row(name: str, timing: Timing, steps: list[dict[str, Any]], ours: list[dict[str, Any]]) -> dict[str, Any]:
     timed = steps[WARM_UP:]
-    num_tokens = sum(len(done) for step in timed for done in step["completions"])
+    speeds = [sum(map(len, step["completions"])) / step["seconds"] for step in timed]
     medians = {key: statistics.median(step[key] for step in timed) for key in MEDIANS}
     return {
         "name": name,
@@ -133,7 +133,7 @@ def _row(name: str, timing: Timing, steps: list[dict[str, Any]], ours: list[dict
         "rounds": timing.rounds,
         **medians,
         "update": statistics.median(step["seconds"] - step["rollout"] for step in timed),
-        "tokens_per_second": num_tokens / sum(step["seconds"] for step in timed),
+        "tokens_per_second": statistics.median(speeds),
         "same_completions": sum(a["completions"] == b["completions"] for a, b in zip(steps, ours, strict=True)),
         "kl": [step["kl"] for step in steps],
         "grad_norm": [step["grad_norm"] for step in steps],
