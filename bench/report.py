@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ PACKAGES = (
 COLUMNS = (
     "", "ms", "+-", "x limit", "x ours", "peak MiB", "err dh", "err dW", "converged dh", "converged dW",
 )  # fmt: skip
-_MIB = 2**20
+MIB = 2**20
 
 
 def header(device: str, threads: int) -> dict[str, object]:
@@ -135,7 +136,7 @@ def cells(table: dict) -> list[list[str]]:
         [
             row["name"], f"{row['ms']:.1f}", f"{row['spread_ms']:.1f}", ratio(row, "limit_ratio"),
             ratio(row, "ours_ratio"),
-            f"{row['peak_extra_bytes'] / _MIB:.0f}" if row.get("peak_extra_bytes") is not None else "-",
+            f"{row['peak_extra_bytes'] / MIB:.0f}" if row.get("peak_extra_bytes") is not None else "-",
             *(error(row, regime, leaf) for regime in REGIMES for leaf in ("student_hidden", "student_weight")),
         ]
         for row in timed
@@ -143,41 +144,49 @@ def cells(table: dict) -> list[list[str]]:
 
 
 def print_table(table: dict) -> None:
-    """With rich where it is installed, else plain aligned text."""
+    print_lines(title(table), COLUMNS, cells(table), notes(table))
+
+
+def print_lines(title: str, columns: Sequence[str], lines: list[list[str]], notes: list[str]) -> None:
+    """An aligned table, by rich where it is installed."""
     try:
         from rich import box
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        _print_plain(table)
+        _print_plain(title, columns, lines, notes)
         return
-    shown = Table(title=title(table), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, column in enumerate(COLUMNS):
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(columns):
         shown.add_column(column, justify="right" if number else "left", no_wrap=True)
-    for line in cells(table):
+    for line in lines:
         shown.add_row(*line, style="bold" if line[0].startswith("ours") else None)
-    Console(width=150, highlight=False).print(shown, *notes(table), sep="\n")
+    Console(width=150, highlight=False).print(shown, *notes, sep="\n")
 
 
-def _print_plain(table: dict) -> None:
-    lines = [list(COLUMNS), *cells(table)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-    print("\n" + title(table))
+def _print_plain(title: str, columns: Sequence[str], lines: list[list[str]], notes: list[str]) -> None:
+    lines = [list(columns), *lines]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    print("\n" + title)
     for line in lines:
         print("  ".join(text.rjust(width) if i else text.ljust(width)
                         for i, (text, width) in enumerate(zip(line, widths, strict=True))))  # fmt: skip
-    print(*notes(table), sep="\n")
+    print(*notes, sep="\n")
 
 
 def markdown(run: dict) -> str:
     """A section for docs/performance.md: the command, the machine, the tables."""
     lines = ["```", run["header"]["command"], *header_lines(run["header"]), "```"]
     for table in run["tables"]:
-        lines += ["", f"### {title(table)}", "", "| " + " | ".join(COLUMNS) + " |"]
-        lines.append("|---|" + "--:|" * (len(COLUMNS) - 1))
-        lines += ["| " + " | ".join(line) + " |" for line in cells(table)]
-        lines += ["", *(f"- {note}" for note in notes(table))]
+        lines += ["", *markdown_lines(title(table), COLUMNS, cells(table), notes(table))]
     return "\n".join(lines)
+
+
+def markdown_lines(title: str, columns: Sequence[str], lines: list[list[str]], notes: list[str]) -> list[str]:
+    return [
+        f"### {title}", "", "| " + " | ".join(columns) + " |", "|---|" + "--:|" * (len(columns) - 1),
+        *("| " + " | ".join(line) + " |" for line in lines), "", *(f"- {note}" for note in notes),
+    ]  # fmt: skip
 
 
 def plot(runs: list[dict], folder: Path) -> list[Path]:
@@ -201,7 +210,7 @@ def plot(runs: list[dict], folder: Path) -> list[Path]:
         figure, axes = plt.subplots(2, len(series), figsize=(5.5 * len(series) + 2.5, 7), squeeze=False)
         for column, (axis, found) in enumerate(series.items()):
             _draw(axes[0][column], found, axis, "ms", "milliseconds", 1.0)
-            _draw(axes[1][column], found, axis, "peak_extra_bytes", "peak extra memory, MiB", _MIB)
+            _draw(axes[1][column], found, axis, "peak_extra_bytes", "peak extra memory, MiB", MIB)
         handles, labels = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="center right", frameon=False)
         figure.suptitle(f"{op}, {dtype}, {device}, {threads} threads: forward and backward")

@@ -165,11 +165,11 @@ def peak_extra_bytes(call: Call, problem: Problem, device: str) -> int | None:
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated()
     else:
-        if not _reset_high_water():
+        if not reset_high_water():
             return None
-        before = _status("VmRSS")
+        before = resident_bytes("VmRSS")
         call()
-        peak = _status("VmHWM")
+        peak = resident_bytes("VmHWM")
     gradients = sum(leaf.grad.nbytes for leaf in problem.inputs.leaves.values() if leaf.grad is not None)
     return peak - before - gradients
 
@@ -180,17 +180,19 @@ def return_large_blocks() -> None:
         ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
-def _reset_high_water() -> bool:
-    """Returns free heap pages to the system, then sets VmHWM to what is resident now (Linux only)."""
+def reset_high_water(trim: bool = True) -> bool:
+    """Returns free heap pages to the system (`trim`), then sets VmHWM to what is resident now (Linux only)."""
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        if trim:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError):
         return False
     return True
 
 
-def _status(field: str) -> int:
+def resident_bytes(field: str) -> int:
+    """VmRSS, what this process holds now, or VmHWM, the most since `reset_high_water`."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 

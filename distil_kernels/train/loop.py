@@ -73,9 +73,13 @@ class Trainer:
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.student = split(self.accelerator.unwrap_model(self.model))
         head, other = self.student.weight, None
+        ends = models.end_ids(self.student.model, self.tokenizer)
         if config.teacher == "local":
             other, other_tokenizer = models.load(config.teacher_model, "teacher_model")
             check_same_tokens(self.tokenizer, other_tokenizer)
+            # A student that learns to end as its teacher does must be heard to, here and by who loads its checkpoint.
+            ends = sorted({*ends, *models.end_ids(other, other_tokenizer)})
+            self.student.model.generation_config.eos_token_id = ends
             self.start += checkpoint.fingerprint(other)
         self.teacher: Teacher | RemoteTeacher
         if config.teacher_url:
@@ -101,7 +105,7 @@ class Trainer:
         """Keys of the examples, whose answers stand in every prompt."""
         self.prompts = Prompts(
             self.tokenizer, examples, config.layout, config.teacher_reads, config.max_prompt_tokens,
-            models.end_ids(self.student.model, self.tokenizer), self.tool is not None,
+            ends, self.tool is not None,
         )  # fmt: skip
         self.say: Say = from_siblings if config.feedback == "siblings" else as_verified
         if config.feedback == "self_evaluation":

@@ -3,9 +3,9 @@ or another model of the same vocabulary.
 
 `live` follows every step and can follow the student into a collapse. `frozen` cannot, and bounds what can be learnt
 by what the start can do with the feedback. `ema`, a slow average in float32, is between. A PEFT student's frozen
-teacher is the same model with its adapters off, and costs no memory. `local` is any other causal LM with the student's
-tokens; heads that one family pads to different sizes are brought to the student's. `remote` and `samples` have no
-weights here: `remote.RemoteTeacher`.
+teacher is the same model with its adapters off and costs no memory, its ema teacher a second set of adapters. `local`
+is any other causal LM with the student's tokens; heads that one family pads to different sizes are brought to the
+student's. `remote` and `samples` have no weights here: `remote.RemoteTeacher`.
 
 Left out: a local teacher whose softcap is not the student's (the loss knows one).
 """
@@ -51,12 +51,22 @@ class Teacher:
             other = other.requires_grad_(False).eval().to(student.weight.device)
             self.lm = _with_head_like(split(other), student)
         else:
-            self.lm = split(copy.deepcopy(student.model).requires_grad_(False).eval(), check=False)
+            # What is not trained stays the student's own: the average of an adapted model is that of its adapters.
+            fixed = {
+                id(parameter): parameter for parameter in student.model.parameters() if not parameter.requires_grad
+            }
+            self.lm = split(copy.deepcopy(student.model, fixed).requires_grad_(False).eval(), check=False)
+        self._average: dict[str, tuple[Tensor, Tensor]] = {}
+        """Each parameter of an ema teacher that moves, with the student's that it follows."""
+        if kind == "ema":
+            mine = dict(self.lm.model.named_parameters())
+            trained = {name: theirs for name, theirs in student.model.named_parameters() if theirs.requires_grad}
+            self._average = {name: (mine[name], theirs) for name, theirs in trained.items()}
 
     @property
     def head(self) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias of the teacher's head; weight None where it shares the student's."""
-        return (None if self.lm is self._student else self.lm.weight), self.lm.bias
+        return (None if self.lm.weight is self._student.weight else self.lm.weight), self.lm.bias
 
     @property
     def shares_prompts(self) -> bool:
@@ -84,18 +94,18 @@ class Teacher:
     @torch.no_grad()
     def follow(self) -> None:
         """Moves the average after an optimiser step."""
-        if self.kind == "ema":
-            mine: list[Tensor] = list(self.lm.model.parameters())
-            theirs = [parameter.to(torch.float32) for parameter in self._student.model.parameters()]
-            torch._foreach_lerp_(mine, theirs, self._rate)
+        if self._average:
+            mine, theirs = zip(*self._average.values(), strict=True)
+            torch._foreach_lerp_(list(mine), [parameter.to(torch.float32) for parameter in theirs], self._rate)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Empty unless the teacher has a state that the start and the student do not give."""
-        return self.lm.model.state_dict() if self.kind == "ema" else {}
+        return {name: mine for name, (mine, _) in self._average.items()}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        if self.kind == "ema":
-            self.lm.model.load_state_dict(state)
+        for name, (mine, _) in self._average.items():
+            mine.copy_(state[name])
 
 
 def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:

@@ -3,5 +3,5 @@
 import sys
 from pathlib import Path
 
-BENCH = Path(__file__).parents[2] / "bench"
-sys.path.insert(0, str(BENCH))
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS.parent / "bench"), str(TESTS / "train")]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_run import metrics, train
+from test_run import metrics, train, trainer
 from tiny import byte_tokenizer, llama_config
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, PreTrainedModel
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GenerationConfig, PreTrainedModel
 
 from distil_kernels.hf import CausalLM, split
 from distil_kernels.train.baseline import PositionAverage
@@ -97,6 +97,19 @@ def test_a_run_learns_from_another_model_and_resumes(tiny_model: Path, tmp_path:
     assert [r for r in metrics(halves) if r["kind"] == "step"] == [r for r in metrics(whole) if r["kind"] == "step"]
     wide(vocab_size=320).save_pretrained(tmp_path / "other")  # other weights under the same name
     assert main(["--resume", str(halves), "--steps", "4"]) == 2
+
+
+def test_an_answer_ends_where_the_teacher_would_end_it(tiny_model: Path, tmp_path: Path) -> None:
+    """A base student of an instructed teacher: with its own end alone its answers would run on."""
+    other = wide()
+    other.generation_config.eos_token_id = [0, 99]
+    other.save_pretrained(tmp_path / "other")
+    byte_tokenizer().save_pretrained(tmp_path / "other")
+    run = trainer(tiny_model, tmp_path / "run", teacher="local", teacher_model=str(tmp_path / "other"), layout="chat")
+    assert run.sampling.stop_ids == [0, 99]
+    run.save()
+    saved = GenerationConfig.from_pretrained(tmp_path / "run" / "checkpoint")
+    assert saved.eos_token_id == [0, 99]
 
 
 def test_what_the_loss_cannot_express_is_said() -> None:

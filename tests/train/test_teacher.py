@@ -71,3 +71,20 @@ def test_ema_is_the_average_in_float32_and_comes_back_from_a_checkpoint() -> Non
     other.load_state_dict(teacher.state_dict())
     torch.testing.assert_close(answers(other), answers(teacher))
     assert Teacher(lm, "frozen", 0.1).state_dict() == {}
+
+
+def test_ema_of_adapters_is_a_second_set_of_adapters() -> None:
+    lm = student(lora=True)
+    start = {name: parameter.clone() for name, parameter in lm.model.named_parameters()}
+    teacher = Teacher(lm, "ema", 0.25)
+    shift(lm)
+    teacher.follow()
+    own = dict(lm.model.named_parameters())
+    for name, mine in teacher.lm.model.named_parameters():
+        assert (mine is own[name]) == (name not in teacher.state_dict()) == ("lora_" not in name)
+        assert own[name].requires_grad == ("lora_" in name) and not mine.requires_grad
+        torch.testing.assert_close(mine, start[name] + 0.25 * 0.05 * ("lora_" in name))
+    assert teacher.head == (None, None)  # the student's: both models' logits in one product
+    other = Teacher(student(lora=True), "ema", 0.25)
+    other.load_state_dict(teacher.state_dict())
+    torch.testing.assert_close(answers(other), answers(teacher))

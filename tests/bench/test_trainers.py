@@ -1,0 +1,72 @@
+"""A step of TRL's SDPO trainer on a tiny model: given the same prompts and seed it is ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import trainers
+from tiny import byte_tokenizer, llama_config
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
+    """Standard output and JSON file of `bench/trainers.py --shape long --rounds 2`, eight completions of 96 tokens."""
+    directory = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(llama_config(max_position_embeddings=1024)).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    path = directory / "out.json"
+    command = [
+        sys.executable, "bench/trainers.py", "--shape", "long", "--rounds", "2", "--threads", "1", "--model",
+        str(directory), "--json", str(path),
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(path.read_text())
+
+
+@pytest.fixture
+def rows(quick_run: tuple[str, dict]) -> dict[str, dict]:
+    return {row["name"]: row for row in quick_run[1]["table"]["rows"]}
+
+
+def test_every_trainer_is_timed_and_weighed(quick_run: tuple[str, dict], rows: dict[str, dict]) -> None:
+    printed, run = quick_run
+    assert json.loads(printed.splitlines()[-1]) == run
+    assert run["table"]["completion_tokens"] == [96, 96]
+    for row in rows.values():
+        assert row["rounds"] == 2
+        assert 0 < row["rollout"] < row["seconds"] > row["update"] > 0
+        assert 0.5 < row["tokens_per_second"] * row["seconds"] / (8 * 96) < 2
+        assert 0 <= row["rollout_peak"] < row["held"] and 0 < row["update_peak"] < row["held"]
+        assert row["name"] in printed
+        assert row["name"] in trainers.markdown(run)
+
+
+def test_trl_with_the_full_vocabulary_computes_our_step(rows: dict[str, dict]) -> None:
+    pytest.importorskip("trl")
+    pytest.importorskip("datasets")
+    ours, theirs = rows["ours"], rows["trl full_logits"]
+    assert theirs["same_completions"] == 3
+    assert theirs["kl"] == pytest.approx(ours["kl"], rel=1e-5)
+    assert min(ours["kl"]) > 0.01
+    # Its loss is the mean over the tokens of a completion, ours the sum.
+    assert [96 * norm for norm in theirs["grad_norm"]] == pytest.approx(ours["grad_norm"], rel=1e-4)
+
+
+def test_trls_default_samples_the_same_and_estimates_with_the_sampled_token(rows: dict[str, dict]) -> None:
+    pytest.importorskip("trl")
+    pytest.importorskip("datasets")
+    ours, theirs = rows["ours"], rows["trl sampled_token"]
+    assert theirs["same_completions"] == 3
+    assert theirs["kl"] != pytest.approx(ours["kl"], rel=0.1)
