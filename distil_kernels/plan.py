@@ -15,10 +15,11 @@ One lm_head product costs 2 N V D floating-point operations; a plan is named by 
                                     where the CPU multiplies it, else a; none where the ring holds all N rows
 
 A call of few rows for its hidden size keeps all of them in a ring, which is less memory than the dW accumulator that it
-makes needless: N b <= D a + Q b with Q the ring of a longer call. On the CPU that is for bfloat16 only, and elsewhere
-the gradient of the logits overwrites the student's logits and the products follow at once. On a GPU adding to a float32
-dW moves 8 V D bytes, 1.6 ms for V D = 152k * 4096 on an H100: at one product per small chunk that is more than
-everything but the products themselves, at one per 4096 rows a few per cent (docs/performance.md has the sum).
+makes needless: N b <= D a + Q b with Q the ring of a longer call; on a GPU also where chunk and ring stay below 4 GiB.
+On the CPU that is for bfloat16 only, and elsewhere the gradient of the logits overwrites the student's logits and the
+products follow at once. On a GPU adding to a float32 dW moves 8 V D bytes, 1.6 ms for V D = 152k * 4096 on an H100: at
+one product per small chunk that is more than everything but the products themselves, at one per 4096 rows a few per
+cent (docs/performance.md has the sum).
 
 Chunk and ring come from memory budgets; a `Plan` passed as `plan=` to the public ops brings its own.
 """
@@ -124,13 +125,14 @@ def _chunk_budget(shape: Shape) -> int:
 
 
 def choose_ring_rows(shape: Shape, chunk_rows: int) -> int:
-    """All rows of the call where that spares the dW accumulator and takes no more memory; else as many whole chunks as
-    the ring's memory holds; 0 for in place."""
+    """All rows of the call where that spares the dW accumulator and takes no more memory (on a GPU also where it fits
+    _EXTRA_BYTES); else as many whole chunks as the ring's memory holds; 0 for in place."""
     if shape.device_type == "cpu":
         return max(shape.num_rows, chunk_rows) if _ring_holds_all_rows(shape) else 0
     budget = RING_BYTES if shape.grad_head else HIDDEN_RING_BYTES
     chunks = min(max(1, budget // ring_bytes(shape, chunk_rows)), -(-shape.num_rows // chunk_rows) or 1)
-    if shape.grad_head and _spares_accumulator(shape, chunks * chunk_rows):
+    affordable = logits_chunk_bytes(shape, chunk_rows) + ring_bytes(shape, shape.num_rows) <= _EXTRA_BYTES
+    if shape.grad_head and (affordable or _spares_accumulator(shape, chunks * chunk_rows)):
         return max(shape.num_rows, chunk_rows)
     return chunk_rows * chunks
 

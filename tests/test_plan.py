@@ -114,7 +114,8 @@ def test_ring_on_a_gpu():
     """All rows where that spares the accumulator; what a few waves of dh's product need where there is no dW."""
     assert choose_plan(GPU)[1:3] == (1024, 8192)
     assert choose_plan(replace(GPU, num_rows=65536))[1:3] == (512, 3584)
-    assert choose_plan(replace(GPU, hidden_size=1024))[1:3] == (1024, 3072)
+    assert choose_plan(replace(GPU, hidden_size=1024))[1:3] == (1024, 8192)
+    assert choose_plan(replace(GPU, num_rows=12_288, hidden_size=1024))[1:3] == (1024, 3072)
     assert choose_plan(replace(GPU, grad_head=False))[1:3] == (512, 2048)
     assert choose_plan(replace(GPU, num_rows=37))[1:3] == (37, 37)
     assert choose_plan(replace(GPU, dtype=torch.float32)).ring_rows == 1536  # N > D + Q: float32 rows are as wide as dW

@@ -56,20 +56,30 @@ struct Slice {
   std::int64_t size;   // entries inside the vocabulary
 };
 
-// raw -> logits in shared memory, and their sums.
+// raw -> logits in shared memory, then their sums about maxima that are raised once for all of the part.
 template <bool kSoftcap>
 __device__ inline void sum_part(const LogitRows& student, const LogitRows& teacher, const Slice& slice,
                                 std::int64_t begin, std::int64_t end, RowState<float>& state) {
-  for (std::int64_t i = begin + threadIdx.x * kVector; i < end && i < slice.size; i += kThreads * kVector) {
-    float s[kVector], t[kVector];
+  if (end > slice.size) end = slice.size;
+  float s[kVector], t[kVector];
+  Peak student_peak = state.student, teacher_peak = state.teacher;
+  bool raised = false;
+  for (std::int64_t i = begin + threadIdx.x * kVector; i < end; i += kThreads * kVector) {
     const std::int64_t count = slice.size - i;
     load_floats<kVector>(slice.student + i, kVector, 0.0f, s);
     load_floats<kVector>(slice.teacher + i, kVector, 0.0f, t);
     transform<kVector, kSoftcap>(student, slice.first + i, count, s);
     transform<kVector, kSoftcap>(teacher, slice.first + i, count, t);
-#pragma unroll
-    for (int k = 0; k < kVector; ++k) slice.student[i + k] = s[k], slice.teacher[i + k] = t[k];
-    accumulate<kVector>(state, s, t, static_cast<int>(slice.first + i));
+    raised |= raise<kVector>(student_peak, s, slice.first + i);
+    raised |= raise<kVector>(teacher_peak, t, slice.first + i);
+    *reinterpret_cast<float4*>(slice.student + i) = {s[0], s[1], s[2], s[3]};
+    *reinterpret_cast<float4*>(slice.teacher + i) = {t[0], t[1], t[2], t[3]};
+  }
+  if (raised) move_to(state, student_peak, teacher_peak);
+  for (std::int64_t i = begin + threadIdx.x * kVector; i < end; i += kThreads * kVector) {
+    load_floats<kVector>(slice.student + i, kVector, 0.0f, s);
+    load_floats<kVector>(slice.teacher + i, kVector, 0.0f, t);
+    accumulate<kVector>(state, s, t);
   }
 }
 

@@ -14,19 +14,39 @@
 namespace distil_kernels {
 namespace {
 
+// Vectors of both rows that a thread has under way at once, and before which it raises its maxima but once: some
+// thread of a warp raises them nearly every time, for all.
+constexpr int kGroup = 2;
+
 template <int kWidth, bool kSoftcap>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     row_stats(LogitRows student, LogitRows teacher, const std::int64_t* tokens, std::int64_t num_rows,
               std::int64_t vocab_size, float* statistics) {
   __shared__ BlockScratch scratch;
   const std::int64_t row = blockIdx.x;
+  constexpr std::int64_t kStep = kThreads * kWidth;
   RowState<float> state;
-#pragma unroll 2
-  for (std::int64_t column = threadIdx.x * kWidth; column < vocab_size; column += kThreads * kWidth) {
-    float s[kWidth], t[kWidth];
-    load_logits<kWidth, kSoftcap>(student, row, column, vocab_size - column, s);
-    load_logits<kWidth, kSoftcap>(teacher, row, column, vocab_size - column, t);
-    accumulate<kWidth>(state, s, t, static_cast<int>(column));
+  for (std::int64_t first = threadIdx.x * kWidth; first < vocab_size; first += kGroup * kStep) {
+    float s[kGroup][kWidth], t[kGroup][kWidth];
+    Peak student_peak = state.student, teacher_peak = state.teacher;
+    bool raised = false;
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g) {
+      const std::int64_t column = first + g * kStep;
+      load_raw<kWidth>(student, row, column, vocab_size - column, s[g]);
+      load_raw<kWidth>(teacher, row, column, vocab_size - column, t[g]);
+    }
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g) {
+      const std::int64_t column = first + g * kStep;
+      transform<kWidth, kSoftcap>(student, column, vocab_size - column, s[g]);
+      transform<kWidth, kSoftcap>(teacher, column, vocab_size - column, t[g]);
+      raised |= raise<kWidth>(student_peak, s[g], column);
+      raised |= raise<kWidth>(teacher_peak, t[g], column);
+    }
+    if (raised) move_to(state, student_peak, teacher_peak);
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g) accumulate<kWidth>(state, s[g], t[g]);
   }
   const RowState<double> total = block_state(state, scratch);
   if (threadIdx.x == 0) {
@@ -84,21 +104,34 @@ __global__ void __launch_bounds__(kThreads)
                              logprob_weight,
                              statistic(mean_statistic(cost.statistic)),
                              cost.jsd_weight};
-#pragma unroll 2
-  for (std::int64_t column = threadIdx.x * kWidth; column < vocab_size; column += kThreads * kWidth) {
-    float s[kWidth], t[kWidth], out[kWidth] = {};
+  constexpr std::int64_t kStep = kThreads * kWidth;
+  for (std::int64_t first = threadIdx.x * kWidth; first < vocab_size; first += kGroup * kStep) {
+    float s[kGroup][kWidth], t[kGroup][kWidth];
     if (used) {
-      load_logits<kWidth, kSoftcap>(student, row, column, vocab_size - column, s);
-      load_logits<kWidth, kSoftcap>(teacher, row, column, vocab_size - column, t);
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        out[i] = grad_logit_of(cost.statistic, at_least_floor(s[i] - student_max),
-                               at_least_floor(t[i] - teacher_max), gradient);
-        if (column + i == token) out[i] += logprob_weight;
-        out[i] *= derivative_at<kSoftcap>(student, s[i]);
+      for (int g = 0; g < kGroup; ++g) {
+        const std::int64_t column = first + g * kStep;
+        load_raw<kWidth>(student, row, column, vocab_size - column, s[g]);
+        load_raw<kWidth>(teacher, row, column, vocab_size - column, t[g]);
       }
     }
-    store_grad<kWidth>(grad, row, column, vocab_size - column, out);
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g) {
+      const std::int64_t column = first + g * kStep;
+      float out[kWidth] = {};
+      if (used) {
+        transform<kWidth, kSoftcap>(student, column, vocab_size - column, s[g]);
+        transform<kWidth, kSoftcap>(teacher, column, vocab_size - column, t[g]);
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) {
+          out[i] = grad_logit_of(cost.statistic, at_least_floor(s[g][i] - student_max),
+                                 at_least_floor(t[g][i] - teacher_max), gradient);
+          if (column + i == token) out[i] += logprob_weight;
+          out[i] *= derivative_at<kSoftcap>(student, s[g][i]);
+        }
+      }
+      store_grad<kWidth>(grad, row, column, vocab_size - column, out);
+    }
   }
 }
 

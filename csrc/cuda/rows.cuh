@@ -62,10 +62,16 @@ __device__ inline void transform(const LogitRows& rows, std::int64_t column, std
   for (int i = 0; i < kWidth; ++i) logits[i] = i < count ? logit_of<kSoftcap>(rows, logits[i]).value : -INFINITY;
 }
 
+template <int kWidth>
+__device__ inline void load_raw(const LogitRows& rows, std::int64_t row, std::int64_t column, std::int64_t count,
+                                float (&raw)[kWidth]) {
+  load_floats<kWidth>(rows.raw + row * rows.row_stride + column, count, 0.0f, raw);
+}
+
 template <int kWidth, bool kSoftcap>
 __device__ inline void load_logits(const LogitRows& rows, std::int64_t row, std::int64_t column, std::int64_t count,
                                    float (&logits)[kWidth]) {
-  load_floats<kWidth>(rows.raw + row * rows.row_stride + column, count, 0.0f, logits);
+  load_raw<kWidth>(rows, row, column, count, logits);
   transform<kWidth, kSoftcap>(rows, column, count, logits);
 }
 
@@ -86,20 +92,24 @@ __device__ inline float token_logit(const LogitRows& rows, std::int64_t row, std
   return logit[0];
 }
 
-// Adds some entries of both rows to a thread's sums, after raising its maxima to them.
+// Whether some entries of a row are higher than a thread's peak, which then is theirs.
 template <int kWidth>
-__device__ inline void accumulate(RowState<float>& state, const float (&s)[kWidth], const float (&t)[kWidth],
-                                  int column) {
-  Peak student = state.student, teacher = state.teacher;
+__device__ inline bool raise(Peak& peak, const float (&logits)[kWidth], std::int64_t column) {
+  const float before = peak.value;
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
-    if (s[i] > student.value) student = {s[i], column + i};
-    if (t[i] > teacher.value) teacher = {t[i], column + i};
+    if (logits[i] > peak.value) peak = {logits[i], static_cast<int>(column) + i};
   }
-  if (student.value > state.student.value || teacher.value > state.teacher.value) move_to(state, student, teacher);
+  return peak.value > before;
+}
+
+// Adds some entries of both rows to a thread's sums; its maxima are not below them.
+template <int kWidth>
+__device__ inline void accumulate(RowState<float>& state, const float (&s)[kWidth], const float (&t)[kWidth]) {
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
-    add_sums(state.sums, row_term(at_least_floor(s[i] - student.value), at_least_floor(t[i] - teacher.value)));
+    add_sums(state.sums,
+             row_term(at_least_floor(s[i] - state.student.value), at_least_floor(t[i] - state.teacher.value)));
   }
 }
 
