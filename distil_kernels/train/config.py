@@ -164,6 +164,9 @@ class Config:
     alignment_every: int = _option(0, AT_LEAST_0)
     """Steps between records of whether a step of each objective, credited and not, would raise the reward of the batch
     (first order, at the hidden states); 0 for never."""
+    held_out_every: int = _option(0, AT_LEAST_0)
+    """Steps between records of what the step changed on held-out problems: the log-prob of their right answers before
+    and after it. 0 for never."""
     checkpoint_every: int = _option(50, AT_LEAST_0)
     """Steps between checkpoints; one is always written at the end. 0: only then."""
     eval_rollouts: int = _option(2, AT_LEAST_0)
