@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from distil_kernels.compare import __main__ as command
-from distil_kernels.compare import report, stopping, study
-from distil_kernels.compare.experiment import Result
+from distil_kernels.compare import grid, report, stopping, study
+from distil_kernels.compare.experiment import Run
+from distil_kernels.compare.grid import Result
 from distil_kernels.compare.pretrain import Pretraining, pretrain
 from distil_kernels.compare.tasks import BLANK, CHARACTERS, END, TASKS, any_signs, one_sign
 from distil_kernels.theory.success import pass_at_k
@@ -127,11 +128,12 @@ def test_expected_length_is_that_of_enumeration():
 def rounds(tmp_path, monkeypatch, capsys):
     """Runs the command; returns the runs that were executed, and what it printed."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "results.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    begin, end = report.marks("python -m distil_kernels.compare")
+    (tmp_path / "results.md").write_text(f"before\n{begin}\nold\n{end}\nafter\n")
 
-    def run() -> tuple[dict[study.Run, Result], str]:
+    def run() -> tuple[dict[Run, Result], str]:
         command.main(["--quick", "--jobs", "1", "--output", "out", "--docs", "results.md"])
-        return study.load(tmp_path / "out" / "runs.jsonl"), capsys.readouterr().out
+        return grid.load(tmp_path / "out" / "runs.jsonl", Run), capsys.readouterr().out
 
     return run
 
@@ -165,7 +167,7 @@ def test_tables_say_what_the_runs_hold():
     scale = study.Scale(tasks=(study.Budget("sort", 10, 4),), rates=(1e-3, 1e-2), seeds=3, tuning_seeds=1)
     budget, results = scale.tasks[0], {}
 
-    def add(setting: study.Setting, rate: float, seed: int, accuracy: float) -> None:
+    def add(setting: grid.Setting, rate: float, seed: int, accuracy: float) -> None:
         correct = [round(16 * accuracy)] * 4
         results[scale.run(budget, setting, rate, seed)] = Result(
             [0, 10], [0.0, accuracy], [0.0, 1.0], [1.0, 1.0], [6.0, 6.0], correct, 1.0
@@ -191,4 +193,4 @@ def test_a_file_without_marks_is_an_error(tmp_path):
     path = tmp_path / "results.md"
     path.write_text("nothing")
     with pytest.raises(ValueError, match=r"\[docs\].*no marked block"):
-        report.write_block(path, "text")
+        report.write_block(path, "command", "text")

@@ -1,8 +1,11 @@
-"""The objectives under equal conditions, small and from scratch: `python -m distil_kernels.compare` (minutes, CPU).
+"""The objectives under equal conditions: `python -m distil_kernels.compare` (small models from scratch: minutes, CPU),
+`python -m distil_kernels.compare language` (a real language model in the trainer: hours, CPU).
 
+    grid        tuning, reported seeds, resuming
     tasks       four tasks on digits, and the habits that models start with
     model       a small decoder                       pretrain    habits, and the reading of corrections
-    experiment  one run of one objective              study       the grid: tuning, reported seeds, resuming
+    experiment  one run of one objective              study       settings and budgets of the small models
+    language    runs and budgets of a real model
     stopping    the length that a credit asks for
     report      tables                                figures     curves
 

@@ -16,6 +16,7 @@ import torch
 from torch import Generator, Tensor
 
 from distil_kernels import fused_distil_loss, fused_policy_loss
+from distil_kernels.compare.grid import Result
 from distil_kernels.compare.model import Decoder
 from distil_kernels.compare.tasks import TASKS, Task, cut, one_sign
 
@@ -74,22 +75,6 @@ class Run:
     eval_problems: int = 96
     eval_samples: int = 2
     final_samples: int = 16
-
-
-@dataclass
-class Result:
-    steps: list[int]
-    sampled: list[float]
-    """Accuracy of answers sampled at temperature 1 to held-out problems, at each of the steps."""
-    greedy: list[float]
-    teacher: list[float]
-    """Sampled accuracy of the teacher that reads corrections, on the same problems; empty without a teacher."""
-    length: list[float]
-    """Characters of a sampled answer, its end included."""
-    correct: list[int]
-    """Of each held-out problem, how many of the last `final_samples` answers are right."""
-    seconds: float
-    """Of the processor."""
 
 
 def execute(run: Run, pretrained: Decoder) -> Result:

@@ -9,19 +9,11 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from distil_kernels.compare.experiment import OBJECTIVES, Result
-from distil_kernels.compare.report import label, seeds_of, standard_error
-from distil_kernels.compare.study import (
-    REFERENCE,
-    TEACHERS,
-    VARIANTS,
-    VARIANTS_TASK,
-    Results,
-    Scale,
-    Setting,
-    chosen_rate,
-)
-from distil_kernels.compare.tasks import TASKS
+from distil_kernels.compare import study
+from distil_kernels.compare.experiment import OBJECTIVES
+from distil_kernels.compare.grid import REFERENCE, Result, Results, Scale, Setting, chosen_rate
+from distil_kernels.compare.report import capitalized, label, seeds_of, standard_error
+from distil_kernels.compare.study import TEACHERS, VARIANTS, VARIANTS_TASK
 from distil_kernels.theory.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, RULES, SKY
 
 STYLES = [
@@ -34,9 +26,13 @@ def draw(scale: Scale, results: Results, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     with matplotlib.rc_context(RULES | {"svg.hashsalt": "distil_kernels"}):
-        figures = {"objectives": _objectives(scale, results), "teachers": _teachers(scale, results)}
-        if any(budget.task == VARIANTS_TASK for budget in scale.tasks):
-            figures["credit"] = _credit(scale, results)
+        if isinstance(scale, study.Scale):
+            about = "held-out accuracy, sampled"
+            figures = {"objectives": _objectives(scale, results, about), "teachers": _teachers(scale, results)}
+            if any(budget.task == VARIANTS_TASK for budget in scale.tasks):
+                figures["credit"] = _credit(scale, results)
+        else:
+            figures = {"language": _objectives(scale, results, "accuracy of the step's rollouts")}
         for name, figure in figures.items():
             # Without version and date a file is the same wherever the numbers are.
             for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
@@ -56,6 +52,8 @@ def _curve(axes: Axes, runs: Sequence[Result], quantity: str, style: tuple[str, 
     reach = [1.96 * standard_error(values) for values in points]
     steps = runs[0].steps
     axes.plot(steps, means, style[1], color=style[0], label=name)
+    if len(runs) == 1:  # no band
+        return
     axes.fill_between(
         steps,
         [mean - r for mean, r in zip(means, reach, strict=True)],
@@ -70,20 +68,21 @@ def _legend(figure: Figure, axes: Axes) -> None:
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
-def _objectives(scale: Scale, results: Results) -> Figure:
+def _objectives(scale: Scale, results: Results, about: str) -> Figure:
     figure, panels = _panels(len(scale.tasks))
+    styles = dict(zip(OBJECTIVES, STYLES, strict=True))
     for axes, budget in zip(panels, scale.tasks, strict=True):
-        for name, style in zip(OBJECTIVES, STYLES, strict=True):
-            setting = (name, "frozen")
+        for setting in (setting for setting in budget.settings if setting[1] == "frozen"):
             rate = chosen_rate(scale, results, budget, setting)
-            _curve(axes, seeds_of(scale, results, budget, setting, rate), "sampled", style, label(setting))
-        axes.set(xlabel="steps", ylim=(0, 1.02), title=TASKS[budget.task].title.capitalize())
-    panels[0].set_ylabel("held-out accuracy, sampled")
+            runs = seeds_of(scale, results, budget, setting, rate)
+            _curve(axes, runs, "sampled", styles[setting[0]], label(setting))
+        axes.set(xlabel="steps", ylim=(0, 1.02), title=capitalized(budget.title))
+    panels[0].set_ylabel(about)
     _legend(figure, panels[0])
     return figure
 
 
-def _teachers(scale: Scale, results: Results) -> Figure:
+def _teachers(scale: study.Scale, results: Results) -> Figure:
     budgets = [budget for budget in scale.tasks if budget.all_teachers]
     figure, panels = _panels(len(budgets))
     for axes, budget in zip(panels, budgets, strict=True):
@@ -92,13 +91,13 @@ def _teachers(scale: Scale, results: Results) -> Figure:
             runs = seeds_of(scale, results, budget, setting, rate)
             _curve(axes, runs, "teacher", (colour, "-"), f"{setting[1]} teacher")
             _curve(axes, runs, "sampled", (colour, "--"), f"its student ({setting[1]})")
-        axes.set(xlabel="steps", ylim=(0, 1.02), title=f"{TASKS[budget.task].title.capitalize()}, rate {rate:g}")
+        axes.set(xlabel="steps", ylim=(0, 1.02), title=f"{capitalized(budget.title)}, rate {rate:g}")
     panels[0].set_ylabel("held-out accuracy, sampled")
     _legend(figure, panels[0])
     return figure
 
 
-def _credit(scale: Scale, results: Results) -> Figure:
+def _credit(scale: study.Scale, results: Results) -> Figure:
     budget = next(budget for budget in scale.tasks if budget.task == VARIANTS_TASK)
     rate = chosen_rate(scale, results, budget, REFERENCE)
     settings: tuple[Setting, ...] = (REFERENCE, *VARIANTS)
@@ -110,6 +109,6 @@ def _credit(scale: Scale, results: Results) -> Figure:
         _curve(length, runs, "length", style, label(setting))
     accuracy.set(xlabel="steps", ylabel="held-out accuracy, sampled", ylim=(0, 1.02))
     length.set(xlabel="steps", ylabel="characters of a sampled answer", ylim=(0, 10.5))
-    figure.suptitle(f"{TASKS[budget.task].title.capitalize()}: what is credited, rate {rate:g}")
+    figure.suptitle(f"{capitalized(budget.title)}: what is credited, rate {rate:g}")
     _legend(figure, accuracy)
     return figure

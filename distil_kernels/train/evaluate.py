@@ -43,6 +43,8 @@ class Evaluation:
     problems: int
     pass_at: dict[int, tuple[float, float]]
     """Chance that one of k sampled answers is right, with its standard error, by k: 1, 2, 4, ..., eval_samples."""
+    correct: list[int]
+    """Of each problem, how many of its sampled answers are right (score 1)."""
 
 
 class _Answers(NamedTuple):
@@ -102,7 +104,8 @@ class Evaluator:
         scores = [[own for part in found for own in part.scores[kind]] for kind in range(3)]
         means = [mean_and_error([sum(own) / len(own) for own in by_problem]) for by_problem in scores]
         length = sum(part.num_tokens for part in found) / (len(scores[0]) * self._num_samples)
-        return Evaluation(*means[0], *means[1], *means[2], length, len(scores[0]), pass_at(scores[0]))
+        correct = [sum(score >= 1.0 for score in own) for own in scores[0]]
+        return Evaluation(*means[0], *means[1], *means[2], length, len(scores[0]), pass_at(scores[0]), correct)
 
     def _own_answers(
         self, student: CausalLM, teacher: Teacher | RemoteTeacher, stop: Callable[[], bool]

@@ -227,6 +227,11 @@ class Prompts:
         text = text.split("\n")[0] if self._layout == "examples" else text
         return _CALLS.sub("", text) if self._tool else text
 
+    def written(self, answer: str) -> list[int]:
+        """An answer as the tokens that a completion of a prompt begins with, without its end."""
+        text = f" {answer}" if self._layout == "examples" else answer
+        return self._tokenizer(text, add_special_tokens=False).input_ids
+
     def _turns(self, question: str, text: str, demonstration: str, answer: str | None) -> list[_Turn]:
         before = [_Turn(question, "", demonstration)] if demonstration and self._reads_demonstration else []
         return [*before, _Turn(question, text if self._reads_text else "", answer)]

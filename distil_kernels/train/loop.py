@@ -31,7 +31,7 @@ from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
 
 from distil_kernels.hf import split
-from distil_kernels.train import alignment, checkpoint, health, models, report, samples, tracking
+from distil_kernels.train import alignment, change, checkpoint, health, models, report, samples, tracking
 from distil_kernels.train.baseline import PositionAverage
 from distil_kernels.train.batch import Sample, answered, prefers_right, rollout_records, unique
 from distil_kernels.train.config import Config
@@ -219,6 +219,7 @@ class Trainer:
         normalizer = float(len(batch) * self.config.rollouts_per_prompt)
         size = self.config.micro_batch_prompts or len(own)
         parts = [self.micro_batch(own[begin : begin + size], normalizer, seconds) for begin in range(0, len(own), size)]
+        held_out = self._right_logprob(seconds)
         with _timed(seconds, "exchange"):  # and waiting for the others
             self.processes.sum_gradients(self.trained)
         with _timed(seconds, "optimizer"):
@@ -229,6 +230,7 @@ class Trainer:
             self.optimizer.zero_grad()
             self.teacher.follow()
             self.average.follow()
+        changed = change.figures(held_out, self._right_logprob(seconds))
         self.step += 1
         with _timed(seconds, "exchange"):
             batch = self.processes.gather(own)
@@ -244,6 +246,7 @@ class Trainer:
             "accuracy": statistics.fmean(scores),
             **means(sums),
             **alignment.figures([part.inner_products for part in sums]),
+            **changed,
             "length": num_tokens / normalizer,
             "equal_groups": statistics.fmean(len({f.score for f in entry.feedback}) == 1 for entry in batch),
             "teacher_prefers_right": prefers_right(batch, [s.sequence_teacher_logprob for s in sums]),
@@ -259,6 +262,15 @@ class Trainer:
         self._record_rollouts("training", batch)
         self._record(record)
         return record
+
+    def _right_logprob(self, seconds: dict[str, float]) -> float | None:
+        """Of held-out problems' right answers, now; None where this step's change is not asked for."""
+        if not self.config.held_out_every or (self.step + 1) % self.config.held_out_every:
+            return None
+        with _timed(seconds, "held_out"), self.accelerator.autocast():
+            return change.right_logprob(
+                self.student, self.evaluate.student_prompts, self.prompts, self.config, self.share
+            )
 
     # The run.
 

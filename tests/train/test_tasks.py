@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from itertools import islice
 
 import pytest
@@ -27,6 +28,11 @@ def test_answers_are_right() -> None:
     assert added.answer == str(sum(int(word) for word in added.question.split(" + ")))
     ordered = make_task("sort", 0).problem(5)
     assert ordered.answer.split(", ") == sorted(ordered.question.split(", "))
+    for name, sign, calculate in (("product", " * ", operator.mul), ("remainder", " modulo ", operator.mod)):
+        problem = make_task(name, 0).problem(5)
+        assert int(problem.answer) == calculate(*map(int, problem.question.split(sign)))
+    turned = make_task("reverse", 0).problem(5)
+    assert turned.answer == "".join(reversed(turned.question)) and len(turned.answer) == 4
 
 
 def test_splits_are_disjoint_whatever_the_seeds() -> None:

