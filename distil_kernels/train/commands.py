@@ -16,7 +16,7 @@ from distil_kernels.train.config import Config, Parser, option_parser, read_opti
 
 PROG = "python -m distil_kernels.train"
 EVAL_OPTIONS = {
-    "task", "max_new_tokens", "eval_problems", "eval_samples", "eval_seed", "precision", "backend", "share_prompts",
+    "task", "max_new_tokens", "eval_problems", "eval_samples", "eval_seed", "precision", "backend", "reading",
 }  # fmt: skip
 """What may be asked of a run otherwise than it was trained."""
 

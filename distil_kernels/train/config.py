@@ -176,11 +176,13 @@ class Config:
 
     precision: str = _option("auto", ("auto", "float32", "bfloat16"))
     """Of the model's products; weights stay float32. auto: bfloat16 on GPUs that have it, float32 on CPUs."""
-    share_prompts: str = _option("auto", ("auto", "on", "off"))
-    """Read each prompt once for all its rollouts (exact), whole rows for models whose cache does not allow it."""
+    reading: str = _option("auto", ("auto", "shared", "packed", "padded"))
+    """How prompts and completions go through a model: each prompt once for all its rollouts (shared), or whole rows, in
+    one (packed) or padded; auto is what reads the fewest tokens, batch by batch. Changes time and memory, not the
+    gradient."""
     gradient_checkpointing: bool = False
-    """Keep only each layer's input for the backward pass and run the layer again; the student then reads whole rows
-    there. Changes memory and time, not the gradient."""
+    """Keep only each layer's input for the backward pass and run the layer again; the student then shares no
+    prompts there. Changes memory and time, not the gradient."""
     backend: str = _option("auto", ("auto", "reference", "cpu", "triton", "cuda"))
     """Back end of the loss."""
     plan: str = "auto"
@@ -266,10 +268,10 @@ class Config:
                 "[micro_batch_prompts] baseline position_mean needs the whole batch at once: expected 0, got "
                 f"{self.micro_batch_prompts}"
             )
-        if self.gradient_checkpointing and self.share_prompts == "on":
+        if self.gradient_checkpointing and self.reading == "shared":
             raise ValueError(
-                "[share_prompts] gradient_checkpointing reads whole rows where there are gradients: expected auto or "
-                "off, got on"
+                "[reading] gradient_checkpointing reads whole rows where there are gradients: expected auto, packed or "
+                "padded, got shared"
             )
         if self.name and Path(self.name).name != self.name:
             raise ValueError(f"[name] expected a plain directory name, got {self.name!r}")

@@ -40,8 +40,8 @@ from distil_kernels.train.evaluate import Evaluation, Evaluator
 from distil_kernels.train.feedback import Prompts, verifier
 from distil_kernels.train.interrupt import Interrupt
 from distil_kernels.train.objective import Sums, distil_loss, means, policy_loss
-from distil_kernels.train.prefix import completion_hidden, shares_prompts
 from distil_kernels.train.processes import Processes
+from distil_kernels.train.reading import reader
 from distil_kernels.train.remote import RemoteTeacher
 from distil_kernels.train.rollout import Sampling
 from distil_kernels.train.siblings import Say, as_verified, from_siblings
@@ -60,6 +60,7 @@ class Trainer:
         self.directory = self.processes.from_main(directory)
         set_seed(config.seed)
         model, self.tokenizer = models.load(config.model)
+        models.use_flash_attention(model, self.accelerator.device, self.accelerator.mixed_precision)
         # A checkpoint of adapters, and one without its frozen teacher, says nothing of the weights it started from.
         self.start = checkpoint.fingerprint(model) if config.teacher == "frozen" or config.lora_rank else []
         if config.lora_rank:
@@ -71,12 +72,14 @@ class Trainer:
         # evaluation_mode: placed and set for autocast, not wrapped in DistributedDataParallel.
         self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
-        self.student = split(self.accelerator.unwrap_model(self.model))
+        parts = split(self.accelerator.unwrap_model(self.model))
+        self.student = reader(parts, config.reading, config.gradient_checkpointing)
         head, other = self.student.weight, None
         ends = models.end_ids(self.student.model, self.tokenizer)
         if config.teacher == "local":
             other, other_tokenizer = models.load(config.teacher_model, "teacher_model")
             check_same_tokens(self.tokenizer, other_tokenizer)
+            models.use_flash_attention(other, self.accelerator.device, self.accelerator.mixed_precision)
             # A student that learns to end as its teacher does must be heard to, here and by who loads its checkpoint.
             ends = sorted({*ends, *models.end_ids(other, other_tokenizer)})
             self.student.model.generation_config.eos_token_id = ends
@@ -85,7 +88,7 @@ class Trainer:
         if config.teacher_url:
             self.teacher = RemoteTeacher(config, self.tokenizer, head.shape[0], head.device)
         else:
-            self.teacher = Teacher(self.student, config.teacher, config.ema_rate, other)
+            self.teacher = Teacher(self.student, config.teacher, config.ema_rate, other, config.reading)
         if config.gradient_checkpointing:
             models.checkpoint_layers(self.student.model)
         self.tool = None
@@ -93,7 +96,6 @@ class Trainer:
             self.tool = Python(self.tokenizer, config.max_tool_calls, config.max_tool_tokens)
         longest = config.max_new_tokens + (self.tool.longest if self.tool else 0)
         self.average = PositionAverage(longest, config.baseline_rate, head.device, self.processes)
-        self.share = _shares(config, shares_prompts(self.student) and self.teacher.shares_prompts)
 
         self.task, self.verify = make_task(config.task, config.seed), verifier(config.feedback)
         stream = problems(self.task, held_out=False)
@@ -109,7 +111,7 @@ class Trainer:
         )  # fmt: skip
         self.say: Say = from_siblings if config.feedback == "siblings" else as_verified
         if config.feedback == "self_evaluation":
-            self.say = Critic(self.prompts, config.max_critique_tokens, self.share)
+            self.say = Critic(self.prompts, config.max_critique_tokens)
         self.sampling = Sampling(
             config.max_new_tokens, self.prompts.stop_ids(), config.temperature, config.top_p, config.top_k
         )
@@ -118,7 +120,7 @@ class Trainer:
         held_out = held_out_problems(held_out_task, config.eval_problems)
         self.evaluate = Evaluator(
             held_out_task, self.verify, self.say, self.prompts, held_out, own_distribution, config.eval_samples,
-            config.eval_seed, self.share, self.tool, self.processes,
+            config.eval_seed, self.tool, self.processes,
         )  # fmt: skip
         self.step = 0
         self.position = 0
@@ -163,7 +165,7 @@ class Trainer:
         group = self.config.rollouts_per_prompt
         rows = [row for row in range(len(batch)) for _ in range(group)]
         prompts = [entry.prompt for entry in batch]
-        done = roll_out(self.student, prompts, rows, self.sampling, self.share, self.tool)
+        done = roll_out(self.student, prompts, rows, self.sampling, self.tool)
         groups = [slice(first, first + group) for first in range(0, len(rows), group)]
         answered(self, batch, [Rollouts(done.completions[own], done.written[own]) for own in groups])
 
@@ -179,12 +181,9 @@ class Trainer:
             if config.objective != "policy_gradient":
                 texts, text_rows = unique([prompt for entry in batch for prompt in entry.teacher_prompts])
                 with _timed(seconds, "teacher"):
-                    taught = self.teacher.at_states(texts, text_rows, completions, self.share)
+                    taught = self.teacher.at_states(texts, text_rows, completions)
             with _timed(seconds, "student"):
-                prompts = [entry.prompt for entry in batch]
-                # A recomputed layer would add to the prompts' cache once more.
-                share = self.share and not config.gradient_checkpointing
-                hidden = completion_hidden(self.student, prompts, rows, completions, share)
+                hidden = self.student.states([entry.prompt for entry in batch], rows, completions)
                 hidden = hidden.to(self.student.weight.dtype)
             with _timed(seconds, "loss"):
                 if taught is None:
@@ -399,7 +398,7 @@ class Trainer:
             with self.evaluate.own_draws(self.student), self.accelerator.autocast():
                 self.roll_out(batch)
                 columns = samples.token_columns(
-                    self.student, self.teacher, batch, self.tokenizer, self.config, self.average, self.share
+                    self.student, self.teacher, batch, self.tokenizer, self.config, self.average
                 )
             self._record_rollouts("sample", batch, columns)
 
@@ -417,14 +416,6 @@ def _rate(config: Config, step: int) -> float:
     if config.learning_rate_schedule == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * done))
     return 1.0 - done if config.learning_rate_schedule == "linear" else 1.0
-
-
-def _shares(config: Config, possible: bool) -> bool:
-    if config.share_prompts == "on" and not possible:
-        raise ValueError(
-            "[share_prompts] a model's cache holds more than keys and values: expected auto or off, got on"
-        )
-    return possible and config.share_prompts != "off"
 
 
 @contextmanager

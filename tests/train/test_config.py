@@ -73,7 +73,7 @@ def test_unknown_options_are_errors_with_a_suggestion(
         (["--rollouts_per_prompt", "1"], ["[rollouts_per_prompt]", "at least 2", "1"]),
         (["--alignment_every", "1", "--objective", "policy_gradient"], ["[alignment_every]", "policy_gradient"]),
         (["--baseline", "position_mean", "--micro_batch_prompts", "2"], ["[micro_batch_prompts]", "whole batch"]),
-        (["--gradient_checkpointing", "--share_prompts", "on"], ["[share_prompts]", "auto or off", "on"]),
+        (["--gradient_checkpointing", "--reading", "shared"], ["[reading]", "auto, packed or padded", "shared"]),
         (["--name", "a/b"], ["[name]", "'a/b'"]),
         (["--steps", "many"], ["--steps", "many"]),
     ],
