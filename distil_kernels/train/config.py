@@ -52,7 +52,7 @@ class Config:
     """Seed of problems and sampling."""
 
     steps: int = _option(24, AT_LEAST_0)
-    """Optimiser steps: one per batch."""
+    """Batches of rollouts."""
     prompts_per_step: int = _option(4, AT_LEAST_1)
     """Different problems in a batch, which the processes share out."""
     rollouts_per_prompt: int = _option(4, AT_LEAST_1)
@@ -133,6 +133,11 @@ class Config:
     """Nucleus of training rollouts; below 1 only with off_policy."""
     top_k: int = _option(0, AT_LEAST_0)
     """Top-k of training rollouts, 0 for all; others only with off_policy."""
+    updates_per_batch: int = _option(1, AT_LEAST_1)
+    """Optimiser updates on each batch of rollouts. From the second on the rollouts are older than the model, and each
+    token's gradient is weighted by how much likelier it has become (policy_gradient: clipped at 0.8 and 1.2)."""
+    importance_clip: float = _option(2.0, AT_LEAST_0)
+    """Bound of that weight where there is a teacher; 0 for none. (Biased.)"""
     off_policy: bool = False
     """Allow rollouts from another distribution than the loss's, which makes the credit wrong."""
 

@@ -5,7 +5,7 @@
         feedback = verify(rollout)                          a score, and the expert's correction
         hidden   = student(prompt + rollout), teacher(prompt + correction + rollout)
         loss     = fused_distil_loss(...)                   whole vocabulary, sequence-level gradient
-        one optimiser step; the ema teacher follows
+        one optimiser step, or several; the ema teacher follows each
 
 Several processes share each batch out (`processes`); the main one writes and prints. Everything random in a step comes
 from torch's global generator, one stream per process, and the data position, so that a resumed run repeats an
@@ -39,7 +39,7 @@ from distil_kernels.train.critique import Critic
 from distil_kernels.train.evaluate import Evaluation, Evaluator
 from distil_kernels.train.feedback import Prompts, verifier
 from distil_kernels.train.interrupt import Interrupt
-from distil_kernels.train.objective import Sums, distil_loss, means, policy_loss
+from distil_kernels.train.objective import Kept, Sums, distil_loss, means, policy_loss
 from distil_kernels.train.processes import Processes
 from distil_kernels.train.reading import reader
 from distil_kernels.train.remote import RemoteTeacher
@@ -170,18 +170,23 @@ class Trainer:
         answered(self, batch, [Rollouts(done.completions[own], done.written[own]) for own in groups])
 
     def micro_batch(
-        self, batch: Sequence[Sample], normalizer: float, seconds: dict[str, float]
+        self, batch: Sequence[Sample], normalizer: float, seconds: dict[str, float], kept: Kept | None = None
     ) -> tuple[torch.Tensor, Sums]:
-        """Forward and backward of some of the batch's problems, added to the gradients."""
+        """Forward and backward of some of the batch's problems, added to the gradients.
+
+        `kept` is the same object in each update on these problems.
+        """
         group = self.config.rollouts_per_prompt
         completions = [done for entry in batch for done in entry.completions]
         rows = [row for row in range(len(batch)) for _ in range(group)]
-        config, taught = self.config, None
+        config, kept = self.config, kept or Kept()
+        taught, is_fresh = kept.taught, kept.logprobs is None
         with self.accelerator.autocast():
-            if config.objective != "policy_gradient":
+            if config.objective != "policy_gradient" and taught is None:
                 texts, text_rows = unique([prompt for entry in batch for prompt in entry.teacher_prompts])
                 with _timed(seconds, "teacher"):
                     taught = self.teacher.at_states(texts, text_rows, completions)
+                kept.taught = taught if config.updates_per_batch > 1 and not self.teacher.moves else None
             with _timed(seconds, "student"):
                 hidden = self.student.states([entry.prompt for entry in batch], rows, completions)
                 hidden = hidden.to(self.student.weight.dtype)
@@ -189,14 +194,16 @@ class Trainer:
                 if taught is None:
                     scores = [feedback.score for entry in batch for feedback in entry.feedback]
                     written = [row for entry in batch for row in entry.written]
-                    loss, sums = policy_loss(self.student, hidden, completions, scores, config, normalizer, written)
+                    loss, sums = policy_loss(
+                        self.student, hidden, completions, scores, config, normalizer, written, kept
+                    )
                 else:
                     counts = [row for entry in batch for row in entry.counts]
                     loss, sums = distil_loss(
                         self.student, hidden, self.teacher, taught, completions, config, self.average, normalizer,
-                        counts,
+                        counts, kept,
                     )  # fmt: skip
-                    if config.alignment_every and (self.step + 1) % config.alignment_every == 0:
+                    if is_fresh and config.alignment_every and (self.step + 1) % config.alignment_every == 0:
                         scores = [feedback.score for entry in batch for feedback in entry.feedback]
                         found = alignment.inner_products(
                             self.student, hidden, self.teacher, taught, completions, scores, config, self.average,
@@ -207,8 +214,25 @@ class Trainer:
             self.accelerator.backward(loss)
         return loss.detach(), sums
 
+    def update(
+        self, parts: Sequence[tuple[Sequence[Sample], Kept]], normalizer: float, seconds: dict[str, float]
+    ) -> tuple[list[tuple[torch.Tensor, Sums]], float]:
+        """One optimiser step on all of a batch: losses and sums of its micro-batches, and the gradient's norm."""
+        found = [self.micro_batch(batch, normalizer, seconds, kept) for batch, kept in parts]
+        with _timed(seconds, "exchange"):  # and waiting for the others
+            self.processes.sum_gradients(self.trained)
+        with _timed(seconds, "optimizer"):
+            grad_norm = self.accelerator.clip_grad_norm_(self.trained, self.config.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.teacher.follow()
+        return found, float(grad_norm)
+
     def train_step(self) -> dict[str, Any]:
-        """One batch, one update. Returns the record of metrics.jsonl, the same in all processes but for times."""
+        """One batch of rollouts and its updates, of which the first is recorded.
+
+        Returns the record of metrics.jsonl, the same in all processes but for times.
+        """
         seconds: dict[str, float] = {}
         began = time.perf_counter()
         batch = self.next_batch()
@@ -217,22 +241,17 @@ class Trainer:
             self.roll_out(own)
         normalizer = float(len(batch) * self.config.rollouts_per_prompt)
         size = self.config.micro_batch_prompts or len(own)
-        parts = [self.micro_batch(own[begin : begin + size], normalizer, seconds) for begin in range(0, len(own), size)]
-        with _timed(seconds, "exchange"):  # and waiting for the others
-            self.processes.sum_gradients(self.trained)
-        with _timed(seconds, "optimizer"):
-            learning_rate = self.scheduler.get_last_lr()[0]
-            grad_norm = self.accelerator.clip_grad_norm_(self.trained, self.config.max_grad_norm)
-            self.optimizer.step()
-            self.scheduler.step()
-            self.optimizer.zero_grad()
-            self.teacher.follow()
-            self.average.follow()
+        parts = [(own[begin : begin + size], Kept()) for begin in range(0, len(own), size)]
+        updates = [self.update(parts, normalizer, seconds) for _ in range(self.config.updates_per_batch)]
+        learning_rate = self.scheduler.get_last_lr()[0]
+        self.scheduler.step()
+        self.average.follow()
         self.step += 1
+        (found, grad_norm), (last, _) = updates[0], updates[-1]
         with _timed(seconds, "exchange"):
             batch = self.processes.gather(own)
-            sums = self.processes.gather([part.on_cpu() for _, part in parts])
-            losses = self.processes.gather([float(loss) for loss, _ in parts])
+            sums, last_sums = (self.processes.gather([part.on_cpu() for _, part in each]) for each in (found, last))
+            losses = self.processes.gather([float(loss) for loss, _ in found])
         scores = [feedback.score for entry in batch for feedback in entry.feedback]
         num_tokens = sum(sum(written) for entry in batch for written in entry.written)
         elapsed = time.perf_counter() - began
@@ -241,12 +260,13 @@ class Trainer:
             "step": self.step,
             "loss": sum(losses),
             "accuracy": statistics.fmean(scores),
+            **means(last_sums),  # has the drift beside what the first update has
             **means(sums),
             **alignment.figures([part.inner_products for part in sums]),
             "length": num_tokens / normalizer,
             "equal_groups": statistics.fmean(len({f.score for f in entry.feedback}) == 1 for entry in batch),
             "teacher_prefers_right": prefers_right(batch, [s.sequence_teacher_logprob for s in sums]),
-            "grad_norm": float(grad_norm),
+            "grad_norm": grad_norm,
             "learning_rate": learning_rate,
             "skipped": self.skipped,
             "left_out": sum(not taught for entry in batch for taught in entry.taught),

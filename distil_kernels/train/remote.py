@@ -82,6 +82,9 @@ class RemoteTeacher:
             log-probs. Methods raise it when the endpoint stops answering.
     """
 
+    moves = False
+    """An endpoint stays as it is."""
+
     def __init__(
         self, config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int, device: torch.device
     ) -> None:
@@ -128,7 +131,7 @@ class RemoteTeacher:
         return Rollouts(done, [[True] * len(tokens) for tokens in done])
 
     def follow(self) -> None:
-        """An endpoint stays as it is."""
+        """There is nothing to follow with."""
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}

@@ -68,6 +68,11 @@ class Teacher:
             self._average = {name: (mine[name], theirs) for name, theirs in trained.items()}
 
     @property
+    def moves(self) -> bool:
+        """Whether the next update changes its answers."""
+        return self.kind in ("live", "ema")
+
+    @property
     def head(self) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias of the teacher's head; weight None where it shares the student's."""
         return (None if self.lm.weight is self._student.weight else self.lm.weight), self.lm.bias
