@@ -12,10 +12,11 @@ from tiny import byte_tokenizer
 from distil_kernels.train.__main__ import main
 from distil_kernels.train.batch import answered
 from distil_kernels.train.checkpoint import read_lines
-from distil_kernels.train.config import Config, parse
+from distil_kernels.train.config import Config
 from distil_kernels.train.critique import Critic
 from distil_kernels.train.feedback import JUDGE, Prompts, affirmed
 from distil_kernels.train.loop import Trainer
+from distil_kernels.train.options import parse
 from distil_kernels.train.tasks import Feedback, Problem, make_task
 
 TOKENIZER = byte_tokenizer()
