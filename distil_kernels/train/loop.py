@@ -31,14 +31,15 @@ from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
 
 from distil_kernels.hf import split
-from distil_kernels.train import alignment, checkpoint, health, models, report, samples, tracking
+from distil_kernels.train import alignment, checkpoint, models, report, samples, tracking
 from distil_kernels.train.baseline import PositionAverage
-from distil_kernels.train.batch import Sample, answered, prefers_right, rollout_records, unique
+from distil_kernels.train.batch import Batches, Sample, answered, prefers_right, rollout_records, unique
 from distil_kernels.train.config import Config
 from distil_kernels.train.critique import Critic
 from distil_kernels.train.evaluate import Evaluation, Evaluator
 from distil_kernels.train.feedback import Prompts, verifier
 from distil_kernels.train.interrupt import Interrupt
+from distil_kernels.train.journal import Journal
 from distil_kernels.train.objective import Kept, Sums, distil_loss, means, policy_loss
 from distil_kernels.train.processes import Processes
 from distil_kernels.train.reading import reader
@@ -103,12 +104,12 @@ class Trainer:
             (problem, self.verify(self.task, problem, problem.answer))
             for _, problem in islice(stream, config.num_examples)
         ]
-        self.worked = {problem.key for problem, _ in examples}
-        """Keys of the examples, whose answers stand in every prompt."""
         self.prompts = Prompts(
             self.tokenizer, examples, config.layout, config.teacher_reads, config.max_prompt_tokens,
             ends, self.tool is not None,
         )  # fmt: skip
+        worked = {problem.key for problem, _ in examples}
+        self.next_batch = Batches(self.task, self.verify, self.prompts, worked, config.prompts_per_step, self.processes)
         self.say: Say = from_siblings if config.feedback == "siblings" else as_verified
         if config.feedback == "self_evaluation":
             self.say = Critic(self.prompts, config.max_critique_tokens)
@@ -123,42 +124,15 @@ class Trainer:
             config.eval_seed, self.tool, self.processes,
         )  # fmt: skip
         self.step = 0
-        self.position = 0
-        self.skipped = 0
         self.evaluated = -1
         """Step of the last evaluation."""
         self.saved = -1
         """Step of the last checkpoint."""
-        self._records: list[dict[str, Any]] = []
-        self._warned: set[str] = set()
+        self.journal = Journal(config, self.directory, console, self.accelerator)
         if not self.processes.is_main:  # the model, with new adapters, is the same; what is sampled from it is not
             set_seed(self.processes.seed(config.seed))
 
     # One step.
-
-    def next_batch(self) -> list[Sample]:
-        """Problems whose prompts fit and do not hold their answers; the others are counted in `skipped`.
-
-        Those of all processes, in each of them.
-        """
-        batch: list[Sample] = []
-        misses = 0
-        for position, problem in problems(self.task, held_out=False, start=self.position):
-            self.position = position
-            prompt = None if problem.key in self.worked else self.prompts.student(problem)
-            # With an answer still to come, the correction is all of the feedback that can be too long.
-            if prompt is None or not self.prompts.fits(problem, self.verify(self.task, problem, "")):
-                self.skipped += 1
-                misses += 1
-                if misses == 1000:
-                    raise ValueError("[max_prompt_tokens] a thousand problems in a row did not fit: raise the limit")
-                continue
-            batch.append(Sample(problem, prompt))
-            if len(batch) == self.config.prompts_per_step:
-                break
-        # A user's feedback may not be the same twice.
-        batch, self.position, self.skipped = self.processes.from_main((batch, self.position, self.skipped))
-        return batch
 
     def roll_out(self, batch: Sequence[Sample]) -> None:
         """Samples completions, verifies them, and builds the teacher's prompts."""
@@ -268,15 +242,14 @@ class Trainer:
             "teacher_prefers_right": prefers_right(batch, [s.sequence_teacher_logprob for s in sums]),
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
-            "skipped": self.skipped,
+            "skipped": self.next_batch.skipped,
             "left_out": sum(not taught for entry in batch for taught in entry.taught),
             "cut": sum(self.prompts.cuts(entry.problem, feedback) for entry in batch for feedback in entry.feedback),
             "tokens_per_second": num_tokens / elapsed,
             "seconds": elapsed,
             **{f"seconds_{phase}": spent for phase, spent in seconds.items()},
         }
-        self._record_rollouts("training", batch)
-        self._record(record)
+        self.journal.add(record, rollout_records("training", self.step, batch, self.prompts))
         return record
 
     # The run.
@@ -285,7 +258,7 @@ class Trainer:
         """Trains to `config.steps`. Returns whether it got there; the directory is complete either way."""
         config = self.config
         for remark in config.remarks():
-            self._say(f"note: {remark}")
+            self.journal.say(f"note: {remark}")
         tracking.start(self.accelerator, config, self.directory)
         with Interrupt(self.console) as interrupt, report.progress_bar(self.console) as bar:
             shown = bar.add_task(config.task, total=config.steps, completed=self.step, rate="")
@@ -302,9 +275,9 @@ class Trainer:
                 self.console.print(report.step_line(record), highlight=False)
             if self.processes.is_main:
                 about = f"{config.task}, {config.objective}, {config.teacher} teacher"
-                report.plot(self._records, self.directory / "plot.png", about)
+                report.plot(self.journal.records, self.directory / "plot.png", about)
         self.accelerator.end_training()
-        evaluations = [record for record in self._records if record["kind"] == "evaluation"]
+        evaluations = [record for record in self.journal.records if record["kind"] == "evaluation"]
         if evaluations:
             self.console.print(report.final_table(evaluations))
         self.console.print(f"run directory: {self.directory}", highlight=False)
@@ -321,11 +294,20 @@ class Trainer:
             result: Evaluation | None = self.evaluate(self.student, self.teacher, lambda: interrupt.requested)
         if result is not None:
             record = {"kind": "evaluation", "step": self.step, **asdict(result), "seconds": time.perf_counter() - began}
-            if self.processes.is_main:
-                self._record_samples()
-            self._record(record)
+            self.journal.add(record, self._samples() if self.processes.is_main else [])
             self.evaluated = self.step
             self.console.print(report.evaluation_line(self.step, result), style="bold", highlight=False)
+
+    @property
+    def _stateful(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the model."""
+        return {
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "teacher": self.teacher,
+            "baseline": self.average,
+            "problems": self.next_batch,
+        }
 
     def save(self) -> None:
         """Writes a checkpoint, unless the last one is of this step."""
@@ -333,13 +315,8 @@ class Trainer:
             return
         state = {
             "step": self.step,
-            "position": self.position,
-            "skipped": self.skipped,
             "start": self.start,
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "teacher": self.teacher.state_dict(),
-            "baseline": self.average.state_dict(),
+            **{name: part.state_dict() for name, part in self._stateful.items()},
             "generators": self.processes.gather([checkpoint.generator_states()]),
         }
         if self.processes.is_main:
@@ -356,9 +333,9 @@ class Trainer:
         main = self.processes.is_main
         if main:
             checkpoint.remove_leftovers(self.directory)
-        path = self.processes.from_main(checkpoint.newest_whole(self.directory, self._say) if main else None)
+        path = self.processes.from_main(checkpoint.newest_whole(self.directory, self.journal.say) if main else None)
         if path is None:
-            self._say(f"{self.directory} has no checkpoint yet: starting from step 0")
+            self.journal.say(f"{self.directory} has no checkpoint yet: starting from step 0")
         else:
             generators = self.load(path)
             if len(generators) != self.processes.count:
@@ -369,10 +346,11 @@ class Trainer:
             checkpoint.restore_generators(generators[self.processes.index])
             if main:
                 checkpoint.point_to(path)
-            self._say(f"resuming from {path}")
+            self.journal.say(f"resuming from {path}")
         # Without a checkpoint `saved` is -1 and nothing is kept.
-        self._records = self.processes.from_main(checkpoint.drop_after(self.directory, self.saved) if main else [])
-        self.evaluated = checkpoint.last_evaluation(self._records)
+        kept = checkpoint.drop_after(self.directory, self.saved) if main else []
+        self.journal.records = self.processes.from_main(kept)
+        self.evaluated = checkpoint.last_evaluation(self.journal.records)
 
     def load(self, path: Path) -> list[dict[str, Any]]:
         """Takes up a checkpoint directory but for its generators' states, which it returns, and changes no file.
@@ -387,45 +365,23 @@ class Trainer:
                 f"started, and a {self.config.teacher} teacher or adapters are made for them: expected the same model"
             )
         models.restore(self.student.model, path)
-        self.teacher.load_state_dict(state["teacher"])
-        self.average.load_state_dict(state["baseline"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.step, self.position, self.skipped = state["step"], state["position"], state["skipped"]
-        self.saved = self.step
+        for name, part in self._stateful.items():
+            part.load_state_dict(state[name])
+        self.step = self.saved = state["step"]
         return state["generators"]
 
-    def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    def _record(self, record: dict[str, Any]) -> None:
-        self._records.append(record)
-        if not self.processes.is_main:
-            return
-        checkpoint.append_lines(self.directory / "metrics.jsonl", [record])
-        tracking.log(self.accelerator, record)
-        for kind, text in health.warnings(self._records, self.config):
-            if kind not in self._warned:
-                self._warned.add(kind)
-                self._say(f"warning: {text}")
-
-    def _record_samples(self) -> None:
+    def _samples(self) -> list[dict[str, Any]]:
         """Held-out problems answered as in training, with what every token costs; training's draws are left alone."""
-        batch = [
-            Sample(problem, prompt) for problem, prompt in self.evaluate.student_prompts[: self.config.eval_rollouts]
-        ]
-        if batch:
-            with self.evaluate.own_draws(self.student), self.accelerator.autocast():
-                self.roll_out(batch)
-                columns = samples.token_columns(
-                    self.student, self.teacher, batch, self.tokenizer, self.config, self.average
-                )
-            self._record_rollouts("sample", batch, columns)
-
-    def _record_rollouts(self, kind: str, batch: list[Sample], columns: list[dict[str, Any]] | None = None) -> None:
-        if self.processes.is_main:
-            records = rollout_records(kind, self.step, batch, self.prompts, columns)
-            checkpoint.append_lines(self.directory / "rollouts.jsonl", records)
+        shown = self.evaluate.student_prompts[: self.config.eval_rollouts]
+        batch = [Sample(problem, prompt) for problem, prompt in shown]
+        if not batch:
+            return []
+        with self.evaluate.own_draws(self.student), self.accelerator.autocast():
+            self.roll_out(batch)
+            columns = samples.token_columns(
+                self.student, self.teacher, batch, self.tokenizer, self.config, self.average
+            )
+        return rollout_records("sample", self.step, batch, self.prompts, columns)
 
 
 def _rate(config: Config, step: int) -> float:
