@@ -302,12 +302,9 @@ class Trainer:
     def _stateful(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the model."""
         return {
-            "optimizer": self.optimizer,
-            "scheduler": self.scheduler,
-            "teacher": self.teacher,
-            "baseline": self.average,
-            "problems": self.next_batch,
-        }
+            "optimizer": self.optimizer, "scheduler": self.scheduler, "teacher": self.teacher,
+            "baseline": self.average, "problems": self.next_batch,
+        }  # fmt: skip
 
     def save(self) -> None:
         """Writes a checkpoint, unless the last one is of this step."""
