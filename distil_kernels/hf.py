@@ -12,6 +12,7 @@ Left out: a head with adapters of its own, prompt tuning (it adds positions), en
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,10 +35,19 @@ class CausalLM:
     softcap: float | None
     scale: float
 
-    def hidden(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
-        """Hidden states [B, L, D], times the logit scale, ready for `weight`. `kwargs` go to the body."""
-        hidden = self.body(input_ids=input_ids, **kwargs).last_hidden_state
+    def hidden(self, input_ids: Tensor, cache: Any = None, **kwargs: Any) -> Tensor:
+        """Hidden states [B, L, D], times the logit scale, ready for `weight`; continues and fills a `cache`.
+
+        `kwargs` go to the body.
+        """
+        kwargs |= self.cached(cache)
+        hidden = self.body(input_ids=input_ids, use_cache=cache is not None, **kwargs).last_hidden_state
         return hidden if self.scale == 1.0 else hidden * self.scale
+
+    def cached(self, cache: Any) -> dict[str, Any]:
+        """The argument that hands a cache to the model, which before transformers 5.24 was named past_key_values."""
+        named = inspect.signature(self.body.forward).parameters
+        return {} if cache is None else {"cache" if "cache" in named else "past_key_values": cache}
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., D], in plain torch: for checks, not for training."""

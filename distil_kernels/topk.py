@@ -146,6 +146,8 @@ def fused_topk_distil_loss(
     group_size: int | None = None,
     credit_clip: float | None = None,
     credit_scale: float = 1.0,
+    behaviour_logprobs: Tensor | None = None,
+    importance_clip: float | None = None,
     normalizer: float | Tensor | None = None,
 ) -> DistilLoss:
     """`fused_distil_loss` for a teacher as `fused_topk_ce` knows it: K tokens and one bucket of all others.
@@ -175,7 +177,7 @@ def fused_topk_distil_loss(
     door.rows("tokens", tokens, student_hidden, "int64")
     credit = door.credit(
         student_hidden, credit_span, baseline, group_size, discount, horizon, normalize_by_remaining, credit_clip,
-        credit_scale, None, None,
+        credit_scale, importance_clip, behaviour_logprobs,
     )  # fmt: skip
     _check_teacher(door, student_hidden, teacher_ids, teacher_logprobs, token_mask, student_weight.shape[0])
     check_tokens(tokens, token_mask, student_weight.shape[0])
@@ -189,7 +191,12 @@ def fused_topk_distil_loss(
     weights, cost_to_go = _credit(credit, lengths, token_mask, costs)
     counts = torch.ones_like(costs) if token_mask is None else token_mask.to(dtype)
     needs = _needs(student_hidden, student_weight, student_bias)
+    ratio = credit.importance(stats.logprob, slice(None))
+    if ratio is not None:
+        counts, weights = counts * ratio, weights * ratio
     total, *_ = topk_loss(*rows, tokens, token_mask, counts, weights, *options, needs)
+    if ratio is not None:  # the value has no ratios
+        total = total + (stats.ce.sum() - total).detach()
     if cost == "kl":
         total = total - stats.teacher_entropy.sum()
     denominator = lengths.numel() if normalizer is None else normalizer

@@ -82,14 +82,17 @@ def test_gradient_by_definition(num_kept, options, masked, generator, monkeypatc
         torch.testing.assert_close(mine, truth)
 
 
+@pytest.mark.parametrize("importance", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_all_tokens_named_is_the_loss_with_a_whole_teacher(dtype, generator):
+def test_all_tokens_named_is_the_loss_with_a_whole_teacher(dtype, importance, generator):
     inputs = make_inputs(N, V, D, dtype=dtype, generator=generator)
     logits = inputs.teacher_hidden.float() @ inputs.teacher_weight.float().T
     shared = {
         "tokens": inputs.tokens, "cu_seqlens": BORDERS, "baseline": "leave_one_out", "group_size": 2, "discount": 0.9,
         "cost": "kl",
     }  # fmt: skip
+    if importance:  # ratios on both sides of the bound
+        shared |= {"behaviour_logprobs": 2.0 * torch.randn(N, generator=generator) - 4.0, "importance_clip": 1.5}
     ids = torch.arange(V).expand(N, V)
     ours = fused_topk_distil_loss(*inputs.heads[:2], ids, logits.log_softmax(-1), **shared)
     theirs = fused_distil_loss(*inputs.heads, backend="reference", **shared)

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 from distil_kernels.train import commands
-from distil_kernels.train import config as configuration
 from distil_kernels.train.checkpoint import write_text
 from distil_kernels.train.config import Config
+from distil_kernels.train.options import from_file, parse, resolved
 
 
 def main(arguments: list[str]) -> int:
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    config, given = configuration.parse(arguments)
+    config, given = parse(arguments)
     resumes = bool(config.resume)
     if resumes:
         config, directory = _resumed(config, given)
@@ -58,7 +58,7 @@ def _train(arguments: list[str]) -> int:
     from distil_kernels.train.loop import Trainer
 
     console = Console(width=None if sys.stdout.isatty() else 160, quiet=not _is_main())
-    console.print(configuration.resolved(config), highlight=False, markup=False)
+    console.print(resolved(config), highlight=False, markup=False)
     trainer = Trainer(config, directory, console)
     if resumes:
         trainer.resume()
@@ -91,7 +91,7 @@ def _resumed(config: Config, given: set[str]) -> tuple[Config, Path]:
     extra = sorted(given - {"resume", "steps"})
     if extra:
         raise ValueError(f"[resume] a resumed run keeps its settings: expected --steps at most, got --{extra[0]}")
-    config_before = Config.from_json(path.read_text())
+    config_before = Config(**from_file(path))
     if "steps" in given:
         config_before = dataclasses.replace(config_before, steps=config.steps)
         if _is_main():

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from distil_kernels.train.feedback import Prompts
-from distil_kernels.train.tasks import Feedback, Problem
+from distil_kernels.train.feedback import Prompts, Verifier
+from distil_kernels.train.processes import Processes
+from distil_kernels.train.tasks import Feedback, Problem, Task, problems
 from distil_kernels.train.tools import Rollouts
 
 if TYPE_CHECKING:
@@ -41,6 +42,48 @@ class Sample:
         self.teacher_prompts = [prompt or self.prompt for prompt in read]
 
 
+class Batches:
+    """The run's problems, `count` at a call, the same in all processes.
+
+    Left out, and counted in `skipped`, are those whose prompts do not fit, and `worked` ones (by key), whose answers
+    stand in every prompt.
+    """
+
+    def __init__(
+        self, task: Task, verify: Verifier, prompts: Prompts, worked: set[str], count: int, processes: Processes
+    ) -> None:
+        self._task, self._verify, self._prompts, self._worked = task, verify, prompts, worked
+        self._count, self._processes = count, processes
+        self._position = 0
+        self.skipped = 0
+
+    def __call__(self) -> list[Sample]:
+        batch: list[Sample] = []
+        misses = 0
+        for position, problem in problems(self._task, held_out=False, start=self._position):
+            self._position = position
+            prompt = None if problem.key in self._worked else self._prompts.student(problem)
+            # With an answer still to come, the correction is all of the feedback that can be too long.
+            if prompt is None or not self._prompts.fits(problem, self._verify(self._task, problem, "")):
+                self.skipped += 1
+                misses += 1
+                if misses == 1000:
+                    raise ValueError("[max_prompt_tokens] a thousand problems in a row did not fit: raise the limit")
+                continue
+            batch.append(Sample(problem, prompt))
+            if len(batch) == self._count:
+                break
+        # A user's feedback may not be the same twice.
+        batch, self._position, self.skipped = self._processes.from_main((batch, self._position, self.skipped))
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self._position, "skipped": self.skipped}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._position, self.skipped = state["position"], state["skipped"]
+
+
 def answered(trainer: Trainer, batch: Sequence[Sample], rollouts: Sequence[Rollouts]) -> None:
     """Takes the rollouts of each problem, with what is said of them and what the teacher reads of that."""
     problems = [entry.problem for entry in batch]
@@ -55,7 +98,7 @@ def answered(trainer: Trainer, batch: Sequence[Sample], rollouts: Sequence[Rollo
 
 
 def rollout_records(
-    kind: str, step: int, batch: Sequence[Sample], prompts: Prompts, columns: list[dict[str, Any]] | None
+    kind: str, step: int, batch: Sequence[Sample], prompts: Prompts, columns: list[dict[str, Any]] | None = None
 ) -> list[dict[str, Any]]:
     """A line of rollouts.jsonl for each rollout; `columns` are what `samples` knows of each."""
     records = [

@@ -15,16 +15,15 @@ from collections.abc import Sequence
 import torch
 
 from distil_kernels import token_logprobs
-from distil_kernels.hf import CausalLM
 from distil_kernels.train.config import Config
 from distil_kernels.train.feedback import Prompts
-from distil_kernels.train.prefix import completion_hidden
+from distil_kernels.train.reading import Reader
 from distil_kernels.train.tasks import Problem
 
 
 @torch.no_grad()
 def right_logprob(
-    student: CausalLM, posed: Sequence[tuple[Problem, list[int]]], prompts: Prompts, config: Config, share: bool
+    student: Reader, posed: Sequence[tuple[Problem, list[int]]], prompts: Prompts, config: Config
 ) -> float:
     """Mean log-prob of the expert's whole answers; `posed` are problems with what the student reads of them.
 
@@ -34,7 +33,7 @@ def right_logprob(
     if not known:
         return float("nan")
     answers = [answer for _, answer in known]
-    hidden = completion_hidden(student, [prompt for prompt, _ in known], range(len(known)), answers, share)
+    hidden = student.states([prompt for prompt, _ in known], range(len(known)), answers)
     tokens = torch.tensor([token for answer in answers for token in answer], device=hidden.device)
     found = token_logprobs(
         hidden.to(student.weight.dtype), student.weight, tokens=tokens, student_bias=student.bias,

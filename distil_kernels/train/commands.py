@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from distil_kernels.train.checkpoint import newest_whole, read_lines, write_text
-from distil_kernels.train.config import Config, Parser, option_parser, read_options
+from distil_kernels.train.config import Config
+from distil_kernels.train.options import Parser, from_file, option_parser, read_options
 
 PROG = "python -m distil_kernels.train"
 EVAL_OPTIONS = {
-    "task", "max_new_tokens", "eval_problems", "eval_samples", "eval_seed", "precision", "backend", "share_prompts",
+    "task", "max_new_tokens", "eval_problems", "eval_samples", "eval_seed", "precision", "backend", "reading",
 }  # fmt: skip
 """What may be asked of a run otherwise than it was trained."""
 
@@ -121,7 +122,7 @@ def _run_directory(name: str) -> Path:
 
 
 def _config(directory: Path) -> Config:
-    return Config.from_json((directory / "config.json").read_text())
+    return Config(**from_file(directory / "config.json"))
 
 
 def _console() -> Console:

@@ -1,26 +1,16 @@
-"""The one configuration: fields, defaults, descriptions (the docstring under each field), checks, command line.
+"""The one configuration: fields, defaults, descriptions (the docstring under each field), checks.
 
-Every option of the command line is a field of Config; there is no second list of names or defaults. Values are checked
-before any work starts.
-
-`--config FILE` reads a YAML file of options; the command line goes before it. A run directory's config.json is such a
-file too, and is what --resume reads. `--preset NAME` gives the options of a method, before both.
+Every option of the command line (`options`) is a field of Config; there is no second list of names or defaults. Values
+are checked before any work starts.
 """
 
 from __future__ import annotations
 
-import argparse
-import ast
-import difflib
-import inspect
 import json
 import math
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from itertools import pairwise
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
-
-import yaml
+from typing import Any
 
 ANY = (-math.inf, math.inf)
 POSITIVE = (1e-12, math.inf)
@@ -52,7 +42,7 @@ class Config:
     """Seed of problems and sampling."""
 
     steps: int = _option(24, AT_LEAST_0)
-    """Optimiser steps: one per batch."""
+    """Batches of rollouts."""
     prompts_per_step: int = _option(4, AT_LEAST_1)
     """Different problems in a batch, which the processes share out."""
     rollouts_per_prompt: int = _option(4, AT_LEAST_1)
@@ -133,6 +123,11 @@ class Config:
     """Nucleus of training rollouts; below 1 only with off_policy."""
     top_k: int = _option(0, AT_LEAST_0)
     """Top-k of training rollouts, 0 for all; others only with off_policy."""
+    updates_per_batch: int = _option(1, AT_LEAST_1)
+    """Optimiser updates on each batch of rollouts. From the second on the rollouts are older than the model, and each
+    token's gradient is weighted by how much likelier it has become (policy_gradient: clipped at 0.8 and 1.2)."""
+    importance_clip: float = _option(2.0, AT_LEAST_0)
+    """Bound of that weight where there is a teacher; 0 for none. (Biased.)"""
     off_policy: bool = False
     """Allow rollouts from another distribution than the loss's, which makes the credit wrong."""
 
@@ -179,11 +174,13 @@ class Config:
 
     precision: str = _option("auto", ("auto", "float32", "bfloat16"))
     """Of the model's products; weights stay float32. auto: bfloat16 on GPUs that have it, float32 on CPUs."""
-    share_prompts: str = _option("auto", ("auto", "on", "off"))
-    """Read each prompt once for all its rollouts (exact), whole rows for models whose cache does not allow it."""
+    reading: str = _option("auto", ("auto", "shared", "packed", "padded"))
+    """How prompts and completions go through a model: each prompt once for all its rollouts (shared), or whole rows, in
+    one (packed) or padded; auto is what reads the fewest tokens, batch by batch. Changes time and memory, not the
+    gradient."""
     gradient_checkpointing: bool = False
-    """Keep only each layer's input for the backward pass and run the layer again; the student then reads whole rows
-    there. Changes memory and time, not the gradient."""
+    """Keep only each layer's input for the backward pass and run the layer again; the student then shares no
+    prompts there. Changes memory and time, not the gradient."""
     backend: str = _option("auto", ("auto", "reference", "cpu", "triton", "cuda"))
     """Back end of the loss."""
     plan: str = "auto"
@@ -269,10 +266,10 @@ class Config:
                 "[micro_batch_prompts] baseline position_mean needs the whole batch at once: expected 0, got "
                 f"{self.micro_batch_prompts}"
             )
-        if self.gradient_checkpointing and self.share_prompts == "on":
+        if self.gradient_checkpointing and self.reading == "shared":
             raise ValueError(
-                "[share_prompts] gradient_checkpointing reads whole rows where there are gradients: expected auto or "
-                "off, got on"
+                "[reading] gradient_checkpointing reads whole rows where there are gradients: expected auto, packed or "
+                "padded, got shared"
             )
         if self.name and Path(self.name).name != self.name:
             raise ValueError(f"[name] expected a plain directory name, got {self.name!r}")
@@ -292,15 +289,6 @@ class Config:
     def to_json(self) -> str:
         return json.dumps({option.name: getattr(self, option.name) for option in fields(self)}, indent=2) + "\n"
 
-    @staticmethod
-    def from_json(text: str) -> Config:
-        """Raises ValueError for keys that are no options."""
-        values = json.loads(text)
-        unknown = sorted(set(values) - {option.name for option in fields(Config)})
-        if unknown:
-            raise ValueError(f"[config] unknown option {unknown[0]!r}{_suggestion(unknown[0])}")
-        return Config(**values)
-
 
 PRESETS: dict[str, dict[str, Any]] = {
     "distil": {"objective": "forward_ce", "cost": "ce", "credit_span": "future", "teacher": "frozen"},
@@ -310,130 +298,3 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Objectives as this trainer understands their papers; what is not named here keeps the defaults, which are ours (and
 so are opsd's teacher and mixture, and distil's discount and baseline: the papers' are not known to us)."""
-
-
-def descriptions() -> dict[str, str]:
-    """The docstring under each field."""
-    (definition,) = ast.parse(inspect.getsource(Config)).body
-    assert isinstance(definition, ast.ClassDef)
-    found = {}
-    for item, after in pairwise(definition.body):
-        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and isinstance(after, ast.Expr):
-            found[item.target.id] = ast.literal_eval(after.value)
-    return found
-
-
-def parse(arguments: list[str]) -> tuple[Config, set[str]]:
-    """Command line, and the file that --config names, to a checked Config and the names of the options given.
-
-    Raises:
-        SystemExit: --help (0), or an unknown option or bad value (2), with a message.
-    """
-    parser = option_parser(
-        "python -m distil_kernels.train",
-        "Trains a causal LM by distilling itself under feedback (DistIL), with the whole vocabulary. "
-        "Other commands, each with a --help: eval, inspect, report.",
-    )
-    config, given, _ = read_options(parser, arguments)
-    return config, given
-
-
-def resolved(config: Config) -> str:
-    """Every option with its value, as a file that --config reads."""
-    return yaml.safe_dump(asdict(config), sort_keys=False).rstrip()
-
-
-def option_parser(prog: str, description: str) -> Parser:
-    """A parser of every field of Config and of --config."""
-    parser = Parser(
-        prog=prog,
-        description=description,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
-    )
-    parser.add_argument("--config", metavar="FILE", help="YAML file of options; those given beside it go before it.")
-    parser.add_argument(
-        "--preset", choices=tuple(PRESETS), help="Options of a method; a file and options go before it."
-    )
-    types, text = get_type_hints(Config), descriptions()
-    for option in fields(Config):
-        allowed = option.metadata.get("allowed", ())
-        default = "" if option.default is MISSING else f" [{option.default}]"
-        about = (text[option.name] + default).replace("%", "%%")
-        spellings = sorted({f"--{option.name}", f"--{option.name.replace('_', '-')}"}, reverse=True)
-        if types[option.name] is bool:
-            parser.add_argument(*spellings, dest=option.name, action=argparse.BooleanOptionalAction, help=about)
-        else:
-            choices = "{" + ",".join(allowed) + "}" if types[option.name] is str and allowed else None
-            metavar = choices or types[option.name].__name__.upper()
-            parser.add_argument(*spellings, dest=option.name, type=types[option.name], metavar=metavar, help=about)
-    return parser
-
-
-def read_options(parser: Parser, arguments: list[str]) -> tuple[Config, set[str], dict[str, Any]]:
-    """As `parse`; the last of the three is what the parser knows beside the options."""
-    found, rest = parser.parse_known_args(arguments)
-    if rest:
-        parser.error(f"unknown option {rest[0]}{_suggestion(rest[0].lstrip('-').split('=')[0])}")
-    given = vars(found)
-    path, preset = given.pop("config", None), given.pop("preset", None)
-    others = {name: given.pop(name) for name in list(given) if name not in Config.__dataclass_fields__}
-    try:
-        values = {**PRESETS.get(preset, {}), **(from_file(Path(path)) if path else {}), **given}
-        config = Config(**values)
-        config.check()
-    except ValueError as error:
-        parser.error(str(error))
-    return config, set(values), others
-
-
-def from_file(path: Path) -> dict[str, Any]:
-    """Options of a YAML (or JSON) file, each of its field's type.
-
-    Raises:
-        ValueError: the file cannot be read, is no list of `option: value`, or has an unknown option or a wrong type.
-    """
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ValueError(f"[config] cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"[config] {path} is no YAML: {' '.join(str(error).split())}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ValueError(f"[config] {path}: expected lines of `option: value`, got a {type(content).__name__}")
-    types, values = get_type_hints(Config), {}
-    for key, value in content.items():
-        name = str(key).replace("-", "_")
-        if name not in types:
-            raise ValueError(f"[config] {path}: unknown option {key!r}{_suggestion(str(key))}")
-        if name in values:
-            raise ValueError(f"[config] {path}: {name} is given twice")
-        values[name] = _typed(name, value, types[name])
-    return values
-
-
-def _typed(name: str, value: Any, expected: type) -> Any:
-    if expected is float and not isinstance(value, bool):  # YAML reads 2e-5 as a word and 1 as an integer
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    if type(value) is not expected:
-        raise ValueError(f"[{name}] expected a value of type {expected.__name__}, got {value!r}")
-    return value
-
-
-def _suggestion(name: str) -> str:
-    known = [option.name for option in fields(Config)]
-    close = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.6)
-    return f" (did you mean --{close[0]}?)" if close else " (--help lists them all)"
-
-
-class Parser(argparse.ArgumentParser):
-    """One line of what is wrong instead of the usage of forty options."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from distil_kernels.hf import CausalLM
 from distil_kernels.train.batch import unique
 from distil_kernels.train.feedback import Prompts
+from distil_kernels.train.reading import Reader
 from distil_kernels.train.rollout import Sampling, sample
 from distil_kernels.train.siblings import Said
 from distil_kernels.train.tasks import Feedback, Problem
@@ -26,12 +26,12 @@ BATCH_ROWS = 128
 class Critic:
     """Called as `siblings.Say` says; critiques have at most `max_tokens` tokens."""
 
-    def __init__(self, prompts: Prompts, max_tokens: int, share: bool) -> None:
-        self._prompts, self._share = prompts, share
+    def __init__(self, prompts: Prompts, max_tokens: int) -> None:
+        self._prompts = prompts
         self._sampling = Sampling(max_tokens, prompts.stop_ids(), temperature=0.0)
 
     def __call__(
-        self, student: CausalLM, problems: Sequence[Problem], answers: Sequence[Sequence[Said]], count: int
+        self, student: Reader, problems: Sequence[Problem], answers: Sequence[Sequence[Said]], count: int
     ) -> list[list[Feedback]]:
         asked = [
             self._prompts.critic(problem, text)
@@ -42,7 +42,7 @@ class Critic:
         critiques: list[str] = []
         for begin in range(0, len(different), BATCH_ROWS):
             batch = different[begin : begin + BATCH_ROWS]
-            done = sample(student, batch, range(len(batch)), self._sampling, self._share)
+            done = sample(student, batch, range(len(batch)), self._sampling)
             critiques += [self._prompts.answer(tokens).strip() for tokens in done]
         row = iter(rows)
         texts = iter([critiques[next(row)] if prompt else "" for prompt in asked])

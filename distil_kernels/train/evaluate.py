@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import torch
 
-from distil_kernels.hf import CausalLM
 from distil_kernels.train.feedback import Prompts, Verifier
 from distil_kernels.train.processes import ALONE, Processes
+from distil_kernels.train.reading import Reader
 from distil_kernels.train.remote import RemoteTeacher
 from distil_kernels.train.rollout import Sampling
 from distil_kernels.train.siblings import Said, Say
@@ -67,13 +67,11 @@ class Evaluator:
         sampling: Sampling,
         num_samples: int,
         seed: int,
-        share: bool,
         tool: Python | None = None,
         processes: Processes = ALONE,
     ) -> None:
         self._task, self._verify, self._say, self._prompts, self._sampling = task, verify, say, prompts, sampling
-        self._num_samples, self._seed, self._share = num_samples, seed, share
-        self._tool, self._processes = tool, processes
+        self._num_samples, self._seed, self._tool, self._processes = num_samples, seed, tool, processes
         fitting = []
         for problem in held_out:
             student = prompts.student(problem)
@@ -85,7 +83,7 @@ class Evaluator:
             raise ValueError(f"[max_prompt_tokens] none of {len(held_out)} held-out problems fits")
 
     @contextmanager
-    def own_draws(self, student: CausalLM) -> Iterator[None]:
+    def own_draws(self, student: Reader) -> Iterator[None]:
         """In it, sampling starts from the evaluation's seed; training's generator is left alone."""
         devices = [student.weight.device] if student.weight.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
@@ -93,7 +91,7 @@ class Evaluator:
             yield
 
     def __call__(
-        self, student: CausalLM, teacher: Teacher | RemoteTeacher, stop: Callable[[], bool] = lambda: False
+        self, student: Reader, teacher: Teacher | RemoteTeacher, stop: Callable[[], bool] = lambda: False
     ) -> Evaluation | None:
         """None when `stop` became true between batches, in any process."""
         with self.own_draws(student):
@@ -108,7 +106,7 @@ class Evaluator:
         return Evaluation(*means[0], *means[1], *means[2], length, len(scores[0]), pass_at(scores[0]), correct)
 
     def _own_answers(
-        self, student: CausalLM, teacher: Teacher | RemoteTeacher, stop: Callable[[], bool]
+        self, student: Reader, teacher: Teacher | RemoteTeacher, stop: Callable[[], bool]
     ) -> _Answers | None:
         """To this process's share of the problems."""
         problems = self._processes.share(self.student_prompts)
@@ -133,7 +131,7 @@ class Evaluator:
 
     def _answers(
         self,
-        draw: Callable[[Sequence[list[int]], Sequence[int], Sampling, bool, Python | None], Rollouts],
+        draw: Callable[[Sequence[list[int]], Sequence[int], Sampling, Python | None], Rollouts],
         problems: Sequence[tuple[Problem, list[int]]],
         num_samples: int,
         sampling: Sampling,
@@ -148,7 +146,7 @@ class Evaluator:
                 break
             batch = problems[begin : begin + per_batch]
             rows = [row for row in range(len(batch)) for _ in range(num_samples)]
-            completions, written = draw([prompt for _, prompt in batch], rows, sampling, self._share, self._tool)
+            completions, written = draw([prompt for _, prompt in batch], rows, sampling, self._tool)
             num_tokens += sum(map(sum, written))
             for row, (problem, _) in enumerate(batch):
                 done = completions[row * num_samples : (row + 1) * num_samples]

@@ -5,7 +5,7 @@
         feedback = verify(rollout)                          a score, and the expert's correction
         hidden   = student(prompt + rollout), teacher(prompt + correction + rollout)
         loss     = fused_distil_loss(...)                   whole vocabulary, sequence-level gradient
-        one optimiser step; the ema teacher follows
+        one optimiser step, or several; the ema teacher follows each
 
 Several processes share each batch out (`processes`); the main one writes and prints. Everything random in a step comes
 from torch's global generator, one stream per process, and the data position, so that a resumed run repeats an
@@ -31,17 +31,18 @@ from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
 
 from distil_kernels.hf import split
-from distil_kernels.train import alignment, change, checkpoint, health, models, report, samples, tracking
+from distil_kernels.train import alignment, change, checkpoint, models, report, samples, tracking
 from distil_kernels.train.baseline import PositionAverage
-from distil_kernels.train.batch import Sample, answered, prefers_right, rollout_records, unique
+from distil_kernels.train.batch import Batches, Sample, answered, prefers_right, rollout_records, unique
 from distil_kernels.train.config import Config
 from distil_kernels.train.critique import Critic
 from distil_kernels.train.evaluate import Evaluation, Evaluator
 from distil_kernels.train.feedback import Prompts, verifier
 from distil_kernels.train.interrupt import Interrupt
-from distil_kernels.train.objective import Sums, distil_loss, means, policy_loss
-from distil_kernels.train.prefix import completion_hidden, shares_prompts
+from distil_kernels.train.journal import Journal
+from distil_kernels.train.objective import Kept, Sums, distil_loss, means, policy_loss
 from distil_kernels.train.processes import Processes
+from distil_kernels.train.reading import reader
 from distil_kernels.train.remote import RemoteTeacher
 from distil_kernels.train.rollout import Sampling
 from distil_kernels.train.siblings import Say, as_verified, from_siblings
@@ -60,6 +61,7 @@ class Trainer:
         self.directory = self.processes.from_main(directory)
         set_seed(config.seed)
         model, self.tokenizer = models.load(config.model)
+        models.use_flash_attention(model, self.accelerator.device, self.accelerator.mixed_precision)
         # A checkpoint of adapters, and one without its frozen teacher, says nothing of the weights it started from.
         self.start = checkpoint.fingerprint(model) if config.teacher == "frozen" or config.lora_rank else []
         if config.lora_rank:
@@ -71,12 +73,14 @@ class Trainer:
         # evaluation_mode: placed and set for autocast, not wrapped in DistributedDataParallel.
         self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
-        self.student = split(self.accelerator.unwrap_model(self.model))
+        parts = split(self.accelerator.unwrap_model(self.model))
+        self.student = reader(parts, config.reading, config.gradient_checkpointing)
         head, other = self.student.weight, None
         ends = models.end_ids(self.student.model, self.tokenizer)
         if config.teacher == "local":
             other, other_tokenizer = models.load(config.teacher_model, "teacher_model")
             check_same_tokens(self.tokenizer, other_tokenizer)
+            models.use_flash_attention(other, self.accelerator.device, self.accelerator.mixed_precision)
             # A student that learns to end as its teacher does must be heard to, here and by who loads its checkpoint.
             ends = sorted({*ends, *models.end_ids(other, other_tokenizer)})
             self.student.model.generation_config.eos_token_id = ends
@@ -85,7 +89,7 @@ class Trainer:
         if config.teacher_url:
             self.teacher = RemoteTeacher(config, self.tokenizer, head.shape[0], head.device)
         else:
-            self.teacher = Teacher(self.student, config.teacher, config.ema_rate, other)
+            self.teacher = Teacher(self.student, config.teacher, config.ema_rate, other, config.reading)
         if config.gradient_checkpointing:
             models.checkpoint_layers(self.student.model)
         self.tool = None
@@ -93,7 +97,6 @@ class Trainer:
             self.tool = Python(self.tokenizer, config.max_tool_calls, config.max_tool_tokens)
         longest = config.max_new_tokens + (self.tool.longest if self.tool else 0)
         self.average = PositionAverage(longest, config.baseline_rate, head.device, self.processes)
-        self.share = _shares(config, shares_prompts(self.student) and self.teacher.shares_prompts)
 
         self.task, self.verify = make_task(config.task, config.seed), verifier(config.feedback)
         stream = problems(self.task, held_out=False)
@@ -101,15 +104,15 @@ class Trainer:
             (problem, self.verify(self.task, problem, problem.answer))
             for _, problem in islice(stream, config.num_examples)
         ]
-        self.worked = {problem.key for problem, _ in examples}
-        """Keys of the examples, whose answers stand in every prompt."""
         self.prompts = Prompts(
             self.tokenizer, examples, config.layout, config.teacher_reads, config.max_prompt_tokens,
             ends, self.tool is not None,
         )  # fmt: skip
+        worked = {problem.key for problem, _ in examples}
+        self.next_batch = Batches(self.task, self.verify, self.prompts, worked, config.prompts_per_step, self.processes)
         self.say: Say = from_siblings if config.feedback == "siblings" else as_verified
         if config.feedback == "self_evaluation":
-            self.say = Critic(self.prompts, config.max_critique_tokens, self.share)
+            self.say = Critic(self.prompts, config.max_critique_tokens)
         self.sampling = Sampling(
             config.max_new_tokens, self.prompts.stop_ids(), config.temperature, config.top_p, config.top_k
         )
@@ -118,86 +121,63 @@ class Trainer:
         held_out = held_out_problems(held_out_task, config.eval_problems)
         self.evaluate = Evaluator(
             held_out_task, self.verify, self.say, self.prompts, held_out, own_distribution, config.eval_samples,
-            config.eval_seed, self.share, self.tool, self.processes,
+            config.eval_seed, self.tool, self.processes,
         )  # fmt: skip
         self.step = 0
-        self.position = 0
-        self.skipped = 0
         self.evaluated = -1
         """Step of the last evaluation."""
         self.saved = -1
         """Step of the last checkpoint."""
-        self._records: list[dict[str, Any]] = []
-        self._warned: set[str] = set()
+        self.journal = Journal(config, self.directory, console, self.accelerator)
         if not self.processes.is_main:  # the model, with new adapters, is the same; what is sampled from it is not
             set_seed(self.processes.seed(config.seed))
 
     # One step.
-
-    def next_batch(self) -> list[Sample]:
-        """Problems whose prompts fit and do not hold their answers; the others are counted in `skipped`.
-
-        Those of all processes, in each of them.
-        """
-        batch: list[Sample] = []
-        misses = 0
-        for position, problem in problems(self.task, held_out=False, start=self.position):
-            self.position = position
-            prompt = None if problem.key in self.worked else self.prompts.student(problem)
-            # With an answer still to come, the correction is all of the feedback that can be too long.
-            if prompt is None or not self.prompts.fits(problem, self.verify(self.task, problem, "")):
-                self.skipped += 1
-                misses += 1
-                if misses == 1000:
-                    raise ValueError("[max_prompt_tokens] a thousand problems in a row did not fit: raise the limit")
-                continue
-            batch.append(Sample(problem, prompt))
-            if len(batch) == self.config.prompts_per_step:
-                break
-        # A user's feedback may not be the same twice.
-        batch, self.position, self.skipped = self.processes.from_main((batch, self.position, self.skipped))
-        return batch
 
     def roll_out(self, batch: Sequence[Sample]) -> None:
         """Samples completions, verifies them, and builds the teacher's prompts."""
         group = self.config.rollouts_per_prompt
         rows = [row for row in range(len(batch)) for _ in range(group)]
         prompts = [entry.prompt for entry in batch]
-        done = roll_out(self.student, prompts, rows, self.sampling, self.share, self.tool)
+        done = roll_out(self.student, prompts, rows, self.sampling, self.tool)
         groups = [slice(first, first + group) for first in range(0, len(rows), group)]
         answered(self, batch, [Rollouts(done.completions[own], done.written[own]) for own in groups])
 
     def micro_batch(
-        self, batch: Sequence[Sample], normalizer: float, seconds: dict[str, float]
+        self, batch: Sequence[Sample], normalizer: float, seconds: dict[str, float], kept: Kept | None = None
     ) -> tuple[torch.Tensor, Sums]:
-        """Forward and backward of some of the batch's problems, added to the gradients."""
+        """Forward and backward of some of the batch's problems, added to the gradients.
+
+        `kept` is the same object in each update on these problems.
+        """
         group = self.config.rollouts_per_prompt
         completions = [done for entry in batch for done in entry.completions]
         rows = [row for row in range(len(batch)) for _ in range(group)]
-        config, taught = self.config, None
+        config, kept = self.config, kept or Kept()
+        taught, is_fresh = kept.taught, kept.logprobs is None
         with self.accelerator.autocast():
-            if config.objective != "policy_gradient":
+            if config.objective != "policy_gradient" and taught is None:
                 texts, text_rows = unique([prompt for entry in batch for prompt in entry.teacher_prompts])
                 with _timed(seconds, "teacher"):
-                    taught = self.teacher.at_states(texts, text_rows, completions, self.share)
+                    taught = self.teacher.at_states(texts, text_rows, completions)
+                kept.taught = taught if config.updates_per_batch > 1 and not self.teacher.moves else None
             with _timed(seconds, "student"):
-                prompts = [entry.prompt for entry in batch]
-                # A recomputed layer would add to the prompts' cache once more.
-                share = self.share and not config.gradient_checkpointing
-                hidden = completion_hidden(self.student, prompts, rows, completions, share)
+                hidden = self.student.states([entry.prompt for entry in batch], rows, completions)
                 hidden = hidden.to(self.student.weight.dtype)
             with _timed(seconds, "loss"):
                 if taught is None:
                     scores = [feedback.score for entry in batch for feedback in entry.feedback]
                     written = [row for entry in batch for row in entry.written]
-                    loss, sums = policy_loss(self.student, hidden, completions, scores, config, normalizer, written)
+                    loss, sums = policy_loss(
+                        self.student, hidden, completions, scores, config, normalizer, written, kept
+                    )
                 else:
                     counts = [row for entry in batch for row in entry.counts]
                     loss, sums = distil_loss(
                         self.student, hidden, self.teacher, taught, completions, config, self.average, normalizer,
-                        counts,
+                        counts, kept,
                     )  # fmt: skip
-                    if config.alignment_every and (self.step + 1) % config.alignment_every == 0:
+                    if is_fresh and config.alignment_every and (self.step + 1) % config.alignment_every == 0:
                         scores = [feedback.score for entry in batch for feedback in entry.feedback]
                         found = alignment.inner_products(
                             self.student, hidden, self.teacher, taught, completions, scores, config, self.average,
@@ -208,8 +188,25 @@ class Trainer:
             self.accelerator.backward(loss)
         return loss.detach(), sums
 
+    def update(
+        self, parts: Sequence[tuple[Sequence[Sample], Kept]], normalizer: float, seconds: dict[str, float]
+    ) -> tuple[list[tuple[torch.Tensor, Sums]], float]:
+        """One optimiser step on all of a batch: losses and sums of its micro-batches, and the gradient's norm."""
+        found = [self.micro_batch(batch, normalizer, seconds, kept) for batch, kept in parts]
+        with _timed(seconds, "exchange"):  # and waiting for the others
+            self.processes.sum_gradients(self.trained)
+        with _timed(seconds, "optimizer"):
+            grad_norm = self.accelerator.clip_grad_norm_(self.trained, self.config.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.teacher.follow()
+        return found, float(grad_norm)
+
     def train_step(self) -> dict[str, Any]:
-        """One batch, one update. Returns the record of metrics.jsonl, the same in all processes but for times."""
+        """One batch of rollouts and its updates, of which the first is recorded.
+
+        Returns the record of metrics.jsonl, the same in all processes but for times.
+        """
         seconds: dict[str, float] = {}
         began = time.perf_counter()
         batch = self.next_batch()
@@ -218,24 +215,19 @@ class Trainer:
             self.roll_out(own)
         normalizer = float(len(batch) * self.config.rollouts_per_prompt)
         size = self.config.micro_batch_prompts or len(own)
-        parts = [self.micro_batch(own[begin : begin + size], normalizer, seconds) for begin in range(0, len(own), size)]
+        parts = [(own[begin : begin + size], Kept()) for begin in range(0, len(own), size)]
         held_out = self._right_logprob(seconds)
-        with _timed(seconds, "exchange"):  # and waiting for the others
-            self.processes.sum_gradients(self.trained)
-        with _timed(seconds, "optimizer"):
-            learning_rate = self.scheduler.get_last_lr()[0]
-            grad_norm = self.accelerator.clip_grad_norm_(self.trained, self.config.max_grad_norm)
-            self.optimizer.step()
-            self.scheduler.step()
-            self.optimizer.zero_grad()
-            self.teacher.follow()
-            self.average.follow()
+        updates = [self.update(parts, normalizer, seconds) for _ in range(self.config.updates_per_batch)]
+        learning_rate = self.scheduler.get_last_lr()[0]
+        self.scheduler.step()
+        self.average.follow()
         changed = change.figures(held_out, self._right_logprob(seconds))
         self.step += 1
+        (found, grad_norm), (last, _) = updates[0], updates[-1]
         with _timed(seconds, "exchange"):
             batch = self.processes.gather(own)
-            sums = self.processes.gather([part.on_cpu() for _, part in parts])
-            losses = self.processes.gather([float(loss) for loss, _ in parts])
+            sums, last_sums = (self.processes.gather([part.on_cpu() for _, part in each]) for each in (found, last))
+            losses = self.processes.gather([float(loss) for loss, _ in found])
         scores = [feedback.score for entry in batch for feedback in entry.feedback]
         num_tokens = sum(sum(written) for entry in batch for written in entry.written)
         elapsed = time.perf_counter() - began
@@ -244,23 +236,23 @@ class Trainer:
             "step": self.step,
             "loss": sum(losses),
             "accuracy": statistics.fmean(scores),
+            **means(last_sums),  # has the drift beside what the first update has
             **means(sums),
             **alignment.figures([part.inner_products for part in sums]),
             **changed,
             "length": num_tokens / normalizer,
             "equal_groups": statistics.fmean(len({f.score for f in entry.feedback}) == 1 for entry in batch),
             "teacher_prefers_right": prefers_right(batch, [s.sequence_teacher_logprob for s in sums]),
-            "grad_norm": float(grad_norm),
+            "grad_norm": grad_norm,
             "learning_rate": learning_rate,
-            "skipped": self.skipped,
+            "skipped": self.next_batch.skipped,
             "left_out": sum(not taught for entry in batch for taught in entry.taught),
             "cut": sum(self.prompts.cuts(entry.problem, feedback) for entry in batch for feedback in entry.feedback),
             "tokens_per_second": num_tokens / elapsed,
             "seconds": elapsed,
             **{f"seconds_{phase}": spent for phase, spent in seconds.items()},
         }
-        self._record_rollouts("training", batch)
-        self._record(record)
+        self.journal.add(record, rollout_records("training", self.step, batch, self.prompts))
         return record
 
     def _right_logprob(self, seconds: dict[str, float]) -> float | None:
@@ -268,9 +260,7 @@ class Trainer:
         if not self.config.held_out_every or (self.step + 1) % self.config.held_out_every:
             return None
         with _timed(seconds, "held_out"), self.accelerator.autocast():
-            return change.right_logprob(
-                self.student, self.evaluate.student_prompts, self.prompts, self.config, self.share
-            )
+            return change.right_logprob(self.student, self.evaluate.student_prompts, self.prompts, self.config)
 
     # The run.
 
@@ -278,7 +268,7 @@ class Trainer:
         """Trains to `config.steps`. Returns whether it got there; the directory is complete either way."""
         config = self.config
         for remark in config.remarks():
-            self._say(f"note: {remark}")
+            self.journal.say(f"note: {remark}")
         tracking.start(self.accelerator, config, self.directory)
         with Interrupt(self.console) as interrupt, report.progress_bar(self.console) as bar:
             shown = bar.add_task(config.task, total=config.steps, completed=self.step, rate="")
@@ -295,9 +285,9 @@ class Trainer:
                 self.console.print(report.step_line(record), highlight=False)
             if self.processes.is_main:
                 about = f"{config.task}, {config.objective}, {config.teacher} teacher"
-                report.plot(self._records, self.directory / "plot.png", about)
+                report.plot(self.journal.records, self.directory / "plot.png", about)
         self.accelerator.end_training()
-        evaluations = [record for record in self._records if record["kind"] == "evaluation"]
+        evaluations = [record for record in self.journal.records if record["kind"] == "evaluation"]
         if evaluations:
             self.console.print(report.final_table(evaluations))
         self.console.print(f"run directory: {self.directory}", highlight=False)
@@ -314,11 +304,17 @@ class Trainer:
             result: Evaluation | None = self.evaluate(self.student, self.teacher, lambda: interrupt.requested)
         if result is not None:
             record = {"kind": "evaluation", "step": self.step, **asdict(result), "seconds": time.perf_counter() - began}
-            if self.processes.is_main:
-                self._record_samples()
-            self._record(record)
+            self.journal.add(record, self._samples() if self.processes.is_main else [])
             self.evaluated = self.step
             self.console.print(report.evaluation_line(self.step, result), style="bold", highlight=False)
+
+    @property
+    def _stateful(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the model."""
+        return {
+            "optimizer": self.optimizer, "scheduler": self.scheduler, "teacher": self.teacher,
+            "baseline": self.average, "problems": self.next_batch,
+        }  # fmt: skip
 
     def save(self) -> None:
         """Writes a checkpoint, unless the last one is of this step."""
@@ -326,13 +322,8 @@ class Trainer:
             return
         state = {
             "step": self.step,
-            "position": self.position,
-            "skipped": self.skipped,
             "start": self.start,
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "teacher": self.teacher.state_dict(),
-            "baseline": self.average.state_dict(),
+            **{name: part.state_dict() for name, part in self._stateful.items()},
             "generators": self.processes.gather([checkpoint.generator_states()]),
         }
         if self.processes.is_main:
@@ -349,9 +340,9 @@ class Trainer:
         main = self.processes.is_main
         if main:
             checkpoint.remove_leftovers(self.directory)
-        path = self.processes.from_main(checkpoint.newest_whole(self.directory, self._say) if main else None)
+        path = self.processes.from_main(checkpoint.newest_whole(self.directory, self.journal.say) if main else None)
         if path is None:
-            self._say(f"{self.directory} has no checkpoint yet: starting from step 0")
+            self.journal.say(f"{self.directory} has no checkpoint yet: starting from step 0")
         else:
             generators = self.load(path)
             if len(generators) != self.processes.count:
@@ -362,10 +353,11 @@ class Trainer:
             checkpoint.restore_generators(generators[self.processes.index])
             if main:
                 checkpoint.point_to(path)
-            self._say(f"resuming from {path}")
+            self.journal.say(f"resuming from {path}")
         # Without a checkpoint `saved` is -1 and nothing is kept.
-        self._records = self.processes.from_main(checkpoint.drop_after(self.directory, self.saved) if main else [])
-        self.evaluated = checkpoint.last_evaluation(self._records)
+        kept = checkpoint.drop_after(self.directory, self.saved) if main else []
+        self.journal.records = self.processes.from_main(kept)
+        self.evaluated = checkpoint.last_evaluation(self.journal.records)
 
     def load(self, path: Path) -> list[dict[str, Any]]:
         """Takes up a checkpoint directory but for its generators' states, which it returns, and changes no file.
@@ -380,45 +372,23 @@ class Trainer:
                 f"started, and a {self.config.teacher} teacher or adapters are made for them: expected the same model"
             )
         models.restore(self.student.model, path)
-        self.teacher.load_state_dict(state["teacher"])
-        self.average.load_state_dict(state["baseline"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.step, self.position, self.skipped = state["step"], state["position"], state["skipped"]
-        self.saved = self.step
+        for name, part in self._stateful.items():
+            part.load_state_dict(state[name])
+        self.step = self.saved = state["step"]
         return state["generators"]
 
-    def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    def _record(self, record: dict[str, Any]) -> None:
-        self._records.append(record)
-        if not self.processes.is_main:
-            return
-        checkpoint.append_lines(self.directory / "metrics.jsonl", [record])
-        tracking.log(self.accelerator, record)
-        for kind, text in health.warnings(self._records, self.config):
-            if kind not in self._warned:
-                self._warned.add(kind)
-                self._say(f"warning: {text}")
-
-    def _record_samples(self) -> None:
+    def _samples(self) -> list[dict[str, Any]]:
         """Held-out problems answered as in training, with what every token costs; training's draws are left alone."""
-        batch = [
-            Sample(problem, prompt) for problem, prompt in self.evaluate.student_prompts[: self.config.eval_rollouts]
-        ]
-        if batch:
-            with self.evaluate.own_draws(self.student), self.accelerator.autocast():
-                self.roll_out(batch)
-                columns = samples.token_columns(
-                    self.student, self.teacher, batch, self.tokenizer, self.config, self.average, self.share
-                )
-            self._record_rollouts("sample", batch, columns)
-
-    def _record_rollouts(self, kind: str, batch: list[Sample], columns: list[dict[str, Any]] | None = None) -> None:
-        if self.processes.is_main:
-            records = rollout_records(kind, self.step, batch, self.prompts, columns)
-            checkpoint.append_lines(self.directory / "rollouts.jsonl", records)
+        shown = self.evaluate.student_prompts[: self.config.eval_rollouts]
+        batch = [Sample(problem, prompt) for problem, prompt in shown]
+        if not batch:
+            return []
+        with self.evaluate.own_draws(self.student), self.accelerator.autocast():
+            self.roll_out(batch)
+            columns = samples.token_columns(
+                self.student, self.teacher, batch, self.tokenizer, self.config, self.average
+            )
+        return rollout_records("sample", self.step, batch, self.prompts, columns)
 
 
 def _rate(config: Config, step: int) -> float:
@@ -429,14 +399,6 @@ def _rate(config: Config, step: int) -> float:
     if config.learning_rate_schedule == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * done))
     return 1.0 - done if config.learning_rate_schedule == "linear" else 1.0
-
-
-def _shares(config: Config, possible: bool) -> bool:
-    if config.share_prompts == "on" and not possible:
-        raise ValueError(
-            "[share_prompts] a model's cache holds more than keys and values: expected auto or off, got on"
-        )
-    return possible and config.share_prompts != "off"
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
 SMOLLM2 = "smollm2"
@@ -39,6 +40,13 @@ def load(name: str, option: str = "model") -> tuple[PreTrainedModel, PreTrainedT
     except OSError as error:
         raise ValueError(f"[{option}] transformers cannot load {name!r}: {error}") from error
     return model.eval(), tokenizer
+
+
+def use_flash_attention(model: PreTrainedModel, device: torch.device, precision: str) -> None:
+    """Attention by flash-attn where it is installed, on a GPU, for products in bfloat16. (No GPU has run it yet.)"""
+    able = getattr(model, "_supports_flash_attn", False) and is_flash_attn_2_available()
+    if able and device.type == "cuda" and precision == "bf16":
+        model.set_attn_implementation("flash_attention_2")
 
 
 def with_adapters(model: PreTrainedModel, rank: int, alpha: float, targets: str) -> PreTrainedModel:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -42,8 +43,18 @@ class Sums(NamedTuple):
 
 
 SUMMED = (
-    "cost", "ce", "kl", "reverse_kl", "entropy", "teacher_entropy", "agree", "abs_credit", "tail", "unmapped",
+    "cost", "ce", "kl", "reverse_kl", "entropy", "teacher_entropy", "agree", "abs_credit", "tail", "unmapped", "drift",
 )  # fmt: skip
+
+
+@dataclass
+class Kept:
+    """What later updates on the same rollouts need of the first, which sets it."""
+
+    logprobs: Tensor | None = None
+    """[N], of the completions' tokens under the policy that sampled them, at its temperature."""
+    taught: Tensor | TopK | None = None
+    """From a teacher that does not move."""
 
 
 def _cost(config: Config) -> str:
@@ -106,21 +117,29 @@ def distil_loss(
     average: PositionAverage,
     normalizer: float,
     counts: Sequence[Sequence[bool]],
+    kept: Kept | None = None,
 ) -> tuple[Tensor, Sums]:
-    """Loss [] and what is logged of it; `average` takes note of the costs-to-go.
+    """Loss [] and what is logged of it; `average` takes note of fresh rollouts' costs-to-go.
 
     Tokens that do not count (one entry of `counts` for each token of each completion) cost nothing, have no credit and
-    are in no sum.
+    are in no sum. Once `kept` has log-probs, the rollouts are older than the student, and weighted for it.
     """
+    kept = kept or Kept()
+    old, clip = kept.logprobs, config.importance_clip or None
     lengths = [len(done) for done in completions]
     mask = token_mask(counts, student_hidden.device)
     out = fused_loss(
         student, student_hidden, teacher, taught, completions, config, average,
-        normalizer=normalizer, plan=config.plan, token_mask=mask,
+        normalizer=normalizer, plan=config.plan, token_mask=mask, behaviour_logprobs=old,
+        importance_clip=None if old is None else clip,
     )  # fmt: skip
-    average.observe(out.cost_to_go, lengths, mask)
     stats = out.stats
     found = {"cost": out.cost, "abs_credit": out.credit.abs(), **stats._asdict()}
+    if old is None:
+        average.observe(out.cost_to_go, lengths, mask)
+        kept.logprobs = stats.logprob
+    else:
+        found["drift"] = old - stats.logprob
     if isinstance(taught, TopK):
         found |= {"tail": taught.tail, "unmapped": taught.unmapped}
     unknown = out.cost.new_full((), math.nan)
@@ -148,8 +167,10 @@ def policy_loss(
     config: Config,
     normalizer: float,
     counts: Sequence[Sequence[bool]],
+    kept: Kept | None = None,
 ) -> tuple[Tensor, Sums]:
-    """As `distil_loss` for rollouts that are as old as the model, so that no ratio is clipped; scores are [B]."""
+    """As `distil_loss`; scores are [B]. The ratio to an older policy is clipped as the op does by default."""
+    kept = kept or Kept()
     lengths = torch.tensor([len(done) for done in completions])
     tokens = torch.tensor([token for done in completions for token in done], device=student_hidden.device)
     advantages = group_advantages(torch.tensor(scores), config.rollouts_per_prompt, config.normalize_advantages)
@@ -157,10 +178,14 @@ def policy_loss(
     out = fused_policy_loss(
         student_hidden, student.weight, tokens=tokens, advantages=per_token, student_bias=student.bias,
         temperature=config.temperature, logit_softcap=student.softcap, normalizer=normalizer, backend=config.backend,
-        plan=config.plan, token_mask=token_mask(counts, tokens.device),
+        plan=config.plan, token_mask=token_mask(counts, tokens.device), old_logprobs=kept.logprobs,
     )  # fmt: skip
     totals = torch.full((len(SUMMED),), math.nan, dtype=torch.float64, device=student_hidden.device)
     totals[SUMMED.index("entropy")] = out.entropy.to(torch.float64).sum()
+    if kept.logprobs is None:
+        kept.logprobs = out.logprob
+    else:
+        totals[SUMMED.index("drift")] = (kept.logprobs - out.logprob).to(torch.float64).sum()
     return out.loss, Sums(sum(map(sum, counts)), totals, None)
 
 

@@ -15,7 +15,8 @@ from string import Template
 from typing import Any
 
 from distil_kernels.train.chart import Series, line_chart
-from distil_kernels.train.config import Config, resolved
+from distil_kernels.train.config import Config
+from distil_kernels.train.options import resolved
 
 COLORS = {"ce": "cross-entropy", "kl": "KL", "credit": "credit"}
 Record = dict[str, Any]

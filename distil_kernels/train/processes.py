@@ -11,8 +11,10 @@ With one process everything here is the identity.
 
 Left out: summing while the backward still runs, and sharded weights (FSDP, DeepSpeed), which are refused. FSDP2 gives
 the right gradients when the body's call is registered with the root module (register_fsdp_forward_method), which leaves
-the head's weight whole until the backward; but the frozen and ema teachers would have to be sharded too, rollouts of
-different lengths to wait for each other, and accelerate has it on GPUs only.
+the head's weight whole until the backward. But every forward of a sharded layer waits for all processes, and here their
+number follows from the data: tokens of the longest rollout, rounds of tool calls, packs and prefixes that a micro-batch
+is read in (`reading`), micro-batches of unequal shares, critiques that were not empty. All of these would have to be
+agreed on first, the frozen and ema teachers sharded too, and accelerate has FSDP2 on GPUs only.
 """
 
 from __future__ import annotations

@@ -82,7 +82,8 @@ class RemoteTeacher:
             log-probs. Methods raise it when the endpoint stops answering.
     """
 
-    shares_prompts = True
+    moves = False
+    """An endpoint stays as it is."""
 
     def __init__(
         self, config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int, device: torch.device
@@ -94,10 +95,8 @@ class RemoteTeacher:
         self._check()
 
     @torch.no_grad()
-    def at_states(
-        self, prompts: Sequence[list[int]], rows: Sequence[int], completions: Sequence[list[int]], share: bool
-    ) -> TopK:
-        """For the completions' tokens, packed; arguments of `completion_hidden` (nothing here is to `share`)."""
+    def at_states(self, prompts: Sequence[list[int]], rows: Sequence[int], completions: Sequence[list[int]]) -> TopK:
+        """For the completions' tokens, packed; arguments of `Reader.states`."""
         visited = [
             prompts[row] + done[:n] for row, done in zip(rows, completions, strict=True) for n in range(len(done))
         ]
@@ -114,7 +113,7 @@ class RemoteTeacher:
         return TopK(*(part[index].to(self._device) for part in (ids, logprobs, unmapped)))
 
     def answers(
-        self, prompts: Sequence[list[int]], rows: Sequence[int], sampling: Sampling, share: bool, tool: Python | None
+        self, prompts: Sequence[list[int]], rows: Sequence[int], sampling: Sampling, tool: Python | None
     ) -> Rollouts:
         """As `roll_out`, but for the tokens, which are the tokenizer's for the text that came, and without a tool."""
         options = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
@@ -132,7 +131,7 @@ class RemoteTeacher:
         return Rollouts(done, [[True] * len(tokens) for tokens in done])
 
     def follow(self) -> None:
-        """An endpoint stays as it is."""
+        """There is nothing to follow with."""
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from distil_kernels.hf import CausalLM
 from distil_kernels.train.prefix import pad, read
+from distil_kernels.train.reading import Reader
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,10 @@ Ends = Callable[[Sequence[int]], bool]
 
 @torch.no_grad()
 def sample(
-    lm: CausalLM,
+    lm: Reader,
     prompts: Sequence[list[int]],
     rows: Sequence[int],
     sampling: Sampling,
-    share: bool,
     ends: Ends | None = None,
 ) -> list[list[int]]:
     """One completion per entry of `rows`, which names its prompt; draws from torch's global generator.
@@ -62,12 +61,11 @@ def sample(
         pad_token_id=stops[0],
         **draw,
     )
-    if share:
-        context = read(lm, prompts, rows)
-        ids, mask, cache = context.ids, context.mask, {"past_key_values": context.cache}
+    if lm.shares_prompts:
+        ids, mask, cache = read(lm, prompts, rows)
     else:
         ids, mask = pad([prompts[row] for row in rows], lm.weight.device, left=True)
-        cache = {}
+        cache = None
     own_defaults, lm.model.generation_config = lm.model.generation_config, GenerationConfig()
     try:
         out = lm.model.generate(
@@ -75,7 +73,7 @@ def sample(
             attention_mask=mask,
             generation_config=generation,
             stopping_criteria=StoppingCriteriaList([_Ending(ends, ids.shape[1])] if ends else []),
-            **cache,
+            **lm.cached(cache),
         )
     finally:
         lm.model.generation_config = own_defaults

@@ -23,7 +23,7 @@ from distil_kernels.train.baseline import PositionAverage
 from distil_kernels.train.batch import Sample
 from distil_kernels.train.config import Config
 from distil_kernels.train.objective import fused_loss, token_mask
-from distil_kernels.train.prefix import completion_hidden
+from distil_kernels.train.reading import Reader
 from distil_kernels.train.remote import RemoteTeacher, TopK
 from distil_kernels.train.teacher import Teacher
 
@@ -33,20 +33,19 @@ BLOCK_ROWS = 64
 
 @torch.no_grad()
 def token_columns(
-    student: CausalLM,
+    student: Reader,
     teacher: Teacher | RemoteTeacher,
     batch: Sequence[Sample],
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
     average: PositionAverage,
-    share: bool,
 ) -> list[dict[str, Any]]:
     """For each rollout of each problem: prompts as text, and lists with one entry per token."""
     completions = [done for entry in batch for done in entry.completions]
     rows = [row for row, entry in enumerate(batch) for _ in entry.completions]
     teacher_prompts = [prompt for entry in batch for prompt in entry.teacher_prompts]
-    hidden = completion_hidden(student, [entry.prompt for entry in batch], rows, completions, share)
-    taught = teacher.at_states(teacher_prompts, range(len(completions)), completions, share)
+    hidden = student.states([entry.prompt for entry in batch], rows, completions)
+    taught = teacher.at_states(teacher_prompts, range(len(completions)), completions)
     hidden = hidden.to(student.weight.dtype)
     lengths = [len(done) for done in completions]
     mask = token_mask([row for entry in batch for row in entry.counts], hidden.device)

@@ -16,24 +16,24 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from distil_kernels.hf import CausalLM
+from distil_kernels.train.reading import Reader
 from distil_kernels.train.tasks import Feedback, Problem
 
 Said = tuple[str, Feedback]
 """An answer, and what the verifier says of it alone."""
-Say = Callable[[CausalLM, Sequence[Problem], Sequence[Sequence[Said]], int], list[list[Feedback]]]
+Say = Callable[[Reader, Sequence[Problem], Sequence[Sequence[Said]], int], list[list[Feedback]]]
 """(student, problems, the answers to each, count) -> feedback to the first `count` answers to each problem."""
 
 
 def as_verified(
-    student: CausalLM, problems: Sequence[Problem], answers: Sequence[Sequence[Said]], count: int
+    student: Reader, problems: Sequence[Problem], answers: Sequence[Sequence[Said]], count: int
 ) -> list[list[Feedback]]:
     """What the verifier says is all."""
     return [[feedback for _, feedback in own[:count]] for own in answers]
 
 
 def from_siblings(
-    student: CausalLM, problems: Sequence[Problem], answers: Sequence[Sequence[Said]], count: int
+    student: Reader, problems: Sequence[Problem], answers: Sequence[Sequence[Said]], count: int
 ) -> list[list[Feedback]]:
     """One right answer of the others to the same problem, drawn from torch's global generator; empty without any."""
     return [[_another([feedback for _, feedback in own], index) for index in range(count)] for own in answers]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from distil_kernels.hf import CausalLM, split
-from distil_kernels.train.prefix import completion_hidden, shares_prompts
+from distil_kernels.train.reading import Reader, reader
 from distil_kernels.train.rollout import Sampling
 from distil_kernels.train.tools import Python, Rollouts, roll_out
 
@@ -37,25 +37,29 @@ class Teacher:
         kind: "live", "frozen", "ema" or "local".
         rate: share of the student that enters the average each step.
         other: the model that teaches when kind is "local".
+        reading: how a model of its own reads (`reader`).
 
     Raises:
         ValueError: the loss cannot express `other`.
     """
 
-    def __init__(self, student: CausalLM, kind: str, rate: float, other: nn.Module | None = None) -> None:
+    def __init__(
+        self, student: Reader, kind: str, rate: float, other: nn.Module | None = None, reading: str = "auto"
+    ) -> None:
         self.kind, self._rate, self._student = kind, rate, student
         self._adapters_off = kind == "frozen" and hasattr(student.model, "disable_adapter")
         if kind == "live" or self._adapters_off:
             self.lm = student
         elif other is not None:
             other = other.requires_grad_(False).eval().to(student.weight.device)
-            self.lm = _with_head_like(split(other), student)
+            self.lm = reader(_with_head_like(split(other), student), reading)
         else:
             # What is not trained stays the student's own: the average of an adapted model is that of its adapters.
             fixed = {
                 id(parameter): parameter for parameter in student.model.parameters() if not parameter.requires_grad
             }
-            self.lm = split(copy.deepcopy(student.model, fixed).requires_grad_(False).eval(), check=False)
+            start = copy.deepcopy(student.model, fixed).requires_grad_(False).eval()
+            self.lm = reader(split(start, check=False), reading)
         self._average: dict[str, tuple[Tensor, Tensor]] = {}
         """Each parameter of an ema teacher that moves, with the student's that it follows."""
         if kind == "ema":
@@ -64,28 +68,27 @@ class Teacher:
             self._average = {name: (mine[name], theirs) for name, theirs in trained.items()}
 
     @property
+    def moves(self) -> bool:
+        """Whether the next update changes its answers."""
+        return self.kind in ("live", "ema")
+
+    @property
     def head(self) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias of the teacher's head; weight None where it shares the student's."""
         return (None if self.lm.weight is self._student.weight else self.lm.weight), self.lm.bias
 
-    @property
-    def shares_prompts(self) -> bool:
-        return shares_prompts(self.lm)
-
     @torch.no_grad()
-    def at_states(
-        self, prompts: Sequence[list[int]], rows: Sequence[int], completions: Sequence[list[int]], share: bool
-    ) -> Tensor:
-        """Hidden states [N, D] that predict the completions' tokens; arguments of `completion_hidden`."""
+    def at_states(self, prompts: Sequence[list[int]], rows: Sequence[int], completions: Sequence[list[int]]) -> Tensor:
+        """Hidden states [N, D] that predict the completions' tokens; arguments of `Reader.states`."""
         with self._reading():
-            return completion_hidden(self.lm, prompts, rows, completions, share)
+            return self.lm.states(prompts, rows, completions)
 
     def answers(
-        self, prompts: Sequence[list[int]], rows: Sequence[int], sampling: Sampling, share: bool, tool: Python | None
+        self, prompts: Sequence[list[int]], rows: Sequence[int], sampling: Sampling, tool: Python | None
     ) -> Rollouts:
         """Its own completions; arguments of `roll_out`."""
         with self._reading():
-            return roll_out(self.lm, prompts, rows, sampling, share, tool)
+            return roll_out(self.lm, prompts, rows, sampling, tool)
 
     def _reading(self) -> contextlib.AbstractContextManager[None]:
         """In it, `lm` gives the teacher's values."""

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from distil_kernels.hf import CausalLM
+from distil_kernels.train.reading import Reader
 from distil_kernels.train.rollout import Sampling, sample
 from distil_kernels.train.sandbox import Limits, run_python
 
@@ -63,16 +63,15 @@ class Python:
 
 
 def roll_out(
-    lm: CausalLM,
+    lm: Reader,
     prompts: Sequence[list[int]],
     rows: Sequence[int],
     sampling: Sampling,
-    share: bool,
     tool: Python | None,
 ) -> Rollouts:
     """As `sample`, whose length limit is on what the model writes, with the tool's outputs where there is a tool."""
     ends = tool.ends_call if tool else None
-    last = sample(lm, prompts, rows, sampling, share, ends)
+    last = sample(lm, prompts, rows, sampling, ends)
     done = Rollouts(last, [[True] * len(tokens) for tokens in last])
     if tool is None:
         return done
@@ -92,7 +91,7 @@ def roll_out(
             done.written[row] += [False] * len(output)
         rest = replace(sampling, max_new_tokens=max(left[row] for row in calling))
         read = [prompts[rows[row]] + done.completions[row] for row in calling]
-        more = sample(lm, read, range(len(read)), rest, share, ends if call < tool.max_calls else None)
+        more = sample(lm, read, range(len(read)), rest, ends if call < tool.max_calls else None)
         sampled = {row: tokens[: left[row]] for row, tokens in zip(calling, more, strict=True)}
         for row, tokens in sampled.items():
             done.completions[row] += tokens

@@ -11,7 +11,7 @@ from test_run import trainer, written
 
 from distil_kernels.train.alignment import NAMES, figures
 from distil_kernels.train.batch import answered
-from distil_kernels.train.prefix import completion_hidden
+from distil_kernels.train.reading import reader
 
 
 def by_hand(run, batch) -> dict[str, float]:
@@ -21,8 +21,8 @@ def by_hand(run, batch) -> dict[str, float]:
     prompts = [entry.prompt for entry in batch]
     teacher_prompts = [prompt for entry in batch for prompt in entry.teacher_prompts]
     with torch.no_grad():
-        hidden = completion_hidden(run.student, prompts, rows, done, False).double()
-        taught = completion_hidden(run.teacher.lm, teacher_prompts, range(len(done)), done, False).double()
+        hidden = reader(run.student, "padded").states(prompts, rows, done).double()
+        taught = reader(run.teacher.lm, "padded").states(teacher_prompts, range(len(done)), done).double()
     hidden.requires_grad_()
     weight = run.student.weight.detach().double()
     s, t = (hidden @ weight.t()).log_softmax(-1), (taught @ run.teacher.lm.weight.double().t()).log_softmax(-1)

@@ -57,7 +57,7 @@ def test_looking_changes_no_run_and_a_rate_of_zero_changes_nothing(tiny_model: P
 def test_problems_without_an_experts_answer_are_left_out(tiny_model: Path, tmp_path: Path) -> None:
     trainer = made(tiny_model, tmp_path / "run")
     posed = list(trainer.evaluate.student_prompts)
-    arguments = (trainer.prompts, trainer.config, trainer.share)
+    arguments = (trainer.prompts, trainer.config)
     blank = [(problem._replace(answer=""), prompt) for problem, prompt in posed[:2]]
     all_but_two = change.right_logprob(trainer.student, posed[2:], *arguments)
     assert change.right_logprob(trainer.student, blank + posed[2:], *arguments) == pytest.approx(all_but_two)

@@ -12,10 +12,11 @@ from tiny import byte_tokenizer
 from distil_kernels.train.__main__ import main
 from distil_kernels.train.batch import answered
 from distil_kernels.train.checkpoint import read_lines
-from distil_kernels.train.config import Config, parse
+from distil_kernels.train.config import Config
 from distil_kernels.train.critique import Critic
 from distil_kernels.train.feedback import JUDGE, Prompts, affirmed
 from distil_kernels.train.loop import Trainer
+from distil_kernels.train.options import parse
 from distil_kernels.train.tasks import Feedback, Problem, make_task
 
 TOKENIZER = byte_tokenizer()
@@ -66,11 +67,11 @@ def test_it_says_what_the_student_says_now(
     tiny_model: Path, tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("distil_kernels.train.critique.BATCH_ROWS", 2)
-    run = trainer(tiny_model, tmp_path / "run", layout=layout, teacher="frozen", share_prompts="off")
+    run = trainer(tiny_model, tmp_path / "run", layout=layout, teacher="frozen", reading="padded")
     answers = [["12", "13", "12"], ["14", "", "15"]]
     problems = [make_task("largest", 1).problem(index) for index in range(2)]
     said = [[(text, Feedback(0.5, "by the task", "x")) for text in own] for own in answers]
-    critic = Critic(run.prompts, 6, share=False)
+    critic = Critic(run.prompts, 6)
     for _ in range(2):
         found = critic(run.student, problems, said, 3)
         for problem, own, feedback in zip(problems, answers, found, strict=True):
@@ -96,7 +97,7 @@ def test_in_a_run_the_teacher_reads_it(tiny_model: Path, tmp_path: Path) -> None
     text = run.tokenizer.decode([21, 22])
     assert run.tokenizer.decode(batch[0].teacher_prompts[1]).endswith(f"\nFeedback: {text} is nonsense.\nA:")
     short = Prompts(run.tokenizer, [], max_tokens=10)
-    (said,) = Critic(short, 5, True)(run.student, [PROBLEM], [[("12345", YES)]], 1)
+    (said,) = Critic(short, 5)(run.student, [PROBLEM], [[("12345", YES)]], 1)
     assert said == [Feedback(1.0, "", "")]
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from distil_kernels.hf import CausalLM, split
+from distil_kernels.hf import split
 from distil_kernels.train import models
 from distil_kernels.train.evaluate import Evaluator, mean_and_error
 from distil_kernels.train.feedback import Prompts, correct
+from distil_kernels.train.reading import Reader, reader
 from distil_kernels.train.rollout import Sampling
 from distil_kernels.train.siblings import as_verified
 from distil_kernels.train.tasks import Problem, make_task, problems
@@ -40,9 +41,9 @@ class Vowels:
         return float(len(answer) % 2)
 
 
-def parts(tiny_model: Path) -> tuple[CausalLM, Prompts]:
+def parts(tiny_model: Path) -> tuple[Reader, Prompts]:
     model, tokenizer = models.load(str(tiny_model))
-    return split(model), Prompts(tokenizer, [], end_ids=[0])
+    return reader(split(model)), Prompts(tokenizer, [], end_ids=[0])
 
 
 def test_every_problem_and_sample_counts_once(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,9 +52,7 @@ def test_every_problem_and_sample_counts_once(tiny_model: Path, monkeypatch: pyt
     answers: list[str] = []
     task = Vowels(answers)
     held_out = [problem for _, problem in islice(problems(task, held_out=True), 7)]
-    evaluate = Evaluator(
-        task, correct, as_verified, prompts, held_out, Sampling(5, prompts.stop_ids()), 2, seed=1, share=True
-    )
+    evaluate = Evaluator(task, correct, as_verified, prompts, held_out, Sampling(5, prompts.stop_ids()), 2, seed=1)
     answers.clear()
     result = evaluate(lm, Teacher(lm, "live", 0.0))
     assert result is not None and len(answers) == 7 * 2 + 7 + 7
@@ -70,9 +69,7 @@ def test_repeats_itself_and_leaves_the_generator_alone(tiny_model: Path) -> None
     lm, prompts = parts(tiny_model)
     task = Vowels([])
     held_out = [problem for _, problem in islice(problems(task, held_out=True), 4)]
-    evaluate = Evaluator(
-        task, correct, as_verified, prompts, held_out, Sampling(5, prompts.stop_ids()), 3, seed=1, share=True
-    )
+    evaluate = Evaluator(task, correct, as_verified, prompts, held_out, Sampling(5, prompts.stop_ids()), 3, seed=1)
     torch.manual_seed(5)
     state = torch.get_rng_state()
     first = evaluate(lm, Teacher(lm, "frozen", 0.0))
@@ -86,6 +83,4 @@ def test_problems_that_do_not_fit_are_an_error_when_none_does(tiny_model: Path) 
     _, tokenizer = models.load(str(tiny_model))
     prompts = Prompts(tokenizer, [], max_tokens=3, end_ids=[0])
     with pytest.raises(ValueError, match="max_prompt_tokens"):
-        Evaluator(
-            Vowels([]), correct, as_verified, prompts, [Vowels([]).problem(0)], Sampling(5, [0]), 1, 1, share=True
-        )
+        Evaluator(Vowels([]), correct, as_verified, prompts, [Vowels([]).problem(0)], Sampling(5, [0]), 1, 1)

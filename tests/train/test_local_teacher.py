@@ -43,7 +43,7 @@ def state_logprobs(lm: PreTrainedModel, num_tokens: int) -> torch.Tensor:
 
 
 def ours(lm: CausalLM, teacher: Teacher, mine: torch.Tensor) -> torch.Tensor:
-    taught = teacher.at_states(PROMPTS, ROWS, COMPLETIONS, share=True)
+    taught = teacher.at_states(PROMPTS, ROWS, COMPLETIONS)
     average = PositionAverage(8, 0.1, mine.device)
     everyone = [[True] * len(done) for done in COMPLETIONS]
     return distil_loss(lm, mine, teacher, taught, COMPLETIONS, CONFIG, average, 1.0, everyone)[0]

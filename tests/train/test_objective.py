@@ -9,8 +9,9 @@ import pytest
 import torch
 from test_run import metrics, train, trainer
 
-from distil_kernels.train.config import PRESETS, parse
+from distil_kernels.train.config import PRESETS
 from distil_kernels.train.objective import group_advantages
+from distil_kernels.train.options import parse
 
 
 def logprobs(run, prompt: list[int], completion: list[int]) -> torch.Tensor:

@@ -31,7 +31,6 @@ from distil_kernels.train.__main__ import main
 from distil_kernels.train.checkpoint import read_lines
 from distil_kernels.train.config import Config
 from distil_kernels.train.objective import fused_loss
-from distil_kernels.train.prefix import completion_hidden
 from distil_kernels.train.remote import RemoteTeacher, TopK
 from distil_kernels.train.rollout import Sampling
 
@@ -128,7 +127,7 @@ def own_logprobs(model: PreTrainedModel, prompts: list[list[int]], rows: list[in
 
 def test_log_probs_are_the_models_own(endpoint: str, expert: tuple[Any, Any]) -> None:
     where = states(expert[1])
-    found = teacher(expert, endpoint, teacher_top=30).at_states(*where, share=True)
+    found = teacher(expert, endpoint, teacher_top=30).at_states(*where)
     own = own_logprobs(expert[0], *where)
     assert found.ids.shape == found.logprobs.shape == (len(own), 30) and (found.ids >= 0).all()
     likely = found.logprobs > math.log(0.01)
@@ -147,7 +146,7 @@ def test_shares_of_draws_are_the_models_probabilities(endpoint: str, expert: tup
     number = 200
     other = teacher(expert, endpoint, "samples", teacher_samples=number, teacher_temperature=0.8)
     torch.manual_seed(3)
-    found = other.at_states(prompts, [0], [[1]], share=True)
+    found = other.at_states(prompts, [0], [[1]])
     assert found.logprobs.exp().sum() + found.unmapped[0] == pytest.approx(1.0, abs=1e-5)
     assert found.unmapped[0] < 0.05 and len(set(found.ids[0].tolist())) == found.ids.shape[1] > 5
     with torch.no_grad():
@@ -158,9 +157,9 @@ def test_shares_of_draws_are_the_models_probabilities(endpoint: str, expert: tup
     deviation = (own[likely] * (1 - own[likely]) / number).sqrt()
     assert ((shares[likely] - own[likely]).abs() < 4 * deviation + 0.02).all(), (shares[likely], own[likely])
     torch.manual_seed(3)
-    again = other.at_states(prompts, [0], [[1]], share=True)
+    again = other.at_states(prompts, [0], [[1]])
     assert torch.equal(again.ids, found.ids) and torch.equal(again.logprobs, found.logprobs)
-    assert not torch.equal(other.at_states(prompts, [0], [[1]], share=True).ids, found.ids)
+    assert not torch.equal(other.at_states(prompts, [0], [[1]]).ids, found.ids)
 
 
 def test_the_end_of_an_answer_is_a_token(endpoint: str, expert: tuple[Any, Any]) -> None:
@@ -168,13 +167,11 @@ def test_the_end_of_an_answer_is_a_token(endpoint: str, expert: tuple[Any, Any])
     text = "<|im_start|>user\nSay yes.<|im_end|>\n<|im_start|>assistant\n"
     prompt = tokenizer(text).input_ids
     other = teacher(expert, endpoint, "samples", teacher_samples=6, teacher_temperature=0.01)
-    ((answer,), _) = other.answers(
-        [prompt], [0], Sampling(40, [tokenizer.eos_token_id], temperature=0.0), share=True, tool=None
-    )
+    ((answer,), _) = other.answers([prompt], [0], Sampling(40, [tokenizer.eos_token_id], temperature=0.0), tool=None)
     assert 0 < len(answer) < 40 and "yes" in tokenizer.decode(answer).lower()
-    found = other.at_states([prompt + answer], [0], [[1]], share=True)
+    found = other.at_states([prompt + answer], [0], [[1]])
     assert found.ids.tolist() == [[tokenizer.eos_token_id]] and found.logprobs.tolist() == [[0.0]]
-    named = teacher(expert, endpoint, teacher_top=2).at_states([prompt + answer], [0], [[1]], share=True)
+    named = teacher(expert, endpoint, teacher_top=2).at_states([prompt + answer], [0], [[1]])
     assert named.ids[0, 0] == tokenizer.eos_token_id
 
 
@@ -194,7 +191,7 @@ def legacy(text: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any], d
 def test_forms_of_an_answer(endpoint: str, expert: tuple[Any, Any], relay: Callable[..., str]) -> None:
     """Ids beside texts (llama.cpp), instead of them (vLLM), and texts alone, of which some are nobody's."""
     where = states(expert[1])
-    direct = teacher(expert, endpoint).at_states(*where, share=True)
+    direct = teacher(expert, endpoint).at_states(*where)
 
     def whole(entry: dict[str, Any]) -> str:
         return bytes(entry["bytes"]).decode(errors="replace")  # llama.cpp cuts pieces of characters off its texts
@@ -205,7 +202,7 @@ def test_forms_of_an_answer(endpoint: str, expert: tuple[Any, Any], relay: Calla
         (lambda entry: whole(entry) + "\ufffd" * (entry["id"] % 2), lambda token: token % 2 == 1),
     )
     for form, nobodys in cases:
-        found = teacher(expert, relay(legacy(form))).at_states(*where, share=True)
+        found = teacher(expert, relay(legacy(form))).at_states(*where)
         lost = torch.tensor([[nobodys(token) for token in row] for row in direct.ids.tolist()])
         for row in range(len(direct.ids)):
             assert torch.equal(found.ids[row][found.ids[row] >= 0], direct.ids[row][~lost[row]])
@@ -223,13 +220,13 @@ def test_loss_and_gradient_are_those_of_our_own_models_top_k(
     run.roll_out(batch)
     completions = [done for entry in batch for done in entry.completions]
     prompts = [prompt for entry in batch for prompt in entry.teacher_prompts]
-    theirs = run.teacher.at_states(prompts, range(len(prompts)), completions, True)
+    theirs = run.teacher.at_states(prompts, range(len(prompts)), completions)
     own = own_logprobs(expert[0], prompts, list(range(len(prompts))), completions)
     top = own.topk(10)
     ours = TopK(top.indices, top.values, torch.zeros(len(own)))
     with torch.no_grad():
         plain = [entry.prompt for entry in batch]
-        start = completion_hidden(run.student, plain, [0, 0, 1, 1], completions, run.share)
+        start = run.student.states(plain, [0, 0, 1, 1], completions)
 
     def gradients(taught: TopK, span: str) -> tuple[Any, ...]:
         hidden, config = start.clone().requires_grad_(), replace(run.config, credit_span=span)
@@ -358,10 +355,10 @@ def test_a_busy_server_is_asked_again_and_the_key_is_sent(
     assert seen == ["Bearer of-the-test large"] * len(seen) and len(seen) >= 6
     refused = iter([503] * 3)
     with pytest.raises(ValueError, match=r"\[teacher_url\] .*: 503"):
-        other.at_states([[1, 2]], [0], [[3]], share=True)
+        other.at_states([[1, 2]], [0], [[3]])
     refused = iter([400])
     with pytest.raises(ValueError, match=r"\[teacher_url\] .*: 400"):
-        other.at_states([[1, 2]], [0], [[3]], share=True)
+        other.at_states([[1, 2]], [0], [[3]])
     assert len(seen) == len([line for line in seen if "of-the-test" in line])
 
 

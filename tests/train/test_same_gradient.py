@@ -1,7 +1,8 @@
 """Two steps of one batch each have one loss and one gradient, however the batch is cut up.
 
-Micro-batches of 1, 2 or all problems, prompts shared or whole rows, layers recomputed or kept, one process or two (of
-which one has two problems and the other three). Only the rollouts are given, so that all see the same.
+Micro-batches of 1, 2 or all problems, prompts shared or whole rows packed or padded, layers recomputed or kept, one
+process or two (of which one has two problems and the other three). Only the rollouts are given, so that all see the
+same.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ WAYS = {
     "whole": {},
     "micro-batches of 1": {"micro_batch_prompts": 1},
     "micro-batches of 2": {"micro_batch_prompts": 2},
-    "whole rows": {"share_prompts": "off"},
+    "shared prompts": {"reading": "shared"},
+    "packed rows": {"reading": "packed"},
+    "padded rows": {"reading": "padded"},
     "recomputed layers": {"gradient_checkpointing": True},
 }
 METHODS = {

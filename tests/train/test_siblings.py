@@ -13,8 +13,9 @@ from distil_kernels import fused_distil_loss
 from distil_kernels.train.__main__ import main
 from distil_kernels.train.batch import answered, prefers_right
 from distil_kernels.train.checkpoint import read_lines
-from distil_kernels.train.config import Config, parse
+from distil_kernels.train.config import Config
 from distil_kernels.train.feedback import shown
+from distil_kernels.train.options import parse
 from distil_kernels.train.siblings import from_siblings
 from distil_kernels.train.tasks import Feedback, Problem, make_task
 from distil_kernels.train.tasks.numbers import LargestNumber

@@ -8,21 +8,22 @@ from peft import LoraConfig, get_peft_model
 from tiny import llama_config
 from transformers import AutoModelForCausalLM
 
-from distil_kernels.hf import CausalLM, split
+from distil_kernels.hf import split
+from distil_kernels.train.reading import Reader, reader
 from distil_kernels.train.teacher import Teacher
 
 PROMPTS, ROWS, COMPLETIONS = [[1, 2, 3], [1, 4]], [0, 0, 1], [[5, 6], [7], [8, 9]]
 
 
-def student(lora: bool = False) -> CausalLM:
+def student(lora: bool = False) -> Reader:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(llama_config())
     if lora:
         model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"]))
-    return split(model.eval())
+    return reader(split(model.eval()))
 
 
-def shift(lm: CausalLM) -> None:
+def shift(lm: Reader) -> None:
     with torch.no_grad():
         for parameter in lm.model.parameters():
             if parameter.requires_grad:
@@ -30,7 +31,7 @@ def shift(lm: CausalLM) -> None:
 
 
 def answers(teacher: Teacher) -> torch.Tensor:
-    return teacher.at_states(PROMPTS, ROWS, COMPLETIONS, share=True)
+    return teacher.at_states(PROMPTS, ROWS, COMPLETIONS)
 
 
 def test_live_follows_at_once_and_shares_the_head() -> None:

@@ -11,13 +11,14 @@ from test_run import metrics, train, trainer
 from tiny import byte_tokenizer, llama_config
 from transformers import AutoModelForCausalLM
 
-from distil_kernels.hf import CausalLM, split
+from distil_kernels.hf import split
 from distil_kernels.testing import credit_by_definition
 from distil_kernels.train.__main__ import main
 from distil_kernels.train.batch import answered
 from distil_kernels.train.checkpoint import read_lines
 from distil_kernels.train.feedback import Prompts
 from distil_kernels.train.objective import distil_loss, means, policy_loss, token_mask
+from distil_kernels.train.reading import Reader, reader
 from distil_kernels.train.rollout import Sampling
 from distil_kernels.train.tasks import Problem, make_task
 from distil_kernels.train.tools import CLOSE, Python, Rollouts, roll_out
@@ -72,24 +73,24 @@ def caller(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def lm(caller: Path) -> CausalLM:
-    return split(AutoModelForCausalLM.from_pretrained(caller).eval())
+def lm(caller: Path) -> Reader:
+    return reader(split(AutoModelForCausalLM.from_pretrained(caller).eval()))
 
 
-def greedy(lm: CausalLM, prompts: str, limit: int, max_calls: int = 2, share: bool = True) -> list[str]:
+def greedy(lm: Reader, prompts: str, limit: int, max_calls: int = 2) -> list[str]:
     """Completions of some of KNOWN."""
     tool = Python(TOKENIZER, max_calls, 3)
     read = [ids(f"{letter}:") for letter in prompts]
     sampling = Sampling(limit, STOP, temperature=0.0)
-    done = roll_out(lm, read, range(len(read)), sampling, share, tool)
+    done = roll_out(lm, read, range(len(read)), sampling, tool)
     assert all(sum(own) <= limit for own in done.written)
     assert all(len(tokens) <= limit + tool.longest for tokens in done.completions)
     return [shown(*pair) for pair in zip(*done, strict=True)]
 
 
-@pytest.mark.parametrize("share", [True, False])
-def test_rows_that_call_and_rows_that_do_not(lm: CausalLM, share: bool) -> None:
-    found = greedy(lm, "abca", 60, share=share)
+@pytest.mark.parametrize("reading", ["shared", "padded"])
+def test_rows_that_call_and_rows_that_do_not(lm: Reader, reading: str) -> None:
+    found = greedy(reader(lm, reading), "abca", 60)
     assert found == [
         "<tool>6*7</tool>[ <result>42</result>] 42\n",
         "13\n",
@@ -98,7 +99,7 @@ def test_rows_that_call_and_rows_that_do_not(lm: CausalLM, share: bool) -> None:
     ]
 
 
-def test_calls_over_the_limit_are_text(lm: CausalLM) -> None:
+def test_calls_over_the_limit_are_text(lm: Reader) -> None:
     call = "<tool>{0}</tool>[ <result>{0}</result>]"
     text = call.replace("[", "").replace("]", "")
     for limit in (1, 2, 3):
@@ -106,7 +107,7 @@ def test_calls_over_the_limit_are_text(lm: CausalLM) -> None:
         assert greedy(lm, "db", 100, max_calls=limit) == ["".join(expected) + " x\n", "13\n"]
 
 
-def test_the_length_limit_is_on_what_the_model_writes(lm: CausalLM) -> None:
+def test_the_length_limit_is_on_what_the_model_writes(lm: Reader) -> None:
     call, rest = "<tool>6*7</tool>", " 42\n"
     for limit in range(1, len(call + rest) + 3):
         written = (call + rest)[:limit]
@@ -114,19 +115,19 @@ def test_the_length_limit_is_on_what_the_model_writes(lm: CausalLM) -> None:
         assert greedy(lm, "a", limit) == [expected]  # cut inside a call: nothing is run or put in
 
 
-def test_each_row_has_its_own_length_left(lm: CausalLM) -> None:
+def test_each_row_has_its_own_length_left(lm: Reader) -> None:
     expected = ["<tool>6*7</tool>[ <result>42</result>] 42\n", "<tool>2**99</tool>[ <result>633</result>] b"]
     assert greedy(lm, "ac", 20) == expected
 
 
-def test_a_token_that_ends_the_answer_ends_it_even_where_it_closes_a_call(lm: CausalLM) -> None:
+def test_a_token_that_ends_the_answer_ends_it_even_where_it_closes_a_call(lm: Reader) -> None:
     sampling = Sampling(60, [*STOP, *ids(">")], temperature=0.0)
-    done = roll_out(lm, [ids("a:<tool>6*7")], [0], sampling, True, Python(TOKENIZER, 2, 3))
+    done = roll_out(lm, [ids("a:<tool>6*7")], [0], sampling, Python(TOKENIZER, 2, 3))
     assert done == Rollouts([ids(CLOSE)], [[True] * len(CLOSE)])
 
 
-def test_without_a_tool_a_call_is_text(lm: CausalLM) -> None:
-    done = roll_out(lm, [ids("a:")], [0], Sampling(60, STOP, temperature=0.0), True, None)
+def test_without_a_tool_a_call_is_text(lm: Reader) -> None:
+    done = roll_out(lm, [ids("a:")], [0], Sampling(60, STOP, temperature=0.0), None)
     assert done == Rollouts([ids(KNOWN["a:"])], [[True] * len(KNOWN["a:"])])
 
 

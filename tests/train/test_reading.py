@@ -1,0 +1,143 @@
+"""Every way of reading rows gives the same hidden states and gradients; the choice reads the fewest tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_hf import SMALL
+from tiny import llama_config
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    Lfm2Config,
+    MambaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen3Config,
+)  # fmt: skip
+
+from distil_kernels.hf import CausalLM, split
+from distil_kernels.train import reading
+from distil_kernels.train.reading import choose, reader
+
+# A shared start, different lengths after it (padding in the middle), and a prompt that ends right after the start.
+PROMPTS = [[5, 6, 7, 8, 9, 10], [5, 6, 7, 11], [5, 6, 7, 20, 21, 22, 23, 24]]
+ROWS = [0, 0, 1, 1, 2, 2, 0]
+COMPLETIONS = [[30, 31, 32], [33], [34, 35, 36, 37], [30], [38, 39], [40, 41, 42], [30, 31, 33]]
+
+KINDS: dict[str, PretrainedConfig] = {
+    "llama": llama_config(),
+    "learnt positions": GPT2Config(
+        vocab_size=260, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2
+    ),
+    "sliding window": MistralConfig(**SMALL, sliding_window=3),
+    "every second layer slides, softcaps": Gemma2Config(**SMALL, head_dim=8, sliding_window=3),
+    "layers may slide": Qwen3Config(
+        **SMALL, head_dim=8, use_sliding_window=True, sliding_window=3, max_window_layers=1
+    ),
+    "parallel layers": CohereConfig(**SMALL, logit_scale=0.25),
+    "distances": BloomConfig(vocab_size=260, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2),
+    "convolutions": Lfm2Config(**SMALL, layer_types=["conv", "full_attention"], conv_L_cache=3),
+    "recurrent": MambaConfig(
+        vocab_size=260, hidden_size=32, num_hidden_layers=2, state_size=4, conv_kernel=3, initializer_range=0.2
+    ),
+}
+SHARED = {"llama", "learnt positions", "parallel layers", "distances"}
+PACKED = set(KINDS) - {"distances", "convolutions", "recurrent"}
+
+
+def make(kind: str) -> CausalLM:
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(KINDS[kind]).eval()
+    # transformers' mask in float64 overflows behind a softcap, in padding that no window of three reaches past.
+    return split(model if "softcaps" in kind else model.double())
+
+
+def states_and_gradient(
+    lm: CausalLM, way: str, prompts: list[list[int]], rows: list[int], completions: list[list[int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden = reader(lm, way).states(prompts, rows, completions)
+    weight = torch.linspace(-1.0, 1.0, hidden.numel(), dtype=hidden.dtype).view_as(hidden)
+    (hidden.sin() * weight).sum().backward()
+    grads = [parameter.grad for parameter in lm.model.parameters() if parameter.grad is not None]
+    lm.model.zero_grad(set_to_none=True)
+    return hidden.detach(), torch.cat([grad.flatten() for grad in grads])
+
+
+def by_hand(lm: CausalLM, prompts: list[list[int]], rows: list[int], completions: list[list[int]]) -> torch.Tensor:
+    """Each row alone, through the model's own body."""
+    parts = []
+    for row, done in zip(rows, completions, strict=True):
+        hidden = lm.body(torch.tensor([prompts[row] + done])).last_hidden_state * lm.scale
+        parts.append(hidden[0, len(prompts[row]) - 1 : -1])
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("limit", [8, 17, 1024])  # packs of one row (10 tokens are longer than it), two, all
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_way_gives_the_same(kind: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "PACK_TOKENS", limit)
+    lm = make(kind)
+    able = {"padded": set(KINDS), "shared": SHARED, "packed": PACKED}
+    assert list(reader(lm).ways) == [way for way in reading.WAYS if kind in able[way]]
+    batches = [
+        (PROMPTS, ROWS, COMPLETIONS),
+        ([[1, 2], [3, 4], [5, 6]], ROWS, COMPLETIONS),
+        ([[4], [5], [6]], ROWS, [[7]] * 7),  # rows of one token
+        (PROMPTS[:1], [0], COMPLETIONS[:1]),
+    ]
+    for batch in batches:
+        with torch.no_grad():
+            wanted = by_hand(lm, *batch)
+        expected = None
+        for way in reader(lm).ways:
+            hidden, grad = states_and_gradient(lm, way, *batch)
+            # Norms and angles are float32 in some of the models.
+            torch.testing.assert_close(hidden, wanted, rtol=1e-4, atol=1e-5, check_dtype=False)
+            if expected is not None:
+                torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5 * float(grad.abs().max()))
+            expected = grad
+
+
+@pytest.mark.parametrize(("kind", "way"), [("sliding window", "shared"), ("distances", "packed")])
+def test_a_way_that_a_model_cannot_is_an_error(kind: str, way: str) -> None:
+    with pytest.raises(ValueError, match=rf"\[reading\] .*ForCausalLM reads padded.*: got {way}, but"):
+        reader(make(kind), way)
+
+
+def rows_of(lengths: list[int]) -> list[list[int]]:
+    return [[1] * length for length in lengths]
+
+
+def test_the_choice_is_what_reads_the_fewest_tokens() -> None:
+    every = reading.WAYS
+    # Short answers to one long prompt: 99 + 4 * 5 tokens against 4 * 104.
+    prompt = [list(range(100))]
+    assert choose(every, prompt, [0] * 4, rows_of([5] * 4)) == (
+        "shared", "shared reads 119 tokens, padded 416, shared 119, packed 416",
+    )  # fmt: skip
+    # Answers of different lengths to short prompts: 2 + 2 * 90, 2 * 92, or 92 + 4.
+    assert choose(every, [[1, 2, 3]], [0, 0], rows_of([90, 2])).way == "packed"
+    # Without sharing, equal lengths need no pack; without packing, padding stays.
+    assert choose(("padded", "packed"), prompt, [0] * 4, rows_of([5] * 4)).way == "padded"
+    assert choose(("padded", "packed"), prompt, [0] * 4, rows_of([5, 6, 5, 5])).way == "padded"  # nearly
+    assert choose(("padded", "packed"), prompt, [0] * 4, rows_of([5, 90, 5, 5])).way == "packed"
+    assert choose(("padded",), [[1, 2, 3]], [0, 0], rows_of([90, 2])).way == "padded"
+    # Prompts with nothing in common are each read once: 2 * 9 + 4 * 3 against 4 * 12.
+    assert choose(every, [[1] * 10, [2] * 10], [0, 0, 1, 1], rows_of([3] * 4)).way == "shared"
+
+
+def test_layers_that_run_again_do_not_fill_a_cache() -> None:
+    lm = make("llama")
+    once = reader(lm, recomputes=True)
+    calls: list[int] = []
+    handle = lm.body.embed_tokens.register_forward_hook(lambda module, inputs, out: calls.append(inputs[0].numel()))
+    once.states([[1] * 20], [0, 0], [[2, 3], [4, 5]])
+    assert calls == [2 * 21]  # whole rows
+    with torch.no_grad():
+        once.states([[1] * 20], [0, 0], [[2, 3], [4, 5]])
+    handle.remove()
+    assert calls[1:] == [19, 2 * 2]

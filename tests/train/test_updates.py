@@ -1,0 +1,140 @@
+"""Several updates on one batch of rollouts: weighted by the ratio to the policy that sampled, resumed exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_run import metrics, train, trainer
+
+from distil_kernels.train.__main__ import main
+from distil_kernels.train.checkpoint import read_lines
+from distil_kernels.train.loop import Trainer
+from distil_kernels.train.teacher import Teacher
+
+
+def gradients(run: Trainer) -> list[dict[str, torch.Tensor]]:
+    """Of every update of one step, before its optimiser step."""
+    found: list[dict[str, torch.Tensor]] = []
+    run.optimizer.optimizer.register_step_pre_hook(
+        lambda *_: found.append({name: p.grad.clone() for name, p in run.student.model.named_parameters()})
+    )
+    run.record = run.train_step()  # type: ignore[attr-defined]
+    return found
+
+
+def states(run: Trainer) -> list[torch.Tensor]:
+    """Log-probs [T, V] of the student for each completion of the last batch, by the model's own head."""
+    found = []
+    for entry in run.seen:  # type: ignore[attr-defined]
+        for done in entry.completions:
+            logits = run.student.model(torch.tensor([entry.prompt + done])).logits[0, len(entry.prompt) - 1 : -1]
+            found.append((logits / run.config.temperature).double().log_softmax(-1))
+    return found
+
+
+@pytest.mark.parametrize("objective", ["forward_ce", "policy_gradient"])
+def test_the_second_gradient_by_definition(tiny_model: Path, tmp_path: Path, objective: str) -> None:
+    """With a temperature, a bound that some ratios meet, and weights that the first update has moved."""
+    run = trainer(
+        tiny_model, tmp_path / "run", objective=objective, credit_span="none", teacher="frozen", temperature=0.8,
+        updates_per_batch=2, importance_clip=1.05, learning_rate=3e-3, warmup_steps=0, max_grad_norm=1e9,
+        normalize_advantages=False,
+    )  # fmt: skip
+    roll_out = run.roll_out
+
+    def seen(batch: Any) -> None:
+        roll_out(batch)
+        for index, entry in enumerate(batch):
+            entry.feedback = [f._replace(score=float(index + i)) for i, f in enumerate(entry.feedback)]
+        run.seen = batch  # type: ignore[attr-defined]
+        run.old = [logprobs.detach() for logprobs in states(run)]  # type: ignore[attr-defined]
+
+    run.roll_out = seen  # type: ignore[method-assign]
+    take, at_second = run.optimizer.step, []
+
+    def step() -> None:
+        take()
+        if not at_second:  # the weights that the second update sees
+            at_second.append({name: value.clone() for name, value in run.student.model.state_dict().items()})
+
+    run.optimizer.step = step
+    _, second = gradients(run)
+    run.student.model.load_state_dict(at_second[0])
+    run.student.model.zero_grad()
+    total, drift, ratios = torch.zeros((), dtype=torch.float64), [], []
+    new = states(run)
+    completions = [done for entry in run.seen for done in entry.completions]  # type: ignore[attr-defined]
+    for index, (done, old, s) in enumerate(zip(completions, run.old, new, strict=True)):  # type: ignore[attr-defined]
+        entry = run.seen[index // 2]  # type: ignore[attr-defined]
+        tokens = torch.tensor(done)[:, None]
+        log_ratio = (s - old).gather(1, tokens)[:, 0]
+        drift += (-log_ratio).tolist()
+        ratios += log_ratio.exp().tolist()
+        if objective == "policy_gradient":
+            advantage = -0.5 if index % 2 == 0 else 0.5
+            ratio = log_ratio.exp()
+            total = total - torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).sum()
+            continue
+        prompt = entry.teacher_prompts[index % 2]
+        with torch.no_grad():
+            t = run.teacher.lm.model(torch.tensor([prompt + done])).logits[0, len(prompt) - 1 : -1]
+            t = t.double().log_softmax(-1)
+        weight = log_ratio.exp().detach().clamp(max=1.05)
+        total = total - (weight[:, None] * t.exp() * s).sum()
+    (total / 8).backward()
+    assert min(ratios) < 0.95 and max(ratios) > 1.06
+    for name, parameter in run.student.model.named_parameters():
+        scale = float(parameter.grad.abs().max())
+        torch.testing.assert_close(second[name], parameter.grad, rtol=2e-3, atol=2e-4 * scale)
+    assert run.record["drift"] == pytest.approx(sum(drift) / len(drift), rel=1e-3, abs=1e-5)  # type: ignore
+
+
+@pytest.mark.parametrize("teacher", ["frozen", "ema", "live"])
+def test_the_teacher_is_asked_again_only_where_it_moved(
+    tiny_model: Path, tmp_path: Path, teacher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    at_states = Teacher.at_states
+    monkeypatch.setattr(Teacher, "at_states", lambda self, *rest: (calls.append(1), at_states(self, *rest))[1])
+    run = trainer(tiny_model, tmp_path / "run", teacher=teacher, updates_per_batch=3, micro_batch_prompts=2)
+    run.train_step()
+    assert len(calls) == (2 if teacher == "frozen" else 6)
+
+
+def test_the_moving_average_is_of_fresh_rollouts(tiny_model: Path, tmp_path: Path) -> None:
+    averages = []
+    for updates in (1, 3):
+        run = trainer(tiny_model, tmp_path / str(updates), baseline="moving_average", updates_per_batch=updates)
+        run.train_step()
+        averages.append(run.average.values([4]))
+    assert torch.equal(*averages) and averages[0].abs().max() > 0
+
+
+def test_a_resumed_run_repeats_an_uninterrupted_one(tiny_model: Path, tmp_path: Path) -> None:
+    extra = ("--teacher", "ema", "--baseline", "moving_average", "--updates_per_batch", "3")
+    whole = train(tiny_model, tmp_path, "whole", *extra, steps=4)
+    parts = train(tiny_model, tmp_path, "parts", *extra, steps=2)
+    assert main(["--resume", str(parts), "--steps", "4"]) == 0
+    assert metrics(parts) == metrics(whole)
+    assert read_lines(parts / "rollouts.jsonl") == read_lines(whole / "rollouts.jsonl")
+    ours, theirs = ((run / "checkpoint" / "model.safetensors").read_bytes() for run in (parts, whole))
+    assert ours == theirs
+    steps = [record for record in metrics(whole) if record["kind"] == "step"]
+    assert all(record["drift"] != 0 for record in steps)
+    (state,) = torch.load(whole / "checkpoint" / "trainer.pt")["optimizer"]["param_groups"]
+    assert state["lr"] == 1e-3  # the schedule counts batches
+
+
+def test_more_updates_go_further(tiny_model: Path, tmp_path: Path) -> None:
+    """The same first update, and a later batch whose teacher is closer."""
+    runs = [
+        metrics(train(tiny_model, tmp_path, str(n), "--updates_per_batch", str(n), "--credit_span", "none", steps=6))
+        for n in (1, 4)
+    ]
+    once, often = ([record for record in run if record["kind"] == "step"] for run in runs)
+    assert "drift" not in once[0] and once[0]["loss"] == often[0]["loss"]
+    assert once[0]["grad_norm"] == often[0]["grad_norm"]
+    assert often[-1]["kl"] < once[-1]["kl"]
