@@ -24,7 +24,8 @@ namespace {
 
 constexpr int kTile = 8, kPanel = 48, kGroup = 2 * kTile;
 static_assert(kGroup == kVector && kPanel % kVector == 0, "a group's tile is transposed in squares of a vector");
-constexpr std::int64_t kDeep = 512;  // words of a block along the depth; up to twice that is one block
+constexpr std::int64_t kDeep = 512;   // words of a block along the depth; up to twice that is one block
+constexpr std::int64_t kChain = 128;  // words summed in a register: rounding grows with the chain
 constexpr std::int64_t kSpreadWords = 64 * kDeep;  // of a block: 128 KiB beside a panel of 96 KiB
 constexpr std::int64_t kPanelWords = 1 << 20;      // of all panels of a block: 4 MiB of the outer cache
 constexpr std::int64_t kLarge = 1 << 20;           // elements of a C that no cache keeps
@@ -109,17 +110,19 @@ struct Spread {
   std::int64_t step;
 };
 
-// 8 lanes times a panel of 16 kVectors lanes.
+// 8 lanes times a panel of 16 kVectors lanes, words [word, end): to the tile from word 0 on, else added to it.
 template <class Word, int kVectors>
-void multiply_tile(const Pair* const* lanes, std::int64_t step, const Pair* panel, std::int64_t num_words,
-                   float (*tile)[kPanel]) {
+void multiply_tile(const Pair* const* lanes, std::int64_t step, const Pair* panel, std::int64_t word,
+                   std::int64_t end, float (*tile)[kPanel]) {
   const Pair* lane[kTile];
   __m512 sums[kTile][kVectors];
+  const bool adds = word > 0;
   for (int i = 0; i < kTile; ++i) {
     lane[i] = lanes[i];
     for (auto& sum : sums[i]) sum = _mm512_setzero_ps();
   }
-  for (std::int64_t word = 0, at = 0; word < num_words; ++word, at += step, panel += kVectors * kVector) {
+  panel += word * kVectors * kVector;
+  for (std::int64_t at = word * step; word < end; ++word, at += step, panel += kVectors * kVector) {
     __m512i right[kVectors];
     for (int j = 0; j < kVectors; ++j) right[j] = _mm512_loadu_si512(panel + j * kVector);
     for (int i = 0; i < kTile; ++i) {
@@ -128,7 +131,10 @@ void multiply_tile(const Pair* const* lanes, std::int64_t step, const Pair* pane
     }
   }
   for (int i = 0; i < kTile; ++i) {
-    for (int j = 0; j < kVectors; ++j) _mm512_store_ps(tile[i] + j * kVector, sums[i][j]);
+    for (int j = 0; j < kVectors; ++j) {
+      float* const to = tile[i] + j * kVector;
+      _mm512_store_ps(to, adds ? _mm512_add_ps(_mm512_load_ps(to), sums[i][j]) : sums[i][j]);
+    }
   }
 }
 
@@ -138,7 +144,14 @@ void multiply_group(const Spread& spread, int num_lanes, const Pair* panel, int 
   const auto multiply = width == kPanel        ? multiply_tile<Word, 3>
                         : width == 2 * kVector ? multiply_tile<Word, 2>
                                                : multiply_tile<Word, 1>;
-  for (int i = 0; i < num_lanes; i += kTile) multiply(spread.lane + i, spread.step, panel, num_words, tiles + i);
+  for (int i = 0; i < num_lanes; i += kTile) {
+    std::int64_t word = 0;
+    do {
+      const std::int64_t end = std::min(word + kChain, num_words);
+      multiply(spread.lane + i, spread.step, panel, word, end, tiles + i);
+      word = end;
+    } while (word < num_words);
+  }
 }
 
 // C as the kernels see it.
