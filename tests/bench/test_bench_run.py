@@ -19,6 +19,7 @@ import torch
 from cases import Case, exact_answer, make_problem, relative_errors
 from check import wrong
 
+from distil_kernels import gemm
 from distil_kernels.backends import cpu
 
 ROOT = Path(__file__).parents[2]
@@ -155,13 +156,24 @@ def test_peak_memory_is_what_a_call_needs_beyond_inputs_and_gradients() -> None:
     assert timing.peak_extra_bytes(call, problem, "cpu") == pytest.approx(60 * 2**20, abs=2**20)
 
 
-def test_bare_products_are_the_ones_of_the_op() -> None:
+def test_bare_products_are_the_ones_of_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    product, own_flops = gemm._product, []
+
+    def counted(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, **options: object) -> None:
+        own_flops.append(2 * left.shape[0] * left.shape[1] * right.shape[1])
+        product(left, right, out, **options)
+
+    monkeypatch.setattr(gemm, "_product", counted)
     for op, products in (("ce", 4), ("frozen", 3), ("stats", 6), ("distil", 4)):
         case = Case(op, 64, 700, 16, "fp32", "cpu", 1)
-        ((name, call),) = timing.bare_products(case, make_problem(case, "ordinary")).items()
-        assert name == f"{products} bare products, fp32"
-        flops = _flops(call)
-        assert flops == products * 2 * 64 * 700 * 16
+        calls = timing.bare_products(case, make_problem(case, "ordinary"))
+        expected = products * 2 * 64 * 700 * 16
+        assert _flops(calls.pop(f"{products} bare products, fp32")) == expected
+        assert bool(calls) == gemm.has_float32_product()
+        for call in calls.values():
+            own_flops.clear()
+            call()
+            assert sum(own_flops) == expected
 
 
 def _flops(call: timing.Call) -> int:
