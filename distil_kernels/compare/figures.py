@@ -42,7 +42,7 @@ def draw(scale: Scale, results: Results, folder: Path) -> list[Path]:
 
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(3.5 * count, 4.2), layout="constrained")
+    figure = Figure(figsize=(max(5.0, 3.5 * count), 4.2), layout="constrained")
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
@@ -65,7 +65,9 @@ def _curve(axes: Axes, runs: Sequence[Result], quantity: str, style: tuple[str, 
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=min(4, int(figure.get_figwidth() / 2.4))
+    )
 
 
 def _objectives(scale: Scale, results: Results, about: str) -> Figure:
