@@ -203,6 +203,15 @@ class Config:
             )
         return said
 
+    def rate_share(self, step: int) -> float:
+        """Share of the peak learning rate at a step from 0, where transformers' warm-ups give 0 and waste the batch."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        done = min(1.0, (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps))
+        if self.learning_rate_schedule == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * done))
+        return 1.0 - done if self.learning_rate_schedule == "linear" else 1.0
+
     def check(self) -> None:
         """Raises ValueError naming the field, what came and what was expected."""
         for option in fields(self):

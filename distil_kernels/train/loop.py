@@ -14,13 +14,11 @@ uninterrupted one. Ctrl-C finishes the step; a second one stops at once, at the 
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -69,7 +67,7 @@ class Trainer:
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         decay = config.weight_decay
         optimizer = torch.optim.AdamW(self.trained, lr=config.learning_rate, weight_decay=decay, fused=True)
-        self.scheduler = LambdaLR(optimizer, partial(_rate, config))  # accelerate's takes a step for every process
+        self.scheduler = LambdaLR(optimizer, config.rate_share)  # accelerate's takes a step for every process
         # evaluation_mode: placed and set for autocast, not wrapped in DistributedDataParallel.
         self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
@@ -389,16 +387,6 @@ class Trainer:
                 self.student, self.teacher, batch, self.tokenizer, self.config, self.average
             )
         return rollout_records("sample", self.step, batch, self.prompts, columns)
-
-
-def _rate(config: Config, step: int) -> float:
-    """Share of the peak learning rate at a step from 0 (where transformers' warm-ups give 0 and waste the batch)."""
-    if step < config.warmup_steps:
-        return (step + 1) / (config.warmup_steps + 1)
-    done = min(1.0, (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps))
-    if config.learning_rate_schedule == "cosine":
-        return 0.5 * (1.0 + math.cos(math.pi * done))
-    return 1.0 - done if config.learning_rate_schedule == "linear" else 1.0
 
 
 @contextmanager
