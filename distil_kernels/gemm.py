@@ -82,27 +82,28 @@ def _is_half_on_gpu(*operands: Tensor) -> bool:
     )
 
 
-@cache
-def units() -> tuple[str, ...]:
-    """What this processor has for products of our own: "tiles" (AMX, bfloat16 only), "vector" (AVX-512 with BF16)."""
-    if _C is None:
-        return ()
-    return tuple(name for name in ("tiles", "vector") if _C.cpu_supports_gemm(getattr(_C.GemmUnit, name)))
+# Asked once, at import: torch.compile takes a constant as it is, and cannot look into the extension.
+UNITS: tuple[str, ...] = (
+    tuple(name for name in ("tiles", "vector") if _C.cpu_supports_gemm(getattr(_C.GemmUnit, name))) if _C else ()
+)
+"""What this processor has for products of our own: "tiles" (AMX, bfloat16 only), "vector" (AVX-512 with BF16)."""
+
+_IS_INTEL = _C is not None and _C.cpu_is_intel()
 
 
 def has_bf16_product() -> bool:
     """Whether this processor multiplies bfloat16 matrices to a float32 result."""
-    return bool(units())
+    return bool(UNITS)
 
 
 def has_float32_product() -> bool:
     """Whether our own product of float32 matrices goes before the vendor library's."""
-    return "vector" in units() and not _C.cpu_is_intel()
+    return "vector" in UNITS and not _IS_INTEL
 
 
 def reads_head_in_place(dtype: torch.dtype) -> bool:
     """Whether a chunk of logits costs the same per row however few it has: W is not packed for it (CPU)."""
-    return (dtype == torch.bfloat16 and units() == ("vector",)) or (dtype == torch.float32 and has_float32_product())
+    return (dtype == torch.bfloat16 and UNITS == ("vector",)) or (dtype == torch.float32 and has_float32_product())
 
 
 def _is_ours(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> bool:
@@ -110,7 +111,7 @@ def _is_ours(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> bool:
     if left.device.type != "cpu" or left.dtype not in (torch.bfloat16, torch.float32):
         return False
     if right.dtype == torch.bfloat16:
-        rounds_once = out_dtype == torch.bfloat16 and "tiles" not in units()
+        rounds_once = out_dtype == torch.bfloat16 and "tiles" not in UNITS
         return has_bf16_product() and (out_dtype == torch.float32 or rounds_once)
     return left.dtype == right.dtype == out_dtype == torch.float32 and has_float32_product()
 

@@ -30,7 +30,7 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("unit", gemm.units())
+@pytest.mark.parametrize("unit", gemm.UNITS)
 @pytest.mark.parametrize("types", TYPES)
 @pytest.mark.parametrize("transposed", [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
@@ -90,7 +90,7 @@ def test_products_of_a_head_go_to_ours(dtype, generator, monkeypatch):
     gemm.add_grad_weight(out, hidden, torch.zeros(500, 64))
 
 
-@pytest.mark.parametrize("unit", gemm.units())
+@pytest.mark.parametrize("unit", gemm.UNITS)
 def test_threads_do_not_change_a_bit(unit, generator):
     left = torch.randn(100, 700, generator=generator)
     right = torch.randn(700, 500, generator=generator).bfloat16()

@@ -227,6 +227,16 @@ def test_loss_and_gradient_are_those_of_our_own_models_top_k(
     with torch.no_grad():
         plain = [entry.prompt for entry in batch]
         start = run.student.states(plain, [0, 0, 1, 1], completions)
+        lowest = (start @ run.student.weight.t()).log_softmax(1).amin(1)
+
+    def dense(taught: TopK) -> torch.Tensor:
+        return torch.zeros(len(own), own.shape[1] + 1).scatter(
+            1, taught.ids % (own.shape[1] + 1), taught.logprobs.exp()
+        )
+
+    # Other requests decide what the server adds up together: its int8 activations then round otherwise.
+    moved = (dense(theirs) - dense(ours)).abs().sum(1)
+    assert moved.max() < 0.2
 
     def gradients(taught: TopK, span: str) -> tuple[Any, ...]:
         hidden, config = start.clone().requires_grad_(), replace(run.config, credit_span=span)
@@ -237,7 +247,7 @@ def test_loss_and_gradient_are_those_of_our_own_models_top_k(
     for span, cosine, ratio in (("none", 0.99, 1.1), ("future", 0.95, 1.3)):
         out, *found = gradients(theirs, span)
         expected, *wanted = gradients(ours, span)
-        torch.testing.assert_close(out.stats.ce, expected.stats.ce, atol=0.3, rtol=0.03)
+        assert ((out.stats.ce - expected.stats.ce).abs() <= -lowest * moved + 1e-3).all()
         assert out.loss.item() == pytest.approx(expected.loss.item(), rel=0.02)
         for mine, other in zip(found, wanted, strict=True):
             assert torch.cosine_similarity(mine.flatten(), other.flatten(), dim=0) > cosine
