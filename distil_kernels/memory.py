@@ -2,7 +2,7 @@
 
 A fresh block of 200 MiB is 51,200 pages of 4 KiB, and the first write to each traps into the kernel: 5 to 10 % of a
 whole operation whose products take a second. Where Linux leaves huge pages to those who ask (`madvise`, the usual
-setting), asking makes that 100 pages of 2 MiB. Nothing else changes; elsewhere this is plain `empty` and `zeros`.
+setting), asking makes that 100 pages of 2 MiB. Nothing else changes; elsewhere this is plain `empty`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,6 @@ def empty(*size: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     block = like.new_empty(*size, dtype=dtype)
     _ask_for_huge_pages(block)
     return block
-
-
-def zeros(*size: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-    return empty(*size, like=like, dtype=dtype).zero_()
 
 
 def _ask_for_huge_pages(block: Tensor) -> None:
