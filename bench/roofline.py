@@ -3,8 +3,9 @@
     python bench/roofline.py --threads 1 --json bench/results/roofline.json --plot docs/figures
 
 The roof is measured, not looked up: the faster of torch's and our square matrix product, and a copy between two blocks
-larger than every cache. A part's operations and bytes are counted from its definition (each operand read once, each result
-written once; the vector kernels' operations from csrc/row_math.h), so a point above the slope has its data in a cache.
+larger than every cache. A part's operations and bytes are counted from its definition (each operand read once, each
+result written once; the vector kernels' operations from csrc/row_math.h), so a point above the slope has its data in a
+cache.
 Times are medians of interleaved rounds.
 """
 
