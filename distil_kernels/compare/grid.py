@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
@@ -41,6 +41,8 @@ class Result:
     """Of each held-out problem, how many of the last `final_samples` answers are right."""
     seconds: float
     """Of the processor."""
+    teacher_entropy: list[float] = field(default_factory=list)
+    """Nats per token of the students' answers, at each of the steps; empty where it is not asked for."""
 
 
 Results = dict[Any, Result]

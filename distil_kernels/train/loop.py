@@ -71,7 +71,8 @@ class Trainer:
         # evaluation_mode: placed and set for autocast, not wrapped in DistributedDataParallel.
         self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
-        parts = split(self.accelerator.unwrap_model(self.model))
+        with self.accelerator.autocast():  # as the prepared model's own forward runs, with which it is compared
+            parts = split(self.accelerator.unwrap_model(self.model))
         self.student = reader(parts, config.reading, config.gradient_checkpointing)
         head, other = self.student.weight, None
         ends = models.end_ids(self.student.model, self.tokenizer)

@@ -75,6 +75,13 @@ def test_reasoning_gym_scores_with_its_own_verifier() -> None:
     assert problem == make_task("reasoning_gym:basic_arithmetic", 1000).problem(500)
 
 
+def test_an_answer_that_a_reasoning_gym_verifier_cannot_read_is_wrong() -> None:
+    task = make_task("reasoning_gym:prime_factorization", 0)
+    problem = task.problem(0)
+    assert task.score(problem.answer, problem.entry) == 1.0
+    assert task.score("2 x many", problem.entry) == 0.0
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

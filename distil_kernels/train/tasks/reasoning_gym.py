@@ -49,4 +49,7 @@ class ReasoningGym:
         return Problem(entry["question"], str(entry["answer"]), entry, key=entry["question"])
 
     def score(self, answer: str, entry: dict[str, Any]) -> float:
-        return float(self._dataset.score_answer(answer, entry))
+        try:
+            return float(self._dataset.score_answer(answer, entry))
+        except Exception:  # of an answer that its task's own verifier cannot read: prime_factorization and "2 x a"
+            return 0.0
