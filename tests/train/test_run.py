@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny import llama_config
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from distil_kernels.testing import credit_by_definition
 from distil_kernels.train.__main__ import main
@@ -194,6 +196,25 @@ def test_resume_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_a_model_that_cannot_be_loaded_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--model", str(tmp_path / "nowhere"), "--runs_dir", str(tmp_path), "--name", "run"]) == 2
     assert "[model]" in capsys.readouterr().err
+
+
+def test_products_in_bfloat16_train(tiny_model: Path, tmp_path: Path) -> None:
+    """What a GPU does by default, with a model deep enough for rounding to change its logits by more than 2 %."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(llama_config(num_hidden_layers=32, initializer_range=0.5)).eval()
+    tokens = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        exact = model(input_ids=tokens).logits
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert (model(input_ids=tokens).logits - exact).abs().max() > 0.02 * exact.abs().max()
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "model")
+    AcceleratorState._reset_state()  # a process has one precision
+    try:
+        directory = train(tmp_path / "model", tmp_path, "run", "--precision", "bfloat16", steps=1)
+    finally:
+        AcceleratorState._reset_state()
+    assert metrics(directory)[1]["step"] == 1
 
 
 def test_a_reasoning_gym_task_runs(tiny_model: Path, tmp_path: Path) -> None:
