@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -129,6 +130,11 @@ def unique(lists: list[list[int]]) -> tuple[list[list[int]], list[int]]:
     index: dict[tuple[int, ...], int] = {}
     rows = [index.setdefault(tuple(tokens), len(index)) for tokens in lists]
     return [list(tokens) for tokens in index], rows
+
+
+def truncated(batch: Sequence[Sample], stop_ids: Sequence[int]) -> float:
+    """Share of rollouts that ran into the length limit."""
+    return statistics.fmean(done[-1] not in stop_ids for entry in batch for done in entry.completions)
 
 
 def prefers_right(batch: list[Sample], teacher_logprobs: list[torch.Tensor | None]) -> float | None:

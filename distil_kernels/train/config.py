@@ -57,6 +57,8 @@ class Config:
     """Worked examples before the question, the same for the whole run."""
     layout: str = _option("examples", ("examples", "chat"))
     """`Q: ... A: ...` text whose answers end with the line, or the tokenizer's chat template."""
+    chat_template_kwargs: str = "{}"
+    """What the chat template is given beside the messages, as JSON: '{"enable_thinking": false}'."""
     teacher_reads: str = _option("text", ("text", "demonstration", "both"))
     """What the teacher is shown: the correction in words, the question answered once before, or both."""
 
@@ -186,6 +188,20 @@ class Config:
     plan: str = "auto"
     """Plan of the loss."""
 
+    def chat_options(self) -> dict[str, Any]:
+        """`chat_template_kwargs` as a dictionary.
+
+        Raises:
+            ValueError: it is no JSON object.
+        """
+        try:
+            options = json.loads(self.chat_template_kwargs)
+        except json.JSONDecodeError:
+            options = None
+        if not isinstance(options, dict):
+            raise ValueError(f"[chat_template_kwargs] expected a JSON object, got {self.chat_template_kwargs!r}")
+        return options
+
     def remarks(self) -> list[str]:
         """What a person should know of these options before the run."""
         if self.credit_span == "none" or self.objective == "policy_gradient":
@@ -280,6 +296,8 @@ class Config:
                 "[reading] gradient_checkpointing reads whole rows where there are gradients: expected auto, packed or "
                 "padded, got shared"
             )
+        if self.chat_options() and self.layout != "chat":
+            raise ValueError(f"[chat_template_kwargs] belongs to layout chat: got it with {self.layout}")
         if self.name and Path(self.name).name != self.name:
             raise ValueError(f"[name] expected a plain directory name, got {self.name!r}")
 

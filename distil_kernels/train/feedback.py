@@ -26,8 +26,8 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -138,6 +138,7 @@ class Prompts:
         max_tokens: length limit of a prompt.
         end_ids: tokens that end any answer of this model.
         tool: whether the prompts show how to call `tools.Python`, whose calls are no part of an answer.
+        chat_options: what the chat template is given beside the messages.
 
     Raises:
         ValueError: the layout does not suit the tokenizer, the model or the task's answers.
@@ -152,13 +153,14 @@ class Prompts:
         max_tokens: int = 1024,
         end_ids: Sequence[int] = (),
         tool: bool = False,
+        chat_options: Mapping[str, Any] | None = None,
     ) -> None:
         if layout == "chat" and not tokenizer.chat_template:
             raise ValueError("[layout] this tokenizer has no chat template: use layout examples")
         self._tokenizer = tokenizer
         self._layout, self._max_tokens, self._end_ids = layout, max_tokens, end_ids
         self._reads_text, self._reads_demonstration = reads in ("text", "both"), reads in ("demonstration", "both")
-        self._tool = tool
+        self._tool, self._chat_options = tool, chat_options or {}
         shown = [TOOL_EXAMPLE] if tool else []
         self._plain = [*shown, *(_Turn(problem.question, "", problem.answer) for problem, _ in examples)]
         self._corrected = shown + [
@@ -244,7 +246,9 @@ class Prompts:
                 messages.append({"role": "user", "content": f"{question}\n{text}" if text else question})
                 if answer is not None:
                     messages.append({"role": "assistant", "content": answer})
-            rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            rendered = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **self._chat_options
+            )
             return self._tokenizer(rendered, add_special_tokens=False).input_ids
         blocks = []
         for question, text, answer in turns:

@@ -3,7 +3,8 @@
     no signal          every group's rollouts scored alike (policy_gradient), no rollout has feedback, or the teacher
                        agrees with the student
     entropy            the student has become sure of everything
-    length             answers ran into the limit, or shrank to half: a sum of future cost pays for stopping early
+    length             most answers run into the limit, or they shrank to half: a sum of future cost pays for stopping
+                       early
     teacher            it answers no better than its student, or much worse than at the start
 
 Means over the last WINDOW steps against the first WINDOW; nothing is said before there are twice as many.
@@ -60,10 +61,11 @@ def warnings(records: Sequence[Record], config: Config) -> Iterator[tuple[str, s
             "rollouts of a problem are all the same"
         )
         yield "entropy", text
-    if mean(last, "length") > 0.95 * config.max_new_tokens > 1.5 * mean(first, "length"):
+    if mean(last, "truncated") > 0.5:
         text = (
-            f"exploding length: answers take {mean(last, 'length'):.1f} of {config.max_new_tokens} tokens, "
-            f"{mean(first, 'length'):.1f} at the start"
+            f"answers run into the limit: {mean(last, 'truncated'):.0%} of the last {WINDOW} steps' have "
+            f"{config.max_new_tokens} tokens and no end, {mean(first, 'truncated'):.0%} at the start; a larger "
+            "max_new_tokens, or a cost that does not pay for length"
         )
         yield "length", text
     if mean(last, "length") < 0.5 * mean(first, "length"):

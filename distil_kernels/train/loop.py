@@ -31,7 +31,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from distil_kernels.hf import split
 from distil_kernels.train import alignment, change, checkpoint, models, report, samples, tracking
 from distil_kernels.train.baseline import PositionAverage
-from distil_kernels.train.batch import Batches, Sample, answered, prefers_right, rollout_records, unique
+from distil_kernels.train.batch import Batches, Sample, answered, prefers_right, rollout_records, truncated, unique
 from distil_kernels.train.config import Config
 from distil_kernels.train.critique import Critic
 from distil_kernels.train.evaluate import Evaluation, Evaluator
@@ -105,7 +105,7 @@ class Trainer:
         ]
         self.prompts = Prompts(
             self.tokenizer, examples, config.layout, config.teacher_reads, config.max_prompt_tokens,
-            ends, self.tool is not None,
+            ends, self.tool is not None, config.chat_options(),
         )  # fmt: skip
         worked = {problem.key for problem, _ in examples}
         self.next_batch = Batches(self.task, self.verify, self.prompts, worked, config.prompts_per_step, self.processes)
@@ -240,6 +240,7 @@ class Trainer:
             **alignment.figures([part.inner_products for part in sums]),
             **changed,
             "length": num_tokens / normalizer,
+            "truncated": truncated(batch, self.sampling.stop_ids),
             "equal_groups": statistics.fmean(len({f.score for f in entry.feedback}) == 1 for entry in batch),
             "teacher_prefers_right": prefers_right(batch, [s.sequence_teacher_logprob for s in sums]),
             "grad_norm": grad_norm,

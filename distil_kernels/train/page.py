@@ -83,12 +83,13 @@ def _table(evaluations: Sequence[Record]) -> str:
 
 
 def _charts(steps: Sequence[Record], evaluations: Sequence[Record]) -> str:
-    def course(key: str, label: str) -> Series:
-        return Series(label, [(record["step"], record.get(key, math.nan), 0.0) for record in steps])
+    def course(key: str, label: str, marked: bool = False) -> Series:
+        return Series(label, [(record["step"], record.get(key, math.nan), 0.0) for record in steps], marked)
 
     def held_out(key: str, label: str) -> Series:
         return Series(label, [(r["step"], r[key], r[key + "_se"]) for r in evaluations], marked=True)
 
+    changed = course("held_out_change", "log-prob of an answer", marked=True)
     accuracy = [held_out("sampled", "sampled"), held_out("greedy", "greedy"), held_out("teacher", "teacher")]
     return "".join(
         (
@@ -96,8 +97,10 @@ def _charts(steps: Sequence[Record], evaluations: Sequence[Record]) -> str:
             line_chart("Teacher against student, nats a token", [course("ce", "cross-entropy"), course("kl", "KL")]),
             line_chart("Entropy, nats a token", [course("entropy", "student"), course("teacher_entropy", "teacher")]),
             line_chart("Answer length, tokens", [course("length", "training rollouts")]),
+            line_chart("Share of rollouts cut at the limit", [course("truncated", "training rollouts")], high=1.0),
             line_chart("Gradient norm before clipping", [course("grad_norm", "norm")]),
             line_chart("Learning rate", [course("learning_rate", "AdamW")]),
+            line_chart("What a step changed: held-out right answers, nats", [changed], low=None),
         )
     )
 

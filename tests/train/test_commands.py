@@ -32,8 +32,19 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("runs")
     arguments = ["--model", str(tiny_model), "--runs_dir", str(runs), "--name", "run", "--steps", "2"]
     sizes = ["--prompts_per_step", "2", "--rollouts_per_prompt", "3", "--max_new_tokens", "5", "--num_examples", "1"]
-    evaluations = ["--eval_problems", "3", "--eval_every", "1", "--eval_samples", "3", "--eval_rollouts", "2"]
-    assert main([*arguments, *sizes, *evaluations, "--learning_rate", "1e-2"]) == 0
+    evaluations = [
+        "--eval_problems",
+        "3",
+        "--eval_every",
+        "1",
+        "--eval_samples",
+        "3",
+        "--eval_rollouts",
+        "2",
+        "--held_out_every",
+        "1",
+    ]
+    assert main([*arguments, *sizes, *evaluations, "--learning_rate", "1e-2", "--held_out_every", "1"]) == 0
     return runs / "run"
 
 
@@ -184,7 +195,7 @@ def test_report_is_one_file_without_scripts_or_links(run: Path, capsys: pytest.C
     assert found.links == [] and found.count["script"] == 0 and "http" not in re.sub(r"http-equiv", "", text)
     samples = [record for record in read_lines(run / "rollouts.jsonl") if record["kind"] == "sample"]
     assert text.count("class='tip'") == sum(len(sample["tokens"]) for sample in samples)
-    assert found.count["svg"] == 6 and "pass@2" in text
+    assert found.count["svg"] == 8 and "pass@2" in text
     assert "rollouts_per_prompt: 3" in text
 
 

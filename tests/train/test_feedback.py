@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from tiny import byte_tokenizer
+from tiny import CHAT, byte_tokenizer
 
+from distil_kernels.train.config import Config
 from distil_kernels.train.feedback import Prompts, correct
 from distil_kernels.train.tasks import Feedback, Problem, make_task
 
@@ -43,6 +44,21 @@ def test_chat_layout_uses_the_models_template() -> None:
     assert text(prompts.student(PROBLEM)) == "<user>1, 2\n<assistant>2\n<user>3, 9\n<assistant>"
     taught = text(prompts.teacher(PROBLEM, FEEDBACK))
     assert taught.endswith("<user>3, 9\n<assistant>9\n<user>3, 9\nThe correct answer is 9.\n<assistant>")
+
+
+def test_a_chat_template_is_given_its_options() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT + "{% if enable_thinking is false %}</think>{% endif %}"
+    options = Config(layout="chat", chat_template_kwargs='{"enable_thinking": false}').chat_options()
+    prompts = Prompts(tokenizer, [], layout="chat", end_ids=[0], chat_options=options)
+    assert text(prompts.student(PROBLEM)) == "<user>3, 9\n<assistant></think>"
+    assert text(Prompts(tokenizer, [], layout="chat", end_ids=[0]).student(PROBLEM)) == "<user>3, 9\n<assistant>"
+
+
+def test_chat_options_that_cannot_be_are_errors() -> None:
+    for settings in ({"layout": "chat", "chat_template_kwargs": "thinking"}, {"chat_template_kwargs": '{"a": 1}'}):
+        with pytest.raises(ValueError, match=r"\[chat_template_kwargs\]"):
+            Config(**settings).check()
 
 
 def test_too_long_feedback_goes_first_then_the_demonstration_never_the_question() -> None:

@@ -13,6 +13,7 @@ from distil_kernels.train.health import WINDOW, warnings
 
 def steps(first: dict, last: dict) -> list[dict]:
     sound = {"kind": "step", "kl": 0.3, "entropy": 1.0, "length": 8.0, "equal_groups": 0.5, "left_out": 0}
+    sound["truncated"] = 0.1
     return [{**sound, **first}] * WINDOW + [{**sound, **last}] * WINDOW
 
 
@@ -41,7 +42,7 @@ def test_a_sound_run_is_left_alone() -> None:
         ("signal", "differ by 1.0e-05 nats", {"kl": 1e-5}, {}),
         ("signal", "nothing to read", {"left_out": 16, "kl": 0.0, "entropy": 0.0}, {"feedback": "siblings"}),
         ("entropy", "collapsed entropy: 0.01 nats", {"entropy": 0.01}, {}),
-        ("length", "exploding length: answers take 15.8 of 16", {"length": 15.8}, {}),
+        ("length", "answers run into the limit: 60% of the last 5 steps' have 16 tokens", {"truncated": 0.6}, {}),
         ("length", "pays for stopping early; a discount", {"length": 2.2}, {}),
     ],
 )

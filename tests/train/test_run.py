@@ -79,9 +79,14 @@ def test_three_steps_and_their_files(tiny_model: Path, tmp_path: Path) -> None:
     rollouts = [record for record in read_lines(directory / "rollouts.jsonl") if record["kind"] == "training"]
     assert len(rollouts) == 3 * 3 * 2
     assert all(0 < len(record["tokens"]) <= 4 and record["expected"] in record["feedback"] for record in rollouts)
+    tokenizer = AutoTokenizer.from_pretrained(directory / "checkpoint")
+    for record in steps:
+        own = [rollout["tokens"] for rollout in rollouts if rollout["step"] == record["step"]]
+        cut = [tokens[-1] != 0 and "\n" not in tokenizer.decode(tokens[-1:]) for tokens in own]
+        assert record["truncated"] == sum(cut) / len(own)
+        assert all(len(tokens) == 4 for tokens, is_cut in zip(own, cut, strict=True) if is_cut)
     assert (directory / "plot.png").read_bytes().startswith(b"\x89PNG")
 
-    tokenizer = AutoTokenizer.from_pretrained(directory / "checkpoint")
     trained = AutoModelForCausalLM.from_pretrained(directory / "checkpoint").state_dict()
     start = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
     assert tokenizer("Q: 12").input_ids == AutoTokenizer.from_pretrained(tiny_model)("Q: 12").input_ids
