@@ -48,9 +48,12 @@ _ENOUGH_ROWS, _ENOUGH_BYTES = 256, 48 * 2**20
 smaller one costs: every chunk packs all of W for its products (N = 512, V = 152k, D = 1024: 1.20 times at 128 rows,
 1.07 at 256), and adds to all of dW."""
 
-_ENOUGH_ROWS_UNPACKED = 112
-"""The same where W is read in place and its dW is written in one product, or products are slow enough beside adding to
-it (float32): 128 rows took .98 to 1.05 of the time of 256, on one and two Zen 5 threads."""
+_ENOUGH_ROWS_IN_PLACE = {torch.float32: 144, torch.bfloat16: 96}
+"""The same where W is read in place, so that a chunk costs the same whatever its size: in bfloat16 the logits of 96 rows
+took as long for each as those of 144, on two Zen 5 threads, and dW is one product. In float32 every chunk adds to it."""
+
+_PANEL_ROWS = 48
+"""Rows that such a product multiplies at once: 112 are two such panels and a third of which a third is used."""
 
 RING_BYTES = 1152 * 2**20
 """Default memory for the ring on a GPU: 3584 bfloat16 rows of a 152k vocabulary."""
@@ -102,11 +105,12 @@ def choose_chunk_rows(shape: Shape, chunk_bytes: int | None = None) -> int:
     """As many rows as the memory for a chunk of logits holds, at least one; no more than make chunks of equal size."""
     budget = chunk_bytes or _chunk_budget(shape)
     rows = budget // logits_chunk_bytes(shape, 1)
-    if chunk_bytes is None and shape.device_type == "cpu":
-        unpacked = reads_head_in_place(shape.dtype) and (shape.dtype == torch.float32 or _ring_holds_all_rows(shape))
-        enough = _ENOUGH_ROWS_UNPACKED if unpacked else _ENOUGH_ROWS
-        rows = min(rows, max(enough, _ENOUGH_BYTES // logits_chunk_bytes(shape, 1)))
     multiple = _ROW_MULTIPLE.get(shape.device_type, _ROW_MULTIPLE["cuda"])
+    if chunk_bytes is None and shape.device_type == "cpu":
+        enough = _ENOUGH_ROWS
+        if reads_head_in_place(shape.dtype) and (shape.dtype == torch.float32 or _ring_holds_all_rows(shape)):
+            enough, multiple = _ENOUGH_ROWS_IN_PLACE[shape.dtype], _PANEL_ROWS
+        rows = min(rows, max(enough, _ENOUGH_BYTES // logits_chunk_bytes(shape, 1)))
     if rows > multiple:
         rows -= rows % multiple
     rows = max(1, min(rows, shape.num_rows))
