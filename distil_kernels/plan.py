@@ -49,8 +49,8 @@ smaller one costs: every chunk packs all of W for its products (N = 512, V = 152
 1.07 at 256), and adds to all of dW."""
 
 _ENOUGH_ROWS_IN_PLACE = {torch.float32: 144, torch.bfloat16: 96}
-"""The same where W is read in place, so that a chunk costs the same whatever its size: in bfloat16 the logits of 96 rows
-took as long for each as those of 144, on two Zen 5 threads, and dW is one product. In float32 every chunk adds to it."""
+"""The same where W is read in place, so that a row costs the same whatever its chunk's size: in bfloat16 chunks of 96
+were as fast as of 144 on two Zen 5 threads, and dW is one product; in float32 every chunk adds to dW."""
 
 _PANEL_ROWS = 48
 """Rows that such a product multiplies at once: 112 are two such panels and a third of which a third is used."""
