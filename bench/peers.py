@@ -49,6 +49,8 @@ class Candidate:
     needs: tuple[str, ...] = ()
     """Packages."""
     cuda_only: bool = False
+    why_not: str | None = None
+    """Of ours: why its back end cannot run here."""
 
     def unavailable(self, case: Case) -> str | None:
         """Why it cannot run here, or None."""
@@ -57,7 +59,7 @@ class Candidate:
                 return f"{package} is not installed"
         if self.cuda_only and case.device != "cuda":
             return "its kernels need a GPU"
-        return None
+        return self.why_not
 
 
 def candidates(op: str, device: torch.device, dtype: torch.dtype) -> list[Candidate]:
@@ -87,19 +89,15 @@ def _sparse_candidate(threshold: float, why_not: str | None) -> Candidate:
     """Ours without the small entries of the logits' gradient."""
 
     def build(case: Case) -> Loss:
-        if why_not is not None:
-            raise RuntimeError(why_not)
         return lambda problem: dk.fused_forward_ce(
             *problem.inputs.heads, backend="cpu", plan="gradient_in_forward", gradient_threshold=threshold
         )
 
-    return Candidate(f"ours cpu threshold {threshold:g}", "approximate", ("ce",), "loss", build)
+    return Candidate(f"ours cpu threshold {threshold:g}", "approximate", ("ce",), "loss", build, why_not=why_not)
 
 
 def _our_candidate(op: str, backend: str, plan: str, why_not: str | None) -> Candidate:
     def build(case: Case) -> Loss:
-        if why_not is not None:
-            raise RuntimeError(why_not)
         return {"stats": stats, "distil": distil}.get(op, kept if plan == "kept_gradient" else ce)
 
     def ce(problem: Problem) -> Tensor:
@@ -118,7 +116,7 @@ def _our_candidate(op: str, backend: str, plan: str, why_not: str | None) -> Can
             backend=backend, plan=plan,
         ).loss  # fmt: skip
 
-    return Candidate(f"ours {backend} {plan}", "ours", (op,), "loss", build)
+    return Candidate(f"ours {backend} {plan}", "ours", (op,), "loss", build, why_not=why_not)
 
 
 def _logits(problem: Problem) -> tuple[Tensor, Tensor]:
