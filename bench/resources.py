@@ -3,7 +3,9 @@
     python bench/resources.py [triton] [cuda]      prints a table, exits 1 where a kernel spills or keeps a stack
 
 Triton's kernels for sm_80 and sm_90a, the files of csrc/cuda for sm_80, sm_90a and sm_100a. Registers are per thread;
-65536 of them serve the threads of a multiprocessor.
+65536 of them serve the threads of a multiprocessor. The assembler that comes with triton 3.6 (3.9's does not) keeps 8
+bytes of stack on sm_80 for row_grad of the reverse KL and for head_partials. In row_grad that is a spill: one register,
+stored and loaded once, because it stops at 80; head_partials has all 255 and was not looked into.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ class Resources(NamedTuple):
 
 
 def triton_resources() -> Iterator[Resources]:
-    from distil_kernels.backends import Statistic
+    from distil_kernels.backends import Statistic, triton_scan
     from distil_kernels.backends import triton as backend
     from distil_kernels.backends import triton_kernels as kernels
 
@@ -53,6 +55,8 @@ def triton_resources() -> Iterator[Resources]:
             yield _triton(kernels.row_grad, constants, capability, 8, 3)
         yield _triton(kernels.head_partials, {**flags, **shape, "HAS_TOKENS": True, "WIDEN": False}, capability,
                       tile.num_warps, tile.num_stages)  # fmt: skip
+        for constants in ({"HAS_HORIZON": True}, {"HAS_HORIZON": False, "num_later": 1}):
+            yield _triton(triton_scan.cost_to_go, {**constants, "BLOCK": 256}, capability, 1, 3)
 
 
 def _triton(kernel, constants: dict[str, object], capability: int, num_warps: int, num_stages: int) -> Resources:
@@ -86,13 +90,15 @@ def _triton(kernel, constants: dict[str, object], capability: int, num_warps: in
 def _triton_type(name: str, constants: dict[str, object]) -> str:
     if name in constants:
         return "constexpr"
-    if name == "tokens_ptr":
+    if name in ("tokens_ptr", "slots_ptr"):
         return "*i64"
+    if name.endswith("later_ptr"):
+        return "*fp64"
     if name == "out_ptr" or name.endswith(("t_hidden_ptr", "r_hidden_ptr", "t_weight_ptr", "r_weight_ptr")):
         return "*bf16"
     if name.endswith("_ptr"):
         return "*fp32"
-    if name.endswith(("softcap", "temperature", "jsd_weight")):
+    if name.endswith(("softcap", "temperature", "jsd_weight", "discount", "discount_rest")):
         return "fp32"
     return "i64" if name.endswith("_stride") else "i32"
 
@@ -113,10 +119,10 @@ def cuda_resources(nvcc: str) -> Iterator[Resources]:
 def _ptxas(output: str, target: str) -> Iterator[Resources]:
     pattern = r"properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers([^\n]*)"
     for name, stack, spills, registers, rest in re.findall(pattern, output, flags=re.DOTALL):
-        kernel = re.search(r"\d+(row_[a-z_]+)I(\w*?)EEv", name)
+        kernel = re.search(r"\d+(row_[a-z_]+|cost_to_go)(?:I(\w*?)EEv|E)", name)
         shared = re.search(r"(\d+) bytes smem", rest)
-        variant = ", ".join(re.findall(r"L[ib](\d+)", kernel[2])) if kernel else ""
-        label = f"{kernel[1]}<{variant}>" if kernel else name
+        variant = ", ".join(re.findall(r"L[ib](\d+)", kernel[2] or "")) if kernel else ""
+        label = (f"{kernel[1]}<{variant}>" if variant else kernel[1]) if kernel else name
         yield Resources(label, target, int(registers), max(int(stack), int(spills)), int(shared[1]) if shared else 0)
 
 

@@ -166,4 +166,16 @@ int cuda_row_stats_grad(const LogitRows& student, const LogitRows& teacher, cons
                         const float* ce_weight, std::int64_t num_rows, std::int64_t vocab_size, int cluster_size,
                         float* statistics, const GradRows& grad, void* stream);
 
+// The costs of a chunk's rows on [num_positions, num_sequences], and what lies behind them.
+struct CostGrid {
+  const float* costs;
+  const std::int64_t* slots;  // index in costs, -1 for none
+  const double* later;        // [num_later, num_sequences], next_later of the positions behind
+  std::int64_t num_positions, num_sequences, num_later;
+};
+
+// to_go[p] = sum_{0 < k <= horizon} discount^k cost[p + k]; horizon 0 for all. num_later is the horizon, or 1.
+int cuda_cost_to_go(const CostGrid& grid, double discount, std::int64_t horizon, float* to_go, double* next_later,
+                    void* stream);
+
 }  // namespace distil_kernels

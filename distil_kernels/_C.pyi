@@ -114,7 +114,7 @@ def cpu_sparse_product(
     rows: SparseRows, dense: DenseRows, out: int, position: int, num_threads: int, instruction_set: InstructionSet
 ) -> None: ...
 
-# Where the extension was built with nvcc; the three row kernels return a cudaError_t.
+# Where the extension was built with nvcc; the four row kernels return a cudaError_t.
 
 def cuda_device_error() -> int: ...
 def cuda_error_text(error: int) -> str: ...
@@ -153,3 +153,10 @@ def cuda_row_stats_grad(
     grad: GradRows,
     stream: int,
 ) -> int: ...
+
+class CostGrid:
+    def __init__(
+        self, costs: int, slots: int, later: int, num_positions: int, num_sequences: int, num_later: int
+    ) -> None: ...
+
+def cuda_cost_to_go(grid: CostGrid, discount: float, horizon: int, to_go: int, next_later: int, stream: int) -> int: ...

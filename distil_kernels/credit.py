@@ -7,9 +7,9 @@ The sequence-level gradient gives grad log S[y_t] the weight
 
 Rows are processed from the last position to the first, so G_t is known by a running carry per sequence when the rows
 of position t come up, and everything that a baseline over rollouts needs (the same position of its siblings) is in
-the same chunk. Inside a chunk the costs lie on a small grid [positions, sequences] on which the recurrence is a scan.
-With a horizon the carry is the last `horizon` costs of each sequence: windows are added up from their halves, and
-nothing is ever subtracted that rounding could leave behind. It needs no second pass.
+the same chunk. Inside a chunk the costs lie on a small grid [positions, sequences]; the scan over it is a row kernel,
+`cost_to_go` (the contract is in `backends`). With a horizon the carry is the next `horizon` costs of each sequence.
+It needs no second pass.
 
 Left out: whole-batch normalisation, which needs every row first.
 Source: the future-credit term of DistIL's gradient (arXiv 2606.05152); all its settings are ours. Baselines that do not
@@ -20,12 +20,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from distil_kernels.backends import Statistic
+from distil_kernels.backends import Statistic, reference
 
 SPANS = ("none", "future", "sequence")
 BASELINES = ("position_mean", "leave_one_out")
@@ -87,10 +88,10 @@ class Chunk(NamedTuple):
     """[R] int64 sequence of each row, counted from `first_sequence`."""
     positions: Tensor
     """[R] int64 position of each row in its sequence, counted from the chunk's first."""
+    slots: Tensor
+    """[positions, sequences] int64: which of the R rows lies there, -1 for none. Positions reach from the chunk's first
+    to the first of the chunk before it (positions without rows between included)."""
     first_sequence: int
-    num_sequences: int
-    num_positions: int
-    """From the chunk's first position to the first of the chunk before it (positions without rows between included)."""
 
 
 def reverse_chunks(lengths: Tensor, counted: Tensor | None, credit: Credit, max_rows: int) -> list[Chunk]:
@@ -136,16 +137,10 @@ def reverse_chunks(lengths: Tensor, counted: Tensor | None, credit: Credit, max_
         low = int(chunk_positions.min())
         continues = chunks and chunks[-1].first_sequence == first_sequence
         high = previous_low if continues else int(chunk_positions.max()) + 1
-        chunks.append(
-            Chunk(
-                chunk_rows,
-                sequences[chunk_rows] - first_sequence,
-                chunk_positions - low,
-                first_sequence,
-                min(block_size, num_sequences - first_sequence),
-                high - low,
-            )
-        )
+        where = (chunk_positions - low, sequences[chunk_rows] - first_sequence)
+        slots = rows.new_full((high - low, min(block_size, num_sequences - first_sequence)), -1)
+        slots[where] = torch.arange(end - begin)
+        chunks.append(Chunk(chunk_rows, where[1], where[0], slots, first_sequence))
         begin, previous_low = end, low
     return chunks
 
@@ -154,24 +149,22 @@ def on_device(chunks: list[Chunk], device: torch.device) -> list[Chunk]:
     """The same chunks with their indices there: one copy for all of them, for which nothing waits."""
     if not chunks:
         return chunks
-    fields = torch.stack([torch.cat(each) for each in zip(*(chunk[:3] for chunk in chunks), strict=True)])
+    fields = [field for chunk in chunks for field in chunk if isinstance(field, Tensor)]
+    flat = torch.cat([field.flatten() for field in fields])
     if device.type == "cuda":
-        fields = fields.pin_memory()
-    sizes = [chunk.rows.numel() for chunk in chunks]
-    parts = fields.to(device, non_blocking=True).split(sizes, dim=1)
-    return [
-        chunk._replace(rows=part[0], sequences=part[1], positions=part[2])
-        for part, chunk in zip(parts, chunks, strict=True)
-    ]
+        flat = flat.pin_memory()
+    parts = flat.to(device, non_blocking=True).split([field.numel() for field in fields])
+    moved = (part.view_as(field) for part, field in zip(parts, fields, strict=True))
+    return [Chunk(next(moved), next(moved), next(moved), next(moved), chunk.first_sequence) for chunk in chunks]
 
 
 class CreditScan:
     """Turns the costs of chunks, given in `reverse_chunks` order, into the weights and costs-to-go of their rows."""
 
-    def __init__(self, credit: Credit, lengths: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, credit: Credit, lengths: Tensor, kernels: ModuleType) -> None:
         self._credit = credit
-        self._costs_to_go = _ToGo(credit, lengths, dtype, device)
-        self._tokens_to_go = _ToGo(credit, lengths, dtype, device)
+        self._costs_to_go = _ToGo(credit, lengths, kernels)
+        self._tokens_to_go = _ToGo(credit, lengths, kernels)
 
     def row_weights(
         self, statistics: Tensor, cost: int, row_weight: Tensor, rows: slice | Tensor, chunk: Chunk | None
@@ -193,22 +186,19 @@ class CreditScan:
         """[2, R]: a_t and G_t of a chunk's rows from their costs [R] (already times the token weight)."""
         credit = self._credit
         where = (chunk.positions, chunk.sequences)
-        grid = costs.new_zeros(chunk.num_positions, chunk.num_sequences)
-        grid[where] = costs
-        alive = torch.zeros_like(grid)
-        alive[where] = torch.ones_like(costs)  # a number would be copied to the device
         if credit.span == "sequence":
-            to_go = grid.sum(0, keepdim=True).expand_as(grid)
+            to_go = reference.on_grid(costs, chunk.slots).sum(0, keepdim=True).expand(chunk.slots.shape)
         else:
-            to_go = self._costs_to_go(grid, chunk)
+            to_go = self._costs_to_go(costs, chunk)
             if credit.by_remaining:  # where no token remains both are 0
-                to_go = to_go / self._tokens_to_go(alive, chunk).clamp(min=torch.finfo(costs.dtype).tiny)
+                tokens = self._tokens_to_go(torch.ones_like(costs), chunk)
+                to_go = to_go / tokens.clamp(min=torch.finfo(costs.dtype).tiny)
         found = weights = to_go[where]
         if credit.baseline is not None:
-            weights = found - self._baseline(to_go, alive, where, chunk)
+            weights = found - self._baseline(to_go, where, chunk)
         return torch.stack([(credit.scale * weights).clamp(-credit.clip, credit.clip), found])
 
-    def _baseline(self, to_go: Tensor, alive: Tensor, where: tuple[Tensor, Tensor], chunk: Chunk) -> Tensor:
+    def _baseline(self, to_go: Tensor, where: tuple[Tensor, Tensor], chunk: Chunk) -> Tensor:
         credit = self._credit
         if isinstance(credit.baseline, Tensor):
             return credit.baseline[chunk.rows].to(to_go.dtype)
@@ -216,49 +206,24 @@ class CreditScan:
             groups = to_go.unflatten(1, (-1, credit.group_size))
             others = (groups.sum(-1, keepdim=True) - groups) / (credit.group_size - 1)
             return others.flatten(1)[where]
-        mean = (to_go * alive).sum(1) / alive.sum(1).clamp(min=1.0)
+        alive = chunk.slots >= 0
+        mean = (to_go * alive).sum(1) / alive.sum(1).clamp(min=1)
         return mean[where[0]]
 
 
 class _ToGo:
     """Discounted sums of what comes after each position, chunk by chunk."""
 
-    def __init__(self, credit: Credit, lengths: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, credit: Credit, lengths: Tensor, kernels: ModuleType) -> None:
         self._discount = credit.discount
         self._horizon = int(credit.horizon) if credit.horizon < int(lengths.max()) else None
-        self._later = torch.zeros(self._horizon or 1, lengths.numel(), dtype=dtype, device=device)
-        """Per sequence, from the first position of the block's last chunk on: values, or without a horizon their
-        whole discounted sum."""
+        self._cost_to_go = getattr(kernels, "cost_to_go", reference.cost_to_go)
+        self._block = -1
+        self._later: Tensor | None = None
 
-    def __call__(self, values: Tensor, chunk: Chunk) -> Tensor:
-        """[positions, sequences] of the chunk, for its values of the same shape."""
-        block = slice(chunk.first_sequence, chunk.first_sequence + chunk.num_sequences)
-        values = torch.cat([values, self._later[:, block]])
-        total = discounted_sum(values, self._discount, self._horizon)
-        self._later[:, block] = total[:1] if self._horizon is None else values[: self._horizon]
-        return self._discount * total[1 : chunk.num_positions + 1]
-
-
-def discounted_sum(values: Tensor, discount: float, window: int | None = None) -> Tensor:
-    """out[p] = sum_{p <= i < p + window} discount^(i - p) values[i] along dimension 0, in log2(window) steps.
-
-    Sums over 1, 2, 4, ... positions come from two of half their size; a window is a chain of some of them.
-    """
-    window = window or 1 << (values.shape[0] - 1).bit_length()
-    total, covered = torch.zeros_like(values), 0
-    part, size = values, 1
-    while True:
-        if window & size:
-            total = total + discount**covered * _moved(part, covered)
-            covered += size
-        if 2 * size > window:
-            return total
-        part = part + discount**size * _moved(part, size)
-        size *= 2
-
-
-def _moved(values: Tensor, step: int) -> Tensor:
-    """out[p] = values[p + step], 0 behind the end."""
-    moved = torch.zeros_like(values)
-    moved[: max(0, values.shape[0] - step)] = values[step:]
-    return moved
+    def __call__(self, costs: Tensor, chunk: Chunk) -> Tensor:
+        """[positions, sequences] of the chunk whose rows have `costs` [R]."""
+        later = self._later if chunk.first_sequence == self._block else None
+        to_go, self._later = self._cost_to_go(costs, chunk.slots, later, self._discount, self._horizon)
+        self._block = chunk.first_sequence
+        return to_go

@@ -206,7 +206,7 @@ def _in_one_pass(
     """The fields of ScalarResult but for the loss."""
     statistics = _new_statistics(problem)
     credit_weights = row_weight.new_zeros(2, problem.num_rows)
-    scan = CreditScan(credit, lengths, problem.dtype, row_weight.device)
+    scan = CreditScan(credit, lengths, problem.kernels)
     workspace = Workspace(problem, plan.chunk_rows)
     sums = GradientSums(
         problem.student_hidden, problem.student_weight, needs, plan.ring_rows, problem.gradient_threshold
@@ -234,7 +234,7 @@ def _in_two_passes(
     """Statistics of every row, then all the credit, then the gradient; for `recompute` and `stats_only`."""
     statistics = rows_statistics(problem, plan).statistics
     credit_weights = row_weight.new_zeros(2, problem.num_rows)
-    scan = CreditScan(credit, lengths, problem.dtype, row_weight.device)
+    scan = CreditScan(credit, lengths, problem.kernels)
     cost_weight = torch.zeros_like(row_weight)
     for rows, credit_chunk in _ordered_chunks(problem, credit, lengths, max(1, problem.num_rows)):
         cost_weight[rows], credit_weights[:, rows] = scan.row_weights(

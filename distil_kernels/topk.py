@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from distil_kernels import memory, ops
+from distil_kernels.backends import reference
 from distil_kernels.checks import Door, check_tokens, sequence_lengths
 from distil_kernels.credit import Credit, CreditScan, on_device, reverse_chunks
 from distil_kernels.driver import plain_chunks
@@ -211,7 +212,7 @@ def _credit(credit: Credit, lengths: Tensor, counted: Tensor | None, costs: Tens
     """a_t and G_t [2, N] of costs [N] that are all known."""
     found = costs.new_zeros(2, costs.numel())
     if credit.span != "none":
-        scan = CreditScan(credit, lengths, costs.dtype, costs.device)
+        scan = CreditScan(credit, lengths, reference)
         on_cpu = None if counted is None else counted.cpu()
         for chunk in on_device(reverse_chunks(lengths, on_cpu, credit, max(1, costs.numel())), costs.device):
             rows = chunk.rows

@@ -45,6 +45,16 @@ dk::GradRows grad_rows(Address data, std::int64_t row_stride, dk::FloatType type
   return {pointer<void>(data), row_stride, type};
 }
 
+dk::CostGrid cost_grid(Address costs, Address slots, Address later, std::int64_t num_positions,
+                       std::int64_t num_sequences, std::int64_t num_later) {
+  return {pointer<const float>(costs),
+          pointer<const std::int64_t>(slots),
+          pointer<const double>(later),
+          num_positions,
+          num_sequences,
+          num_later};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -229,5 +239,19 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("student"), py::arg("teacher"), py::arg("tokens"), py::arg("ce_weight"), py::arg("num_rows"),
       py::arg("vocab_size"), py::arg("cluster_size"), py::arg("statistics"), py::arg("grad"), py::arg("stream"));
+
+  py::class_<dk::CostGrid>(m, "CostGrid")
+      .def(py::init(&cost_grid), py::arg("costs"), py::arg("slots"), py::arg("later"), py::arg("num_positions"),
+           py::arg("num_sequences"), py::arg("num_later"));
+
+  m.def(
+      "cuda_cost_to_go",
+      [](const dk::CostGrid& grid, double discount, std::int64_t horizon, Address to_go, Address next_later,
+         Address stream) {
+        return dk::cuda_cost_to_go(grid, discount, horizon, pointer<float>(to_go), pointer<double>(next_later),
+                                   pointer<void>(stream));
+      },
+      py::arg("grid"), py::arg("discount"), py::arg("horizon"), py::arg("to_go"), py::arg("next_later"),
+      py::arg("stream"));
 #endif
 }

@@ -16,10 +16,13 @@ from pathlib import Path
 
 import pytest
 import row_checks
+import to_go_checks
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from distil_kernels.backends import LogitTransform, cuda
+from distil_kernels.backends import NUM_STATISTICS, LogitTransform, cuda
 from distil_kernels.backends.dispatch import choose_backend
+from distil_kernels.credit import Credit, CreditScan, reverse_chunks
 
 EMULATED = Path(__file__).parent / "emulated"
 
@@ -105,6 +108,37 @@ def test_corners(kernels, generator):
     row_checks.check_unused_rows_and_nan(kernels, generator)
     row_checks.check_tokens_outside(kernels, generator)
     row_checks.check_no_rows(kernels)
+
+
+@pytest.mark.slow
+def test_cost_to_go(kernels, generator):
+    to_go_checks.check_random_layouts(kernels, generator, 64)
+    to_go_checks.check_long_sequences(kernels, generator)
+
+
+class Operations(TorchDispatchMode):
+    """Names of what torch computes: no views, no uninitialised memory."""
+
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        if not name.startswith(("select", "slice", "view", "empty", "new_empty")):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.slow
+def test_credit_of_a_chunk_takes_few_launches(kernels):
+    credit, lengths = Credit(discount=0.9), torch.tensor([64] * 8)
+    scan = CreditScan(credit, lengths, kernels)
+    statistics, ones = torch.rand(NUM_STATISTICS, 128), torch.ones(128)
+    for number, chunk in enumerate(reverse_chunks(lengths, None, credit, 128)):
+        with Operations() as launched:
+            scan.row_weights(statistics, 0, ones, chunk.rows, chunk)
+        assert launched.names == ["mul", *(["new_zeros"] if number == 0 else []), "index", "mul", "clamp", "stack"]
 
 
 @pytest.mark.slow

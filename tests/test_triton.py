@@ -67,9 +67,14 @@ def test_every_launch_compiles(compile_only, num_rows, vocab_size, hidden_size, 
         backend.row_grad(
             logits, transform, transform, tokens, statistics, cost, torch.ones(num_rows), weight, out
         )  # fmt: skip
+    slots = torch.zeros(num_rows, num_rows, dtype=torch.int64)
+    for horizon in (None, 1, 300):
+        backend.cost_to_go(torch.zeros(num_rows), slots, None, 0.9, horizon)
     head = [torch.zeros(size, hidden_size, dtype=torch.bfloat16) for size in (num_rows, vocab_size)]
     backend.head_stats(*head, *head, transform, transform, tokens)
-    assert set(compile_only) == {"row_partials", "merge_partials", "mixture_partials", "row_grad", "head_partials"}
+    assert set(compile_only) == {
+        "row_partials", "merge_partials", "mixture_partials", "row_grad", "cost_to_go", "head_partials"
+    }  # fmt: skip
 
 
 def test_refuses_cpu_tensors_and_float64():

@@ -39,6 +39,15 @@ __device__ inline Peak warp_peak(Peak peak) {
   return peak;
 }
 
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), std::int64_t num_blocks, void* stream, const Arguments&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(num_blocks);
+  config.blockDim = kThreads;
+  config.stream = static_cast<cudaStream_t>(stream);
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
 template <typename Real>
 __device__ inline Real warp_sum(Real value) {
 #pragma unroll

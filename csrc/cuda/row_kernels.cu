@@ -135,15 +135,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <typename... Parameters, typename... Arguments>
-int launch(void (*kernel)(Parameters...), std::int64_t num_rows, void* stream, const Arguments&... arguments) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(num_rows);
-  config.blockDim = kThreads;
-  config.stream = static_cast<cudaStream_t>(stream);
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
-
 // Calls launch(width, softcap) with both as compile-time constants.
 template <typename Launch>
 int with_variant(bool vectors, bool softcap, const Launch& launch) {

@@ -17,12 +17,17 @@ bfloat16, on a GPU float16 too, the operand of the next products; it then lies i
 the first half of each row of `logits.student`. Back ends of the CPU return what the sum of each row lost to that
 rounding, [R], the others None.
 
-Two more kernels are optional; the driver does without them where a back end has none:
+Three more kernels are optional. Without the first two of them the driver finds another way, without the third it takes
+`reference`'s:
 
     row_stats_grad(logits, student, teacher, tokens, ce_weight, out) -> statistics
         row_stats and row_grad in one, for the cost FORWARD_CE with row weights that are known beforehand
     head_stats(student_hidden, student_weight, teacher_hidden, teacher_weight, student, teacher, tokens) -> statistics
         row_stats with the two products inside: no logits in memory
+    cost_to_go(costs, slots, later, discount, horizon) -> to_go [P, B], next_later
+        for each of P positions of B sequences sum_{0 < k <= horizon} discount^k cost[position + k]; horizon None for
+        all. slots [P, B] int64 says which of costs [R] lies there, -1 for none (a cost of 0). `later` is what the call
+        for the positions behind these returned, opaque to others; None where nothing is behind them
 
 Nothing else of a back end is called; all other matrix products belong to `distil_kernels.gemm`.
 """

@@ -1,6 +1,7 @@
 """Back end `cuda`: the C++ row kernels of csrc/cuda for NVIDIA GPUs from sm_80 on. Not yet run on a GPU.
 
     row_stats, row_grad    a block per row
+    cost_to_go             a block per 512 positions of a sequence
     row_stats_grad         on compute capability 9.0 a cluster of blocks holds a row in shared memory and reads its
                            logits once, where the row fits (`choose_row_kernel`); else the two above
 
@@ -139,6 +140,21 @@ def row_stats_grad(
             num_rows, vocab_size, kernel.cluster_size, _address(statistics), _grad_rows(out), _stream(),
         ))  # fmt: skip
     return statistics
+
+
+def cost_to_go(
+    costs: Tensor, slots: Tensor, later: Tensor | None, discount: float, horizon: int | None
+) -> tuple[Tensor, Tensor]:
+    num_positions, num_sequences = slots.shape
+    if later is None:
+        later = costs.new_zeros(horizon or 1, num_sequences, dtype=torch.float64)
+    to_go, next_later = costs.new_empty(slots.shape), torch.empty_like(later)
+    grid = _C.CostGrid(
+        costs.data_ptr(), slots.data_ptr(), later.data_ptr(), num_positions, num_sequences, later.shape[0]
+    )
+    with torch.cuda.device(costs.device):
+        _check(_C.cuda_cost_to_go(grid, discount, horizon or 0, to_go.data_ptr(), next_later.data_ptr(), _stream()))
+    return to_go, next_later
 
 
 def _check(error: int) -> None:

@@ -96,6 +96,48 @@ def row_grad(
     return None if out.dtype == grad.dtype else (grad - out).sum(-1)
 
 
+def cost_to_go(
+    costs: Tensor, slots: Tensor, later: Tensor | None, discount: float, horizon: int | None
+) -> tuple[Tensor, Tensor]:
+    """`later` is [horizon, sequences], the next costs themselves; without a horizon [1, sequences], their whole
+    discounted sum. Nothing is subtracted that rounding could leave behind."""
+    if later is None:
+        later = costs.new_zeros(horizon or 1, slots.shape[1])
+    values = torch.cat([on_grid(costs, slots), later])
+    total = _discounted_sum(values, discount, horizon)
+    return discount * total[1 : slots.shape[0] + 1], total[:1] if horizon is None else values[:horizon]
+
+
+def on_grid(costs: Tensor, slots: Tensor) -> Tensor:
+    """The costs where their slots are, 0 where there is none."""
+    return torch.cat([costs, costs.new_zeros(1)])[slots]  # -1 is the last
+
+
+def _discounted_sum(values: Tensor, discount: float, window: int | None) -> Tensor:
+    """out[p] = sum_{p <= i < p + window} discount^(i - p) values[i] along dimension 0, in log2(window) steps.
+
+    Sums over 1, 2, 4, ... positions come from two of half their size; a window is a chain of some of them.
+    """
+    window = window or 1 << (values.shape[0] - 1).bit_length()
+    total, covered = torch.zeros_like(values), 0
+    part, size = values, 1
+    while True:
+        if window & size:
+            total = total + discount**covered * _moved(part, covered)
+            covered += size
+        if 2 * size > window:
+            return total
+        part = part + discount**size * _moved(part, size)
+        size *= 2
+
+
+def _moved(values: Tensor, step: int) -> Tensor:
+    """out[p] = values[p + step], 0 behind the end."""
+    moved = torch.zeros_like(values)
+    moved[: max(0, values.shape[0] - step)] = values[step:]
+    return moved
+
+
 def _mixture_excess(probs: Tensor, others: Tensor, weight: float) -> Tensor:
     """M / P - 1 with M the mixture that holds `weight` of the others; 0 where P is 0."""
     return torch.where(probs < _TINY, 0.0, weight * (others - probs) / probs.clamp(min=_TINY))

@@ -3,10 +3,11 @@
     row_stats   row_partials over (row, block of 4096 columns), then merge_partials over rows
     row_grad    one elementwise kernel over (row, block)
     head_stats  head_partials over (tile of rows, split of the vocabulary), then merge_partials: no logits in memory
+    cost_to_go  one kernel over (position, sequence)
 
-The kernels and their mathematics are in `triton_kernels`. They are checked in Triton's interpreter (TRITON_INTERPRET=1,
-where they take CPU tensors) and compiled ahead of time for sm_80 and sm_90a. float32 logits only, so float32, bfloat16
-and float16 inputs; float64 belongs to `reference`.
+The kernels and their mathematics are in `triton_kernels`, those of the last one in `triton_scan`. They are checked in
+Triton's interpreter (TRITON_INTERPRET=1, where they take CPU tensors) and compiled ahead of time for sm_80 and sm_90a.
+float32 logits only, so float32, bfloat16 and float16 inputs; float64 belongs to `reference`.
 
 Triton is imported at the first use, so that the package works without it.
 """
@@ -26,6 +27,9 @@ from distil_kernels.backends import NUM_STATISTICS, Cost, LogitPair, LogitTransf
 
 _MAX_BLOCK = 4096
 """Columns of one program: 16 per thread and model. One program for a row of 150k would leave most of the GPU idle."""
+
+_MAX_POSITIONS = 256
+"""That a program of `cost_to_go` adds up at once: eight float64 per thread."""
 
 
 @cache
@@ -138,6 +142,27 @@ def head_stats(
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return _merge(partials, token_logits)
+
+
+def cost_to_go(
+    costs: Tensor, slots: Tensor, later: Tensor | None, discount: float, horizon: int | None
+) -> tuple[Tensor, Tensor]:
+    from distil_kernels.backends import triton_scan
+
+    num_positions, num_sequences = slots.shape
+    if later is None:
+        later = costs.new_zeros(horizon or 1, num_sequences, dtype=torch.float64)
+    to_go, next_later = costs.new_empty(slots.shape), torch.empty_like(later)
+    num_later = later.shape[0]
+    rounded = float(torch.tensor(discount, dtype=torch.float32))
+    _launch(
+        triton_scan.cost_to_go, max(num_positions + 1, num_later) * num_sequences, costs, slots, later, to_go,
+        next_later, rounded, discount - rounded, horizon or 0, num_positions, num_sequences, num_later,
+        HAS_HORIZON=horizon is not None,
+        BLOCK=min(_MAX_POSITIONS, _power_of_two(min(num_positions + num_later, horizon or num_positions + 1))),
+        num_warps=1,
+    )  # fmt: skip
+    return to_go, next_later
 
 
 class Tile(NamedTuple):

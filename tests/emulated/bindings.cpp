@@ -14,6 +14,7 @@ alignas(16) thread_local float4 storage[16384];  // dynamic shared memory
 #include "../../csrc/cpu/dispatch.cpp"
 #include "../../csrc/cpu/row_kernels.cpp"
 #include "../../csrc/cpu/sparse_kernels.cpp"
+#include "../../csrc/cuda/cost_to_go.cu"
 #include "../../csrc/cuda/row_cluster.cu"
 #include "../../csrc/cuda/row_kernels.cu"
 #include "../../python/bindings.cpp"

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import row_checks
+import to_go_checks
 import torch
 
 from distil_kernels import fused_distil_loss, fused_forward_ce, token_stats
@@ -52,7 +53,11 @@ def kernels(backend):
         module.row_grad(*map(moved, inputs), result)
         out.copy_(result)
 
-    return SimpleNamespace(row_stats=row_stats, row_grad=row_grad)
+    def cost_to_go(costs, slots, *state):
+        to_go, later = module.cost_to_go(moved(costs), moved(slots), *state)
+        return to_go.cpu(), later
+
+    return SimpleNamespace(row_stats=row_stats, row_grad=row_grad, cost_to_go=cost_to_go)
 
 
 @pytest.mark.parametrize("kind", ["ordinary", "peaked", "near"])
@@ -73,6 +78,11 @@ def test_row_kernels_in_corners(kernels, generator):
     row_checks.check_first_of_equal_maxima(kernels)
     row_checks.check_unused_rows_and_nan(kernels, generator)
     row_checks.check_tokens_outside(kernels, generator)
+
+
+def test_cost_to_go(kernels, generator):
+    to_go_checks.check_random_layouts(kernels, generator, 64)
+    to_go_checks.check_long_sequences(kernels, generator)
 
 
 def on_gpu(inputs: Inputs) -> Inputs:

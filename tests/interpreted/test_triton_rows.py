@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import row_checks
+import to_go_checks
 
 from distil_kernels.backends import triton
 
@@ -39,6 +40,11 @@ def test_unused_rows_are_zero_and_nan_stays_in_its_row(generator):
 
 def test_a_token_outside_the_vocabulary_is_nan(generator):
     row_checks.check_tokens_outside(triton, generator)
+
+
+def test_cost_to_go(generator):
+    to_go_checks.check_random_layouts(triton, generator, 64)
+    to_go_checks.check_long_sequences(triton, generator)
 
 
 def test_no_rows():
