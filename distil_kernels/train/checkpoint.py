@@ -101,8 +101,12 @@ def save(
     tokenizer: PreTrainedTokenizerBase,
     state: dict[str, Any],
     num_kept: int = 1,
+    weights: dict[str, Any] | None = None,
 ) -> None:
     """Writes checkpoint-<step>, points `checkpoint` at it and keeps the newest `num_kept`.
+
+    Args:
+        weights: the model's state where the model itself is sharded.
 
     Raises:
         WriteError: it could not be written.
@@ -111,7 +115,7 @@ def save(
     remove_leftovers(directory)
     beside = directory / f"{target.name}.tmp"
     try:
-        _write(beside, model, tokenizer, state)
+        _write(beside, model, tokenizer, state, weights)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports a full disk as a RuntimeError
         shutil.rmtree(beside, ignore_errors=True)
         before = [path.name for path in _checkpoints(directory)]
@@ -199,8 +203,14 @@ def fingerprint(model: nn.Module) -> list[int]:
     return [int(p.detach().view(torch.int32).sum(dtype=torch.int64)) for p in model.parameters()]
 
 
-def _write(beside: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase, state: dict[str, Any]) -> None:
-    model.save_pretrained(beside)  # type: ignore[operator]
+def _write(
+    beside: Path,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    state: dict[str, Any],
+    weights: dict[str, Any] | None,
+) -> None:
+    model.save_pretrained(beside, state_dict=weights)  # type: ignore[operator]
     tokenizer.save_pretrained(beside)
     torch.save(state, beside / STATE)
     files = sorted(path for path in beside.rglob("*") if path.is_file())

@@ -183,6 +183,9 @@ class Config:
     gradient_checkpointing: bool = False
     """Keep only each layer's input for the backward pass and run the layer again; the student then shares no
     prompts there. Changes memory and time, not the gradient."""
+    shard: bool = False
+    """Share weights, gradients, optimiser and teacher out among the processes (FSDP2), each of which else has all. Where
+    there are gradients the student then reads padded rows. Changes memory and time, not the gradient."""
     backend: str = _option("auto", ("auto", "reference", "cpu", "triton", "cuda"))
     """Back end of the loss."""
     plan: str = "auto"
@@ -290,6 +293,10 @@ class Config:
             raise ValueError(
                 "[micro_batch_prompts] baseline position_mean needs the whole batch at once: expected 0, got "
                 f"{self.micro_batch_prompts}"
+            )
+        if self.shard and self.reading not in ("auto", "padded"):
+            raise ValueError(
+                f"[reading] with shard a micro-batch is one forward: expected auto or padded, got {self.reading}"
             )
         if self.gradient_checkpointing and self.reading == "shared":
             raise ValueError(

@@ -28,7 +28,6 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
 
-from distil_kernels.hf import split
 from distil_kernels.train import alignment, change, checkpoint, models, report, samples, tracking
 from distil_kernels.train.baseline import PositionAverage
 from distil_kernels.train.batch import Batches, Sample, answered, prefers_right, rollout_records, truncated, unique
@@ -43,9 +42,10 @@ from distil_kernels.train.processes import Processes
 from distil_kernels.train.reading import reader
 from distil_kernels.train.remote import RemoteTeacher
 from distil_kernels.train.rollout import Sampling
+from distil_kernels.train.sharding import full, full_weights, shard, share_out_moments, take_apart, whole, whole_heads
 from distil_kernels.train.siblings import Say, as_verified, from_siblings
 from distil_kernels.train.tasks import held_out_problems, make_task, problems
-from distil_kernels.train.teacher import Teacher, check_same_tokens
+from distil_kernels.train.teacher import Teacher, copied, local_model
 from distil_kernels.train.tools import Python, Rollouts, roll_out
 
 
@@ -64,6 +64,17 @@ class Trainer:
         self.start = checkpoint.fingerprint(model) if config.teacher == "frozen" or config.lora_rank else []
         if config.lora_rank:
             model = models.with_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets)
+        ends, other = models.end_ids(model, self.tokenizer), None
+        if config.teacher == "local":
+            other, its_ends = local_model(config.teacher_model, self.tokenizer)
+            models.use_flash_attention(other, self.accelerator.device, self.accelerator.mixed_precision)
+            # A student that learns to end as its teacher does must be heard to, here and by who loads its checkpoint.
+            model.generation_config.eos_token_id = ends = sorted({*ends, *its_ends})
+            self.start += checkpoint.fingerprint(other)
+        if shards := config.shard and self.processes.count > 1:
+            if config.teacher == "ema" or (config.teacher == "frozen" and not config.lora_rank):
+                other = copied(model, apart=True)
+            shard([own for own in (model, other) if own is not None], self.accelerator)
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         decay = config.weight_decay
         optimizer = torch.optim.AdamW(self.trained, lr=config.learning_rate, weight_decay=decay, fused=True)
@@ -71,19 +82,11 @@ class Trainer:
         # evaluation_mode: placed and set for autocast, not wrapped in DistributedDataParallel.
         self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
-        with self.accelerator.autocast():  # as the prepared model's own forward runs, with which it is compared
-            parts = split(self.accelerator.unwrap_model(self.model))
-        self.student = reader(parts, config.reading, config.gradient_checkpointing)
-        head, other = self.student.weight, None
-        ends = models.end_ids(self.student.model, self.tokenizer)
-        if config.teacher == "local":
-            other, other_tokenizer = models.load(config.teacher_model, "teacher_model")
-            check_same_tokens(self.tokenizer, other_tokenizer)
-            models.use_flash_attention(other, self.accelerator.device, self.accelerator.mixed_precision)
-            # A student that learns to end as its teacher does must be heard to, here and by who loads its checkpoint.
-            ends = sorted({*ends, *models.end_ids(other, other_tokenizer)})
-            self.student.model.generation_config.eos_token_id = ends
-            self.start += checkpoint.fingerprint(other)
+        with whole(model):
+            with self.accelerator.autocast():  # as the prepared model's own forward runs, with which it is compared
+                parts = take_apart(self.accelerator.unwrap_model(self.model))
+            self.student = reader(parts, config.reading, config.gradient_checkpointing, shards)
+        head = self.student.weight
         self.teacher: Teacher | RemoteTeacher
         if config.teacher_url:
             self.teacher = RemoteTeacher(config, self.tokenizer, head.shape[0], head.device)
@@ -157,7 +160,7 @@ class Trainer:
         with self.accelerator.autocast():
             if config.objective != "policy_gradient" and taught is None:
                 texts, text_rows = unique([prompt for entry in batch for prompt in entry.teacher_prompts])
-                with _timed(seconds, "teacher"):
+                with _timed(seconds, "teacher"), whole(*self.teacher.models):
                     taught = self.teacher.at_states(texts, text_rows, completions)
                 kept.taught = taught if config.updates_per_batch > 1 and not self.teacher.moves else None
             with _timed(seconds, "student"):
@@ -191,7 +194,8 @@ class Trainer:
         self, parts: Sequence[tuple[Sequence[Sample], Kept]], normalizer: float, seconds: dict[str, float]
     ) -> tuple[list[tuple[torch.Tensor, Sums]], float]:
         """One optimiser step on all of a batch: losses and sums of its micro-batches, and the gradient's norm."""
-        found = [self.micro_batch(batch, normalizer, seconds, kept) for batch, kept in parts]
+        with whole_heads(*self.teacher.models):
+            found = [self.micro_batch(batch, normalizer, seconds, kept) for batch, kept in parts]
         with _timed(seconds, "exchange"):  # and waiting for the others
             self.processes.sum_gradients(self.trained)
         with _timed(seconds, "optimizer"):
@@ -210,7 +214,7 @@ class Trainer:
         began = time.perf_counter()
         batch = self.next_batch()
         own = self.processes.share(batch)
-        with _timed(seconds, "rollout"), self.accelerator.autocast():
+        with _timed(seconds, "rollout"), self.accelerator.autocast(), whole(self.student.model):
             self.roll_out(own)
         normalizer = float(len(batch) * self.config.rollouts_per_prompt)
         size = self.config.micro_batch_prompts or len(own)
@@ -259,7 +263,7 @@ class Trainer:
         """Of held-out problems' right answers, now; None where this step's change is not asked for."""
         if not self.config.held_out_every or (self.step + 1) % self.config.held_out_every:
             return None
-        with _timed(seconds, "held_out"), self.accelerator.autocast():
+        with _timed(seconds, "held_out"), self.accelerator.autocast(), whole(self.student.model):
             return change.right_logprob(self.student, self.evaluate.student_prompts, self.prompts, self.config)
 
     # The run.
@@ -300,11 +304,12 @@ class Trainer:
 
     def _evaluate(self, interrupt: Interrupt) -> None:
         began = time.perf_counter()
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), whole(self.student.model, *self.teacher.models):
             result: Evaluation | None = self.evaluate(self.student, self.teacher, lambda: interrupt.requested)
+            seconds = time.perf_counter() - began
+            shown = self._samples() if result is not None and self.processes.is_main else []
         if result is not None:
-            record = {"kind": "evaluation", "step": self.step, **asdict(result), "seconds": time.perf_counter() - began}
-            self.journal.add(record, self._samples() if self.processes.is_main else [])
+            self.journal.add({"kind": "evaluation", "step": self.step, **asdict(result), "seconds": seconds}, shown)
             self.evaluated = self.step
             self.console.print(report.evaluation_line(self.step, result), style="bold", highlight=False)
 
@@ -320,15 +325,17 @@ class Trainer:
         """Writes a checkpoint, unless the last one is of this step."""
         if self.saved == self.step:
             return
+        main, model = self.processes.is_main, self.student.model
         state = {
             "step": self.step,
             "start": self.start,
-            **{name: part.state_dict() for name, part in self._stateful.items()},
+            **full({name: part.state_dict() for name, part in self._stateful.items()}, main),
             "generators": self.processes.gather([checkpoint.generator_states()]),
         }
-        if self.processes.is_main:
+        weights = full_weights(model, main)
+        if main:
             kept = self.config.keep_checkpoints
-            checkpoint.save(self.directory, self.step, self.student.model, self.tokenizer, state, kept)
+            checkpoint.save(self.directory, self.step, model, self.tokenizer, state, kept, weights)
         self.saved = self.step
 
     def resume(self) -> None:
@@ -372,6 +379,7 @@ class Trainer:
                 f"started, and a {self.config.teacher} teacher or adapters are made for them: expected the same model"
             )
         models.restore(self.student.model, path)
+        state["optimizer"] = share_out_moments(state["optimizer"], self.trained)
         for name, part in self._stateful.items():
             part.load_state_dict(state[name])
         self.step = self.saved = state["step"]
@@ -383,7 +391,7 @@ class Trainer:
         batch = [Sample(problem, prompt) for problem, prompt in shown]
         if not batch:
             return []
-        with self.evaluate.own_draws(self.student), self.accelerator.autocast():
+        with self.evaluate.own_draws(self.student):
             self.roll_out(batch)
             columns = samples.token_columns(
                 self.student, self.teacher, batch, self.tokenizer, self.config, self.average

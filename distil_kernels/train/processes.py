@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from distil_kernels.train.config import Config
 
@@ -61,6 +62,11 @@ class Processes:
         if config.prompts_per_step < count:
             raise ValueError(
                 f"[prompts_per_step] expected one for each of {count} processes, got {config.prompts_per_step}"
+            )
+        if config.shard and config.prompts_per_step % count:
+            raise ValueError(
+                f"[prompts_per_step] expected a multiple of {count}, the processes, which with shard take equal shares: "
+                f"got {config.prompts_per_step}"
             )
         if config.baseline == "position_mean" and count > 1:
             raise ValueError(
@@ -108,8 +114,12 @@ class Processes:
             dist.all_reduce(tensor)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Gives every process the sum of the gradients of all; a parameter that one has no gradient for adds 0."""
-        if self.count == 1:
+        """Gives every process the sum of the gradients of all; a parameter that one has no gradient for adds 0.
+
+        Those of sharded parameters are summed already.
+        """
+        parameters = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+        if self.count == 1 or not parameters:
             return
         bucket: list[Tensor] = []
         for parameter in parameters:

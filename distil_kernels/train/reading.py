@@ -52,8 +52,8 @@ class Reader(CausalLM):
 
     ways: tuple[str, ...]
     """Those of WAYS that it may use."""
-    recomputes: bool
-    """Whether the backward pass runs layers again, which would fill a cache once more."""
+    ways_with_gradients: tuple[str, ...]
+    """Those of them for passes that a backward pass follows."""
 
     @property
     def shares_prompts(self) -> bool:
@@ -67,8 +67,7 @@ class Reader(CausalLM):
             rows: prompt of each of the B completions.
             completions: B non-empty lists of token ids.
         """
-        keeps_graph = self.recomputes and torch.is_grad_enabled()
-        ways = [way for way in self.ways if way != "shared" or not keeps_graph]
+        ways = self.ways_with_gradients if torch.is_grad_enabled() else self.ways
         way = choose(ways, prompts, rows, completions).way
         if way == "shared":
             return completion_states(self, prompts, rows, completions)
@@ -77,11 +76,13 @@ class Reader(CausalLM):
         return _packed(self, whole, lengths) if way == "packed" else _padded(self, whole, lengths)
 
 
-def reader(lm: CausalLM, reading: str = "auto", recomputes: bool = False) -> Reader:
+def reader(lm: CausalLM, reading: str = "auto", recomputes: bool = False, is_sharded: bool = False) -> Reader:
     """A model with the ways that it can read in.
 
     Args:
         reading: "auto", or the one of WAYS to read in always.
+        recomputes: the backward pass runs layers again, which would fill a cache once more.
+        is_sharded: a pass with gradients is to be one forward, whatever is read.
 
     Raises:
         ValueError: the model cannot read that way.
@@ -92,7 +93,11 @@ def reader(lm: CausalLM, reading: str = "auto", recomputes: bool = False) -> Rea
         able = ", ".join(way for way in WAYS if possible[way])
         raise ValueError(f"[reading] {type(lm.model).__name__} reads {able}: got {reading}, but {why}")
     ways = tuple(way for way in WAYS if possible[way] and reading in ("auto", way))
-    return Reader(lm.model, lm.body, lm.weight, lm.bias, lm.softcap, lm.scale, ways, recomputes)
+    barred = {"shared"} if recomputes or is_sharded else set()
+    if is_sharded and not _has_varlen(lm):
+        barred.add("packed")
+    with_gradients = tuple(way for way in ways if way not in barred)
+    return Reader(lm.model, lm.body, lm.weight, lm.bias, lm.softcap, lm.scale, ways, with_gradients)
 
 
 def choose(
@@ -119,9 +124,8 @@ def _padded(lm: CausalLM, whole: Sequence[list[int]], lengths: Sequence[int]) ->
 
 
 def _packed(lm: CausalLM, whole: Sequence[list[int]], lengths: Sequence[int]) -> Tensor:
-    varlen = "flash" in str(getattr(lm.body.config, "_attn_implementation", ""))
     parts = []
-    for pack in _packs([len(row) for row in whole], math.inf if varlen else PACK_TOKENS):
+    for pack in _packs([len(row) for row in whole], math.inf if _has_varlen(lm) else PACK_TOKENS):
         ids = [token for row in whole[pack] for token in row]
         positions = [position for row in whole[pack] for position in range(len(row))]
         kept = [
@@ -144,6 +148,11 @@ def _packs(lengths: Sequence[int], limit: float) -> Iterator[slice]:
             begin, total = row, 0
         total += length
     yield slice(begin, len(lengths))
+
+
+def _has_varlen(lm: CausalLM) -> bool:
+    """Whether attention is by flash-attn's kernels."""
+    return "flash" in str(getattr(lm.body.config, "_attn_implementation", ""))
 
 
 def _can_share(lm: CausalLM) -> bool:

@@ -84,6 +84,8 @@ class RemoteTeacher:
 
     moves = False
     """An endpoint stays as it is."""
+    models = ()
+    """None are here."""
 
     def __init__(
         self, config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int, device: torch.device

@@ -21,9 +21,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from distil_kernels.hf import CausalLM, split
+from distil_kernels.hf import CausalLM
+from distil_kernels.train import models
 from distil_kernels.train.reading import Reader, reader
 from distil_kernels.train.rollout import Sampling
+from distil_kernels.train.sharding import like, local, take_apart, whole
 from distil_kernels.train.tools import Python, Rollouts, roll_out
 
 ABSENT = -1e4
@@ -36,7 +38,8 @@ class Teacher:
     Args:
         kind: "live", "frozen", "ema" or "local".
         rate: share of the student that enters the average each step.
-        other: the model that teaches when kind is "local".
+        other: the model that teaches when kind is "local"; that an average or frozen teacher starts from where it is
+            not to be `copied` here, because the student is sharded.
         reading: how a model of its own reads (`reader`).
 
     Raises:
@@ -50,16 +53,15 @@ class Teacher:
         self._adapters_off = kind == "frozen" and hasattr(student.model, "disable_adapter")
         if kind == "live" or self._adapters_off:
             self.lm = student
-        elif other is not None:
+        elif kind == "local":
+            assert other is not None
             other = other.requires_grad_(False).eval().to(student.weight.device)
-            self.lm = reader(_with_head_like(split(other), student), reading)
+            with whole(other):
+                self.lm = reader(_with_head_like(take_apart(other), student), reading)
         else:
-            # What is not trained stays the student's own: the average of an adapted model is that of its adapters.
-            fixed = {
-                id(parameter): parameter for parameter in student.model.parameters() if not parameter.requires_grad
-            }
-            start = copy.deepcopy(student.model, fixed).requires_grad_(False).eval()
-            self.lm = reader(split(start, check=False), reading)
+            start = other or copied(student.model)
+            with whole(start):
+                self.lm = reader(take_apart(start, check=False), reading)
         self._average: dict[str, tuple[Tensor, Tensor]] = {}
         """Each parameter of an ema teacher that moves, with the student's that it follows."""
         if kind == "ema":
@@ -71,6 +73,11 @@ class Teacher:
     def moves(self) -> bool:
         """Whether the next update changes its answers."""
         return self.kind in ("live", "ema")
+
+    @property
+    def models(self) -> tuple[nn.Module, ...]:
+        """Whose weights its answers take."""
+        return (self.lm.model,)
 
     @property
     def head(self) -> tuple[Tensor | None, Tensor | None]:
@@ -99,7 +106,8 @@ class Teacher:
         """Moves the average after an optimiser step."""
         if self._average:
             mine, theirs = zip(*self._average.values(), strict=True)
-            torch._foreach_lerp_(list(mine), [parameter.to(torch.float32) for parameter in theirs], self._rate)
+            shares = [local(parameter).to(torch.float32) for parameter in theirs]
+            torch._foreach_lerp_([local(parameter) for parameter in mine], shares, self._rate)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Empty unless the teacher has a state that the start and the student do not give."""
@@ -108,7 +116,28 @@ class Teacher:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, (mine, _) in self._average.items():
-            mine.copy_(state[name])
+            mine.copy_(like(mine, state[name]))
+
+
+def copied(student: nn.Module, apart: bool = False) -> nn.Module:
+    """What an ema or frozen teacher starts from.
+
+    Unless it is to be kept apart, what is not trained stays the student's own: the average of an adapted model is that
+    of its adapters.
+    """
+    fixed = {} if apart else {id(weight): weight for weight in student.parameters() if not weight.requires_grad}
+    return copy.deepcopy(student, fixed).requires_grad_(False).eval()
+
+
+def local_model(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[nn.Module, list[int]]:
+    """A model to teach one with this tokenizer, and the tokens that end its answers.
+
+    Raises:
+        ValueError: it cannot be loaded, or its tokens are others.
+    """
+    model, its_tokenizer = models.load(name, "teacher_model")
+    check_same_tokens(tokenizer, its_tokenizer)
+    return model, models.end_ids(model, its_tokenizer)
 
 
 def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:

@@ -16,6 +16,7 @@ from test_run import trainer, written
 from two_processes import together
 
 from distil_kernels.train.batch import answered
+from distil_kernels.train.sharding import full
 
 WAYS = {
     "whole": {},
@@ -34,11 +35,10 @@ METHODS = {
 }
 
 
-def two_steps(model: Path, directory: Path, **settings: Any) -> list[dict[str, Any]]:
-    """Records of two steps that leave the weights alone, each with its gradient."""
-    run = trainer(
-        model, directory, prompts_per_step=5, learning_rate=0.0, weight_decay=0.0, max_grad_norm=1e9, **settings
-    )
+def two_steps(model: Path, directory: Path, prompts_per_step: int = 5, **settings: Any) -> list[dict[str, Any]]:
+    """Records of two steps that leave the weights alone, each with its last gradient."""
+    settings |= {"prompts_per_step": prompts_per_step, "learning_rate": 0.0, "weight_decay": 0.0, "max_grad_norm": 1e9}
+    run = trainer(model, directory, **settings)
 
     def roll_out(batch: Any) -> None:
         for entry in batch:
@@ -50,13 +50,14 @@ def two_steps(model: Path, directory: Path, **settings: Any) -> list[dict[str, A
     run.roll_out = roll_out  # type: ignore[method-assign]
     gradients: list[torch.Tensor] = []
     run.optimizer.optimizer.register_step_pre_hook(
-        lambda *_: gradients.append(torch.cat([parameter.grad.flatten() for parameter in run.trained]))
+        lambda *_: gradients.append(torch.cat([full(parameter.grad).flatten() for parameter in run.trained]))
     )
     records = [run.train_step() for _ in range(2)]
+    updates = run.config.updates_per_batch
     names = ("loss", "accuracy", "ce", "kl", "entropy", "length", "grad_norm", "equal_groups", "teacher_prefers_right")
     return [
         {**{name: record[name] for name in names if record.get(name) is not None}, "gradient": gradient}
-        for record, gradient in zip(records, gradients, strict=True)
+        for record, gradient in zip(records, gradients[updates - 1 :: updates], strict=True)
     ]
 
 
