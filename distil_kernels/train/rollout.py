@@ -73,6 +73,7 @@ def sample(
             attention_mask=mask,
             generation_config=generation,
             stopping_criteria=StoppingCriteriaList([_Ending(ends, ids.shape[1])] if ends else []),
+            synced_gpus=False,  # a sharded model is whole here, and waits for nobody
             **lm.cached(cache),
         )
     finally:

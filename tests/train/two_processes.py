@@ -16,7 +16,7 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["distil_kernels.train.loop"])
 
 
-def together(function: Callable[..., int | None], *arguments: Any, seconds: float = 60) -> list[int | None]:
+def together(function: Callable[..., int | None], *arguments: Any) -> list[int | None]:
     """Runs function(rank, *arguments) in two processes; returns their exit statuses, None read as 0."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -25,7 +25,7 @@ def together(function: Callable[..., int | None], *arguments: Any, seconds: floa
     for process in both:
         process.start()
     for process in both:
-        process.join(seconds)  # one that waits for the other would wait for ever
+        process.join(180)  # one that waits for the other would wait for ever
         process.kill()
         process.join()
     return [process.exitcode for process in both]
