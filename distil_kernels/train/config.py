@@ -184,8 +184,8 @@ class Config:
     """Keep only each layer's input for the backward pass and run the layer again; the student then shares no
     prompts there. Changes memory and time, not the gradient."""
     shard: bool = False
-    """Share weights, gradients, optimiser and teacher out among the processes (FSDP2), each of which else has all. Where
-    there are gradients the student then reads padded rows. Changes memory and time, not the gradient."""
+    """Share weights, gradients, optimiser and teacher out among the processes (FSDP2), each of which else has all. With
+    gradients the student then reads padded rows. Changes memory and time, not the gradient."""
     backend: str = _option("auto", ("auto", "reference", "cpu", "triton", "cuda"))
     """Back end of the loss."""
     plan: str = "auto"

@@ -45,7 +45,7 @@ from distil_kernels.train.rollout import Sampling
 from distil_kernels.train.sharding import full, full_weights, shard, share_out_moments, take_apart, whole, whole_heads
 from distil_kernels.train.siblings import Say, as_verified, from_siblings
 from distil_kernels.train.tasks import held_out_problems, make_task, problems
-from distil_kernels.train.teacher import Teacher, copied, local_model
+from distil_kernels.train.teacher import Teacher, other_model
 from distil_kernels.train.tools import Python, Rollouts, roll_out
 
 
@@ -64,17 +64,11 @@ class Trainer:
         self.start = checkpoint.fingerprint(model) if config.teacher == "frozen" or config.lora_rank else []
         if config.lora_rank:
             model = models.with_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets)
-        ends, other = models.end_ids(model, self.tokenizer), None
-        if config.teacher == "local":
-            other, its_ends = local_model(config.teacher_model, self.tokenizer)
-            models.use_flash_attention(other, self.accelerator.device, self.accelerator.mixed_precision)
-            # A student that learns to end as its teacher does must be heard to, here and by who loads its checkpoint.
-            model.generation_config.eos_token_id = ends = sorted({*ends, *its_ends})
-            self.start += checkpoint.fingerprint(other)
-        if shards := config.shard and self.processes.count > 1:
-            if config.teacher == "ema" or (config.teacher == "frozen" and not config.lora_rank):
-                other = copied(model, apart=True)
-            shard([own for own in (model, other) if own is not None], self.accelerator)
+        is_sharded = config.shard and self.processes.count > 1
+        other = other_model(config, model, self.tokenizer, self.accelerator, is_sharded)
+        self.start += checkpoint.fingerprint(other) if config.teacher == "local" else []
+        if is_sharded:
+            shard([own for own in (model, other) if own], self.accelerator)
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         decay = config.weight_decay
         optimizer = torch.optim.AdamW(self.trained, lr=config.learning_rate, weight_decay=decay, fused=True)
@@ -85,7 +79,7 @@ class Trainer:
         with whole(model):
             with self.accelerator.autocast():  # as the prepared model's own forward runs, with which it is compared
                 parts = take_apart(self.accelerator.unwrap_model(self.model))
-            self.student = reader(parts, config.reading, config.gradient_checkpointing, shards)
+            self.student = reader(parts, config.reading, config.gradient_checkpointing, is_sharded)
         head = self.student.weight
         self.teacher: Teacher | RemoteTeacher
         if config.teacher_url:
@@ -108,7 +102,7 @@ class Trainer:
         ]
         self.prompts = Prompts(
             self.tokenizer, examples, config.layout, config.teacher_reads, config.max_prompt_tokens,
-            ends, self.tool is not None, config.chat_options(),
+            models.end_ids(model, self.tokenizer), self.tool is not None, config.chat_options(),
         )  # fmt: skip
         worked = {problem.key for problem, _ in examples}
         self.next_batch = Batches(self.task, self.verify, self.prompts, worked, config.prompts_per_step, self.processes)
@@ -327,11 +321,10 @@ class Trainer:
             return
         main, model = self.processes.is_main, self.student.model
         state = {
-            "step": self.step,
-            "start": self.start,
+            "step": self.step, "start": self.start,
             **full({name: part.state_dict() for name, part in self._stateful.items()}, main),
             "generators": self.processes.gather([checkpoint.generator_states()]),
-        }
+        }  # fmt: skip
         weights = full_weights(model, main)
         if main:
             kept = self.config.keep_checkpoints

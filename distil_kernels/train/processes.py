@@ -1,4 +1,4 @@
-"""The processes of a run: every one holds the whole model and takes its share of each step's problems.
+"""The processes of a run: every one takes its share of each step's problems.
 
     own problems  ->  rollouts, loss / rollouts of the whole batch  ->  gradients summed over processes  ->  equal steps
 
@@ -9,12 +9,10 @@ extra memory. All processes then hold the same bits, and take the same step with
 
 With one process everything here is the identity.
 
-Left out: summing while the backward still runs, and sharded weights (FSDP, DeepSpeed), which are refused. FSDP2 gives
-the right gradients when the body's call is registered with the root module (register_fsdp_forward_method), which leaves
-the head's weight whole until the backward. But every forward of a sharded layer waits for all processes, and here their
-number follows from the data: tokens of the longest rollout, rounds of tool calls, packs and prefixes that a micro-batch
-is read in (`reading`), micro-batches of unequal shares, critiques that were not empty. All of these would have to be
-agreed on first, the frozen and ema teachers sharded too, and accelerate has FSDP2 on GPUs only.
+Every process holds the whole model, or with --shard a share of it (`sharding`), whose gradients FSDP sums.
+
+Left out: summing while the backward still runs, where the model is whole; what shards by accelerate's own means (FSDP,
+DeepSpeed) is refused.
 """
 
 from __future__ import annotations
@@ -55,7 +53,9 @@ class Processes:
         """
         kind, count = accelerator.distributed_type, accelerator.num_processes
         if kind in SHARDED:
-            raise ValueError(f"[accelerate] expected the whole model in every process, got {kind.value}")
+            raise ValueError(
+                f"[accelerate] expected the whole model in every process, got {kind.value}: --shard shares it out"
+            )
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if started != count:
             raise ValueError(f"[accelerate] expected the {started} processes that were started, got {count}")
@@ -65,8 +65,8 @@ class Processes:
             )
         if config.shard and config.prompts_per_step % count:
             raise ValueError(
-                f"[prompts_per_step] expected a multiple of {count}, the processes, which with shard take equal shares: "
-                f"got {config.prompts_per_step}"
+                f"[prompts_per_step] with shard all processes take as many: expected a multiple of {count}, got "
+                f"{config.prompts_per_step}"
             )
         if config.baseline == "position_mean" and count > 1:
             raise ValueError(

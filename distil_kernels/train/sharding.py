@@ -3,22 +3,23 @@
     no gradients    rollouts, critiques, teacher, evaluation: all layers gathered once (`whole`), then read at will
     gradients       a layer is gathered when it is read, forward and backward, and its gradient reduce-scattered
 
-What a sharded layer does waits for all processes, so all must do it equally often. Without gradients the number of
-forwards follows from the data (the longest rollout, rounds of tools, ways of reading), and a gather for each token would
-be slow besides: hence `whole`. With gradients a micro-batch is one forward in every process: whole rows are read
-(`reading.reader`), and the processes have equally many problems (`Processes.of`).
+A sharded layer waits for all processes whenever it is read, so all must read it equally often. Without gradients the
+number of forwards follows from the data (the longest rollout, rounds of tools, ways of reading), and a gather for each
+token would be slow besides: hence `whole`. With gradients a micro-batch is one forward in every process: padded rows
+are read (`reading.reader`), and the processes have equally many problems (`Processes.of`).
 
 The head's weight goes into the loss without a forward of the model. It is a parameter of the model as a whole, with
 the embeddings it may be tied to: FSDP gathers these when the body is entered (`take_apart` has it entered by way of the
 model) and leaves them so until the backward pass, where loss and embeddings have added to one gradient. The gathered
 parameter is one object for the model's life, whose memory comes and goes.
 
-Memory of a process for P parameters of 4 bytes: 16 P / n for weights, gradients and AdamW, 4 P / n for a frozen or ema
-teacher. Beside it, with gradients: embeddings and heads of both models and two layers, in float32. Without: 4 P for the
-model that reads (layers take 2 bytes when products are in bfloat16), in evaluations that of student and teacher.
-At the start, and for the main process when it saves, all of it in main memory: a checkpoint is that of an unsharded run.
+Bytes of a process for P parameters: 16 P / n for weights, gradients and AdamW, 4 P / n for a frozen or ema teacher.
+Beside it, with gradients: embeddings and head of student and teacher, and two layers. Without: 4 P for the model that
+reads (2 P in its layers where products are in bfloat16), in evaluations both student and teacher. In main memory: all
+models whole at the start, and for the main process when it saves, 16 P: a checkpoint is that of an unsharded run.
 
-Left out: sharding while loading; accelerate's FSDP2, which shards on GPUs only (its state asks for a MULTI_GPU or the like).
+Left out: sharding while loading; packed rows with gradients but for flash-attn's; accelerate's FSDP2, which accelerate
+1.15 takes up where there are several GPUs or the like only (state.py), and so not on CPUs.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ def full(value: Any, keeps: bool = True) -> Any:
         return [full(item, keeps) for item in value]
     if not isinstance(value, DTensor):
         return value
-    tensor = value.full_tensor()
+    tensor: Tensor = value.full_tensor()
     return tensor.cpu() if keeps else None
 
 
@@ -184,7 +185,7 @@ def _parts(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def _is_sharded(part: nn.Module) -> bool:
+def _is_sharded(part: Any) -> bool:
     if hasattr(part, "get_output_embeddings"):
         return isinstance(part.get_output_embeddings().weight, DTensor)
     return isinstance(next(part.parameters()), DTensor)

@@ -16,13 +16,16 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from distil_kernels.hf import CausalLM
 from distil_kernels.train import models
+from distil_kernels.train.config import Config
 from distil_kernels.train.reading import Reader, reader
 from distil_kernels.train.rollout import Sampling
 from distil_kernels.train.sharding import like, local, take_apart, whole
@@ -129,15 +132,24 @@ def copied(student: nn.Module, apart: bool = False) -> nn.Module:
     return copy.deepcopy(student, fixed).requires_grad_(False).eval()
 
 
-def local_model(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[nn.Module, list[int]]:
-    """A model to teach one with this tokenizer, and the tokens that end its answers.
+def other_model(
+    config: Config, student: Any, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, is_sharded: bool
+) -> Any:
+    """`Teacher`'s argument of that name, before student and teacher are sharded.
 
     Raises:
-        ValueError: it cannot be loaded, or its tokens are others.
+        ValueError: teacher_model cannot be loaded, or its tokens are others.
     """
-    model, its_tokenizer = models.load(name, "teacher_model")
-    check_same_tokens(tokenizer, its_tokenizer)
-    return model, models.end_ids(model, its_tokenizer)
+    if config.teacher == "local":
+        model, its_tokenizer = models.load(config.teacher_model, "teacher_model")
+        check_same_tokens(tokenizer, its_tokenizer)
+        models.use_flash_attention(model, accelerator.device, accelerator.mixed_precision)
+        # A student that learns to end as its teacher does must be heard to, here and by who loads its checkpoint.
+        ends = {*models.end_ids(student, tokenizer), *models.end_ids(model, its_tokenizer)}
+        student.generation_config.eos_token_id = sorted(ends)
+        return model
+    copies = config.teacher == "ema" or (config.teacher == "frozen" and not config.lora_rank)
+    return copied(student, apart=True) if is_sharded and copies else None
 
 
 def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:

@@ -1,19 +1,18 @@
-"""Two processes with a share of the model each: the gradients, runs and checkpoints of whole models, in half the memory."""
+"""Two processes with a share of the model each: gradients, runs and checkpoints of whole models, in half the memory."""
 
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Sequence
-from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from test_distributed import EXTRA, assert_same, run_interrupted, run_main, start
-from test_run import QUICK, metrics, trainer
+from peft import AutoPeftModelForCausalLM
+from test_distributed import EXTRA, assert_same, refused, run_interrupted, run_main, start
+from test_run import metrics, trainer
 from test_same_gradient import two_steps
 from tiny import byte_tokenizer, llama_config
 from torch.distributed.tensor import DTensor
@@ -22,9 +21,7 @@ from two_processes import together
 
 from distil_kernels.train import loop
 from distil_kernels.train.__main__ import main
-from distil_kernels.train.batch import Sample
-from distil_kernels.train.checkpoint import load_state, read_lines
-from distil_kernels.train.loop import Trainer
+from distil_kernels.train.checkpoint import load_state, read_lines, restore_generators
 from distil_kernels.train.sharding import local, shard
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -34,6 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "frozen teacher, two updates": {"teacher": "frozen", "updates_per_batch": 2},
     "recomputed layers": {"teacher": "frozen", "gradient_checkpointing": True},
     "recomputed loss": {"teacher": "frozen", "plan": "recompute"},
+    "another model as teacher": {"teacher": "local"},
     "no teacher": {"teacher": "live", "objective": "policy_gradient"},
     "adapters, start as teacher": {"teacher": "frozen", "lora_rank": 2},
     "adapters, ema teacher": {"teacher": "ema", "lora_rank": 2},
@@ -52,37 +50,35 @@ def untied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def gradients(rank: int, models: Sequence[Path], directory: Path, **settings: Any) -> None:
-    for number, model in enumerate(models):
-        for name, method in METHODS.items():
-            steps = two_steps(model, directory / f"{name} {number} {rank}", prompts_per_step=4, **method, **settings)
-            torch.save(steps, directory / f"{name} {number} {rank}.pt")
+def gradients(rank: int, models: Sequence[Path], directory: Path, names: Sequence[str], is_sharded: bool) -> None:
+    for name in names:
+        settings = {"prompts_per_step": 4, "shard": is_sharded, **METHODS[name]}
+        if settings["teacher"] == "local":
+            settings["teacher_model"] = str(models[1])
+        torch.save(two_steps(models[0], directory / f"{name} {rank}", **settings), directory / f"{name} {rank}.pt")
 
 
-def sharded_gradients(rank: int, models: Sequence[Path], directory: Path) -> None:
-    gradients(rank, models, directory, shard=True)
-
-
-def test_gradients_are_those_of_one_process(tiny_model: Path, untied_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_gradients_are_those_of_one_process(
+    tiny_model: Path, untied_model: Path, tmp_path: Path, is_tied: bool
+) -> None:
     alone, two = tmp_path / "alone", tmp_path / "two"
     alone.mkdir()
     two.mkdir()
-    models = [tiny_model, untied_model]
-    gradients(0, models, alone)
-    assert together(sharded_gradients, models, two) == [0, 0]
-    for name in METHODS:
-        for number in range(2):
-            expected, *found = (
-                torch.load(path / f"{name} {number} {rank}.pt") for path, rank in ((alone, 0), (two, 0), (two, 1))
-            )
-            assert len(expected) == len(found[0]) and expected[0]["gradient"].abs().max() > 0
-            for step, wanted in enumerate(expected):
-                gradient = wanted.pop("gradient")
-                scale = float(gradient.abs().max())
-                for steps in found:
-                    own = steps[step].pop("gradient")
-                    torch.testing.assert_close(own, gradient, rtol=1e-3, atol=1e-5 * scale, msg=name)
-                    assert steps[step] == {key: pytest.approx(wanted[key], rel=1e-4, abs=1e-6) for key in wanted}, name
+    models = [tiny_model, untied_model] if is_tied else [untied_model, tiny_model]
+    names = list(METHODS) if is_tied else ["frozen teacher", "another model as teacher", "adapters, ema teacher"]
+    gradients(0, models, alone, names, False)
+    assert together(gradients, models, two, names, True) == [0, 0]
+    for name in names:
+        expected, *found = (torch.load(path / f"{name} {rank}.pt") for path, rank in ((alone, 0), (two, 0), (two, 1)))
+        assert len(expected) == len(found[0]) and expected[0]["gradient"].abs().max() > 0
+        for step, wanted in enumerate(expected):
+            gradient = wanted.pop("gradient")
+            scale = float(gradient.abs().max())
+            for steps in found:
+                own = steps[step].pop("gradient")
+                torch.testing.assert_close(own, gradient, rtol=1e-3, atol=1e-5 * scale, msg=name)
+                assert steps[step] == {key: pytest.approx(wanted[key], rel=1e-4, abs=1e-6) for key in wanted}, name
 
 
 def run_unevenly(rank: int, arguments: list[str]) -> int:
@@ -142,6 +138,28 @@ def test_one_process_evaluates_it(sharded: Path, capsys: pytest.CaptureFixture[s
     assert '"step": 4' in capsys.readouterr().out
 
 
+def resumed_adapters(rank: int, model: Path, directory: Path) -> None:
+    """One more step after a checkpoint, by who wrote it and by who takes it up."""
+    settings = {"shard": True, "lora_rank": 2, "teacher": "ema", "ema_rate": 0.5, "learning_rate": 1e-2}
+    first, second = (trainer(model, directory / f"{name} {rank}", **settings) for name in ("first", "second"))
+    first.train_step()
+    first.save()
+    step = first.train_step()
+    generators = second.load(directory / "first 0" / "checkpoint")
+    restore_generators(generators[rank])
+    again = second.train_step()
+    assert all(torch.equal(local(a), local(b)) for a, b in zip(first.trained, second.trained, strict=True))
+    states = [run.teacher.state_dict() for run in (first, second)]
+    assert states[0] and all(torch.equal(local(states[0][name]), local(states[1][name])) for name in states[0])
+    assert (step["loss"], step["grad_norm"]) == (again["loss"], again["grad_norm"])
+
+
+def test_adapters_resume_to_the_last_bit(tiny_model: Path, tmp_path: Path) -> None:
+    assert together(resumed_adapters, tiny_model, tmp_path) == [0, 0]
+    saved = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "first 0" / "checkpoint").state_dict()
+    assert any(value.abs().max() > 0 for name, value in saved.items() if "lora_B" in name)
+
+
 def memory(rank: int, model: Path, directory: Path) -> None:
     """What a process holds: between steps of what kind how much, and in the backward pass which weights."""
     run = trainer(model, directory / f"{rank}", shard=True, teacher="ema", baseline="none")
@@ -186,11 +204,6 @@ def test_each_holds_half(tiny_model: Path, tmp_path: Path) -> None:
         assert in_backward == [{"model.embed_tokens.weight", "model.norm.weight"}]
         # No gathered weights are left, of student or teacher.
         assert 16 * half <= alive < 1.1 * 16 * half
-
-
-def refused(rank: int, arguments: list[str], directory: Path) -> int:
-    with (directory / f"{rank}.txt").open("w") as file, redirect_stderr(file):
-        return main(arguments)
 
 
 def test_unequal_shares_are_refused(tiny_model: Path, tmp_path: Path) -> None:
