@@ -14,12 +14,13 @@ model) and leaves them so until the backward pass, where loss and embeddings hav
 parameter is one object for the model's life, whose memory comes and goes.
 
 Bytes of a process for P parameters: 16 P / n for weights, gradients and AdamW, 4 P / n for a frozen or ema teacher.
-Beside it, with gradients: embeddings and head of student and teacher, and two layers. Without: 4 P for the model that
-reads (2 P in its layers where products are in bfloat16), in evaluations both student and teacher. In main memory: all
-models whole at the start, and for the main process when it saves, 16 P: a checkpoint is that of an unsharded run.
+Beside it, with gradients: embeddings and head of student and teacher, the student's gradient of them, and two layers.
+Without: 4 P for the model that reads, in evaluations both student and teacher. 2 P more where products are in bfloat16,
+whose copies of the weights autocast makes and keeps. In main memory: all models whole at the start, and for the main
+process when it saves, up to 16 P: a checkpoint is that of an unsharded run.
 
-Left out: sharding while loading; packed rows with gradients but for flash-attn's; accelerate's FSDP2, which accelerate
-1.15 takes up where there are several GPUs or the like only (state.py), and so not on CPUs.
+Left out: gathering in bfloat16; sharding while loading; packed rows with gradients but for flash-attn's; accelerate's
+FSDP2, which accelerate 1.15 takes up on GPUs and the like only (state.py), and so not on CPUs.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -41,9 +42,7 @@ from distil_kernels.hf import CausalLM, split
 
 
 def shard(models: Sequence[Any], accelerator: Accelerator) -> None:
-    """Leaves this process its share of each parameter; gradients are summed over processes, in float32.
-
-    Where products are in bfloat16, gathered layers are too, as autocast would make them.
+    """Leaves this process its share of each parameter; gradients are summed over processes.
 
     Raises:
         ValueError: a model has no layers that transformers marks, or torch is too old.
@@ -54,11 +53,9 @@ def shard(models: Sequence[Any], accelerator: Accelerator) -> None:
         if not _layers(model):
             raise ValueError(f"[shard] {type(model).__name__} has no layers of transformers' to gather one by one")
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
-    products = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for model in models:
         for layer in _layers(model):
-            fully_shard(layer, mesh=mesh, mp_policy=products)
+            fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh, reshard_after_forward=False)
         for part in _parts(model):
             part.set_gradient_divide_factor(1.0)

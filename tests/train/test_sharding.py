@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import AutoPeftModelForCausalLM
 from test_distributed import EXTRA, assert_same, refused, run_interrupted, run_main, start
 from test_run import metrics, trainer
@@ -79,6 +80,27 @@ def test_gradients_are_those_of_one_process(
                 own = steps[step].pop("gradient")
                 torch.testing.assert_close(own, gradient, rtol=1e-3, atol=1e-5 * scale, msg=name)
                 assert steps[step] == {key: pytest.approx(wanted[key], rel=1e-4, abs=1e-6) for key in wanted}, name
+
+
+def bfloat16_gradient(rank: int, model: Path, directory: Path, is_sharded: bool) -> None:
+    AcceleratorState._reset_state()  # a process has one precision
+    try:
+        settings = {"prompts_per_step": 4, "precision": "bfloat16", "teacher": "ema", "shard": is_sharded}
+        first, _ = two_steps(model, directory / f"bfloat16 {rank}", **settings)
+    finally:
+        AcceleratorState._reset_state()
+    torch.save(first["gradient"], directory / f"bfloat16 {rank}.pt")
+
+
+def test_products_in_bfloat16_are_as_exact(tiny_model: Path, tmp_path: Path) -> None:
+    alone, two = tmp_path / "alone", tmp_path / "two"
+    alone.mkdir()
+    two.mkdir()
+    exact, _ = two_steps(tiny_model, tmp_path / "exact", prompts_per_step=4, teacher="ema")
+    bfloat16_gradient(0, tiny_model, alone, False)
+    assert together(bfloat16_gradient, tiny_model, two, True) == [0, 0]
+    ours, theirs = ((torch.load(path / "bfloat16 0.pt") - exact["gradient"]).abs().max() for path in (two, alone))
+    assert 0 < ours <= 2 * theirs
 
 
 def run_unevenly(rank: int, arguments: list[str]) -> int:
