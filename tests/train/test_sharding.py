@@ -231,7 +231,8 @@ def test_each_holds_half(tiny_model: Path, tmp_path: Path) -> None:
 def test_unequal_shares_are_refused(tiny_model: Path, tmp_path: Path) -> None:
     main_status, other = together(refused, [*start(tiny_model, tmp_path, "run", 1), "--shard"], tmp_path)
     assert main_status == 2 and other != 0
-    assert "[prompts_per_step] expected a multiple of 2" in (tmp_path / "0.txt").read_text()
+    said = (tmp_path / "0.txt").read_text()
+    assert "[prompts_per_step] with shard all processes take as many: expected a multiple of 2, got 3" in said
 
 
 @pytest.mark.parametrize("reading", ["shared", "packed"])
