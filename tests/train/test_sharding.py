@@ -238,7 +238,7 @@ def test_unequal_shares_are_refused(tiny_model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("reading", ["shared", "packed"])
 def test_several_forwards_are_refused(reading: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["--shard", "--reading", reading])
+        main(["--shard", "--reading", reading, "--model", "nowhere"])
     assert f"expected auto or padded, got {reading}" in capsys.readouterr().err
 
 
