@@ -20,17 +20,11 @@ state, and servers that refuse top_k and min_p, without which their own defaults
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPException
 from typing import Any, NamedTuple
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import torch
 from torch import Tensor
@@ -38,17 +32,14 @@ from transformers import PreTrainedTokenizerBase
 
 from distil_kernels.train.batch import unique
 from distil_kernels.train.config import Config
+from distil_kernels.train.endpoint import Endpoint, short
 from distil_kernels.train.rollout import Sampling, until_stop
 from distil_kernels.train.tools import Python, Rollouts
 
 THREADS = 8
 AT_ONCE = 4
 """Draws of one request; a server that gives fewer is asked again."""
-TIMEOUT = 120.0
-"""Seconds that one request may take."""
-WAITS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-"""Seconds before each further try, of a busy server or of one that answered before."""
-BUSY = (429, 500, 502, 503, 504)
+PATH = "/completions"
 WHOLE = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "return_tokens_as_token_ids": True}
 """The whole distribution, whatever a server's defaults; the last asks vLLM for ids."""
 PROBE = "The 12345 quick-brown foxes' größte Überraschung: 日本語, привет!\n\tif (x[i] += 3.14159) { return 'naïve'; }"
@@ -91,8 +82,8 @@ class RemoteTeacher:
         self, config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int, device: torch.device
     ) -> None:
         self._config, self._tokenizer, self._vocab_size, self._device = config, tokenizer, vocab_size, device
-        self._url = f"{config.teacher_url.rstrip('/')}/completions"
-        self._answered = False
+        self._endpoint = Endpoint("teacher_url", config.teacher_url)
+        self._url = self._endpoint.url + PATH
         self._id_of = _ids_by_text(tokenizer)
         self._check()
 
@@ -104,7 +95,7 @@ class RemoteTeacher:
         ]
         states, index = unique(visited)
         with ThreadPoolExecutor(THREADS) as pool:
-            found = list(pool.map(self._distribution, states, _seeds(len(states))))
+            found = list(pool.map(self._distribution, states, seeds(len(states))))
         width = max(1, *(len(known) for known, _ in found))
         ids, logprobs = torch.full((len(states), width), -1), torch.full((len(states), width), -torch.inf)
         for row, (known, _) in enumerate(found):
@@ -125,7 +116,7 @@ class RemoteTeacher:
                 pool.map(
                     lambda prompt, seed: self._choices(prompt, seed=seed, **options)[0]["text"],
                     asked,
-                    _seeds(len(asked)),
+                    seeds(len(asked)),
                 )
             )
         stops = set(sampling.stop_ids)
@@ -200,36 +191,12 @@ class RemoteTeacher:
         answer = self._ask(prompt, **options)
         choices = answer.get("choices")
         if not choices or not all(isinstance(choice.get("text"), str) for choice in choices):
-            raise ValueError(f"[teacher_url] {self._url} gave {_short(answer)}, expected choices with a text each")
+            raise self._endpoint.unexpected(PATH, answer, "choices with a text each")
         return choices
 
     def _ask(self, prompt: str | list[int], **options: Any) -> dict[str, Any]:
         model = {"model": self._config.teacher_model} if self._config.teacher_model else {}
-        body = json.dumps({**model, "prompt": prompt, **WHOLE, **options}).encode()
-        request = Request(self._url, body, {"Content-Type": "application/json"})
-        key = os.environ.get("OPENAI_API_KEY")
-        if key:
-            request.add_unredirected_header("Authorization", f"Bearer {key}")
-        for wait in (*WAITS, None):
-            try:
-                with urlopen(request, timeout=TIMEOUT) as response:
-                    content = response.read()
-                self._answered = True
-                break
-            except HTTPError as error:
-                said, again = f"{error.code} {error.reason}, {_short(error.read())}", error.code in BUSY
-            except (OSError, HTTPException) as error:
-                said, again = str(error) or type(error).__name__, self._answered
-            if wait is None or not again:
-                raise ValueError(f"[teacher_url] {self._url}: {said}")
-            time.sleep(wait)
-        try:
-            answer = json.loads(content)
-        except ValueError:
-            answer = None
-        if not isinstance(answer, dict):
-            raise ValueError(f"[teacher_url] {self._url} gave {_short(content)}, expected JSON as OpenAI's completions")
-        return answer
+        return self._endpoint.ask(PATH, {**model, "prompt": prompt, **WHOLE, **options})
 
 
 def _named(choice: dict[str, Any]) -> list[tuple[int | None, str, float]]:
@@ -245,7 +212,7 @@ def _named(choice: dict[str, Any]) -> list[tuple[int | None, str, float]]:
         return [(token, text, float(value)) for token, text, value in named if value is not None]
     except (KeyError, IndexError, TypeError, AttributeError):
         raise ValueError(
-            f"[teacher_url] expected top_logprobs of the first token, got {_short(choice)}; teacher samples needs none"
+            f"[teacher_url] expected top_logprobs of the first token, got {short(choice)}; teacher samples needs none"
         ) from None
 
 
@@ -273,10 +240,5 @@ def _ids_by_text(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return {text[start:]: token for token, text in enumerate(texts) if text[start:] and "\ufffd" not in text}
 
 
-def _seeds(count: int) -> list[int]:
+def seeds(count: int) -> list[int]:
     return torch.randint(2**31 - 1, (count,)).tolist()
-
-
-def _short(said: Any) -> str:
-    text = said.decode(errors="replace") if isinstance(said, bytes) else json.dumps(said)
-    return " ".join(text.split())[:200] or "nothing"

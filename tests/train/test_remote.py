@@ -26,7 +26,8 @@ from test_run import QUICK, metrics, train, trainer
 from tiny import llama_config
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from distil_kernels.train import models, remote
+from distil_kernels.train import endpoint as client
+from distil_kernels.train import models
 from distil_kernels.train.__main__ import main
 from distil_kernels.train.checkpoint import read_lines
 from distil_kernels.train.config import Config
@@ -337,7 +338,7 @@ def test_what_is_wrong_is_said_before_any_work(
     assert "[teacher_url]" in message and dead in message and "refused" in message
     assert time.perf_counter() - began < 20  # a wrong address is not tried again
     assert "404" in said(small, endpoint.replace("/v1", "/v2"))
-    assert "expected JSON" in said(small, relay(lambda asked, answer: b"<html>"))
+    assert "expected a JSON object" in said(small, relay(lambda asked, answer: b"<html>"))
     assert "expected choices" in said(small, relay(lambda asked, answer: {"error": "?"}))
     assert "teacher samples needs none" in said(small, relay(without))
     for kind in ("remote", "samples"):
@@ -352,7 +353,7 @@ def test_what_is_wrong_is_said_before_any_work(
 def test_a_busy_server_is_asked_again_and_the_key_is_sent(
     expert: tuple[Any, Any], relay: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "WAITS", (0.01, 0.01))
+    monkeypatch.setattr(client, "WAITS", (0.01, 0.01))
     monkeypatch.setenv("OPENAI_API_KEY", "of-the-test")
     seen: list[str] = []
     refused = iter([503, 429, 0, 503, 503, 0])
