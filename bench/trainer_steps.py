@@ -101,8 +101,8 @@ def work_through(name: str, work: Work, pipe: Connection) -> None:
 
 def _ours(work: Work, gate: Gate, folder: Path) -> None:
     class Ours(Trainer):
-        def roll_out(self, batch: Any) -> None:
-            super().roll_out(batch)
+        def roll_out(self, batch: Any, *rest: Any) -> None:
+            super().roll_out(batch, *rest)
             gate.rolled_out([done for entry in batch for done in entry.completions])
 
     trainer = Ours(work.config, folder, Console(quiet=True))

@@ -25,6 +25,8 @@ class Sample:
         self.completions: list[list[int]] = []
         self.written: list[list[bool]] = []
         """Of each token of a completion whether the model wrote it; the others a tool put in."""
+        self.logprobs: list[list[float]] | None = None
+        """Of each token of a completion where a rollout server sampled it, as the server says."""
         self.feedback: list[Feedback] = []
         self.teacher_prompts: list[list[int]] = []
         self.taught: list[bool] = []
@@ -37,7 +39,7 @@ class Sample:
 
     def answered_with(self, prompts: Prompts, rollouts: Rollouts, feedback: list[Feedback]) -> None:
         """Builds what the teacher reads for each rollout."""
-        (self.completions, self.written), self.feedback = rollouts, feedback
+        (self.completions, self.written, self.logprobs), self.feedback = rollouts, feedback
         read = [prompts.teacher(self.problem, said) for said in feedback]
         self.taught = [prompt is not None for prompt in read]
         self.teacher_prompts = [prompt or self.prompt for prompt in read]
@@ -132,12 +134,30 @@ def unique(lists: list[list[int]]) -> tuple[list[list[int]], list[int]]:
     return [list(tokens) for tokens in index], rows
 
 
-def truncated(batch: Sequence[Sample], stop_ids: Sequence[int]) -> float:
-    """Share of rollouts that ran into the length limit."""
-    return statistics.fmean(done[-1] not in stop_ids for entry in batch for done in entry.completions)
+def sampled_logprobs(batch: Sequence[Sample], device: torch.device) -> torch.Tensor | None:
+    """[N] of the completions' tokens, packed, as the rollout server says; None where the student sampled them."""
+    known = [value for entry in batch for row in entry.logprobs or [] for value in row]
+    return torch.tensor(known, device=device) if known else None
 
 
-def prefers_right(batch: list[Sample], teacher_logprobs: list[torch.Tensor | None]) -> float | None:
+def figures(
+    batch: Sequence[Sample],
+    prompts: Prompts,
+    stop_ids: Sequence[int],
+    teacher_logprobs: Sequence[torch.Tensor | None],
+) -> dict[str, float | None]:
+    """What a step's record says of its rollouts; arguments of `prefers_right` and of `rollout.Sampling`."""
+    return {
+        "accuracy": statistics.fmean(feedback.score for entry in batch for feedback in entry.feedback),
+        "truncated": statistics.fmean(done[-1] not in stop_ids for entry in batch for done in entry.completions),
+        "equal_groups": statistics.fmean(len({f.score for f in entry.feedback}) == 1 for entry in batch),
+        "teacher_prefers_right": prefers_right(batch, teacher_logprobs),
+        "left_out": sum(not taught for entry in batch for taught in entry.taught),
+        "cut": sum(prompts.cuts(entry.problem, feedback) for entry in batch for feedback in entry.feedback),
+    }
+
+
+def prefers_right(batch: Sequence[Sample], teacher_logprobs: Sequence[torch.Tensor | None]) -> float | None:
     """Share of (right, wrong) pairs of a problem's taught rollouts where the teacher finds the right one likelier."""
     known = [part for part in teacher_logprobs if part is not None]
     if not known:

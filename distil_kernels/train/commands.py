@@ -43,7 +43,7 @@ def evaluate(arguments: list[str]) -> int:
         if path is None:
             raise ValueError(f"[eval] {target} has no checkpoint yet")
         trained = dataclasses.replace(_config(Path(target)), **{name: getattr(config, name) for name in given})
-        trained = dataclasses.replace(trained, tracker="none", shard=False)
+        trained = dataclasses.replace(trained, tracker="none", shard=False, rollout_url="")
         trained.check()
         trainer = Trainer(trained, Path(target), console)
         trainer.load(path)
@@ -51,7 +51,14 @@ def evaluate(arguments: list[str]) -> int:
         if "model" in given:
             raise ValueError(f"[model] the model to evaluate is {target}, got --model {config.model} too")
         alone = dataclasses.replace(
-            config, model=target, teacher="live", teacher_model="", teacher_url="", tracker="none", shard=False
+            config,
+            model=target,
+            teacher="live",
+            teacher_model="",
+            teacher_url="",
+            tracker="none",
+            shard=False,
+            rollout_url="",
         )
         trainer = Trainer(alone, Path(), console)
     with trainer.accelerator.autocast():

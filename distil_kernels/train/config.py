@@ -125,6 +125,9 @@ class Config:
     """Nucleus of training rollouts; below 1 only with off_policy."""
     top_k: int = _option(0, AT_LEAST_0)
     """Top-k of training rollouts, 0 for all; others only with off_policy."""
+    rollout_url: str = ""
+    """vLLM server that samples training rollouts, http://HOST:PORT, instead of transformers; it is given the weights
+    before each batch. Its log-probs weigh each token's gradient as those of an older model do (importance_clip)."""
     updates_per_batch: int = _option(1, AT_LEAST_1)
     """Optimiser updates on each batch of rollouts. From the second on the rollouts are older than the model, and each
     token's gradient is weighted by how much likelier it has become (policy_gradient: clipped at 0.8 and 1.2)."""
@@ -284,6 +287,11 @@ class Config:
             )
         if endpoint:
             self._check_partial_teacher()
+        if self.rollout_url:
+            if not self.rollout_url.startswith(("http://", "https://")):
+                raise ValueError(f"[rollout_url] expected http://HOST:PORT, got {self.rollout_url!r}")
+            # Weights in one piece, adapters merged, are not there; the log-probs are of the whole distribution.
+            self._expect("rollout_url", {"lora_rank": (0,), "shard": (False,), "top_p": (1.0,), "top_k": (0,)})
         if self.baseline == "leave_one_out" and self.credit_span != "none" and self.rollouts_per_prompt < 2:
             raise ValueError(
                 f"[rollouts_per_prompt] baseline leave_one_out compares rollouts of a prompt: expected at least 2, "
@@ -315,10 +323,13 @@ class Config:
         }  # fmt: skip
         if self.teacher == "remote":  # its log-probs come as they are
             expected["teacher_temperature"] = (1.0,)
+        self._expect(f"teacher {self.teacher}", expected)
+
+    def _expect(self, what: str, expected: dict[str, tuple[Any, ...]]) -> None:
         for name, allowed in expected.items():
             value = getattr(self, name)
             if value not in allowed:
-                raise ValueError(f"[{name}] teacher {self.teacher} takes {' or '.join(map(str, allowed))}, got {value}")
+                raise ValueError(f"[{name}] {what} takes {' or '.join(map(str, allowed))}, got {value}")
 
     def to_json(self) -> str:
         return json.dumps({option.name: getattr(self, option.name) for option in fields(self)}, indent=2) + "\n"

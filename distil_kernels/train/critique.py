@@ -42,7 +42,7 @@ class Critic:
         critiques: list[str] = []
         for begin in range(0, len(different), BATCH_ROWS):
             batch = different[begin : begin + BATCH_ROWS]
-            done = sample(student, batch, range(len(batch)), self._sampling)
+            done = sample(student, batch, range(len(batch)), self._sampling).completions
             critiques += [self._prompts.answer(tokens).strip() for tokens in done]
         row = iter(rows)
         texts = iter([critiques[next(row)] if prompt else "" for prompt in asked])

@@ -20,7 +20,7 @@ from distil_kernels.train.feedback import Prompts, Verifier
 from distil_kernels.train.processes import ALONE, Processes
 from distil_kernels.train.reading import Reader
 from distil_kernels.train.remote import RemoteTeacher
-from distil_kernels.train.rollout import Sampling
+from distil_kernels.train.rollout import Sampling, sample
 from distil_kernels.train.siblings import Said, Say
 from distil_kernels.train.tasks import Problem, Task
 from distil_kernels.train.teacher import Teacher
@@ -110,7 +110,7 @@ class Evaluator:
     ) -> _Answers | None:
         """To this process's share of the problems."""
         problems = self._processes.share(self.student_prompts)
-        draw = partial(roll_out, student)
+        draw = partial(roll_out, partial(sample, student))
         sampled, num_tokens = self._answers(draw, problems, self._num_samples, self._sampling, stop)
         greedy, _ = self._answers(draw, problems, 1, replace(self._sampling, temperature=0.0), stop)
         if stop():
@@ -146,10 +146,10 @@ class Evaluator:
                 break
             batch = problems[begin : begin + per_batch]
             rows = [row for row in range(len(batch)) for _ in range(num_samples)]
-            completions, written = draw([prompt for _, prompt in batch], rows, sampling, self._tool)
-            num_tokens += sum(map(sum, written))
+            found = draw([prompt for _, prompt in batch], rows, sampling, self._tool)
+            num_tokens += sum(map(sum, found.written))
             for row, (problem, _) in enumerate(batch):
-                done = completions[row * num_samples : (row + 1) * num_samples]
+                done = found.completions[row * num_samples : (row + 1) * num_samples]
                 own = [self._prompts.answer(tokens) for tokens in done]
                 answers.append([(text, self._verify(self._task, problem, text)) for text in own])
         return answers, num_tokens

@@ -6,8 +6,10 @@
     length             most answers run into the limit, or they shrank to half: a sum of future cost pays for stopping
                        early
     teacher            it answers no better than its student, or much worse than at the start
+    server             the rollout server samples from other weights than the student's
 
-Means over the last WINDOW steps against the first WINDOW; nothing is said before there are twice as many.
+Means over the last WINDOW steps against the first WINDOW; nothing but of the server is said before there are twice as
+many.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from distil_kernels.train.config import Config
 Record = dict[str, Any]
 
 WINDOW = 5
+_OTHER_WEIGHTS = 0.1
+"""Nats a token that rounding does not explain."""
 _NO_DISAGREEMENT = 1e-4
 """Nats of KL per token below which there is nothing left to learn."""
 
@@ -31,6 +35,8 @@ def warnings(records: Sequence[Record], config: Config) -> Iterator[tuple[str, s
     evaluations = [record for record in records if record["kind"] == "evaluation"]
     if evaluations:
         yield from _teacher(evaluations[0], evaluations[-1], config)
+    if steps and "mismatch" in steps[-1]:
+        yield from _server(steps[0]["mismatch"], steps[-1]["mismatch"])
     if len(steps) < 2 * WINDOW:
         return
     first, last = steps[:WINDOW], steps[-WINDOW:]
@@ -92,3 +98,13 @@ def _teacher(first: Record, last: Record, config: Config) -> Iterator[tuple[str,
             f"{first['teacher']:.2f} at the start; a frozen teacher or a slower ema does not follow its student down"
         )
         yield "teacher", text
+
+
+def _server(first: float, last: float) -> Iterator[tuple[str, str]]:
+    if last > min(_OTHER_WEIGHTS, 5.0 * first + 0.01):
+        text = (
+            f"the rollout server's log-probs differ by {last:.2g} nats a token from the student's, {first:.2g} in the "
+            "first step: it does not have the student's weights (a tied head on vLLM's CPU back end needs a copy, see "
+            "train/rollout_server.py), or another temperature"
+        )
+        yield "server", text

@@ -1,7 +1,7 @@
 """The training loop, top to bottom.
 
     for each batch of problems
-        rollouts = sample(student)                          rollouts_per_prompt completions each
+        rollouts = sample(student)                          rollouts_per_prompt completions each, here or by a server
         feedback = verify(rollout)                          a score, and the expert's correction
         hidden   = student(prompt + rollout), teacher(prompt + correction + rollout)
         loss     = fused_distil_loss(...)                   whole vocabulary, sequence-level gradient
@@ -14,11 +14,11 @@ uninterrupted one. Ctrl-C finishes the step; a second one stops at once, at the 
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from distil_kernels.train import alignment, change, checkpoint, models, report, samples, tracking
 from distil_kernels.train.baseline import PositionAverage
-from distil_kernels.train.batch import Batches, Sample, answered, prefers_right, rollout_records, truncated, unique
+from distil_kernels.train.batch import Batches, Sample, answered, figures, rollout_records, sampled_logprobs, unique
 from distil_kernels.train.config import Config
 from distil_kernels.train.critique import Critic
 from distil_kernels.train.evaluate import Evaluation, Evaluator
@@ -41,12 +41,13 @@ from distil_kernels.train.objective import Kept, Sums, distil_loss, means, polic
 from distil_kernels.train.processes import Processes
 from distil_kernels.train.reading import reader
 from distil_kernels.train.remote import RemoteTeacher
-from distil_kernels.train.rollout import Sampling
+from distil_kernels.train.rollout import Draw, Sampling, sample
+from distil_kernels.train.rollout_server import RolloutServer
 from distil_kernels.train.sharding import full, full_weights, shard, share_out_moments, take_apart, whole, whole_heads
 from distil_kernels.train.siblings import Say, as_verified, from_siblings
 from distil_kernels.train.tasks import held_out_problems, make_task, problems
 from distil_kernels.train.teacher import Teacher, other_model
-from distil_kernels.train.tools import Python, Rollouts, roll_out
+from distil_kernels.train.tools import Python, roll_out
 
 
 class Trainer:
@@ -92,6 +93,7 @@ class Trainer:
         if config.tools == "python":
             self.tool = Python(self.tokenizer, config.max_tool_calls, config.max_tool_tokens)
         longest = config.max_new_tokens + (self.tool.longest if self.tool else 0)
+        self.server = RolloutServer(config, longest, self.directory, self.processes) if config.rollout_url else None
         self.average = PositionAverage(longest, config.baseline_rate, head.device, self.processes)
 
         self.task, self.verify = make_task(config.task, config.seed), verifier(config.feedback)
@@ -130,14 +132,13 @@ class Trainer:
 
     # One step.
 
-    def roll_out(self, batch: Sequence[Sample]) -> None:
-        """Samples completions, verifies them, and builds the teacher's prompts."""
+    def roll_out(self, batch: Sequence[Sample], draw: Draw | None = None) -> None:
+        """Samples completions (`draw` does, or the student), verifies them, and builds the teacher's prompts."""
         group = self.config.rollouts_per_prompt
         rows = [row for row in range(len(batch)) for _ in range(group)]
         prompts = [entry.prompt for entry in batch]
-        done = roll_out(self.student, prompts, rows, self.sampling, self.tool)
-        groups = [slice(first, first + group) for first in range(0, len(rows), group)]
-        answered(self, batch, [Rollouts(done.completions[own], done.written[own]) for own in groups])
+        done = roll_out(draw or partial(sample, self.student), prompts, rows, self.sampling, self.tool)
+        answered(self, batch, [done.part(slice(first, first + group)) for first in range(0, len(rows), group)])
 
     def micro_batch(
         self, batch: Sequence[Sample], normalizer: float, seconds: dict[str, float], kept: Kept | None = None
@@ -150,7 +151,7 @@ class Trainer:
         completions = [done for entry in batch for done in entry.completions]
         rows = [row for row in range(len(batch)) for _ in range(group)]
         config, kept = self.config, kept or Kept()
-        taught, is_fresh = kept.taught, kept.logprobs is None
+        taught, is_fresh = kept.taught, kept.first is None
         with self.accelerator.autocast():
             if config.objective != "policy_gradient" and taught is None:
                 texts, text_rows = unique([prompt for entry in batch for prompt in entry.teacher_prompts])
@@ -208,11 +209,16 @@ class Trainer:
         began = time.perf_counter()
         batch = self.next_batch()
         own = self.processes.share(batch)
+        draw = None
+        if self.server:
+            with _timed(seconds, "weights"):
+                draw = self.server.with_weights(self.student.model)
         with _timed(seconds, "rollout"), self.accelerator.autocast(), whole(self.student.model):
-            self.roll_out(own)
+            self.roll_out(own, draw)
         normalizer = float(len(batch) * self.config.rollouts_per_prompt)
         size = self.config.micro_batch_prompts or len(own)
-        parts = [(own[begin : begin + size], Kept()) for begin in range(0, len(own), size)]
+        micro_batches = [own[begin : begin + size] for begin in range(0, len(own), size)]
+        parts = [(part, Kept(sampled_logprobs(part, self.student.weight.device))) for part in micro_batches]
         held_out = self._right_logprob(seconds)
         updates = [self.update(parts, normalizer, seconds) for _ in range(self.config.updates_per_batch)]
         learning_rate = self.scheduler.get_last_lr()[0]
@@ -225,27 +231,21 @@ class Trainer:
             batch = self.processes.gather(own)
             sums, last_sums = (self.processes.gather([part.on_cpu() for _, part in each]) for each in (found, last))
             losses = self.processes.gather([float(loss) for loss, _ in found])
-        scores = [feedback.score for entry in batch for feedback in entry.feedback]
         num_tokens = sum(sum(written) for entry in batch for written in entry.written)
         elapsed = time.perf_counter() - began
         record = {
             "kind": "step",
             "step": self.step,
             "loss": sum(losses),
-            "accuracy": statistics.fmean(scores),
+            **figures(batch, self.prompts, self.sampling.stop_ids, [s.sequence_teacher_logprob for s in sums]),
             **means(last_sums),  # has the drift beside what the first update has
             **means(sums),
             **alignment.figures([part.inner_products for part in sums]),
             **changed,
             "length": num_tokens / normalizer,
-            "truncated": truncated(batch, self.sampling.stop_ids),
-            "equal_groups": statistics.fmean(len({f.score for f in entry.feedback}) == 1 for entry in batch),
-            "teacher_prefers_right": prefers_right(batch, [s.sequence_teacher_logprob for s in sums]),
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
             "skipped": self.next_batch.skipped,
-            "left_out": sum(not taught for entry in batch for taught in entry.taught),
-            "cut": sum(self.prompts.cuts(entry.problem, feedback) for entry in batch for feedback in entry.feedback),
             "tokens_per_second": num_tokens / elapsed,
             "seconds": elapsed,
             **{f"seconds_{phase}": spent for phase, spent in seconds.items()},
@@ -301,7 +301,7 @@ class Trainer:
         with self.accelerator.autocast(), whole(self.student.model, *self.teacher.models):
             result: Evaluation | None = self.evaluate(self.student, self.teacher, lambda: interrupt.requested)
             seconds = time.perf_counter() - began
-            shown = self._samples() if result is not None and self.processes.is_main else []
+            shown = samples.held_out(self) if result is not None and self.processes.is_main else []
         if result is not None:
             self.journal.add({"kind": "evaluation", "step": self.step, **asdict(result), "seconds": seconds}, shown)
             self.evaluated = self.step
@@ -377,19 +377,6 @@ class Trainer:
             part.load_state_dict(state[name])
         self.step = self.saved = state["step"]
         return state["generators"]
-
-    def _samples(self) -> list[dict[str, Any]]:
-        """Held-out problems answered as in training, with what every token costs; training's draws are left alone."""
-        shown = self.evaluate.student_prompts[: self.config.eval_rollouts]
-        batch = [Sample(problem, prompt) for problem, prompt in shown]
-        if not batch:
-            return []
-        with self.evaluate.own_draws(self.student):
-            self.roll_out(batch)
-            columns = samples.token_columns(
-                self.student, self.teacher, batch, self.tokenizer, self.config, self.average
-            )
-        return rollout_records("sample", self.step, batch, self.prompts, columns)
 
 
 @contextmanager

@@ -37,6 +37,8 @@ class Sums(NamedTuple):
     """[B], of each completion under the teacher, where there is one."""
     inner_products: Tensor | None = None
     """Of `alignment`, where asked for."""
+    largest_mismatch: Tensor | None = None
+    """[], of any token in a first update on a rollout server's completions."""
 
     def on_cpu(self) -> Sums:
         return Sums(self.tokens, *(None if field is None else field.cpu() for field in self[1:]))  # type: ignore
@@ -44,17 +46,34 @@ class Sums(NamedTuple):
 
 SUMMED = (
     "cost", "ce", "kl", "reverse_kl", "entropy", "teacher_entropy", "agree", "abs_credit", "tail", "unmapped", "drift",
+    "mismatch",
 )  # fmt: skip
 
 
 @dataclass
 class Kept:
-    """What later updates on the same rollouts need of the first, which sets it."""
+    """What the updates on the same rollouts share."""
 
-    logprobs: Tensor | None = None
-    """[N], of the completions' tokens under the policy that sampled them, at its temperature."""
+    sampled: Tensor | None = None
+    """[N], log-probs of the completions' tokens as the rollout server says that sampled them."""
+    first: Tensor | None = None
+    """[N], the same under the student in the first update, which sets it."""
     taught: Tensor | TopK | None = None
     """From a teacher that does not move."""
+
+    @property
+    def behaviour(self) -> Tensor | None:
+        """[N], under the policy that sampled, at its temperature; None where that is the student as it is."""
+        return self.first if self.sampled is None else self.sampled
+
+    def compare(self, logprobs: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        """How far the behaviour is from the student [N], as SUMMED names it; notes the student's first log-probs."""
+        is_fresh, behaviour = self.first is None, self.behaviour
+        self.first = logprobs if self.first is None else self.first
+        if behaviour is None:
+            return {}
+        apart = behaviour - logprobs if mask is None else (behaviour - logprobs) * mask
+        return {"mismatch": apart.abs()} if is_fresh else {"drift": apart}
 
 
 def _cost(config: Config) -> str:
@@ -122,35 +141,36 @@ def distil_loss(
     """Loss [] and what is logged of it; `average` takes note of fresh rollouts' costs-to-go.
 
     Tokens that do not count (one entry of `counts` for each token of each completion) cost nothing, have no credit and
-    are in no sum. Once `kept` has log-probs, the rollouts are older than the student, and weighted for it.
+    are in no sum. Rollouts with log-probs in `kept` are another policy's, older or a server's, and weighted for it.
     """
     kept = kept or Kept()
-    old, clip = kept.logprobs, config.importance_clip or None
+    is_fresh, behaviour, clip = kept.first is None, kept.behaviour, config.importance_clip or None
     lengths = [len(done) for done in completions]
     mask = token_mask(counts, student_hidden.device)
     out = fused_loss(
         student, student_hidden, teacher, taught, completions, config, average,
-        normalizer=normalizer, plan=config.plan, token_mask=mask, behaviour_logprobs=old,
-        importance_clip=None if old is None else clip,
+        normalizer=normalizer, plan=config.plan, token_mask=mask, behaviour_logprobs=behaviour,
+        importance_clip=None if behaviour is None else clip,
     )  # fmt: skip
     stats = out.stats
-    found = {"cost": out.cost, "abs_credit": out.credit.abs(), **stats._asdict()}
-    if old is None:
+    found = {"cost": out.cost, "abs_credit": out.credit.abs(), **stats._asdict(), **kept.compare(stats.logprob, mask)}
+    if is_fresh:
         average.observe(out.cost_to_go, lengths, mask)
-        kept.logprobs = stats.logprob
-    else:
-        found["drift"] = old - stats.logprob
-    if isinstance(taught, TopK):
-        found |= {"tail": taught.tail, "unmapped": taught.unmapped}
-    unknown = out.cost.new_full((), math.nan)
-    totals = torch.stack([found.get(name, unknown).to(torch.float64).sum() for name in SUMMED])
     if isinstance(taught, TopK):  # a token that is not named has no log-prob, and so the completion has none
-        return out.loss, Sums(sum(lengths), totals, None)
+        return out.loss, _sums(sum(lengths), {**found, "tail": taught.tail, "unmapped": taught.unmapped})
     device = student_hidden.device
     index = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
     per_sequence = torch.zeros(len(lengths), dtype=torch.float64, device=device)
     per_sequence.index_add_(0, index, stats.teacher_logprob.to(torch.float64))
-    return out.loss, Sums(sum(map(sum, counts)), totals, per_sequence)
+    return out.loss, _sums(sum(map(sum, counts)), found, per_sequence)
+
+
+def _sums(num_tokens: int, found: dict[str, Tensor], sequence_teacher_logprob: Tensor | None = None) -> Sums:
+    """Of values [N], by name."""
+    unknown = found["entropy"].new_full((), math.nan)
+    totals = torch.stack([found.get(name, unknown).to(torch.float64).sum() for name in SUMMED])
+    largest = found["mismatch"].max() if "mismatch" in found else None
+    return Sums(num_tokens, totals, sequence_teacher_logprob, largest_mismatch=largest)
 
 
 def token_mask(counts: Sequence[Sequence[bool]], device: torch.device) -> Tensor | None:
@@ -169,24 +189,19 @@ def policy_loss(
     counts: Sequence[Sequence[bool]],
     kept: Kept | None = None,
 ) -> tuple[Tensor, Sums]:
-    """As `distil_loss`; scores are [B]. The ratio to an older policy is clipped as the op does by default."""
+    """As `distil_loss`; scores are [B]. The ratio to another policy is clipped as the op does by default."""
     kept = kept or Kept()
     lengths = torch.tensor([len(done) for done in completions])
     tokens = torch.tensor([token for done in completions for token in done], device=student_hidden.device)
     advantages = group_advantages(torch.tensor(scores), config.rollouts_per_prompt, config.normalize_advantages)
     per_token = advantages.repeat_interleave(lengths).to(student_hidden.device)
+    mask = token_mask(counts, tokens.device)
     out = fused_policy_loss(
         student_hidden, student.weight, tokens=tokens, advantages=per_token, student_bias=student.bias,
         temperature=config.temperature, logit_softcap=student.softcap, normalizer=normalizer, backend=config.backend,
-        plan=config.plan, token_mask=token_mask(counts, tokens.device), old_logprobs=kept.logprobs,
+        plan=config.plan, token_mask=mask, old_logprobs=kept.behaviour,
     )  # fmt: skip
-    totals = torch.full((len(SUMMED),), math.nan, dtype=torch.float64, device=student_hidden.device)
-    totals[SUMMED.index("entropy")] = out.entropy.to(torch.float64).sum()
-    if kept.logprobs is None:
-        kept.logprobs = out.logprob
-    else:
-        totals[SUMMED.index("drift")] = (kept.logprobs - out.logprob).to(torch.float64).sum()
-    return out.loss, Sums(sum(map(sum, counts)), totals, None)
+    return out.loss, _sums(sum(map(sum, counts)), {"entropy": out.entropy, **kept.compare(out.logprob, mask)})
 
 
 def group_advantages(scores: Tensor, group_size: int, normalize: bool) -> Tensor:
@@ -209,4 +224,6 @@ def means(sums: Sequence[Sums]) -> dict[str, float]:
     mean = {name: total / num_tokens for name, total in zip(SUMMED, totals, strict=True) if not math.isnan(total)}
     if "abs_credit" in mean:
         mean["credit_to_cost"] = mean.pop("abs_credit") / mean["cost"] if mean["cost"] > 0 else math.nan
+    if "mismatch" in mean:
+        mean["mismatch_max"] = max(float(part.largest_mismatch) for part in sums if part.largest_mismatch is not None)
     return mean

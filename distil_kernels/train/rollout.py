@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,18 @@ Ends = Callable[[Sequence[int]], bool]
 """Whether sampling stops after these tokens of a completion."""
 
 
+class Drawn(NamedTuple):
+    """B completions as token ids, each with its stop token unless it was cut."""
+
+    completions: list[list[int]]
+    logprobs: list[list[float]] | None = None
+    """Of each token under the distribution that it was drawn from; None where that is the student's own, now."""
+
+
+Draw = Callable[[Sequence[list[int]], Sequence[int], Sampling, Ends | None], Drawn]
+"""Prompts, the prompt of each completion, how, and where to stop beside that: `sample` of a model, or a server's."""
+
+
 @torch.no_grad()
 def sample(
     lm: Reader,
@@ -43,13 +55,10 @@ def sample(
     rows: Sequence[int],
     sampling: Sampling,
     ends: Ends | None = None,
-) -> list[list[int]]:
+) -> Drawn:
     """One completion per entry of `rows`, which names its prompt; draws from torch's global generator.
 
     Stops at a stop token, at the length limit, and where `ends` says so.
-
-    Returns:
-        B lists of token ids, each with its stop token unless it was cut.
     """
     greedy = sampling.temperature == 0.0
     draw = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
@@ -79,7 +88,7 @@ def sample(
     finally:
         lm.model.generation_config = own_defaults
     stopping = set(stops)
-    return [until_stop(tokens, stopping, ends) for tokens in out[:, ids.shape[1] :].tolist()]
+    return Drawn([until_stop(tokens, stopping, ends) for tokens in out[:, ids.shape[1] :].tolist()])
 
 
 class _Ending(StoppingCriteria):

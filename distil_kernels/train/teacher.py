@@ -16,6 +16,7 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from distil_kernels.hf import CausalLM
 from distil_kernels.train import models
 from distil_kernels.train.config import Config
 from distil_kernels.train.reading import Reader, reader
-from distil_kernels.train.rollout import Sampling
+from distil_kernels.train.rollout import Sampling, sample
 from distil_kernels.train.sharding import like, local, take_apart, whole
 from distil_kernels.train.tools import Python, Rollouts, roll_out
 
@@ -98,7 +99,7 @@ class Teacher:
     ) -> Rollouts:
         """Its own completions; arguments of `roll_out`."""
         with self._reading():
-            return roll_out(self.lm, prompts, rows, sampling, tool)
+            return roll_out(partial(sample, self.lm), prompts, rows, sampling, tool)
 
     def _reading(self) -> contextlib.AbstractContextManager[None]:
         """In it, `lm` gives the teacher's values."""

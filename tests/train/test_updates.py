@@ -45,8 +45,8 @@ def test_the_second_gradient_by_definition(tiny_model: Path, tmp_path: Path, obj
     )  # fmt: skip
     roll_out = run.roll_out
 
-    def seen(batch: Any) -> None:
-        roll_out(batch)
+    def seen(batch: Any, *rest: Any) -> None:
+        roll_out(batch, *rest)
         for index, entry in enumerate(batch):
             entry.feedback = [f._replace(score=float(index + i)) for i, f in enumerate(entry.feedback)]
         run.seen = batch  # type: ignore[attr-defined]
