@@ -170,7 +170,9 @@ def test_the_end_of_an_answer_is_a_token(endpoint: str, expert: tuple[Any, Any])
     text = "<|im_start|>user\nSay yes.<|im_end|>\n<|im_start|>assistant\n"
     prompt = tokenizer(text).input_ids
     other = teacher(expert, endpoint, "samples", teacher_samples=6, teacher_temperature=0.01)
-    ((answer,), _) = other.answers([prompt], [0], Sampling(40, [tokenizer.eos_token_id], temperature=0.0), tool=None)
+    (answer,) = other.answers(
+        [prompt], [0], Sampling(40, [tokenizer.eos_token_id], temperature=0.0), tool=None
+    ).completions
     assert 0 < len(answer) < 40 and "yes" in tokenizer.decode(answer).lower()
     found = other.at_states([prompt + answer], [0], [[1]])
     assert found.ids.tolist() == [[tokenizer.eos_token_id]] and found.logprobs.tolist() == [[0.0]]
