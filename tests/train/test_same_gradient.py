@@ -40,7 +40,7 @@ def two_steps(model: Path, directory: Path, prompts_per_step: int = 5, **setting
     settings |= {"prompts_per_step": prompts_per_step, "learning_rate": 0.0, "weight_decay": 0.0, "max_grad_norm": 1e9}
     run = trainer(model, directory, **settings)
 
-    def roll_out(batch: Any) -> None:
+    def roll_out(batch: Any, *_: Any) -> None:
         for entry in batch:
             a, b, c = entry.prompt[-9:-6]
             answered(run, [entry], [written([a, b, c, 40][: 1 + a % 4], [21, c])])
