@@ -278,7 +278,10 @@ def test_two_steps(endpoint: str, small: Path, tmp_path: Path, options: tuple[st
         assert record["loss"] == pytest.approx(record["ce"] * record["length"], rel=1e-5)
         assert record["ce"] == pytest.approx(record["kl"] + record["teacher_entropy"], rel=1e-4)
         assert 0 <= record["unmapped"] <= record["tail"] + 1e-6 < 1 and "reverse_kl" not in record
-        assert (record["tail"] > 0.01) == (options[0] == "remote")
+        if options[0] == "remote":
+            assert record["tail"] > 0.01
+        else:  # of 48 draws now and then one is no token of the student's
+            assert record["tail"] == pytest.approx(record["unmapped"], abs=1e-6)
         assert record["teacher_prefers_right"] is None
     evaluations = [record for record in records if record["kind"] == "evaluation"]
     assert [record["step"] for record in evaluations] == [0, 2]
