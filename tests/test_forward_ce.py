@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 import distil_kernels.functional
 import distil_kernels.plan
 from distil_kernels import fused_forward_ce, token_stats
-from distil_kernels.testing import KINDS, Inputs, assert_within_budget, baselines, make_inputs, oracle, term_sizes
+from distil_kernels.testing import (
+    KINDS,
+    Inputs,
+    assert_within_budget,
+    baselines,
+    logits,
+    make_inputs,
+    oracle,
+    term_sizes,
+)
 
 CPU_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CASES = [("reference", dtype) for dtype in (torch.float64, *CPU_DTYPES)] + [("cpu", dtype) for dtype in CPU_DTYPES]
@@ -62,6 +71,9 @@ def compare(inputs: Inputs, reduction: str, value: torch.Tensor, gradients: tupl
     weight = row_weight(inputs)
     scale = upstream(value) if reduction == "none" else 1.0 / (weight.sum() if reduction == "mean" else 1.0)
     terms = term_sizes(inputs, weight * scale)
+    # The value is a difference of logits, each of which is rounded to half an ulp: the student's and the teacher's.
+    counted = {"none": weight.max(), "sum": weight.sum(), "mean": 1.0}[reduction]
+    terms["value"] = float(max(side.detach().abs().max() for side in logits(inputs.to(torch.float64))) * counted) / 4
     for name, ours in (("value", value), *zip(inputs.leaves, gradients, strict=True)):
         assert_within_budget(name, ours, base[name], exact[name], terms=terms.get(name, 0.0))
 
