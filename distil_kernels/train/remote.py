@@ -42,6 +42,8 @@ AT_ONCE = 4
 PATH = "/completions"
 WHOLE = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "return_tokens_as_token_ids": True}
 """The whole distribution, whatever a server's defaults; the last asks vLLM for ids."""
+PRINTABLE = "root ::= [ -~]+"
+"""A grammar as llama.cpp writes them."""
 PROBE = "The 12345 quick-brown foxes' größte Überraschung: 日本語, привет!\n\tif (x[i] += 3.14159) { return 'naïve'; }"
 
 
@@ -139,7 +141,7 @@ class RemoteTeacher:
             counts = Counter(token for token in draws if token is not None)
             shares = {token: math.log(count / len(draws)) for token, count in counts.items()}
             return shares, 1.0 - counts.total() / len(draws)
-        named, unmapped = _named(self._choices(state, **self._first_token())[0]), 0.0
+        named, unmapped = _named(self._first_choice(state)), 0.0
         known: dict[int, float] = {}
         for token, text, value in sorted(named, key=lambda entry: -entry[2])[: self._config.teacher_top]:
             own = self._id_of.get(text) if token is None else token
@@ -163,8 +165,14 @@ class RemoteTeacher:
                 draws.append(self._tokenizer.eos_token_id if ended else self._id_of.get(choice["text"]))
         return draws[:wanted]
 
-    def _first_token(self) -> dict[str, Any]:
-        return {"max_tokens": 1, "logprobs": self._config.teacher_top, "temperature": 1.0}
+    def _first_choice(self, state: list[int]) -> dict[str, Any]:
+        """The next token with its log-probs. llama.cpp has none where it drew a piece of a character, and is asked for
+        a whole one instead: what it may draw does not change the log-probs that it states."""
+        options = {"max_tokens": 1, "logprobs": self._config.teacher_top, "temperature": 1.0}
+        choice = self._choices(state, **options)[0]
+        if "\ufffd" in choice["text"] and not choice.get("logprobs"):
+            choice = self._choices(state, **options, grammar=PRINTABLE)[0]
+        return choice
 
     def _check(self) -> None:
         """One question as text and as ids, before any work."""
@@ -177,7 +185,7 @@ class RemoteTeacher:
                 "vocabulary"
             )
         if self._config.teacher == "remote":
-            for token, text in _identities(self._choices(ids, **self._first_token())[0]):
+            for token, text in _identities(self._first_choice(ids)):
                 own = str(self._tokenizer.decode([token])) if token < len(self._tokenizer) else text
                 if text and "\ufffd" not in own + text and own.strip() != text.strip():
                     raise ValueError(

@@ -128,6 +128,18 @@ def own_logprobs(model: PreTrainedModel, prompts: list[list[int]], rows: list[in
     return torch.cat(found)
 
 
+def test_a_state_before_a_character_of_many_tokens_has_log_probs(endpoint: str, expert: tuple[Any, Any]) -> None:
+    """Where the token drawn is a piece of one, llama.cpp's answer has none: every other draw here."""
+    prompt = expert[1]("日本語の文章を").input_ids
+    asked = teacher(expert, endpoint, teacher_top=30)
+    found = [asked.at_states([prompt], [0], [[0]]) for _ in range(12)]
+    own = own_logprobs(expert[0], [prompt], [0], [[0]])
+    for given in found:
+        likely = given.logprobs > math.log(0.01)
+        assert likely.any() and (given.ids >= 0).all()
+        assert (given.logprobs - own.gather(1, given.ids))[likely].abs().max() < 4 * CLOSE
+
+
 def test_log_probs_are_the_models_own(endpoint: str, expert: tuple[Any, Any]) -> None:
     where = states(expert[1])
     found = teacher(expert, endpoint, teacher_top=30).at_states(*where)
