@@ -88,7 +88,8 @@ struct Matrix {
 struct Product {
   void* data;
   std::int64_t row_stride;
-  bool is_bf16;  // float32 sums rounded once; else float32
+  bool is_bf16;         // float32 sums rounded once a call; else float32
+  std::uint16_t* rest;  // bfloat16, laid out as a bfloat16 data: what rounding lost; null forgets it
 };
 
 // What multiplies: vector registers (AVX-512 with its bfloat16 instructions), or tile registers (AMX; bfloat16
@@ -103,7 +104,7 @@ bool cpu_is_intel();
 
 // c [num_rows, num_columns] = (or += where accumulate) a [num_rows, depth] times b [depth, num_columns], summed in
 // float32; the same result for any number of threads. The product is one of bfloat16 numbers where b is bfloat16 (a
-// float32 a is rounded), else both are float32. A bfloat16 c takes no accumulate, and no tiles.
+// float32 a is rounded), else both are float32. A bfloat16 c takes no tiles.
 void cpu_gemm(const Matrix& a, const Matrix& b, std::int64_t num_rows, std::int64_t num_columns, std::int64_t depth,
               const Product& c, bool accumulate, int num_threads, GemmUnit unit);
 

@@ -106,6 +106,11 @@ def reads_head_in_place(dtype: torch.dtype) -> bool:
     return (dtype == torch.bfloat16 and UNITS == ("vector",)) or (dtype == torch.float32 and has_float32_product())
 
 
+def adds_to_bf16(dtype: torch.dtype, device_type: str) -> bool:
+    """Whether `add_grad_weight` takes a dW of bfloat16, rounded once a product, and keeps what that loses if asked."""
+    return device_type == "cpu" and dtype == torch.bfloat16 and UNITS == ("vector",)
+
+
 def _is_ours(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> bool:
     """`left` may be float32 beside a bfloat16 `right`: it is rounded as it is read."""
     if left.device.type != "cpu" or left.dtype not in (torch.bfloat16, torch.float32):
@@ -116,8 +121,17 @@ def _is_ours(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> bool:
     return left.dtype == right.dtype == out_dtype == torch.float32 and has_float32_product()
 
 
-def _product(left: Tensor, right: Tensor, out: Tensor, *, accumulate: bool = False, unit: str = "best") -> None:
-    """out [M, N] float32 = (or += where accumulate) left [M, K] @ right [K, N]; or bfloat16, without accumulate."""
+def _product(
+    left: Tensor,
+    right: Tensor,
+    out: Tensor,
+    *,
+    rest: Tensor | None = None,
+    accumulate: bool = False,
+    unit: str = "best",
+) -> None:
+    """out [M, N] float32 or bfloat16 = (or += where accumulate) left [M, K] @ right [K, N]. `rest`, bfloat16 with the
+    strides of a bfloat16 `out`, is what `out` lost to rounding: written, and added where accumulate."""
 
     def matrix(operand: Tensor) -> _C.Matrix:
         return _C.Matrix(operand.data_ptr(), operand.stride(0), operand.stride(1), operand.dtype == torch.bfloat16)
@@ -125,8 +139,10 @@ def _product(left: Tensor, right: Tensor, out: Tensor, *, accumulate: bool = Fal
     left, right = (x if 1 in x.stride() else x.contiguous() for x in (left, right))
     _C.cpu_gemm(
         matrix(left), matrix(right), out.shape[0], out.shape[1], left.shape[1],
-        _C.Product(out.data_ptr(), out.stride(0), out.dtype == torch.bfloat16), accumulate, torch.get_num_threads(),
-        getattr(_C.GemmUnit, unit),
+        _C.Product(
+            out.data_ptr(), out.stride(0), out.dtype == torch.bfloat16, 0 if rest is None else rest.data_ptr()
+        ),
+        accumulate, torch.get_num_threads(), getattr(_C.GemmUnit, unit),
     )  # fmt: skip
 
 
@@ -184,10 +200,11 @@ def grad_hidden(grad_logits: Tensor, weight: Tensor, rounding: Tensor | None = N
     return out
 
 
-def add_grad_weight(grad_logits: Tensor, hidden: Tensor, out: Tensor) -> None:
-    """out [V, D] += grad_logits [R, V]^T @ hidden [R, D], out in the accumulation dtype."""
+def add_grad_weight(grad_logits: Tensor, hidden: Tensor, out: Tensor, rest: Tensor | None = None) -> None:
+    """out [V, D] += grad_logits [R, V]^T @ hidden [R, D], out in the accumulation dtype; where `adds_to_bf16` says so
+    in bfloat16, and then out + rest is the sum that is added to."""
     if _is_ours(grad_logits, hidden, out.dtype):
-        _product(grad_logits.t(), hidden, out, accumulate=True)
+        _product(grad_logits.t(), hidden, out, rest=rest, accumulate=True)
     elif not _is_half_on_gpu(grad_logits, hidden):
         out.addmm_(grad_logits.t().to(out.dtype), hidden.to(out.dtype))
     elif _has_wide_addmm():
@@ -198,10 +215,11 @@ def add_grad_weight(grad_logits: Tensor, hidden: Tensor, out: Tensor) -> None:
             out[block] += torch.mm(grad_logits[:, block].t(), hidden, out_dtype=out.dtype)
 
 
-def grad_weight(grad_logits: Tensor, hidden: Tensor, out: Tensor) -> None:
-    """out [V, D] = grad_logits [R, V]^T @ hidden [R, D] over all rows there are, out in the dtype of the weight."""
+def grad_weight(grad_logits: Tensor, hidden: Tensor, out: Tensor, rest: Tensor | None = None) -> None:
+    """out [V, D] = grad_logits [R, V]^T @ hidden [R, D], out in the accumulation dtype or that of the weight; `rest` as
+    in `add_grad_weight`."""
     if _is_ours(grad_logits, hidden, out.dtype):
-        _product(grad_logits.t(), hidden, out)
+        _product(grad_logits.t(), hidden, out, rest=rest)
         return
     if _is_half_on_gpu(grad_logits, hidden) and out.dtype != hidden.dtype:
         torch.mm(grad_logits.t(), hidden, out_dtype=out.dtype, out=out)

@@ -2,7 +2,9 @@
 
 The ring holds gradient rows of several chunks in the dtype of the products' operands: on a GPU small chunks of logits
 would otherwise read and write the whole float32 dW too often (`plan` has the numbers). A ring with room for every row
-of the call needs no float32 dW at all: one product makes dW in the weight's own precision.
+of the call needs no float32 dW at all: one product makes dW in the weight's own precision. Nor does the CPU where its
+product adds to bfloat16: up to three products round their sums to the result itself; of more, a second bfloat16 matrix
+keeps what rounding loses.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from distil_kernels import gemm, memory
+from distil_kernels.plan import ROUNDED_SUMS
 from distil_kernels.sparse import LargeEntries, large_entries
 
 Rows = slice | Tensor
@@ -23,7 +26,7 @@ class Gradients(NamedTuple):
     """Of the student's inputs; an input that needs none has an empty tensor."""
 
     hidden: Tensor  # [N, D] in the dtype of the hidden states
-    weight: Tensor  # [V, D] in the accumulation dtype; in the weight's own where the ring had room for all rows
+    weight: Tensor  # [V, D] in the dtype of `grad_weight_dtype`
     bias: Tensor  # [V] in the accumulation dtype
 
 
@@ -48,19 +51,19 @@ class GradientSums:
         self, hidden: Tensor, weight: Tensor, needs: Needs, ring_rows: int, gradient_threshold: float = 0.0
     ) -> None:
         dtype = gemm.accumulation_dtype(hidden.dtype)
-        at_once = holds_all_rows(ring_rows, hidden.shape[0])
+        weight_dtype = grad_weight_dtype(weight, ring_rows, hidden.shape[0])
         self._gradient_threshold = gradient_threshold
         self.dropped = hidden.new_zeros(hidden.shape[0], dtype=dtype)
         self._hidden, self._weight, self._needs = hidden, weight, needs
         self._result = Gradients(
             hidden.new_zeros(hidden.shape if needs.hidden else 0),
-            memory.empty(
-                *(weight.shape if needs.weight else (0,)), like=weight, dtype=weight.dtype if at_once else dtype
-            ),
+            memory.empty(*(weight.shape if needs.weight else (0,)), like=weight, dtype=weight_dtype),
             weight.new_zeros(weight.shape[0] if needs.bias else 0, dtype=dtype),
         )
         self._operand = gemm.operand_dtype(hidden.dtype, hidden.device.type)
         self._ring = new_rows(hidden, ring_rows, weight.shape[0], self._operand) if ring_rows else None
+        keeps_rest = weight_dtype != dtype and hidden.shape[0] > ROUNDED_SUMS * ring_rows
+        self._rest = memory.empty(*self._result.weight.shape, like=weight, dtype=weight_dtype) if keeps_rest else None
         self._weight_written = False
         self._waiting: list[Rows] = []
         self._rounding: list[Tensor | None] = []
@@ -106,9 +109,9 @@ class GradientSums:
                 self._begin_grad_weight()
                 kept.transposed().add_product(hidden, out=self._result.weight)
             elif self._weight_written:
-                gemm.add_grad_weight(grad_logits, hidden, out=self._result.weight)
+                gemm.add_grad_weight(grad_logits, hidden, out=self._result.weight, rest=self._rest)
             else:
-                gemm.grad_weight(grad_logits, hidden, out=self._result.weight)
+                gemm.grad_weight(grad_logits, hidden, out=self._result.weight, rest=self._rest)
             self._weight_written = True
         if self._needs.bias:
             gemm.add_grad_bias(grad_logits, upstream, out=self._result.bias)
@@ -143,9 +146,11 @@ class GradientSums:
             self._waiting, self._rounding, self._num_waiting = [], [], 0
 
 
-def holds_all_rows(ring_rows: int, num_rows: int) -> bool:
-    """Whether the products of a call see all of its rows at once."""
-    return ring_rows >= num_rows > 0
+def grad_weight_dtype(weight: Tensor, ring_rows: int, num_rows: int) -> torch.dtype:
+    """Of dW while it is summed: the weight's own where the ring holds all rows, or where products add to bfloat16."""
+    at_once = ring_rows >= num_rows > 0
+    own = at_once or (ring_rows > 0 and gemm.adds_to_bf16(weight.dtype, weight.device.type))
+    return weight.dtype if own else gemm.accumulation_dtype(weight.dtype)
 
 
 def new_rows(like: Tensor, num_rows: int, vocab_size: int, dtype: torch.dtype) -> Tensor:

@@ -20,7 +20,7 @@ from distil_kernels.backends.dispatch import BACKENDS
 from distil_kernels.checks import check_tokens, sequence_lengths
 from distil_kernels.credit import Credit
 from distil_kernels.gemm import accumulation_dtype
-from distil_kernels.gradients import Needs, holds_all_rows
+from distil_kernels.gradients import Needs, grad_weight_dtype
 from distil_kernels.plan import Plan
 
 # torch reads the annotations of a custom op at run time and knows Optional[Tensor], not Tensor | None.
@@ -417,11 +417,11 @@ def fake_gradients(
     student_hidden: Tensor, student_weight: Tensor, needs: list[bool], ring_rows: int = 0
 ) -> tuple[Tensor, ...]:
     dtype = accumulation_dtype(student_weight.dtype)
-    at_once = holds_all_rows(ring_rows, student_hidden.shape[0])
     return (
         student_hidden.new_empty(student_hidden.shape if needs[0] else 0),
         student_weight.new_empty(
-            student_weight.shape if needs[1] else 0, dtype=student_weight.dtype if at_once else dtype
+            student_weight.shape if needs[1] else 0,
+            dtype=grad_weight_dtype(student_weight, ring_rows, student_hidden.shape[0]),
         ),
         student_weight.new_empty(student_weight.shape[0] if needs[2] else 0, dtype=dtype),
     )

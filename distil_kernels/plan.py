@@ -16,8 +16,10 @@ One lm_head product costs 2 N V D floating-point operations; a plan is named by 
 
 A call of few rows for its hidden size keeps all of them in a ring, which is less memory than the dW accumulator that it
 makes needless: N b <= D a + Q b with Q the ring of a longer call; on a GPU also where chunk and ring stay below 4 GiB.
-On the CPU that is for bfloat16 only, and elsewhere the gradient of the logits overwrites the student's logits and the
-products follow at once. On a GPU adding to a float32 dW moves 8 V D bytes, 1.6 ms for V D = 152k * 4096 on an H100: at
+On the CPU a ring is for bfloat16 only; elsewhere the gradient of the logits overwrites the student's logits and the
+products follow at once. Where they add to bfloat16 (`gemm.adds_to_bf16`) half of the rows do in the place of all, since
+two roundings of dW cost little more than one (.27 for .25 % of error); for more the accumulator is a bfloat16 matrix of
+what they lose, V D b. On a GPU adding to a float32 dW moves 8 V D bytes, 1.6 ms for V D = 152k * 4096 on an H100: at
 one product per small chunk that is more than everything but the products themselves, at one per 4096 rows a few per
 cent (docs/performance.md has the sum).
 
@@ -31,7 +33,7 @@ from typing import NamedTuple
 
 import torch
 
-from distil_kernels.gemm import accumulation_dtype, operand_dtype, reads_head_in_place
+from distil_kernels.gemm import accumulation_dtype, adds_to_bf16, operand_dtype, reads_head_in_place
 
 PLANS = ("gradient_in_forward", "kept_gradient", "recompute", "frozen_head", "stats_only")
 
@@ -48,16 +50,34 @@ _ENOUGH_ROWS, _ENOUGH_BYTES = 256, 48 * 2**20
 smaller one costs: every chunk packs all of W for its products (N = 512, V = 152k, D = 1024: 1.20 times at 128 rows,
 1.07 at 256), and adds to all of dW."""
 
-_ENOUGH_ROWS_IN_PLACE = {torch.float32: 144, torch.bfloat16: 96}
-"""The same where W is read in place, so that a row costs the same whatever its chunk's size: in bfloat16 chunks of 96
-were as fast as of 144 on two Zen 5 threads, and dW is one product; in float32 every chunk adds to dW."""
-
-_ENOUGH_BYTES_IN_PLACE = 128 * 2**20
-"""Chunks above this have 96 rows: at N = 512, V = 152k, D = 1024 in float32 144 rows took .9 of the time of 96, but
-168 MiB are more than half of what the leanest loss without chunks takes there."""
-
 _PANEL_ROWS = 48
-"""Rows that such a product multiplies at once: 112 are two such panels and a third of which a third is used."""
+"""Rows that a product which reads W in place multiplies at once: 112 are two such panels and a third of which a third
+is used."""
+
+
+class _InPlace(NamedTuple):
+    """Rows of a chunk where W is read in place, so that a row costs the same whatever its chunk's size."""
+
+    enough: int
+    least: int
+    """Where `enough` take more than `most_bytes`."""
+    most_bytes: int
+
+
+_IN_PLACE = {
+    torch.float32: _InPlace(3 * _PANEL_ROWS, 2 * _PANEL_ROWS, 128 * 2**20),
+    torch.bfloat16: _InPlace(2 * _PANEL_ROWS, _PANEL_ROWS, 64 * 2**20),
+}
+"""In float32 every chunk adds to dW: at N = 512, V = 152k, D = 1024 144 rows took .9 of the time of 96 (two Zen 5
+threads), but their 168 MiB are more than half of what the leanest loss without chunks takes there. In bfloat16 dW waits
+for the ring: there 48 rows were as fast as 96, and at V = 49k 96 as fast as 144, 48 a tenth slower."""
+
+_RING_ROWS = 576
+"""Rows of the ring where products add to bfloat16: at N = 4096, V = 49k, D = 576 288, 384, 576, 768 took 1.09, 1.06,
+1.02, 1 times as long."""
+
+ROUNDED_SUMS = 2
+"""Products whose sums are rounded to a bfloat16 dW one after the other without keeping what that loses."""
 
 RING_BYTES = 1152 * 2**20
 """Default memory for the ring on a GPU: 3584 bfloat16 rows of a 152k vocabulary."""
@@ -112,9 +132,10 @@ def choose_chunk_rows(shape: Shape, chunk_bytes: int | None = None) -> int:
     multiple = _ROW_MULTIPLE.get(shape.device_type, _ROW_MULTIPLE["cuda"])
     if chunk_bytes is None and shape.device_type == "cpu":
         enough = _ENOUGH_ROWS
-        if reads_head_in_place(shape.dtype) and (shape.dtype == torch.float32 or _ring_holds_all_rows(shape)):
-            enough, multiple = _ENOUGH_ROWS_IN_PLACE[shape.dtype], _PANEL_ROWS
-            rows = min(rows, max(2 * _PANEL_ROWS, _ENOUGH_BYTES_IN_PLACE // logits_chunk_bytes(shape, 1)))
+        if reads_head_in_place(shape.dtype):
+            enough, least, most_bytes = _IN_PLACE[shape.dtype]
+            multiple = _PANEL_ROWS
+            rows = min(rows, max(least, most_bytes // logits_chunk_bytes(shape, 1)))
         rows = min(rows, max(enough, _ENOUGH_BYTES // logits_chunk_bytes(shape, 1)))
     if rows > multiple:
         rows -= rows % multiple
@@ -134,10 +155,10 @@ def _chunk_budget(shape: Shape) -> int:
 
 
 def choose_ring_rows(shape: Shape, chunk_rows: int) -> int:
-    """All rows of the call where that spares the dW accumulator and takes no more memory (on a GPU also where it fits
-    _EXTRA_BYTES); else as many whole chunks as the ring's memory holds; 0 for in place."""
+    """As many as spare the dW accumulator where that takes no more memory (on a GPU also where it fits _EXTRA_BYTES);
+    else as many whole chunks as the ring's memory holds; 0 for in place."""
     if shape.device_type == "cpu":
-        return max(shape.num_rows, chunk_rows) if _ring_holds_all_rows(shape) else 0
+        return _ring_rows_on_cpu(shape, chunk_rows)
     budget = RING_BYTES if shape.grad_head else HIDDEN_RING_BYTES
     chunks = min(max(1, budget // ring_bytes(shape, chunk_rows)), -(-shape.num_rows // chunk_rows) or 1)
     affordable = logits_chunk_bytes(shape, chunk_rows) + ring_bytes(shape, shape.num_rows) <= _EXTRA_BYTES
@@ -146,19 +167,32 @@ def choose_ring_rows(shape: Shape, chunk_rows: int) -> int:
     return chunk_rows * chunks
 
 
+def _ring_rows_on_cpu(shape: Shape, chunk_rows: int) -> int:
+    """Rows wait only if they are rounded, and spare the accumulator or are added to bfloat16."""
+    if operand_dtype(shape.dtype, "cpu") == accumulation_dtype(shape.dtype):
+        return 0
+    adds = adds_to_bf16(shape.dtype, "cpu")
+    if shape.grad_head and _spares_accumulator(shape, _RING_ROWS if adds else _ENOUGH_ROWS):
+        rows = max(_sparing_rows(shape), 2 * chunk_rows)
+    elif adds:
+        rows = _RING_ROWS
+    else:
+        return 0
+    return max(chunk_rows, min(shape.num_rows, -(-rows // chunk_rows) * chunk_rows))
+
+
 def _spares_accumulator(shape: Shape, ring_rows: int) -> bool:
-    """Whether a ring of all rows takes no more memory than one of `ring_rows` beside a dW accumulator."""
-    return ring_bytes(shape, shape.num_rows) <= ring_bytes(shape, ring_rows) + _accumulator_bytes(shape)
+    """Whether a ring that needs no dW accumulator takes no more memory than one of `ring_rows` beside it."""
+    return ring_bytes(shape, _sparing_rows(shape)) <= ring_bytes(shape, ring_rows) + _accumulator_bytes(shape)
+
+
+def _sparing_rows(shape: Shape) -> int:
+    return -(-shape.num_rows // ROUNDED_SUMS) if adds_to_bf16(shape.dtype, shape.device_type) else shape.num_rows
 
 
 def _accumulator_bytes(shape: Shape) -> int:
-    return shape.vocab_size * shape.hidden_size * accumulation_dtype(shape.dtype).itemsize
-
-
-def _ring_holds_all_rows(shape: Shape) -> bool:
-    """On the CPU, where rows wait only if they are rounded and spare the accumulator."""
-    rounded = operand_dtype(shape.dtype, "cpu") != accumulation_dtype(shape.dtype)
-    return rounded and shape.grad_head and _spares_accumulator(shape, _ENOUGH_ROWS)
+    adds = adds_to_bf16(shape.dtype, shape.device_type)
+    return shape.vocab_size * shape.hidden_size * (shape.dtype if adds else accumulation_dtype(shape.dtype)).itemsize
 
 
 def choose_plan(shape: Shape, requested: str | Plan = "auto", *, credit_in_one_pass: bool = True) -> Plan:

@@ -28,8 +28,8 @@ dk::Matrix matrix(Address data, std::int64_t row_stride, std::int64_t column_str
   return {pointer<const void>(data), row_stride, column_stride, is_bf16};
 }
 
-dk::Product product(Address data, std::int64_t row_stride, bool is_bf16) {
-  return {pointer<void>(data), row_stride, is_bf16};
+dk::Product product(Address data, std::int64_t row_stride, bool is_bf16, Address rest) {
+  return {pointer<void>(data), row_stride, is_bf16, pointer<std::uint16_t>(rest)};
 }
 
 dk::SparseRows sparse_rows(Address offsets, Address index, Address value, std::int64_t num_rows) {
@@ -134,7 +134,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&matrix), py::arg("data"), py::arg("row_stride"), py::arg("column_stride"), py::arg("is_bf16"));
 
   py::class_<dk::Product>(m, "Product")
-      .def(py::init(&product), py::arg("data"), py::arg("row_stride"), py::arg("is_bf16"));
+      .def(py::init(&product), py::arg("data"), py::arg("row_stride"), py::arg("is_bf16"), py::arg("rest"));
 
   m.def("cpu_is_intel", &dk::cpu_is_intel);
   m.def("cpu_supports_gemm", &dk::cpu_supports_gemm, py::arg("unit"));

@@ -55,7 +55,14 @@ def test_product(size, transposed, types, unit, threads, generator):
         narrow = torch.full((rows, columns + 16), torch.nan, dtype=torch.bfloat16)
         gemm._product(left, right, narrow[:, :columns], unit=unit)
         assert ((narrow[:, :columns] - exact).abs() <= exact.abs() / 256 + bound).all()
-        assert narrow[:, columns:].isnan().all()
+        gemm._product(left, right, narrow[:, :columns], accumulate=True, unit=unit)
+        assert ((narrow[:, :columns] - 2 * exact).abs() <= exact.abs() / 64 + 3 * bound).all()
+        lost = torch.full_like(narrow, torch.nan)
+        for times in range(4):
+            gemm._product(left, right, narrow[:, :columns], rest=lost[:, :columns], accumulate=times > 0, unit=unit)
+        both = narrow[:, :columns].double() + lost[:, :columns].double()
+        assert ((both - 4 * exact).abs() <= exact.abs() / 2**13 + 6 * bound).all()
+        assert narrow[:, columns:].isnan().all() and lost[:, columns:].isnan().all()
 
 
 def test_where_depth_is_read_in_place_nothing_beside_it_counts(threads, generator):

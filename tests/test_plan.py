@@ -7,10 +7,20 @@ from dataclasses import replace
 import pytest
 import torch
 
+from distil_kernels import gemm
 from distil_kernels.backends import cpu
 from distil_kernels.backends.dispatch import choose_backend
-from distil_kernels.gemm import operand_dtype, reads_head_in_place
-from distil_kernels.plan import LOGITS_CHUNK_BYTES, PLANS, Shape, choose_chunk_rows, choose_plan, logits_chunk_bytes
+from distil_kernels.gemm import reads_head_in_place
+from distil_kernels.plan import (
+    LOGITS_CHUNK_BYTES,
+    PLANS,
+    ROUNDED_SUMS,
+    Shape,
+    choose_chunk_rows,
+    choose_plan,
+    logits_chunk_bytes,
+    ring_bytes,
+)
 
 BIG = Shape(8192, 151_936, 4096, torch.bfloat16, "cpu", scalar=True, grad_hidden=True, grad_head=True)
 ROWS = replace(BIG, scalar=False)
@@ -86,19 +96,41 @@ def test_chunks_of_a_call_are_of_equal_size():
         assert choose_chunk_rows(replace(single, num_rows=512, vocab_size=151936)) == 96
     if reads_head_in_place(torch.bfloat16):
         rounded = replace(size, dtype=torch.bfloat16, num_rows=512, vocab_size=151936, grad_head=True)
-        assert choose_chunk_rows(rounded) == 96
+        assert choose_chunk_rows(rounded) == 48
     assert choose_chunk_rows(replace(size, num_rows=1)) == 1
     assert choose_chunk_rows(replace(size, num_rows=0)) == 1
 
 
-def test_ring_on_the_cpu_replaces_a_larger_accumulator():
-    rounded = operand_dtype(torch.bfloat16, "cpu") == torch.bfloat16
+@pytest.mark.parametrize("units", [(), ("tiles", "vector"), ("vector",)], ids=str)
+def test_ring_on_the_cpu_replaces_a_larger_accumulator(units, monkeypatch):
+    """All rows where dW is one product, half of them where it may be two, whole chunks; no more than an accumulator."""
+    monkeypatch.setattr(gemm, "UNITS", units)
+    adds = units == ("vector",)
     few = replace(BIG, num_rows=1024, hidden_size=576, vocab_size=49_152)
-    assert choose_plan(few).ring_rows == (1024 if rounded else 0)
-    many = choose_plan(replace(few, num_rows=2048))
-    assert many.ring_rows == 0
-    assert choose_plan(replace(few, grad_head=False)).ring_rows == 0
+    assert choose_plan(few).ring_rows == (576 if adds else 1024 if units else 0)
+    assert choose_plan(replace(few, num_rows=100)).ring_rows == (100 if units else 0)
+    assert choose_plan(replace(few, num_rows=2048)).ring_rows == (1056 if adds else 0)
+    assert choose_plan(replace(few, num_rows=2500)).ring_rows == (576 if adds else 0)
+    assert choose_plan(replace(few, grad_head=False)).ring_rows == (576 if adds else 0)
     assert choose_plan(replace(few, dtype=torch.float32)).ring_rows == 0
+
+
+@pytest.mark.parametrize("size", [(49_152, 576), (151_936, 1024), (151_936, 896)], ids=str)
+def test_memory_on_the_cpu_has_a_bound(size, monkeypatch):
+    """bfloat16: chunk, ring and what rounding loses take no more than for many rows, and then the same for any."""
+    monkeypatch.setattr(gemm, "UNITS", ("vector",))
+
+    def extra(num_rows: int) -> int:
+        shape = replace(BIG, num_rows=num_rows, vocab_size=size[0], hidden_size=size[1])
+        plan = choose_plan(shape)
+        rest = size[0] * size[1] * 2 if num_rows > ROUNDED_SUMS * plan.ring_rows else 0
+        return logits_chunk_bytes(shape, plan.chunk_rows) + ring_bytes(shape, plan.ring_rows) + rest
+
+    most = extra(10**6)
+    for num_rows in (1, 48, 100, 512, 1000, 2048, 3000, 4096, 10_000):
+        assert extra(num_rows) <= 1.05 * most  # whole chunks
+    assert extra(10_000) == most
+    assert extra(512) < 150e6
 
 
 GPU = replace(BIG, device_type="cuda")

@@ -154,6 +154,22 @@ void multiply_group(const Spread& spread, int num_lanes, const Pair* panel, int 
   }
 }
 
+// bfloat16 from and to memory. Masked accesses of 16-bit elements take many cycles.
+__m512 widen(__m256i bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16)); }
+
+__m512 get_bf16(const std::uint16_t* from, __mmask16 mask) {
+  const auto* const whole = reinterpret_cast<const __m256i*>(from);
+  return widen(mask == 0xffff ? _mm256_loadu_si256(whole) : _mm256_maskz_loadu_epi16(mask, from));
+}
+
+void put_bf16(std::uint16_t* to, __mmask16 mask, __m256i values) {
+  if (mask == 0xffff) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), values);
+  } else {
+    _mm256_mask_storeu_epi16(to, mask, values);
+  }
+}
+
 // C as the kernels see it.
 struct Target {
   Product product;
@@ -164,11 +180,7 @@ struct Target {
   void put(__m512 sums, std::int64_t row, std::int64_t column, std::int64_t count) const {
     const std::int64_t at = row * product.row_stride + column;
     const __mmask16 mask = first(count);
-    if (product.is_bf16) {
-      _mm256_mask_storeu_epi16(static_cast<std::uint16_t*>(product.data) + at, mask,
-                               (__m256i)_mm512_cvtneps_pbh(sums));
-      return;
-    }
+    if (product.is_bf16) return put_rounded(sums, at, mask);
     float* const to = static_cast<float*>(product.data) + at;
     if (store == Store::kAdd) {
       _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), sums));
@@ -177,6 +189,19 @@ struct Target {
     } else {
       _mm512_mask_storeu_ps(to, mask, sums);
     }
+  }
+
+  void put_rounded(__m512 sums, std::int64_t at, __mmask16 mask) const {
+    std::uint16_t* const to = static_cast<std::uint16_t*>(product.data) + at;
+    std::uint16_t* const rest = product.rest == nullptr ? nullptr : product.rest + at;
+    if (store == Store::kAdd) {
+      if (rest != nullptr) sums = _mm512_add_ps(sums, get_bf16(rest, mask));
+      sums = _mm512_add_ps(sums, get_bf16(to, mask));
+    }
+    const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(sums);
+    put_bf16(to, mask, rounded);
+    if (rest == nullptr) return;
+    put_bf16(rest, mask, (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(sums, widen(rounded))));
   }
 
   // The group's tile: `num_spread` lanes from `spread` on by `num_panel` from `panel` on.
@@ -287,8 +312,9 @@ void multiply_part(const Lanes& spread, Range spread_lanes, const Lanes& panels,
             }
             next_spread.step();
             next_panels.step();
+            const int panel_here = static_cast<int>(std::min<std::int64_t>(kPanel, p_end - l));
             multiply_group<Word>(group, lanes_here, packed_panel(l), width(l), num_words, tiles);
-            target.put_tiles(tiles, g, lanes_here, l, static_cast<int>(std::min<std::int64_t>(kPanel, p_end - l)));
+            target.put_tiles(tiles, g, lanes_here, l, panel_here);
           }
         }
       }
@@ -335,8 +361,7 @@ void rounding_residual(const float* a, std::int64_t row_stride, std::int64_t num
     __m512 sum = _mm512_setzero_ps();
     for (std::int64_t column = 0; column < num_columns; column += kVector) {
       const __m512 exact = _mm512_maskz_loadu_ps(first(num_columns - column), a + row * row_stride + column);
-      const __m512i rounded = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(exact));
-      sum = _mm512_add_ps(sum, _mm512_sub_ps(exact, _mm512_castsi512_ps(_mm512_slli_epi32(rounded, 16))));
+      sum = _mm512_add_ps(sum, _mm512_sub_ps(exact, widen((__m256i)_mm512_cvtneps_pbh(exact))));
     }
     residual[row] = _mm512_reduce_add_ps(sum);
   }
