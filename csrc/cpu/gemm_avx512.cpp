@@ -154,15 +154,9 @@ void multiply_group(const Spread& spread, int num_lanes, const Pair* panel, int 
   }
 }
 
-// bfloat16 from and to memory. Masked accesses of 16-bit elements take many cycles.
 __m512 widen(__m256i bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16)); }
 
-__m512 get_bf16(const std::uint16_t* from, __mmask16 mask) {
-  const auto* const whole = reinterpret_cast<const __m256i*>(from);
-  return widen(mask == 0xffff ? _mm256_loadu_si256(whole) : _mm256_maskz_loadu_epi16(mask, from));
-}
-
-void put_bf16(std::uint16_t* to, __mmask16 mask, __m256i values) {
+void store_bf16(std::uint16_t* to, __mmask16 mask, __m256i values) {
   if (mask == 0xffff) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), values);
   } else {
@@ -195,13 +189,13 @@ struct Target {
     std::uint16_t* const to = static_cast<std::uint16_t*>(product.data) + at;
     std::uint16_t* const rest = product.rest == nullptr ? nullptr : product.rest + at;
     if (store == Store::kAdd) {
-      if (rest != nullptr) sums = _mm512_add_ps(sums, get_bf16(rest, mask));
-      sums = _mm512_add_ps(sums, get_bf16(to, mask));
+      if (rest != nullptr) sums = _mm512_add_ps(sums, widen(load_bf16(rest, mask)));
+      sums = _mm512_add_ps(sums, widen(load_bf16(to, mask)));
     }
     const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(sums);
-    put_bf16(to, mask, rounded);
+    store_bf16(to, mask, rounded);
     if (rest == nullptr) return;
-    put_bf16(rest, mask, (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(sums, widen(rounded))));
+    store_bf16(rest, mask, (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(sums, widen(rounded))));
   }
 
   // The group's tile: `num_spread` lanes from `spread` on by `num_panel` from `panel` on.

@@ -41,11 +41,15 @@ __mmask16 first(std::int64_t count) {
   return count >= kVector ? __mmask16(0xffff) : count <= 0 ? __mmask16(0) : __mmask16((1u << count) - 1);
 }
 
+// 16 elements of bfloat16. A masked access of 16-bit elements takes many cycles.
+__m256i load_bf16(const std::uint16_t* from, __mmask16 mask) {
+  return mask == 0xffff ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
+                        : _mm256_maskz_loadu_epi16(mask, from);
+}
+
 // 16 consecutive elements as 32-bit integers, bfloat16 in the low half; `count` of them exist.
 __m512i load_lanes(const Lanes& in, std::int64_t lane, std::int64_t depth, std::int64_t count) {
-  if (in.is_bf16) {
-    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(count), in.at<std::uint16_t>(lane, depth)));
-  }
+  if (in.is_bf16) return _mm512_cvtepu16_epi32(load_bf16(in.at<std::uint16_t>(lane, depth), first(count)));
   const __m512 values = _mm512_maskz_loadu_ps(first(count), in.at<float>(lane, depth));
   return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(values));
 }
@@ -53,8 +57,9 @@ __m512i load_lanes(const Lanes& in, std::int64_t lane, std::int64_t depth, std::
 // 32 consecutive elements as 16 pairs; `count` of them exist.
 __m512i load_pairs(const Lanes& in, std::int64_t lane, std::int64_t depth, std::int64_t count) {
   if (in.is_bf16) {
-    const __mmask32 mask = count >= 32 ? ~__mmask32(0) : (__mmask32(1) << count) - 1;
-    return _mm512_maskz_loadu_epi16(mask, in.at<std::uint16_t>(lane, depth));
+    const auto* const from = in.at<std::uint16_t>(lane, depth);
+    if (count >= 2 * kVector) return _mm512_loadu_si512(from);
+    return _mm512_maskz_loadu_epi16((__mmask32(1) << count) - 1, from);
   }
   const float* from = in.at<float>(lane, depth);
   const __m512 low = _mm512_maskz_loadu_ps(first(count), from);
