@@ -79,6 +79,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=["fp32"])
     parser.add_argument("--ops", nargs="+", choices=OPS, default=["ce"])
+    parser.add_argument("--ours", nargs="+", default=["all"], help="all, or parts of names (gradient_in_forward)")
     parser.add_argument("--peers", nargs="+", default=["all"], help="all, none, or parts of names (liger trl)")
     parser.add_argument("--data", choices=("auto", *DATA), default="auto", help="auto: a real model's where it fits")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -113,20 +114,17 @@ def _cases(options: argparse.Namespace) -> Iterable[Case]:
                 yield Case(op, num_rows, vocab_size, hidden_size, dtype, options.device, options.threads, data)
 
 
-def _chosen(case: Case, names: list[str]) -> list[Candidate]:
-    found = candidates(case.op, torch.device(case.device), case.torch_dtype)
-    if names == ["all"]:
-        return found
-    return [
-        c
-        for c in found
-        if c.group in ("ours", "approximate") or (names != ["none"] and any(name in c.name for name in names))
-    ]
+def _chosen(case: Case, ours: list[str], peers: list[str]) -> list[Candidate]:
+    def chosen(candidate: Candidate) -> bool:
+        names = ours if candidate.group in ("ours", "approximate") else peers
+        return names == ["all"] or (names != ["none"] and any(name in candidate.name for name in names))
+
+    return [c for c in candidates(case.op, torch.device(case.device), case.torch_dtype) if chosen(c)]
 
 
 def _measure(case: Case, options: argparse.Namespace) -> dict:
     """One table of the report."""
-    chosen = _chosen(case, options.peers)
+    chosen = _chosen(case, options.ours, options.peers)
     print(f"{case.op} {case.num_rows}x{case.vocab_size}x{case.hidden_size} {case.dtype}: float64 answers",
           file=sys.stderr, flush=True)  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="distil_bench_") as name:

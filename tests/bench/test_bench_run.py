@@ -55,6 +55,15 @@ def test_quick_run_times_checks_and_weighs_every_plan_that_can_run(quick_run: tu
     assert 0 < table["kl"]["converged"] < 0.01 < table["kl"]["ordinary"]
 
 
+def test_candidates_are_chosen_by_parts_of_their_names() -> None:
+    every = [candidate.name for candidate in run._chosen(CASE, ["all"], ["all"])]
+    ours = [candidate.name for candidate in run._chosen(CASE, ["all"], ["none"])]
+    few = {candidate.name for candidate in run._chosen(CASE, ["cpu gradient_in_forward"], ["naive"])}
+    assert {"ours cpu recompute", "ours cpu threshold 0.001", "naive torch"} <= set(every)
+    assert set(ours) == {name for name in every if name.startswith("ours ")}
+    assert few == {"ours cpu gradient_in_forward", "naive torch", "naive torch, compiled"}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory of a CPU process is read from Linux")
 def test_quick_run_measures_the_memory_that_the_plan_has(quick_run: tuple[str, dict]) -> None:
     """A chunk of logits and the dW accumulator, to a huge page (2 MiB) either way.
