@@ -156,13 +156,16 @@ def distil_loss(
     found = {"cost": out.cost, "abs_credit": out.credit.abs(), **stats._asdict(), **kept.compare(stats.logprob, mask)}
     if is_fresh:
         average.observe(out.cost_to_go, lengths, mask)
+    num_counted = sum(map(sum, counts))
     if isinstance(taught, TopK):  # a token that is not named has no log-prob, and so the completion has none
-        return out.loss, _sums(sum(lengths), {**found, "tail": taught.tail, "unmapped": taught.unmapped})
+        shares = {"tail": taught.tail, "unmapped": taught.unmapped}
+        counted = shares if mask is None else {name: share * mask for name, share in shares.items()}
+        return out.loss, _sums(num_counted, found | counted)
     device = student_hidden.device
     index = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
     per_sequence = torch.zeros(len(lengths), dtype=torch.float64, device=device)
     per_sequence.index_add_(0, index, stats.teacher_logprob.to(torch.float64))
-    return out.loss, _sums(sum(map(sum, counts)), found, per_sequence)
+    return out.loss, _sums(num_counted, found, per_sequence)
 
 
 def _sums(num_tokens: int, found: dict[str, Tensor], sequence_teacher_logprob: Tensor | None = None) -> Sums:

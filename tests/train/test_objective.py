@@ -10,8 +10,9 @@ import torch
 from test_run import metrics, train, trainer
 
 from distil_kernels.train.config import PRESETS
-from distil_kernels.train.objective import group_advantages
+from distil_kernels.train.objective import distil_loss, group_advantages, means
 from distil_kernels.train.options import parse
+from distil_kernels.train.remote import TopK
 
 
 def logprobs(run, prompt: list[int], completion: list[int]) -> torch.Tensor:
@@ -50,6 +51,28 @@ def test_gradient_by_definition(tiny_model: Path, tmp_path: Path, objective: str
     total.backward()
     for name, parameter in run.student.model.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=2e-3, atol=2e-6)
+
+
+def test_means_of_a_top_k_teacher_are_over_tokens_that_count(tiny_model: Path, tmp_path: Path) -> None:
+    """What a tool said is no token of the student's: with it or without, the means are the same."""
+    run = trainer(tiny_model, tmp_path / "run", credit_span="none", baseline="none", rollouts_per_prompt=1)
+    spoken, heard = [5, 6], [5, 6, 7, 8]
+
+    def logged(completion: list[int]) -> dict[str, float]:
+        torch.manual_seed(0)
+        hidden = torch.randn(4, run.student.weight.shape[1])[: len(completion)]
+        probabilities = torch.rand(4, 2).sort(1, descending=True).values / 2
+        taught = TopK(torch.tensor([[3, 4]] * 4), probabilities.log(), torch.rand(4) / 10)
+        taught = TopK(*(part[: len(completion)] for part in taught))
+        counts = [[index < len(spoken) for index in range(len(completion))]]
+        sums = distil_loss(
+            run.student, hidden, run.teacher, taught, [completion], run.config, run.average, 1.0, counts
+        )[1]
+        return means([sums])
+
+    found, expected = logged(heard), logged(spoken)
+    assert expected["tail"] > 0 and expected["unmapped"] > 0 and expected["cost"] > 0
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
