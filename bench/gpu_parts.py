@@ -79,7 +79,7 @@ def _row_kernel_rates(vocab_size: int) -> dict[str, float]:
         rates[f"{backend} row_stats"] = read / 1e6 / median_ms(stats)
         rates[f"{backend} row_grad"] = (read + written) / 1e6 / median_ms(grad)
     if "cuda" in available():
-        at_once = partial(cuda.row_stats_grad, pair, plain, plain, None, ones, out)
+        at_once = partial(cuda.row_stats_grad, pair, plain, plain, None, FORWARD_CE, ones, out)
         rates["cuda row_stats_grad"] = (read + written) / 1e6 / median_ms(at_once)
     return rates
 

@@ -212,7 +212,7 @@ def stage_sanitize(record: Record) -> None:
             if (vocab_size + padding) % 4 == 0 and torch.cuda.get_device_capability() >= (9, 0):
                 for size in (1, 2, 4, 8):
                     cuda.choose_row_kernel = lambda *_, size=size: cuda.RowKernel(size, "asked for")
-                    cuda.row_stats_grad(pair, transform, plain, tokens, ones, out)
+                    cuda.row_stats_grad(pair, transform, plain, tokens, FORWARD_CE, ones, out)
         torch.cuda.synchronize()
     for num_positions, horizon in ((1, None), (600, None), (600, 1), (5, 700)):
         slots, later = torch.arange(-1, 2 * num_positions - 1, device=DEVICE).view(num_positions, 2), None

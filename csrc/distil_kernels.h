@@ -77,6 +77,12 @@ void cpu_row_grad(const LogitRows& student, const LogitRows& teacher, const std:
                   std::int64_t num_rows, std::int64_t vocab_size, const GradRows& grad, float* rounding,
                   int num_threads, InstructionSet instruction_set);
 
+// Both for weights that are known beforehand: a row's logits are read again while they are in a cache.
+void cpu_row_stats_grad(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
+                        const Cost& cost, const float* cost_weight, std::int64_t num_rows, std::int64_t vocab_size,
+                        float* statistics, const GradRows& grad, float* rounding, int num_threads,
+                        InstructionSet instruction_set);
+
 // An operand of a product: element (i, j) at data + i * row_stride + j * column_stride, one of the strides 1.
 struct Matrix {
   const void* data;

@@ -79,6 +79,20 @@ def cpu_row_grad(
     num_threads: int,
     instruction_set: InstructionSet,
 ) -> None: ...
+def cpu_row_stats_grad(
+    student: LogitRows,
+    teacher: LogitRows,
+    tokens: int,
+    cost: Cost,
+    cost_weight: int,
+    num_rows: int,
+    vocab_size: int,
+    statistics: int,
+    grad: GradRows,
+    rounding: int,
+    num_threads: int,
+    instruction_set: InstructionSet,
+) -> None: ...
 
 class SparseRows:
     def __init__(self, offsets: int, index: int, value: int, num_rows: int) -> None: ...

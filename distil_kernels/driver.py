@@ -155,8 +155,8 @@ class Workspace:
         """Both, where no weight depends on the statistics: back ends may then read the logits once."""
         problem = self._problem
         at_once = getattr(problem.kernels, "row_stats_grad", None)
-        if at_once is not None and problem.cost.statistic in (Statistic.FORWARD_CE, Statistic.FORWARD_KL):
-            return at_once(chunk.logits, problem.student, problem.teacher, chunk.tokens, cost_weight, out), None
+        if at_once is not None:
+            return at_once(chunk.logits, problem.student, problem.teacher, chunk.tokens, problem.cost, cost_weight, out)
         statistics = self.row_stats(chunk)
         return statistics, self.row_grad(chunk, statistics, cost_weight, None, out)
 

@@ -130,6 +130,19 @@ PYBIND11_MODULE(_C, m) {
       py::arg("grad"), py::arg("rounding"), py::arg("num_threads"), py::arg("instruction_set"),
       py::call_guard<py::gil_scoped_release>());
 
+  m.def(
+      "cpu_row_stats_grad",
+      [](const dk::LogitRows& student, const dk::LogitRows& teacher, Address tokens, const dk::Cost& cost,
+         Address cost_weight, std::int64_t num_rows, std::int64_t vocab_size, Address statistics,
+         const dk::GradRows& grad, Address rounding, int num_threads, dk::InstructionSet instruction_set) {
+        dk::cpu_row_stats_grad(student, teacher, pointer<const std::int64_t>(tokens), cost,
+                               pointer<const float>(cost_weight), num_rows, vocab_size, pointer<float>(statistics),
+                               grad, pointer<float>(rounding), num_threads, instruction_set);
+      },
+      py::arg("student"), py::arg("teacher"), py::arg("tokens"), py::arg("cost"), py::arg("cost_weight"),
+      py::arg("num_rows"), py::arg("vocab_size"), py::arg("statistics"), py::arg("grad"), py::arg("rounding"),
+      py::arg("num_threads"), py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
+
   py::class_<dk::Matrix>(m, "Matrix")
       .def(py::init(&matrix), py::arg("data"), py::arg("row_stride"), py::arg("column_stride"), py::arg("is_bf16"));
 

@@ -20,7 +20,7 @@ import to_go_checks
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distil_kernels.backends import NUM_STATISTICS, LogitTransform, cuda
+from distil_kernels.backends import FORWARD_CE, NUM_STATISTICS, LogitTransform, cuda
 from distil_kernels.backends.dispatch import choose_backend
 from distil_kernels.credit import Credit, CreditScan, reverse_chunks
 
@@ -157,15 +157,15 @@ def test_cluster_equals_two_passes(kernels, vocab_size, cluster_size, softcap, d
     bias = torch.randn(vocab_size, generator=generator)
     student, teacher = LogitTransform(bias, softcap, 0.7), LogitTransform(None, None, 1.3)
     tokens, ce_weight = torch.tensor([0, vocab_size - 1, 1]), torch.tensor([0.3, 1.7, 0.0])
-    arguments = logits, student, teacher, tokens, ce_weight
+    arguments = logits, student, teacher, tokens, FORWARD_CE, ce_weight
     kernel = cuda.RowKernel(0, "two passes")
     monkeypatch.setattr(cuda, "choose_row_kernel", lambda *_: kernel)
     expected = torch.full_like(logits.student, float("nan"), dtype=dtype)
-    statistics = kernels.row_stats_grad(*arguments, expected)
+    statistics, _ = kernels.row_stats_grad(*arguments, expected)
     kernel = cuda.RowKernel(cluster_size, "cluster")
     in_place = dtype == torch.float32
     out = logits.student if in_place else torch.full_like(expected, float("nan"))
-    found = kernels.row_stats_grad(*arguments, out)
+    found, _ = kernels.row_stats_grad(*arguments, out)
     torch.testing.assert_close(found, statistics, rtol=2e-6, atol=2e-6, equal_nan=True)
     ulp = torch.finfo(dtype).eps
     torch.testing.assert_close(out, expected, rtol=2 * ulp, atol=2e-7 + ulp * float(expected.abs().max()))

@@ -67,6 +67,25 @@ def test_against_float64(instruction_set, cost, vocab_size, softcap, generator):
     assert_within_budget("grad", ours_grad, [base_grad], exact_grad, terms=terms)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cost", COSTS, ids=lambda cost: cost.statistic.name.lower())
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_both_at_once_are_both_one_after_the_other(instruction_set, cost, dtype, generator):
+    pair = rows(5, 2500, generator)
+    pair.student[3] = torch.nan  # a row of weight 0
+    tokens, weights = torch.randint(2500, (5,), generator=generator), torch.tensor([0.3, -1.0, 2.0, 0.0, 1e-3])
+    transform = LogitTransform(torch.randn(2500, generator=generator), 5.0, 0.7)
+    how = {"instruction_set": instruction_set}
+    statistics = cpu.row_stats(pair, transform, PLAIN, tokens, cost, **how)
+    expected = torch.empty_like(pair.student, dtype=dtype)
+    rounding = cpu.row_grad(pair, transform, PLAIN, tokens, statistics, cost, weights, None, expected, **how)
+    out = pair.student.view(dtype)[:, :2500]  # in place
+    found, lost = cpu.row_stats_grad(pair, transform, PLAIN, tokens, cost, weights, out, **how)
+    assert torch.equal(out, expected)
+    torch.testing.assert_close(found, statistics, rtol=0, atol=0, equal_nan=True)
+    assert lost is rounding is None or torch.equal(lost, rounding)
+
+
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 def test_gradient_in_place_and_strided(instruction_set, generator):
     pair = rows(5, 2000, generator)

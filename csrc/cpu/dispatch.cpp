@@ -79,6 +79,26 @@ void cpu_row_grad(const LogitRows& student, const LogitRows& teacher, const std:
   }
 }
 
+void cpu_row_stats_grad(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
+                        const Cost& cost, const float* cost_weight, std::int64_t num_rows, std::int64_t vocab_size,
+                        float* statistics, const GradRows& grad, float* rounding, int num_threads,
+                        InstructionSet instruction_set) {
+  const auto run = [&](auto row_stats_grad) {
+    row_stats_grad(student, teacher, tokens, cost, cost_weight, num_rows, vocab_size, statistics, grad, rounding,
+                   num_threads);
+  };
+  switch (resolve(instruction_set)) {
+#if defined(DISTIL_X86_64)
+    case InstructionSet::kAvx512:
+      return run(avx512::row_stats_grad);
+    case InstructionSet::kAvx2:
+      return run(avx2::row_stats_grad);
+#endif
+    default:
+      return run(portable::row_stats_grad);
+  }
+}
+
 bool cpu_supports_gemm(GemmUnit unit) {
 #if defined(DISTIL_GEMM)
   const bool has_vector = has_avx512() && __builtin_cpu_supports("avx512bf16");

@@ -126,9 +126,8 @@ inline MixtureSums mixture_of_row(const LogitRows& student, const LogitRows& tea
   return sums;
 }
 
-inline void stats_of_row(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
-                         const Cost& cost, std::int64_t row, std::int64_t num_rows, std::int64_t vocab_size,
-                         float* statistics) {
+void stats_of_row(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens, const Cost& cost,
+                  std::int64_t row, std::int64_t num_rows, std::int64_t vocab_size, float* statistics) {
   Block block;
   Maximum student_max, teacher_max;
   RowSums<double> sums;
@@ -215,9 +214,9 @@ inline auto grad_block_of(Statistic cost) {
 }
 
 // Returns what the row's sum lost to rounding.
-inline float grad_of_row(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
-                         const float* statistics, const Cost& cost, float cost_weight, float logprob_weight,
-                         std::int64_t row, std::int64_t num_rows, std::int64_t vocab_size, const GradRows& grad) {
+float grad_of_row(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
+                  const float* statistics, const Cost& cost, float cost_weight, float logprob_weight,
+                  std::int64_t row, std::int64_t num_rows, std::int64_t vocab_size, const GradRows& grad) {
   const bool is_bf16 = grad.type == FloatType::kBFloat16;
   char* const row_of_grad = static_cast<char*>(grad.data) + row * grad.row_stride * (is_bf16 ? 2 : 4);
   float* const exact = reinterpret_cast<float*>(row_of_grad);
@@ -279,6 +278,18 @@ void row_grad(const LogitRows& student, const LogitRows& teacher, const std::int
   for (std::int64_t row = 0; row < num_rows; ++row) {
     const float lost = grad_of_row(student, teacher, tokens, statistics, cost, cost_weight[row],
                                    logprob_weight ? logprob_weight[row] : 0.0f, row, num_rows, vocab_size, grad);
+    if (rounding) rounding[row] = lost;
+  }
+}
+
+void row_stats_grad(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
+                    const Cost& cost, const float* cost_weight, std::int64_t num_rows, std::int64_t vocab_size,
+                    float* statistics, const GradRows& grad, float* rounding, int num_threads) {
+#pragma omp parallel for num_threads(num_threads) schedule(static)
+  for (std::int64_t row = 0; row < num_rows; ++row) {
+    stats_of_row(student, teacher, tokens, cost, row, num_rows, vocab_size, statistics);
+    const float lost = grad_of_row(student, teacher, tokens, statistics, cost, cost_weight[row], 0.0f, row,
+                                   num_rows, vocab_size, grad);
     if (rounding) rounding[row] = lost;
   }
 }

@@ -11,6 +11,9 @@
                 const float* statistics, const Cost& cost, const float* cost_weight, const float* logprob_weight,  \
                 std::int64_t num_rows, std::int64_t vocab_size, const GradRows& grad, float* rounding,             \
                 int num_threads);                                                                                  \
+  void row_stats_grad(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,              \
+                      const Cost& cost, const float* cost_weight, std::int64_t num_rows, std::int64_t vocab_size,  \
+                      float* statistics, const GradRows& grad, float* rounding, int num_threads);                  \
   }
 
 DISTIL_DECLARE_ROW_KERNELS(portable)

@@ -20,8 +20,8 @@ rounding, [R], the others None.
 Three more kernels are optional. Without the first two of them the driver finds another way, without the third it takes
 `reference`'s:
 
-    row_stats_grad(logits, student, teacher, tokens, ce_weight, out) -> statistics
-        row_stats and row_grad in one, for the cost FORWARD_CE with row weights that are known beforehand
+    row_stats_grad(logits, student, teacher, tokens, cost, cost_weight, out) -> statistics, rounding | None
+        row_stats and row_grad in one, for row weights that are known beforehand
     head_stats(student_hidden, student_weight, teacher_hidden, teacher_weight, student, teacher, tokens) -> statistics
         row_stats with the two products inside: no logits in memory
     cost_to_go(costs, slots, later, discount, horizon) -> to_go [P, B], next_later

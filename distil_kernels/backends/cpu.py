@@ -30,7 +30,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def supported_instruction_sets() -> list[str]:
-    """Names that `row_stats` and `row_grad` take as `instruction_set` on this processor."""
+    """Names that the row kernels take as `instruction_set` on this processor."""
     return [name for name in INSTRUCTION_SETS if _C.cpu_supports(getattr(_C.InstructionSet, name))]
 
 
@@ -73,7 +73,7 @@ def row_grad(
     instruction_set: str = "best",
 ) -> Tensor | None:
     num_rows, vocab_size = logits.student.shape
-    rounding = torch.empty(num_rows) if out.dtype == torch.bfloat16 else None
+    rounding = _room_for_rounding(out)
     _C.cpu_row_grad(
         _rows(logits.student, student),
         _rows(logits.teacher, teacher),
@@ -84,12 +84,50 @@ def row_grad(
         _address(logprob_weight),
         num_rows,
         vocab_size,
-        _C.GradRows(out.data_ptr(), out.stride(0), getattr(_C.FloatType, str(out.dtype).removeprefix("torch."))),
+        _grad_rows(out),
         _address(rounding),
         torch.get_num_threads(),
         getattr(_C.InstructionSet, instruction_set),
     )
     return rounding
+
+
+def row_stats_grad(
+    logits: LogitPair,
+    student: LogitTransform,
+    teacher: LogitTransform,
+    tokens: Tensor | None,
+    cost: Cost,
+    cost_weight: Tensor,
+    out: Tensor,
+    *,
+    instruction_set: str = "best",
+) -> tuple[Tensor, Tensor | None]:
+    num_rows, vocab_size = logits.student.shape
+    statistics, rounding = torch.empty(NUM_STATISTICS, num_rows), _room_for_rounding(out)
+    _C.cpu_row_stats_grad(
+        _rows(logits.student, student),
+        _rows(logits.teacher, teacher),
+        _address(tokens),
+        _C.Cost(*cost),
+        _address(cost_weight),
+        num_rows,
+        vocab_size,
+        _address(statistics),
+        _grad_rows(out),
+        _address(rounding),
+        torch.get_num_threads(),
+        getattr(_C.InstructionSet, instruction_set),
+    )
+    return statistics, rounding
+
+
+def _room_for_rounding(out: Tensor) -> Tensor | None:
+    return torch.empty(out.shape[0]) if out.dtype == torch.bfloat16 else None
+
+
+def _grad_rows(out: Tensor) -> _C.GradRows:
+    return _C.GradRows(out.data_ptr(), out.stride(0), getattr(_C.FloatType, str(out.dtype).removeprefix("torch.")))
 
 
 def _rows(raw: Tensor, transform: LogitTransform) -> _C.LogitRows:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distil_kernels.backends import FORWARD_CE, NUM_STATISTICS, Cost, LogitPair, LogitTransform
+from distil_kernels.backends import NUM_STATISTICS, Cost, LogitPair, LogitTransform, Statistic
 
 try:
     from distil_kernels import _C
@@ -120,26 +120,27 @@ def row_stats_grad(
     student: LogitTransform,
     teacher: LogitTransform,
     tokens: Tensor | None,
-    ce_weight: Tensor,
+    cost: Cost,
+    cost_weight: Tensor,
     out: Tensor,
-) -> Tensor:
+) -> tuple[Tensor, None]:
     num_rows, vocab_size = logits.student.shape
     device = logits.student.device
     properties: Any = torch.cuda.get_device_properties(device)  # torch's types lack this field
     block_bytes = properties.shared_memory_per_block_optin
     aligned = all(_aligned(tensor) for tensor in (*logits, out, student.bias, teacher.bias))
     kernel = choose_row_kernel(torch.cuda.get_device_capability(device), block_bytes, vocab_size, aligned)
-    if kernel.cluster_size == 0:
-        statistics = row_stats(logits, student, teacher, tokens, FORWARD_CE)
-        row_grad(logits, student, teacher, tokens, statistics, FORWARD_CE, ce_weight, None, out)
-        return statistics
+    if kernel.cluster_size == 0 or cost.statistic not in (Statistic.FORWARD_CE, Statistic.FORWARD_KL):
+        statistics = row_stats(logits, student, teacher, tokens, cost)
+        row_grad(logits, student, teacher, tokens, statistics, cost, cost_weight, None, out)
+        return statistics, None
     statistics = logits.student.new_empty(NUM_STATISTICS, num_rows)
     with torch.cuda.device(device):
         _check(_C.cuda_row_stats_grad(
-            _rows(logits.student, student), _rows(logits.teacher, teacher), _address(tokens), _address(ce_weight),
+            _rows(logits.student, student), _rows(logits.teacher, teacher), _address(tokens), _address(cost_weight),
             num_rows, vocab_size, kernel.cluster_size, _address(statistics), _grad_rows(out), _stream(),
         ))  # fmt: skip
-    return statistics
+    return statistics, None
 
 
 def cost_to_go(
