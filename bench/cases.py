@@ -75,11 +75,6 @@ class Case:
         rows = min(self.num_rows, max(affordable, SEQUENCE_ROWS))
         return rows - rows % SEQUENCE_ROWS if rows > SEQUENCE_ROWS else rows
 
-    @property
-    def naive_bytes(self) -> int:
-        """About what the naive computation needs: four float32 [N, V] and a dW."""
-        return 4 * self.vocab_size * (4 * self.num_rows + self.hidden_size)
-
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
 

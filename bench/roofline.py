@@ -20,7 +20,7 @@ from pathlib import Path
 import report
 import torch
 from cases import SMOLLM2_SHAPE, Case, make_problem
-from timing import forward_backward, interleaved
+from timing import forward_backward, interleaved, keep_freed_memory
 
 import distil_kernels as dk
 from distil_kernels import gemm
@@ -51,6 +51,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     header = report.header("cpu", options.threads)
+    if keep_freed_memory():
+        header["allocator"] += "; freed memory stays in the process"
     print(*report.header_lines(header), sep="\n", flush=True)
     parts = {part.name: part for dtype in ("fp32", "bf16") for part in _parts(options.rows, dtype, options.threads)}
     for part in parts.values():

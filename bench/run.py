@@ -40,7 +40,7 @@ from cases import (
     make_problem,
 )
 from peers import Candidate, candidates
-from timing import Call, Timing, bare_products, forward_backward, interleaved, numbered
+from timing import Call, Timing, bare_products, forward_backward, interleaved, keep_freed_memory, numbered
 
 OPS = ("ce", "distil", "stats", "frozen")
 DEFAULT_SHAPES = {"cpu": ["1024x49152x576"], "cuda": ["8192x151936x4096"]}
@@ -56,6 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         torch.set_num_threads(options.threads)
         run = {"header": report.header(options.device, options.threads), "tables": []}
+        if options.device == "cpu" and keep_freed_memory():
+            run["header"]["allocator"] += "; freed memory stays in the timing process"
         print(*report.header_lines(run["header"]), sep="\n", flush=True)
         for case in _cases(options):
             run["tables"].append(_measure(case, options))
@@ -195,7 +197,7 @@ def _time(
             calls[candidate.name] = lambda loss=loss: forward_backward(loss, problem)
     for name in limits:
         calls[name]()
-    timings = interleaved(calls, case.device, options.rounds, options.seconds, case.naive_bytes)
+    timings = interleaved(calls, case.device, options.rounds, options.seconds)
     problem.clear_gradients()
     return timings, limits, failures
 

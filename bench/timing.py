@@ -1,10 +1,10 @@
 """Time and memory, measured so that they can be compared.
 
 Time: all candidates of a case in one process, one call each per round, so that a slow minute of the machine hits
-everyone, in an order that is shuffled for each round. On the CPU free memory is touched before each call: pages that
-a virtual machine has given back to its host cost up to fifty times as much as others, and who comes after one that
-has just freed much memory would not pay for them. Medians, and half the distance of the quartiles as spread.
-Warm-up is apart. The bare matrix products of the same shape take part in the rounds: no candidate that computes every
+everyone, in an order that is shuffled for each round. On the CPU freed memory stays in the process, for whoever comes
+next: fresh pages cost what the machine and its neighbours please (on a virtual machine whose host takes free pages
+back a dW of 300 MB between 30 and 600 ms), and those pay most who need most memory. Medians, and half the distance of
+the quartiles as spread. Warm-up is apart. The bare matrix products of the same shape take part in the rounds: no candidate that computes every
 logit can be faster than these.
 
 Memory: in a process of its own (`check.py`), the peak of one call beyond inputs and their gradients, after a first
@@ -30,14 +30,14 @@ import torch
 from cases import NUM_PRODUCTS, Case, Problem
 from torch import Tensor
 
-from distil_kernels import gemm, memory
+from distil_kernels import gemm
 
 Call = Callable[[], object]
 
 _MAX_LIMIT_BYTES = 2**30
 """The bare products write logits of at most this size; more rows go in chunks."""
 
-_M_MMAP_THRESHOLD = -3  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,10 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def interleaved(
-    calls: dict[str, Call], device: str, rounds: int, seconds: float, free_bytes: int = 2**30
-) -> dict[str, Timing]:
+def interleaved(calls: dict[str, Call], device: str, rounds: int, seconds: float) -> dict[str, Timing]:
     """Medians over rounds; a call that has used up `seconds` leaves after its third round.
 
-    Each call must have run before: warm-up is the caller's. `free_bytes` of memory are touched before each.
+    Each call must have run before: warm-up is the caller's.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     begin = time.perf_counter()
@@ -77,8 +75,6 @@ def interleaved(
         for name in order:
             if number >= 3 and sum(times[name]) > seconds:
                 continue
-            if device == "cpu":
-                _touch_free_memory(free_bytes)
             synchronize(device)
             start = time.perf_counter()
             calls[name]()
@@ -87,10 +83,6 @@ def interleaved(
         if number + 1 < rounds:
             report_progress("rounds", number + 1, rounds, begin)
     return {name: _summary(samples) for name, samples in times.items()}
-
-
-def _touch_free_memory(num_bytes: int) -> None:
-    memory.empty(min(num_bytes, 2**33), like=torch.empty(0), dtype=torch.uint8).zero_()
 
 
 def _summary(samples: list[float]) -> Timing:
@@ -174,10 +166,21 @@ def peak_extra_bytes(call: Call, problem: Problem, device: str) -> int | None:
     return peak - before - gradients
 
 
+def keep_freed_memory() -> bool:
+    """Lets glibc's malloc take all blocks from its heap and never give any back; False where there is none."""
+    return _set_malloc(_M_MMAP_MAX, 0) and _set_malloc(_M_TRIM_THRESHOLD, -1)
+
+
 def return_large_blocks() -> None:
     """Fixes glibc's threshold for blocks of their own at 1 MiB; else it grows up to 32 MiB and freed blocks stay."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 2**20)
+    _set_malloc(_M_MMAP_THRESHOLD, 2**20)
+
+
+def _set_malloc(option: int, value: int) -> bool:
+    try:
+        return ctypes.CDLL("libc.so.6").mallopt(option, value) == 1
+    except (OSError, AttributeError):
+        return False
 
 
 def reset_high_water(trim: bool = True) -> bool:

@@ -151,6 +151,23 @@ def test_rounds_are_interleaved_and_a_slow_call_leaves_after_its_third() -> None
     assert {found.rounds for found in timings.values()} == {3}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory of a process is read from Linux")
+@pytest.mark.parametrize("stays", [True, False])
+def test_freed_memory_stays_in_the_process(stays: bool) -> None:
+    """In one of its own: malloc is told so for good."""
+    code = f"""
+import torch, timing
+if {stays}:
+    assert timing.keep_freed_memory()
+torch.ones(2**26)
+print(timing.resident_bytes("VmRSS") - timing.resident_bytes("VmHWM"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "bench", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    given_back = -int(done.stdout)
+    assert given_back < 2**24 if stays else given_back > 2**27
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory of a CPU process is read from Linux")
 def test_peak_memory_is_what_a_call_needs_beyond_inputs_and_gradients() -> None:
     problem = make_problem(Case("ce", 64, 2**15, 64, "fp32", "cpu", 1), "ordinary")
