@@ -4,8 +4,8 @@ Time: all candidates of a case in one process, one call each per round, so that 
 everyone, in an order that is shuffled for each round. On the CPU freed memory stays in the process, for whoever comes
 next: fresh pages cost what the machine and its neighbours please (on a virtual machine whose host takes free pages
 back a dW of 300 MB between 30 and 600 ms), and those pay most who need most memory. Medians, and half the distance of
-the quartiles as spread. Warm-up is apart. The bare matrix products of the same shape take part in the rounds: no candidate that computes every
-logit can be faster than these.
+the quartiles as spread. Warm-up is apart. The bare matrix products of the same shape take part in the rounds: no
+candidate that computes every logit can be faster than these.
 
 Memory: in a process of its own (`check.py`), the peak of one call beyond inputs and their gradients, after a first
 call has loaded code and compiled. On the CPU that is the kernel's high-water mark of resident memory, reset just
@@ -15,7 +15,6 @@ malloc kept); on a GPU torch's own peak statistics.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import random
