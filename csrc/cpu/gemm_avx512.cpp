@@ -108,12 +108,13 @@ void pack(const Lanes& in, std::int64_t lane, std::int64_t lane_end, std::int64_
 struct Spread {
   const Pair* lane[kGroup];
   std::int64_t step;
+  std::int64_t ahead;  // words to the lanes of the tile behind, which are asked for meanwhile; 0 for none
 };
 
 // 8 lanes times a panel of 16 kVectors lanes, words [word, end): to the tile from word 0 on, else added to it.
 template <class Word, int kVectors>
-void multiply_tile(const Pair* const* lanes, std::int64_t step, const Pair* panel, std::int64_t word,
-                   std::int64_t end, float (*tile)[kPanel]) {
+void multiply_tile(const Pair* const* lanes, std::int64_t step, std::int64_t ahead, const Pair* panel,
+                   std::int64_t word, std::int64_t end, float (*tile)[kPanel]) {
   const Pair* lane[kTile];
   __m512 sums[kTile][kVectors];
   const bool adds = word > 0;
@@ -123,6 +124,9 @@ void multiply_tile(const Pair* const* lanes, std::int64_t step, const Pair* pane
   }
   panel += word * kVectors * kVector;
   for (std::int64_t at = word * step; word < end; ++word, at += step, panel += kVectors * kVector) {
+    if (ahead != 0 && word % kVector == 0) {
+      for (const Pair* each : lane) _mm_prefetch(each + at + ahead, _MM_HINT_T0);
+    }
     __m512i right[kVectors];
     for (int j = 0; j < kVectors; ++j) right[j] = _mm512_loadu_si512(panel + j * kVector);
     for (int i = 0; i < kTile; ++i) {
@@ -148,7 +152,7 @@ void multiply_group(const Spread& spread, int num_lanes, const Pair* panel, int 
     std::int64_t word = 0;
     do {
       const std::int64_t end = std::min(word + kChain, num_words);
-      multiply(spread.lane + i, spread.step, panel, word, end, tiles + i);
+      multiply(spread.lane + i, spread.step, spread.ahead, panel, word, end, tiles + i);
       word = end;
     } while (word < num_words);
   }
@@ -300,6 +304,7 @@ void multiply_part(const Lanes& spread, Range spread_lanes, const Lanes& panels,
             const int lanes_here = static_cast<int>(std::min<std::int64_t>(kGroup, s_end - g));
             Spread group;
             group.step = in_place ? 1 : kGroup;
+            group.ahead = in_place && l == p ? spread.words(kTile, 0) - spread.words(0, 0) : 0;
             for (int i = 0; i < kGroup; ++i) {
               group.lane[i] = in_place ? spread.words(g + std::min(i, lanes_here - 1), k)
                                        : packed_spread + (g - s) * num_words + i;
