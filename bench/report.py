@@ -23,6 +23,9 @@ COLUMNS = (
 )  # fmt: skip
 MIB = 2**20
 
+_LEGEND_WIDTH = 3.0
+"""Inches beside the axes."""
+
 
 def header(device: str, threads: int) -> dict[str, object]:
     """The machine and the software that the numbers are true for."""
@@ -207,14 +210,15 @@ def plot(runs: list[dict], folder: Path) -> list[Path]:
         series = {axis: found for axis, found in series.items() if len(found) > 1}
         if not series:
             continue
-        figure, axes = plt.subplots(2, len(series), figsize=(5.5 * len(series) + 2.5, 7), squeeze=False)
+        width = 5.5 * len(series) + _LEGEND_WIDTH
+        figure, axes = plt.subplots(2, len(series), figsize=(width, 7), squeeze=False)
         for column, (axis, found) in enumerate(series.items()):
             _draw(axes[0][column], found, axis, "ms", "milliseconds", 1.0)
             _draw(axes[1][column], found, axis, "peak_extra_bytes", "peak extra memory, MiB", MIB)
         handles, labels = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="center right", frameon=False)
         figure.suptitle(f"{op}, {dtype}, {device}, {threads} threads: forward and backward")
-        figure.tight_layout(rect=(0, 0, 1 - 2.5 / (5.5 * len(series) + 2.5), 1))
+        figure.tight_layout(rect=(0, 0, 1 - _LEGEND_WIDTH / width, 1))
         for suffix in ("png", "svg"):
             written.append(folder / f"{op}_{dtype}_{device}_{threads}.{suffix}")
             figure.savefig(written[-1], dpi=150)
@@ -242,10 +246,13 @@ def _draw(axes: object, tables: list[dict], axis: str, key: str, label: str, uni
             for row in table["rows"]
             if row["name"] == name and row.get(key) is not None
         ]
-        if not points:
+        if len(points) < 2:
             continue
         style = {"limit": "k:", "ours": "o-", "approximate": "^-", "peer": "s--", "label": "x:"}[points[0][2]]
         axes.plot([x for x, _, _ in points], [y for _, y, _ in points], style, label=name, markersize=4)
-    axes.set(xlabel={"num_rows": "tokens N", "vocab_size": "vocabulary V"}[axis], ylabel=label, xscale="log")
+    axes.set(xlabel={"num_rows": "tokens N", "vocab_size": "vocabulary V"}[axis], ylabel=label)
+    axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.grid(alpha=0.3, which="both")
+    axes.set_xticks(sizes := [table["case"][axis] for table in tables], [str(size) for size in sizes])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
