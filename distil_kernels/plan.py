@@ -173,7 +173,7 @@ def _ring_rows_on_cpu(shape: Shape, chunk_rows: int) -> int:
         return 0
     adds = adds_to_bf16(shape.dtype, "cpu")
     if shape.grad_head and _spares_accumulator(shape, _RING_ROWS if adds else _ENOUGH_ROWS):
-        rows = max(_sparing_rows(shape), 2 * chunk_rows)
+        rows = max(_sparing_rows(shape), 3 * chunk_rows)  # a product of few rows is mostly reading W
     elif adds:
         rows = _RING_ROWS
     else:
