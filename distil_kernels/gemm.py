@@ -2,7 +2,7 @@
 
 Rounding logits to bfloat16 costs 2 to 20 % of the gradient once teacher and student are close, so no product here
 rounds its result. float32 and float64 operands go to the vendor library, but for float32 on a CPU with AVX-512 of
-another maker than Intel, where that library runs its AVX2 code (115 of our 220 GF/s on a Zen 5 core): there our own
+another maker than Intel, where that library runs its AVX2 code (half of our rate on a Zen 5 core): there our own
 product takes them (csrc/cpu/gemm_avx512.cpp). Half precision on a GPU asks the library for a float32 result; on the
 CPU, where torch has no such product, bfloat16 goes to our own where the processor has the instructions (the same file,
 or gemm_amx.cpp; the gradient of the logits is rounded to bfloat16 after the subtraction that needs float32) and is

@@ -18,10 +18,10 @@ A call of few rows for its hidden size keeps all of them in a ring, which is les
 makes needless: N b <= D a + Q b with Q the ring of a longer call; on a GPU also where chunk and ring stay below 4 GiB.
 On the CPU a ring is for bfloat16 only; elsewhere the gradient of the logits overwrites the student's logits and the
 products follow at once. Where they add to bfloat16 (`gemm.adds_to_bf16`) half of the rows do in the place of all, since
-two roundings of dW cost little more than one (.27 for .25 % of error); for more the accumulator is a bfloat16 matrix of
-what they lose, V D b. On a GPU adding to a float32 dW moves 8 V D bytes, 1.6 ms for V D = 152k * 4096 on an H100: at
-one product per small chunk that is more than everything but the products themselves, at one per 4096 rows a few per
-cent (docs/performance.md has the sum).
+two roundings of dW cost little more than one (.22 for .19 % of error at SmolLM2's shape); for more the accumulator is a
+bfloat16 matrix of what they lose, V D b. On a GPU adding to a float32 dW moves 8 V D bytes, 1.6 ms for V D = 152k *
+4096 on an H100: at one product per small chunk that is more than everything but the products themselves, at one per
+4096 rows a few per cent (docs/performance.md has the sum).
 
 Chunk and ring come from memory budgets; a `Plan` passed as `plan=` to the public ops brings its own.
 """
@@ -70,11 +70,11 @@ _IN_PLACE = {
 }
 """In float32 every chunk adds to dW: at N = 512, V = 152k, D = 1024 144 rows took .9 of the time of 96 (two Zen 5
 threads), but their 168 MiB are more than half of what the leanest loss without chunks takes there. In bfloat16 dW waits
-for the ring: there 48 rows were as fast as 96, and at V = 49k 96 as fast as 144, 48 a tenth slower."""
+for the ring: there 48 rows were as fast as 96, and at V = 49k as 96 and 144."""
 
 _RING_ROWS = 576
-"""Rows of the ring where products add to bfloat16: at N = 4096, V = 49k, D = 576 288, 384, 576, 768 took 1.09, 1.06,
-1.02, 1 times as long."""
+"""Rows of the ring where products add to bfloat16: at N = 4096, V = 49k, D = 576 288, 384, 576, 768 took 1.06, 1.02,
+1.01, 1 times as long."""
 
 ROUNDED_SUMS = 2
 """Products whose sums are rounded to a bfloat16 dW one after the other without keeping what that loses."""

@@ -169,3 +169,19 @@ def test_cluster_equals_two_passes(kernels, vocab_size, cluster_size, softcap, d
     torch.testing.assert_close(found, statistics, rtol=2e-6, atol=2e-6, equal_nan=True)
     ulp = torch.finfo(dtype).eps
     torch.testing.assert_close(out, expected, rtol=2 * ulp, atol=2e-7 + ulp * float(expected.abs().max()))
+
+
+@pytest.mark.slow
+def test_a_cluster_is_not_asked_for_a_cost_that_it_has_not(kernels, generator, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(shared_memory_per_block_optin=0)
+    )
+    monkeypatch.setattr(cuda, "choose_row_kernel", lambda *_: cuda.RowKernel(2, "cluster"))
+    logits, plain = row_checks.make_logits(3, 131, generator), LogitTransform(None, None, 1.0)
+    weights, cost = torch.tensor([0.3, 1.7, 0.0]), row_checks.COSTS["reverse_kl"]
+    statistics = kernels.row_stats(logits, plain, plain, None, cost)
+    expected, out = torch.empty_like(logits.student), torch.empty_like(logits.student)
+    kernels.row_grad(logits, plain, plain, None, statistics, cost, weights, None, expected)
+    found, _ = kernels.row_stats_grad(logits, plain, plain, None, cost, weights, out)
+    assert torch.equal(found, statistics) and torch.equal(out, expected)

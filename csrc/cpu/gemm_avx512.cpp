@@ -311,9 +311,8 @@ void multiply_part(const Lanes& spread, Range spread_lanes, const Lanes& panels,
             }
             next_spread.step();
             next_panels.step();
-            const int panel_here = static_cast<int>(std::min<std::int64_t>(kPanel, p_end - l));
             multiply_group<Word>(group, lanes_here, packed_panel(l), width(l), num_words, tiles);
-            target.put_tiles(tiles, g, lanes_here, l, panel_here);
+            target.put_tiles(tiles, g, lanes_here, l, static_cast<int>(std::min<std::int64_t>(kPanel, p_end - l)));
           }
         }
       }

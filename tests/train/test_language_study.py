@@ -27,20 +27,9 @@ def test_runs_of_a_seed_begin_alike_and_then_differ(tiny_model: Path) -> None:
 
     def lengths(objective: str, rate: float, seed: int = 0, steps: int = 3) -> tuple[list[float], list[int]]:
         run = Run(
-            "largest",
-            objective,
-            rate,
-            seed,
-            steps,
-            2,
-            4,
-            24,
-            2,
-            4,
-            str(tiny_model),
-            warmup_steps=0,
-            precision="float32",
-        )
+            "largest", objective, rate, seed, steps, 2, 4, 24, 2, 4, str(tiny_model),
+            warmup_steps=0, precision="float32",
+        )  # fmt: skip
         _, result = execute(run)
         assert result.steps == list(range(steps)) and len(result.correct) == 2 and len(result.greedy) == 1
         return result.length, result.correct
