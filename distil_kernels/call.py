@@ -18,7 +18,8 @@ from distil_kernels.plan import Plan, Shape, choose_chunk_rows, choose_plan
 
 
 class ScalarLoss(NamedTuple):
-    """Sum of weighted costs [], statistics [NUM_STATISTICS, N], credit and cost-to-go [2, N], dropped [N]."""
+    """Sum of weighted costs over the denominator [], statistics [NUM_STATISTICS, N], credit and cost-to-go [2, N],
+    dropped [N]."""
 
     total: Tensor
     statistics: Tensor
@@ -100,20 +101,31 @@ class Call:
         total = weight.sum()
         return torch.where(total == 0, 1.0, total)
 
-    def policy_loss(self, tokens: Tensor, policy: Policy, plan: str | Plan) -> ops.PolicyLoss:
-        """Sums and rows of the clipped policy-gradient loss; there is no teacher."""
+    def _known_denominator(self, denominator: float | Tensor | None) -> Tensor | None:
+        """[], for the op to divide by before it rounds; None to divide its loss afterwards. So it is in float16, where
+        a gradient's entries over thousands of tokens would be too small for a number."""
+        hidden = self._tensors[0]
+        if denominator is None or hidden.dtype == torch.float16:
+            return None
+        if isinstance(denominator, Tensor):
+            return denominator.detach().reshape(()).to(self._accumulation_dtype)
+        return hidden.new_full((), denominator, dtype=self._accumulation_dtype)
+
+    def policy_loss(
+        self, tokens: Tensor, policy: Policy, plan: str | Plan, denominator: float | Tensor
+    ) -> ops.PolicyLoss:
+        """The clipped policy-gradient loss and its rows; there is no teacher."""
         chosen = choose_plan(self._shape(scalar=True, logprob_grad=True), plan)
-        student, temperatures = self._tensors[:3], self._transform
-        return ops.PolicyLoss(
-            *ops.policy_loss(
-                *student, tokens, self._counted, self.row_weight(), *policy, temperatures[0], temperatures[2],
-                self._backend, chosen.name, chosen.chunk_rows, chosen.ring_rows, self._needs,
-            )[:4]
-        )  # fmt: skip
+        student, temperatures, known = self._tensors[:3], self._transform, self._known_denominator(denominator)
+        total, *rows = ops.policy_loss(
+            *student, tokens, self._counted, self.row_weight(), known, *policy, temperatures[0], temperatures[2],
+            self._backend, chosen.name, chosen.chunk_rows, chosen.ring_rows, self._needs,
+        )[:4]  # fmt: skip
+        return ops.PolicyLoss(total / denominator if known is None else total, *rows)
 
     def scalar_loss(
         self, tokens: Tensor | None, cu_seqlens: Tensor | None, cost: Cost, credit: Credit, plan: str | Plan,
-        gradient_threshold: float,
+        gradient_threshold: float, denominator: float | Tensor | None,
     ) -> ScalarLoss:  # fmt: skip
         shape = self._shape(scalar=True, logprob_grad=credit.span != "none")
         in_order = True
@@ -125,14 +137,16 @@ class Call:
         if gradient_threshold:
             self._door.sparse_gradient(gradient_threshold, self._backend, shape.dtype, chosen.name)
             chosen = chosen._replace(ring_rows=0)  # entries are selected before they are rounded
-        values = isinstance(credit.baseline, Tensor)
+        values, known = isinstance(credit.baseline, Tensor), self._known_denominator(denominator)
         total, statistics, weights, dropped, *_ = ops.scalar_loss(
-            *self._tensors, tokens, self._counted, self.row_weight(), cu_seqlens,
+            *self._tensors, tokens, self._counted, self.row_weight(), known, cu_seqlens,
             credit.baseline if values else None, credit.behaviour_logprobs, *self._transform, int(cost.statistic),
             cost.jsd_weight, credit.span, "values" if values else (credit.baseline or ""), credit.group_size,
             credit.numbers, gradient_threshold, self._backend, chosen.name, chosen.chunk_rows, chosen.ring_rows,
             self._needs,
         )  # fmt: skip
+        if denominator is not None and known is None:
+            total = total / denominator
         return ScalarLoss(total, statistics, weights, dropped)
 
     def differentiable_statistics(

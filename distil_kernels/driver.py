@@ -45,6 +45,7 @@ class Problem:
     kernels: ModuleType
     cost: Cost = FORWARD_CE
     gradient_threshold: float = 0.0  # smaller entries of the logits' gradient, relative to their row, are left out
+    denominator: Tensor | None = None  # [], of a scalar loss and its gradients; None for 1
 
     @property
     def num_rows(self) -> int:
@@ -90,7 +91,7 @@ class PolicyResult(NamedTuple):
 
 
 class ScalarResult(NamedTuple):
-    loss: Tensor  # [], sum over rows of weight * cost
+    loss: Tensor  # [], sum over rows of weight * cost, over the denominator
     statistics: Tensor  # [NUM_STATISTICS, N]
     credit: Tensor  # [2, N], weights a_t and cost-to-go G_t
     dropped: Tensor  # [N], share of the row's absolute gradient below the threshold
@@ -116,6 +117,7 @@ class Workspace:
 
     def __init__(self, problem: Problem, chunk_rows: int) -> None:
         self._problem = problem
+        self._scale = None if problem.denominator is None else problem.denominator.reciprocal()
         num_models = 1 if problem.teacher_hidden is None else 2
         self._logits = new_rows(problem.student_hidden, num_models * chunk_rows, problem.vocab_size, problem.dtype)
 
@@ -146,17 +148,26 @@ class Workspace:
         self, chunk: _Chunk, statistics: Tensor, cost_weight: Tensor, logprob_weight: Tensor | None, out: Tensor
     ) -> Tensor | None:
         problem = self._problem
+        if logprob_weight is not None:
+            logprob_weight = self._scaled(logprob_weight)
         return problem.kernels.row_grad(
-            chunk.logits, problem.student, problem.teacher, chunk.tokens, statistics, problem.cost, cost_weight,
-            logprob_weight, out,
+            chunk.logits, problem.student, problem.teacher, chunk.tokens, statistics, problem.cost,
+            self._scaled(cost_weight), logprob_weight, out,
         )  # fmt: skip
+
+    def _scaled(self, weight: Tensor) -> Tensor:
+        """Divided here and not once the gradients are summed: that would be a pass over dW, and round it twice."""
+        return weight if self._scale is None else weight * self._scale
 
     def row_stats_grad(self, chunk: _Chunk, cost_weight: Tensor, out: Tensor) -> tuple[Tensor, Tensor | None]:
         """Both, where no weight depends on the statistics: back ends may then read the logits once."""
         problem = self._problem
         at_once = getattr(problem.kernels, "row_stats_grad", None)
         if at_once is not None:
-            return at_once(chunk.logits, problem.student, problem.teacher, chunk.tokens, problem.cost, cost_weight, out)
+            return at_once(
+                chunk.logits, problem.student, problem.teacher, chunk.tokens, problem.cost, self._scaled(cost_weight),
+                out,
+            )  # fmt: skip
         statistics = self.row_stats(chunk)
         return statistics, self.row_grad(chunk, statistics, cost_weight, None, out)
 
@@ -164,7 +175,7 @@ class Workspace:
 def scalar_loss(
     problem: Problem, plan: Plan, needs: Needs, row_weight: Tensor, credit: Credit, lengths: Tensor
 ) -> ScalarResult:
-    """Sum over rows of row_weight * cost, and its sequence-level gradient.
+    """Sum over rows of row_weight * cost over the problem's denominator, and its sequence-level gradient.
 
     Args:
         row_weight: [N] in the accumulation dtype, 0 for rows that do not count.
@@ -174,13 +185,14 @@ def scalar_loss(
     compute = _in_one_pass if one_pass else _in_two_passes
     statistics, credit_weights, dropped, gradients = compute(problem, plan, needs, row_weight, credit, lengths)
     total = (row_weight * statistics[problem.cost.statistic]).sum()
-    return ScalarResult(total, statistics, credit_weights, dropped, gradients)
+    return ScalarResult(_divided(total, problem), statistics, credit_weights, dropped, gradients)
 
 
 def policy_loss(problem: Problem, plan: Plan, needs: Needs, row_weight: Tensor, policy: Policy) -> PolicyResult:
-    """Sum over rows of row_weight * (surrogate - entropy_weight * entropy); the problem's cost is the entropy.
+    """Sum over rows of row_weight * (surrogate - entropy_weight * entropy), over the problem's denominator.
 
-    A row's weights follow from its own log-prob, so one pass does for any rows in any order.
+    The problem's cost is the entropy. A row's weights follow from its own log-prob, so one pass does for any rows in
+    any order.
     """
     statistics = _new_statistics(problem)
     surrogate, clipped = torch.zeros_like(row_weight), torch.zeros_like(row_weight, dtype=torch.bool)
@@ -197,7 +209,12 @@ def policy_loss(problem: Problem, plan: Plan, needs: Needs, row_weight: Tensor, 
             rounding = workspace.row_grad(chunk, chunk_statistics, cost_weight, weight * derivative, out)
             sums.add(rows, out, rounding)
     rows_loss = surrogate - policy.entropy_weight * statistics[Statistic.ENTROPY]
-    return PolicyResult((row_weight * rows_loss).sum(), statistics, surrogate, clipped, sums.result())
+    total = _divided((row_weight * rows_loss).sum(), problem)
+    return PolicyResult(total, statistics, surrogate, clipped, sums.result())
+
+
+def _divided(total: Tensor, problem: Problem) -> Tensor:
+    return total if problem.denominator is None else total / problem.denominator
 
 
 def _in_one_pass(

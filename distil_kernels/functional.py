@@ -193,9 +193,9 @@ def token_loss(
         costs = call.differentiable_statistics(None, cost, plan, logprob_grad=False)[cost.statistic]
         weights = call.row_weight()
         return (costs if weights is None else costs * weights).reshape(student_hidden.shape[:-1])
-    found = call.scalar_loss(None, None, cost, Credit(span="none"), plan, gradient_threshold)
-    loss = found.total if reduction == "sum" else found.total / call.denominator(normalizer)
-    return ForwardCE(loss, found.dropped.reshape(student_hidden.shape[:-1])) if return_dropped else loss
+    denominator = None if reduction == "sum" else call.denominator(normalizer)
+    found = call.scalar_loss(None, None, cost, Credit(span="none"), plan, gradient_threshold, denominator)
+    return ForwardCE(found.total, found.dropped.reshape(student_hidden.shape[:-1])) if return_dropped else found.total
 
 
 def token_stats(
@@ -326,12 +326,14 @@ def fused_distil_loss(
         student_hidden, credit_span, baseline, group_size, discount, horizon, normalize_by_remaining, credit_clip,
         credit_scale, importance_clip, behaviour_logprobs,
     )  # fmt: skip
-    found = call.scalar_loss(tokens, cu_seqlens, Cost(COSTS[cost], jsd_weight), credit, plan, gradient_threshold)
     denominator = cu_seqlens.numel() - 1 if normalizer is None else normalizer
+    found = call.scalar_loss(
+        tokens, cu_seqlens, Cost(COSTS[cost], jsd_weight), credit, plan, gradient_threshold, denominator
+    )
     stats = _token_stats(found.statistics.detach(), student_hidden.shape[:-1])
     costs = found.statistics.detach()[COSTS[cost]]
     weights, cost_to_go = found.credit.detach().unbind()
-    return DistilLoss(found.total / denominator, stats, costs, weights, cost_to_go, found.dropped)
+    return DistilLoss(found.total, stats, costs, weights, cost_to_go, found.dropped)
 
 
 def _token_stats(statistics: Tensor, shape: torch.Size) -> TokenStats:

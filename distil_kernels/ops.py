@@ -38,6 +38,7 @@ def scalar_loss(
     tokens: Optional[Tensor],
     counted: Optional[Tensor],
     row_weight: Optional[Tensor],
+    denominator: Optional[Tensor],
     cu_seqlens: Optional[Tensor],
     baseline_values: Optional[Tensor],
     behaviour_logprobs: Optional[Tensor],
@@ -61,7 +62,7 @@ def scalar_loss(
     problem = make_problem(
         student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
         tokens, counted, temperature, teacher_temperature, logit_softcap, backend,
-        Cost(Statistic(cost), jsd_weight), gradient_threshold,
+        Cost(Statistic(cost), jsd_weight), gradient_threshold, denominator,
     )  # fmt: skip
     if row_weight is None:
         row_weight = student_hidden.new_ones(problem.num_rows, dtype=problem.dtype)
@@ -133,6 +134,7 @@ def policy_loss(
     tokens: Tensor,
     counted: Optional[Tensor],
     row_weight: Optional[Tensor],
+    denominator: Optional[Tensor],
     advantages: Tensor,
     old_logprobs: Optional[Tensor],
     clip_low: Optional[float],
@@ -149,7 +151,7 @@ def policy_loss(
     """The fields of PolicyLoss, then gradients of hidden, weight and bias."""
     problem = make_problem(
         student_hidden, student_weight, student_bias, None, None, None, tokens, counted, temperature, temperature,
-        logit_softcap, backend, Cost(Statistic.ENTROPY),
+        logit_softcap, backend, Cost(Statistic.ENTROPY), denominator=denominator,
     )  # fmt: skip
     if row_weight is None:
         row_weight = student_hidden.new_ones(problem.num_rows, dtype=problem.dtype)
@@ -391,6 +393,7 @@ def make_problem(
     backend: str,
     cost: Cost = FORWARD_CE,
     gradient_threshold: float = 0.0,
+    denominator: Tensor | None = None,
 ) -> driver.Problem:
     check_tokens(tokens, counted, student_weight.shape[0])
     dtype = accumulation_dtype(student_hidden.dtype)
@@ -410,6 +413,7 @@ def make_problem(
         BACKENDS[backend],
         cost,
         gradient_threshold,
+        denominator,
     )
 
 

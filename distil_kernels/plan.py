@@ -44,7 +44,15 @@ _EXTRA_BYTES = 4 * 2**30
 """On a GPU the chunk is twice that where all of the call's extra memory then stays below this. Every chunk reads both
 heads: at D = 4096 a product of 512 rows takes two thirds of its arithmetic's time for memory, of 1024 two fifths."""
 
-_ENOUGH_ROWS, _ENOUGH_BYTES = 256, 48 * 2**20
+
+class _Enough(NamedTuple):
+    """What a chunk on the CPU is, where its memory allows: `rows`, or more that take no more than `num_bytes`."""
+
+    rows: int
+    num_bytes: int
+
+
+_ENOUGH = _Enough(256, 48 * 2**20)
 """A larger chunk on the CPU wins nothing: at N = 1024, V = 49k, D = 576 the whole operation took 1.15, 1.16, 1.11,
 1.14, 1.10 times its bare products with 128, 192, 256, 384, 512 rows (one Zen 4 thread), and memory grows with them. A
 smaller one costs: every chunk packs all of W for its products (N = 512, V = 152k, D = 1024: 1.20 times at 128 rows,
@@ -58,19 +66,19 @@ is used."""
 class _InPlace(NamedTuple):
     """Rows of a chunk where W is read in place, so that a row costs the same whatever its chunk's size."""
 
-    enough: int
+    enough: _Enough
     least: int
-    """Where `enough` take more than `most_bytes`."""
+    """Where enough rows take more than `most_bytes`."""
     most_bytes: int
 
 
 _IN_PLACE = {
-    torch.float32: _InPlace(3 * _PANEL_ROWS, 2 * _PANEL_ROWS, 128 * 2**20),
-    torch.bfloat16: _InPlace(2 * _PANEL_ROWS, _PANEL_ROWS, 64 * 2**20),
+    torch.float32: _InPlace(_Enough(3 * _PANEL_ROWS, 48 * 2**20), 2 * _PANEL_ROWS, 128 * 2**20),
+    torch.bfloat16: _InPlace(_Enough(2 * _PANEL_ROWS, 8 * 2**20), _PANEL_ROWS, 64 * 2**20),
 }
 """In float32 every chunk adds to dW: at N = 512, V = 152k, D = 1024 144 rows took .9 of the time of 96 (two Zen 5
 threads), but their 168 MiB are more than half of what the leanest loss without chunks takes there. In bfloat16 dW waits
-for the ring: there 48 rows were as fast as 96, and at V = 49k as 96 and 144."""
+for the ring: 48, 96, 144, 480 rows took 1.06, 1.01, 1, 1 times as long at V = 12k, and 48 1.02 times 96 at V = 49k."""
 
 _RING_ROWS = 576
 """Rows of the ring where products add to bfloat16: at N = 4096, V = 49k, D = 576 288, 384, 576, 768 took 1.06, 1.02,
@@ -131,12 +139,12 @@ def choose_chunk_rows(shape: Shape, chunk_bytes: int | None = None) -> int:
     rows = budget // logits_chunk_bytes(shape, 1)
     multiple = _ROW_MULTIPLE.get(shape.device_type, _ROW_MULTIPLE["cuda"])
     if chunk_bytes is None and shape.device_type == "cpu":
-        enough = _ENOUGH_ROWS
+        enough = _ENOUGH
         if reads_head_in_place(shape.dtype):
             enough, least, most_bytes = _IN_PLACE[shape.dtype]
             multiple = _PANEL_ROWS
             rows = min(rows, max(least, most_bytes // logits_chunk_bytes(shape, 1)))
-        rows = min(rows, max(enough, _ENOUGH_BYTES // logits_chunk_bytes(shape, 1)))
+        rows = min(rows, max(enough.rows, enough.num_bytes // logits_chunk_bytes(shape, 1)))
     if rows > multiple:
         rows -= rows % multiple
     rows = max(1, min(rows, shape.num_rows))
@@ -172,7 +180,7 @@ def _ring_rows_on_cpu(shape: Shape, chunk_rows: int) -> int:
     if operand_dtype(shape.dtype, "cpu") == accumulation_dtype(shape.dtype):
         return 0
     adds = adds_to_bf16(shape.dtype, "cpu")
-    if shape.grad_head and _spares_accumulator(shape, _RING_ROWS if adds else _ENOUGH_ROWS):
+    if shape.grad_head and _spares_accumulator(shape, _RING_ROWS if adds else _ENOUGH.rows):
         rows = max(_sparing_rows(shape), 3 * chunk_rows)  # a product of few rows is mostly reading W
     elif adds:
         rows = _RING_ROWS

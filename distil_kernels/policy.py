@@ -129,8 +129,6 @@ def fused_policy_loss(
         advantages.detach().reshape(-1), None if old_logprobs is None else old_logprobs.detach().reshape(-1),
         clip_low, clip_high, float(entropy_weight),
     )  # fmt: skip
-    found = call.policy_loss(tokens.reshape(-1), policy, plan)
+    found = call.policy_loss(tokens.reshape(-1), policy, plan, call.denominator(normalizer))
     rows = found.statistics[Statistic.LOGPROB], found.statistics[Statistic.ENTROPY], found.clipped
-    return PolicyLoss(
-        found.total / call.denominator(normalizer), *(row.detach().reshape(student_hidden.shape[:-1]) for row in rows)
-    )
+    return PolicyLoss(found.total, *(row.detach().reshape(student_hidden.shape[:-1]) for row in rows))

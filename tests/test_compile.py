@@ -87,7 +87,7 @@ def test_opcheck_scalar_loss(plan, generator):
     torch.library.opcheck(
         torch.ops.distil_kernels.scalar_loss,
         (i.student_hidden, i.student_weight, None, i.teacher_hidden, i.teacher_weight, None, i.tokens, None, None,
-         torch.tensor([0, 2, 6]), None, torch.zeros(6), 1.0, 1.0, None, 0, 0.5, "future", "", 1,
+         torch.tensor(3.0), torch.tensor([0, 2, 6]), None, torch.zeros(6), 1.0, 1.0, None, 0, 0.5, "future", "", 1,
          [0.9, 2.0, 1.0, 5.0, 1.0, 2.0], 0.0, "cpu", plan, 4, 0, [True, True, False]),
     )  # fmt: skip
 

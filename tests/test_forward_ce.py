@@ -244,6 +244,17 @@ def test_nan_is_not_hidden(backend, generator):
     assert value.isnan().tolist() == [False, False, True, False]
 
 
+def test_a_mean_is_rounded_once(generator):
+    """bfloat16 gradients of a mean over 7 rows are those of a sum with weights 1/7, bit for bit."""
+    inputs = make_inputs(7, 300, 16, dtype=torch.bfloat16, generator=generator)
+    leaves = list(inputs.leaves.values())
+    mean = fused_forward_ce(*inputs.heads, backend="cpu")
+    weighted = fused_forward_ce(*inputs.heads, token_weight=torch.full((7,), 7.0).reciprocal(), reduction="sum",
+                                backend="cpu")  # fmt: skip
+    for found, exact in zip(torch.autograd.grad(mean, leaves), torch.autograd.grad(weighted, leaves), strict=True):
+        assert torch.equal(found, exact)
+
+
 def test_global_normalizer_makes_accumulation_exact(generator):
     """Two micro-batches with one denominator give the gradients of the whole batch."""
     mask = torch.rand(20, generator=generator) < 0.7

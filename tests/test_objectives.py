@@ -270,8 +270,9 @@ def test_opcheck_policy_loss(generator):
     # scale the op's own outputs in place.
     torch.library.opcheck(
         torch.ops.distil_kernels.policy_loss,
-        (inputs.student_hidden, inputs.student_weight, None, inputs.tokens, None, None, -torch.ones(6), None, 0.2, 0.2,
-         0.01, 1.0, None, "reference", "gradient_in_forward", 4, 0, [True, True, False]),
+        (inputs.student_hidden, inputs.student_weight, None, inputs.tokens, None, None, torch.tensor(3.0),
+         -torch.ones(6), None, 0.2, 0.2, 0.01, 1.0, None, "reference", "gradient_in_forward", 4, 0,
+         [True, True, False]),
     )  # fmt: skip
 
 

@@ -28,6 +28,8 @@ constexpr std::int64_t kDeep = 512;   // words of a block along the depth; up to
 constexpr std::int64_t kChain = 128;  // words summed in a register: rounding grows with the chain
 constexpr std::int64_t kSpreadWords = 64 * kDeep;  // of a block: 128 KiB beside a panel of 96 KiB
 constexpr std::int64_t kPanelWords = 1 << 20;      // of all panels of a block: 4 MiB of the outer cache
+constexpr std::int64_t kLine = 64;                 // bytes
+constexpr std::int64_t kLanesOfLine = 32;          // of bfloat16, side by side
 constexpr std::int64_t kLarge = 1 << 20;           // elements of a C that no cache keeps
 
 struct Float32 {
@@ -53,10 +55,17 @@ struct BFloat16 {
   // One word of 16 lanes.
   static __m512i across(const Lanes& in, std::int64_t lane, std::int64_t num_lanes, std::int64_t depth,
                         std::int64_t num_depths) {
+    if (in.is_bf16 && num_lanes >= kVector && num_depths > 1) {  // nearly always: one test for all of it
+      const auto* const from = in.at<std::uint16_t>(lane, depth);
+      return join(load_bf16(from, 0xffff), load_bf16(from + in.depth_stride, 0xffff));
+    }
     const bool whole = num_depths > 1;
     const __m512i low = load_lanes(in, lane, depth, num_lanes);
     const __m512i high = load_lanes(in, lane, depth + whole, whole ? num_lanes : 0);
     return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+  }
+  static __m512i join(__m256i low, __m256i high) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
   }
   static __m512 multiply_add(__m512i left, __m512i right, __m512 sum) {
     return _mm512_dpbf16_ps(sum, (__m512bh)left, (__m512bh)right);
@@ -142,91 +151,16 @@ void multiply_tile(const Pair* const* lanes, std::int64_t step, std::int64_t ahe
   }
 }
 
-template <class Word>
-void multiply_group(const Spread& spread, int num_lanes, const Pair* panel, int width, std::int64_t num_words,
-                    float (*tiles)[kPanel]) {
-  const auto multiply = width == kPanel        ? multiply_tile<Word, 3>
-                        : width == 2 * kVector ? multiply_tile<Word, 2>
-                                               : multiply_tile<Word, 1>;
-  for (int i = 0; i < num_lanes; i += kTile) {
-    std::int64_t word = 0;
-    do {
-      const std::int64_t end = std::min(word + kChain, num_words);
-      multiply(spread.lane + i, spread.step, spread.ahead, panel, word, end, tiles + i);
-      word = end;
-    } while (word < num_words);
-  }
-}
-
-__m512 widen(__m256i bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16)); }
-
-void store_bf16(std::uint16_t* to, __mmask16 mask, __m256i values) {
-  if (mask == 0xffff) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), values);
-  } else {
-    _mm256_mask_storeu_epi16(to, mask, values);
-  }
-}
-
-// C as the kernels see it.
-struct Target {
-  Product product;
-  bool transposed;  // the spread operand is B
-  Store store;
-
-  // `count` sums to consecutive places of a row.
-  void put(__m512 sums, std::int64_t row, std::int64_t column, std::int64_t count) const {
-    const std::int64_t at = row * product.row_stride + column;
-    const __mmask16 mask = first(count);
-    if (product.is_bf16) return put_rounded(sums, at, mask);
-    float* const to = static_cast<float*>(product.data) + at;
-    if (store == Store::kAdd) {
-      _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), sums));
-    } else if (store == Store::kStream && count >= kVector && reinterpret_cast<std::uintptr_t>(to) % 64 == 0) {
-      _mm512_stream_ps(to, sums);
-    } else {
-      _mm512_mask_storeu_ps(to, mask, sums);
-    }
-  }
-
-  void put_rounded(__m512 sums, std::int64_t at, __mmask16 mask) const {
-    std::uint16_t* const to = static_cast<std::uint16_t*>(product.data) + at;
-    std::uint16_t* const rest = product.rest == nullptr ? nullptr : product.rest + at;
-    if (store == Store::kAdd) {
-      if (rest != nullptr) sums = _mm512_add_ps(sums, widen(load_bf16(rest, mask)));
-      sums = _mm512_add_ps(sums, widen(load_bf16(to, mask)));
-    }
-    const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(sums);
-    store_bf16(to, mask, rounded);
-    if (rest == nullptr) return;
-    store_bf16(rest, mask, (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(sums, widen(rounded))));
-  }
-
-  // The group's tile: `num_spread` lanes from `spread` on by `num_panel` from `panel` on.
-  void put_tiles(const float (*tiles)[kPanel], std::int64_t spread, int num_spread, std::int64_t panel,
-                 int num_panel) const {
-    for (int j = 0; j < num_panel; j += kVector) {
-      __m512i rows[kVector];
-      for (int i = 0; i < kVector; ++i) rows[i] = _mm512_load_si512(tiles[i] + j);
-      if (transposed) transpose(rows);
-      const int here = std::min(kVector, num_panel - j);
-      for (int i = 0; i < (transposed ? here : num_spread); ++i) {
-        const __m512 sums = _mm512_castsi512_ps(rows[i]);
-        if (transposed) {
-          put(sums, panel + j + i, spread, num_spread);
-        } else {
-          put(sums, spread + i, panel + j, here);
-        }
-      }
-    }
-  }
-};
-
 struct Range {
   std::int64_t begin, end;
 };
 
 std::int64_t num_tiles(Range lanes, std::int64_t width) { return (lanes.end - lanes.begin + width - 1) / width; }
+
+// Words summed in a register before they are added to the tile, from `word` on: a short rest joins them.
+std::int64_t chain_end(std::int64_t word, std::int64_t num_words) {
+  return num_words - word < kChain + kChain / 2 ? num_words : word + kChain;
+}
 
 // Asks for the block of an operand that is packed next, some lines at a time, while the one before it is
 // multiplied: packing touches few lines of each of many rows, too few for the processor to foresee. Where a lane's
@@ -255,9 +189,110 @@ class Prefetch {
   }
 
  private:
-  static constexpr std::int64_t kLine = 64;
   const char* row_ = nullptr;
   std::int64_t stride_ = 0, row_size_ = 0, at_ = 0, left_ = 0, per_step_ = 0;
+};
+
+template <class Word>
+void multiply_group(const Spread& spread, int num_lanes, const Pair* panel, int width, std::int64_t num_words,
+                    float (*tiles)[kPanel], Prefetch& next_spread, Prefetch& next_panels) {
+  const auto multiply = width == kPanel        ? multiply_tile<Word, 3>
+                        : width == 2 * kVector ? multiply_tile<Word, 2>
+                                               : multiply_tile<Word, 1>;
+  for (int i = 0; i < num_lanes; i += kTile) {
+    std::int64_t word = 0;
+    do {
+      const std::int64_t end = chain_end(word, num_words);
+      next_spread.step();
+      next_panels.step();
+      multiply(spread.lane + i, spread.step, spread.ahead, panel, word, end, tiles + i);
+      word = end;
+    } while (word < num_words);
+  }
+}
+
+__m512 widen(__m256i bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16)); }
+
+void store_bf16(std::uint16_t* to, __mmask16 mask, __m256i values) {
+  if (mask == 0xffff) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), values);
+  } else {
+    _mm256_mask_storeu_epi16(to, mask, values);
+  }
+}
+
+// C as the kernels see it.
+struct Target {
+  Product product;
+  bool transposed;  // the spread operand is B
+  Store store;
+
+  // What `count` consecutive places of a row hold.
+  __m512 held(std::int64_t row, std::int64_t column, std::int64_t count) const {
+    const std::int64_t at = row * product.row_stride + column;
+    const __mmask16 mask = first(count);
+    if (!product.is_bf16) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(product.data) + at);
+    const __m512 values = widen(load_bf16(static_cast<const std::uint16_t*>(product.data) + at, mask));
+    return product.rest == nullptr ? values : _mm512_add_ps(widen(load_bf16(product.rest + at, mask)), values);
+  }
+
+  void put(__m512 sums, std::int64_t row, std::int64_t column, std::int64_t count) const {
+    const std::int64_t at = row * product.row_stride + column;
+    const __mmask16 mask = first(count);
+    if (product.is_bf16) return put_rounded(sums, at, mask);
+    float* const to = static_cast<float*>(product.data) + at;
+    if (store == Store::kStream && count >= kVector && reinterpret_cast<std::uintptr_t>(to) % 64 == 0) {
+      _mm512_stream_ps(to, sums);
+    } else {
+      _mm512_mask_storeu_ps(to, mask, sums);
+    }
+  }
+
+  void put_rounded(__m512 sums, std::int64_t at, __mmask16 mask) const {
+    const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(sums);
+    store_bf16(static_cast<std::uint16_t*>(product.data) + at, mask, rounded);
+    if (product.rest == nullptr) return;
+    store_bf16(product.rest + at, mask, (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(sums, widen(rounded))));
+  }
+
+  // Asks for the places of such a tile: nothing foresees them, since each row of C holds a line or two of it.
+  void prefetch_tiles(std::int64_t spread, int num_spread, std::int64_t panel, int num_panel) const {
+    if (store == Store::kStream) return;
+    const std::int64_t row = transposed ? panel : spread, column = transposed ? spread : panel;
+    const int num_rows = transposed ? num_panel : num_spread, num_columns = transposed ? num_spread : num_panel;
+    const std::int64_t size = product.is_bf16 ? sizeof(std::uint16_t) : sizeof(float);
+    const auto fetch = [&](const void* matrix) {
+      for (int i = 0; i < num_rows; ++i) {
+        const char* const from =
+            static_cast<const char*>(matrix) + ((row + i) * product.row_stride + column) * size;
+        for (std::int64_t at = 0; at < num_columns * size; at += kLine) _mm_prefetch(from + at, _MM_HINT_T0);
+        _mm_prefetch(from + num_columns * size - 1, _MM_HINT_T0);
+      }
+    };
+    fetch(product.data);
+    if (product.rest != nullptr) fetch(product.rest);
+  }
+
+  // The group's tile: `num_spread` lanes from `spread` on by `num_panel` from `panel` on.
+  void put_tiles(const float (*tiles)[kPanel], std::int64_t spread, int num_spread, std::int64_t panel,
+                 int num_panel) const {
+    for (int j = 0; j < num_panel; j += kVector) {
+      __m512i rows[kVector];
+      for (int i = 0; i < kVector; ++i) rows[i] = _mm512_load_si512(tiles[i] + j);
+      if (transposed) transpose(rows);
+      const int here = std::min(kVector, num_panel - j);
+      const std::int64_t row = transposed ? panel + j : spread, column = transposed ? spread : panel + j;
+      const int num_rows = transposed ? here : num_spread, num_columns = transposed ? num_spread : here;
+      // All is read before anything is written: a read waits for a write some multiple of 4096 bytes before it.
+      if (store == Store::kAdd) {
+        for (int i = 0; i < num_rows; ++i) {
+          const __m512 before = held(row + i, column, num_columns);
+          rows[i] = _mm512_castps_si512(_mm512_add_ps(before, _mm512_castsi512_ps(rows[i])));
+        }
+      }
+      for (int i = 0; i < num_rows; ++i) put(_mm512_castsi512_ps(rows[i]), row + i, column, num_columns);
+    }
+  }
 };
 
 // Blocks along the depth of so many words. A bfloat16 C is rounded once, from sums of the whole depth.
@@ -273,7 +308,8 @@ void multiply_part(const Lanes& spread, Range spread_lanes, const Lanes& panels,
   const std::int64_t num_blocks = depth_blocks(words, target.product);
   const std::int64_t block = round_up(std::max<std::int64_t>((words + num_blocks - 1) / num_blocks, 1), kVector);
   const std::int64_t most_panel_lanes = std::max<std::int64_t>(kPanelWords / block / kPanel, 1) * kPanel;
-  const std::int64_t most_spread_lanes = std::max<std::int64_t>(kSpreadWords / block / kGroup, 1) * kGroup;
+  const std::int64_t most_spread_lanes =
+      std::max<std::int64_t>(kSpreadWords / block / kLanesOfLine, 1) * kLanesOfLine;
   const bool in_place =
       spread.depth_stride == 1 && spread.is_bf16 == (Word::kDepth == 2) && depth % Word::kDepth == 0;
   Pair* const packed_spread = packing_room((most_spread_lanes + most_panel_lanes) * block);
@@ -283,6 +319,7 @@ void multiply_part(const Lanes& spread, Range spread_lanes, const Lanes& panels,
     const std::int64_t k = b * block * Word::kDepth;
     const std::int64_t depths = std::min(depth - k, block * Word::kDepth);
     const std::int64_t num_words = (depths + Word::kDepth - 1) / Word::kDepth;
+    const std::int64_t num_chains = std::max<std::int64_t>(num_words / kChain, 1);
     if (b > 0) target.store = Store::kAdd;
     for (std::int64_t p = panel_lanes.begin; p < panel_lanes.end; p += most_panel_lanes) {
       const std::int64_t p_end = std::min(p + most_panel_lanes, panel_lanes.end);
@@ -291,14 +328,14 @@ void multiply_part(const Lanes& spread, Range spread_lanes, const Lanes& panels,
       };
       const auto packed_panel = [&](std::int64_t lane) { return packed_panels + (lane - p) * num_words; };
       pack<Word>(panels, p, p_end, k, depths, num_words, kPanel, packed_panels);
+      const std::int64_t steps_of_lanes = num_tiles({p, p_end}, kPanel) * num_chains;
       Prefetch next_panels(panels, {p, p_end}, {k + depths, std::min(depth, k + depths + block * Word::kDepth)},
-                           num_tiles({p, p_end}, kPanel) * num_tiles(spread_lanes, kGroup));
+                           steps_of_lanes * num_tiles(spread_lanes, kTile));
       for (std::int64_t s = spread_lanes.begin; s < spread_lanes.end; s += most_spread_lanes) {
         const std::int64_t s_end = std::min(s + most_spread_lanes, spread_lanes.end);
         if (!in_place) pack<Word>(spread, s, s_end, k, depths, num_words, kGroup, packed_spread);
         const Range next{s_end, std::min(s_end + most_spread_lanes, spread_lanes.end)};
-        Prefetch next_spread(spread, next, {k, k + depths},
-                             num_tiles({p, p_end}, kPanel) * num_tiles({s, s_end}, kGroup));
+        Prefetch next_spread(spread, next, {k, k + depths}, steps_of_lanes * num_tiles({s, s_end}, kTile));
         for (std::int64_t l = p; l < p_end; l += kPanel) {
           for (std::int64_t g = s; g < s_end; g += kGroup) {
             const int lanes_here = static_cast<int>(std::min<std::int64_t>(kGroup, s_end - g));
@@ -309,10 +346,11 @@ void multiply_part(const Lanes& spread, Range spread_lanes, const Lanes& panels,
               group.lane[i] = in_place ? spread.words(g + std::min(i, lanes_here - 1), k)
                                        : packed_spread + (g - s) * num_words + i;
             }
-            next_spread.step();
-            next_panels.step();
-            multiply_group<Word>(group, lanes_here, packed_panel(l), width(l), num_words, tiles);
-            target.put_tiles(tiles, g, lanes_here, l, static_cast<int>(std::min<std::int64_t>(kPanel, p_end - l)));
+            const int panel_here = static_cast<int>(std::min<std::int64_t>(kPanel, p_end - l));
+            target.prefetch_tiles(g, lanes_here, l, panel_here);
+            multiply_group<Word>(group, lanes_here, packed_panel(l), width(l), num_words, tiles, next_spread,
+                                 next_panels);
+            target.put_tiles(tiles, g, lanes_here, l, panel_here);
           }
         }
       }
