@@ -32,7 +32,7 @@ from distil_kernels.backends.dispatch import BACKENDS
 
 Loss = Callable[[Problem], Tensor]
 
-GRADIENT_THRESHOLDS = (1e-5, 1e-4, 1e-3)
+GRADIENT_THRESHOLDS = (1e-5, 5e-5, 1e-3)
 """Relative to the row's largest entry of the logits' gradient."""
 
 

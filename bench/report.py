@@ -1,4 +1,4 @@
-"""What a run looks like: header, aligned tables, Markdown, figures. Everything is made from the JSON alone."""
+"""What a run reads like: header, aligned tables, Markdown. Everything is made from the JSON alone."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ PACKAGES = (
     "distil-kernels", "torch", "triton", "liger-kernel", "trl", "transformers", "torchtune", "flash-linear-attention",
     "cut-cross-entropy", "orda-kernel",
 )  # fmt: skip
+LEAVES = ("student_hidden", "student_weight")
+"""Whose gradients' errors are shown: dh and dW."""
 COLUMNS = (
     "", "ms", "+-", "x limit", "x ours", "peak MiB", "err dh", "err dW", "converged dh", "converged dW",
 )  # fmt: skip
 MIB = 2**20
-
-_LEGEND_WIDTH = 3.0
-"""Inches beside the axes."""
 
 
 def header(device: str, threads: int) -> dict[str, object]:
@@ -140,9 +139,46 @@ def cells(table: dict) -> list[list[str]]:
             row["name"], f"{row['ms']:.1f}", f"{row['spread_ms']:.1f}", ratio(row, "limit_ratio"),
             ratio(row, "ours_ratio"),
             f"{row['peak_extra_bytes'] / MIB:.0f}" if row.get("peak_extra_bytes") is not None else "-",
-            *(error(row, regime, leaf) for regime in REGIMES for leaf in ("student_hidden", "student_weight")),
+            *(error(row, regime, leaf) for regime in REGIMES for leaf in LEAVES),
         ]
         for row in timed
+    ]  # fmt: skip
+
+
+SUMMARY_COLUMNS = (
+    "case", "ours, ms", "of torch's products", "of the fastest products", "fastest peer, ms", "", "ours, MiB",
+    "leanest peer, MiB", "", "our error", "fastest peer's error",
+)  # fmt: skip
+
+
+def summary(runs: list[dict]) -> str:
+    """Markdown, a line for each table with peers: the fastest exact candidate of ours beside the fastest and the
+    leanest of them; errors are of the converged pair, the larger of dh and dW."""
+    found = [line for run in runs for table in run["tables"] if (line := _summary_line(table))]
+    return "\n".join(markdown_lines("In short", SUMMARY_COLUMNS, found, [])).rstrip()
+
+
+def _summary_line(table: dict) -> list[str] | None:
+    case, timed = table["case"], [row for row in table["rows"] if "ms" in row]
+
+    def fastest(group: str) -> dict:
+        return min((row for row in timed if row["group"] == group), key=lambda row: row["ms"])
+
+    def error(row: dict) -> str:
+        return f"{max(row['errors']['converged'][leaf] for leaf in LEAVES):.1e}"
+
+    peers = [row for row in timed if row["group"] == "peer"]
+    lean = [row for row in peers if row.get("peak_extra_bytes")]
+    if not lean or not any(row["group"] == "ours" for row in timed):
+        return None
+    ours, peer, leanest = fastest("ours"), fastest("peer"), min(lean, key=lambda row: row["peak_extra_bytes"])
+    own = [row for row in timed if row["group"] == "limit" and row["name"].endswith(f", {case['dtype']}")]
+    return [
+        f"{case['op']} {case['num_rows']}x{case['vocab_size']}x{case['hidden_size']} {case['dtype']}, "
+        f"{case['threads']} threads",
+        f"{ours['ms']:.0f}", f"{ours['ms'] / own[0]['ms']:.2f}" if own else "-", f"{ours['limit_ratio']:.2f}",
+        f"{peer['ms']:.0f}", peer["name"], f"{ours['peak_extra_bytes'] / MIB:.0f}",
+        f"{leanest['peak_extra_bytes'] / MIB:.0f}", leanest["name"], error(ours), error(peer),
     ]  # fmt: skip
 
 
@@ -190,69 +226,3 @@ def markdown_lines(title: str, columns: Sequence[str], lines: list[list[str]], n
         f"### {title}", "", "| " + " | ".join(columns) + " |", "|---|" + "--:|" * (len(columns) - 1),
         *("| " + " | ".join(line) + " |" for line in lines), "", *(f"- {note}" for note in notes),
     ]  # fmt: skip
-
-
-def plot(runs: list[dict], folder: Path) -> list[Path]:
-    """Time and memory against N and V: one figure per op, dtype and thread count that has two points on an axis."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    groups: dict[tuple, list[dict]] = {}
-    for table in (table for run in runs for table in run["tables"]):
-        case = table["case"]
-        groups.setdefault((case["op"], case["dtype"], case["device"], case["threads"]), []).append(table)
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for (op, dtype, device, threads), tables in groups.items():
-        series = {axis: _longest_series(tables, axis) for axis in ("num_rows", "vocab_size")}
-        series = {axis: found for axis, found in series.items() if len(found) > 1}
-        if not series:
-            continue
-        width = 5.5 * len(series) + _LEGEND_WIDTH
-        figure, axes = plt.subplots(2, len(series), figsize=(width, 7), squeeze=False)
-        for column, (axis, found) in enumerate(series.items()):
-            _draw(axes[0][column], found, axis, "ms", "milliseconds", 1.0)
-            _draw(axes[1][column], found, axis, "peak_extra_bytes", "peak extra memory, MiB", MIB)
-        handles, labels = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="center right", frameon=False)
-        figure.suptitle(f"{op}, {dtype}, {device}, {threads} threads: forward and backward")
-        figure.tight_layout(rect=(0, 0, 1 - _LEGEND_WIDTH / width, 1))
-        for suffix in ("png", "svg"):
-            written.append(folder / f"{op}_{dtype}_{device}_{threads}.{suffix}")
-            figure.savefig(written[-1], dpi=150)
-        plt.close(figure)
-    return written
-
-
-def _longest_series(tables: list[dict], axis: str) -> list[dict]:
-    """Tables that differ in `axis` only (for V: whatever D is), ascending."""
-    fixed = {"num_rows": ("vocab_size", "hidden_size"), "vocab_size": ("num_rows",)}[axis]
-    found: dict[tuple, dict[int, dict]] = {}
-    for table in tables:
-        case = table["case"]
-        found.setdefault(tuple(case[name] for name in fixed), {})[case[axis]] = table
-    longest = max(found.values(), key=len)
-    return [longest[size] for size in sorted(longest)]
-
-
-def _draw(axes: object, tables: list[dict], axis: str, key: str, label: str, unit: float) -> None:
-    names = list(dict.fromkeys(row["name"] for table in tables for row in table["rows"]))
-    for name in names:
-        points = [
-            (table["case"][axis], row[key] / unit, row["group"])
-            for table in tables
-            for row in table["rows"]
-            if row["name"] == name and row.get(key) is not None
-        ]
-        if len(points) < 2:
-            continue
-        style = {"limit": "k:", "ours": "o-", "approximate": "^-", "peer": "s--", "label": "x:"}[points[0][2]]
-        axes.plot([x for x, _, _ in points], [y for _, y, _ in points], style, label=name, markersize=4)
-    axes.set(xlabel={"num_rows": "tokens N", "vocab_size": "vocabulary V"}[axis], ylabel=label)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xticks(sizes := [table["case"][axis] for table in tables], [str(size) for size in sizes])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)

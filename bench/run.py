@@ -25,6 +25,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+import figures
 import report
 import torch
 from cases import (
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parse(arguments)
     if options.render:
         runs = [json.loads(Path(path).read_text()) for path in options.render]
-        print("\n\n".join(report.markdown(run) for run in runs))
+        print("\n\n".join([report.summary(runs), *map(report.markdown, runs)]))
     else:
         torch.set_num_threads(options.threads)
         run = {"header": report.header(options.device, options.threads), "tables": []}
@@ -67,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
             Path(options.json).parent.mkdir(parents=True, exist_ok=True)
             Path(options.json).write_text(json.dumps(run, indent=1) + "\n")
     if options.plot:
-        for path in report.plot(runs, Path(options.plot)):
+        for path in figures.plot(runs, Path(options.plot)):
             print(f"wrote {path}", file=sys.stderr)
     if not options.render:
         print(json.dumps(runs[0]))

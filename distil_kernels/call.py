@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,12 +50,8 @@ class Call:
         door.positive("temperature", temperature, optional=False)
         door.positive("teacher_temperature", teacher_temperature)
         door.positive("logit_softcap", logit_softcap)
-        if isinstance(student_hidden, Tensor) and torch.is_autocast_enabled(student_hidden.device.type):
-            # As for a linear layer: the products run in the autocast dtype; results stay float32.
-            dtype = torch.get_autocast_dtype(student_hidden.device.type)
-            student_hidden, student_weight = _cast(student_hidden, dtype), _cast(student_weight, dtype)
-            teacher_hidden = None if teacher_hidden is None else _cast(teacher_hidden, dtype)
-            teacher_weight = None if teacher_weight is None else _cast(teacher_weight, dtype)
+        student_hidden, student_weight = as_autocast(student_hidden, student_weight)
+        teacher_hidden, teacher_weight = as_autocast(teacher_hidden, teacher_weight)
         seen = student_hidden if teacher_hidden is None else teacher_hidden
         door.heads(student_hidden, student_weight, seen, teacher_weight, student_bias, teacher_bias)
         door.rows("token_mask", token_mask, student_hidden, "bool")
@@ -168,8 +164,17 @@ class Call:
         )  # fmt: skip
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """As autocast does: float64 stays as it is."""
-    if not isinstance(tensor, Tensor) or tensor.dtype == torch.float64 or not tensor.is_floating_point():
-        return tensor
-    return tensor.to(dtype)
+def as_autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Hidden states and heads as a linear layer would take them: under autocast in its dtype, but for float64.
+
+    Results stay float32. What is no tensor is left for the checks that follow.
+    """
+
+    def cast(tensor: Any) -> Any:
+        if not isinstance(tensor, Tensor) or tensor.is_meta or not torch.is_autocast_enabled(tensor.device.type):
+            return tensor
+        if tensor.dtype == torch.float64 or not tensor.is_floating_point():
+            return tensor
+        return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+    return tuple(map(cast, tensors))

@@ -15,7 +15,7 @@ plain torch on every device: three passes over a chunk of logits. The gradient i
 
 so that the sequence-level loss adds no pass to it; but its a_t need every row's cross-entropy first, and so
 `fused_topk_distil_loss` forms the logits twice (4 products of 2NVD FLOP, `fused_topk_ce` 3). Left out: a loss per token
-with its own gradient, rollouts older than the student, autocast and other back ends.
+with its own gradient, other back ends, and torch.compile of `fused_topk_distil_loss`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from distil_kernels import memory, ops
 from distil_kernels.backends import reference
+from distil_kernels.call import as_autocast
 from distil_kernels.checks import Door, check_tokens, sequence_lengths
 from distil_kernels.credit import Credit, CreditScan, on_device, reverse_chunks
 from distil_kernels.driver import plain_chunks
@@ -93,6 +94,7 @@ def fused_topk_ce(
             at on the CPU only: on a GPU it would cost a synchronisation.
     """
     door = Door("fused_topk_ce")
+    student_hidden, student_weight = as_autocast(student_hidden, student_weight)
     door.one_of("reduction", reduction, ("mean", "sum"))
     door.positive("temperature", temperature, optional=False)
     door.positive("logit_softcap", logit_softcap)
@@ -116,7 +118,8 @@ def fused_topk_ce(
     total, *_ = topk_loss(
         student_hidden.reshape(-1, student_hidden.shape[-1]), student_weight, student_bias,
         teacher_ids.reshape(-1, num_kept), teacher_logprobs.detach().to(dtype).reshape(-1, num_kept), None, counted,
-        weight.reshape(-1), None, float(temperature), logit_softcap, needs,
+        weight.reshape(-1), None, float(temperature), logit_softcap, *_sizes(student_hidden, student_weight, needs),
+        needs,
     )  # fmt: skip
     if reduction == "sum":
         return total
@@ -168,6 +171,7 @@ def fused_topk_distil_loss(
         As `fused_topk_ce` and `fused_distil_loss`.
     """
     door = Door("fused_topk_distil_loss")
+    student_hidden, student_weight = as_autocast(student_hidden, student_weight)
     door.positive("temperature", temperature, optional=False)
     door.positive("logit_softcap", logit_softcap)
     door.normalizer(normalizer, student_hidden)
@@ -195,7 +199,8 @@ def fused_topk_distil_loss(
     ratio = credit.importance(stats.logprob, slice(None))
     if ratio is not None:
         counts, weights = counts * ratio, weights * ratio
-    total, *_ = topk_loss(*rows, tokens, token_mask, counts, weights, *options, needs)
+    sizes = _sizes(student_hidden, student_weight, needs)
+    total, *_ = topk_loss(*rows, tokens, token_mask, counts, weights, *options, *sizes, needs)
     if ratio is not None:  # the value has no ratios
         total = total + (stats.ce.sum() - total).detach()
     if cost == "kl":
@@ -206,6 +211,16 @@ def fused_topk_distil_loss(
 
 def _needs(*leaves: Tensor | None) -> list[bool]:
     return [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]
+
+
+def _sizes(hidden: Tensor, weight: Tensor, needs: list[bool]) -> tuple[int, int]:
+    """Rows of a chunk of logits and of the ring."""
+    shape = Shape(
+        hidden.shape[:-1].numel(), weight.shape[0], hidden.shape[-1], hidden.dtype, hidden.device.type, scalar=True,
+        grad_hidden=needs[0], grad_head=needs[1] or needs[2],
+    )  # fmt: skip
+    chunk_rows = choose_chunk_rows(shape)
+    return chunk_rows, choose_ring_rows(shape, chunk_rows)
 
 
 def _credit(credit: Credit, lengths: Tensor, counted: Tensor | None, costs: Tensor) -> Tensor:
@@ -267,6 +282,8 @@ def topk_loss(
     score_weight: Optional[Tensor],
     temperature: float,
     logit_softcap: Optional[float],
+    chunk_rows: int,
+    ring_rows: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(sum of row_weight * CE [], gradients of hidden, weight and bias); score_weight * grad log S[tokens] enters the
@@ -274,9 +291,7 @@ def topk_loss(
     problem = _Problem(
         student_hidden, student_weight, student_bias, teacher_ids, teacher_logprobs, counted, temperature, logit_softcap
     )
-    shape = problem.shape(needs)
-    chunk_rows = choose_chunk_rows(shape)
-    sums = GradientSums(student_hidden, student_weight, Needs(*needs), choose_ring_rows(shape, chunk_rows))
+    sums = GradientSums(student_hidden, student_weight, Needs(*needs), ring_rows)
     loss = row_weight.new_zeros(())
     for rows, raw, both in problem.chunks(chunk_rows):
         weight = row_weight[rows]
@@ -299,13 +314,6 @@ class _Problem(NamedTuple):
     temperature: float
     softcap: float | None
 
-    def shape(self, needs: list[bool]) -> Shape:
-        hidden, vocab_size = self.hidden, self.weight.shape[0]
-        return Shape(
-            hidden.shape[0], vocab_size, hidden.shape[1], hidden.dtype, hidden.device.type, scalar=True,
-            grad_hidden=needs[0], grad_head=needs[1] or needs[2],
-        )  # fmt: skip
-
     def chunks(self, chunk_rows: int) -> Iterator[tuple[Rows, Tensor, _Buckets]]:
         """Rows that count, room for the gradient of their raw logits [R, V], and both models' buckets there."""
         dtype = self.logprobs.dtype
@@ -321,7 +329,7 @@ class _Problem(NamedTuple):
     def statistics(self, tokens: Tensor) -> TokenStats:
         """Of every row that counts; 0 elsewhere, NaN what is not known."""
         found = self.logprobs.new_zeros(7, self.hidden.shape[0])
-        for rows, _, both in self.chunks(choose_chunk_rows(self.shape([False] * 3))):
+        for rows, _, both in self.chunks(_sizes(self.hidden, self.weight, [False] * 3)[0]):
             found[:, rows] = torch.stack(both.statistics(tokens[rows]))
         ce, kl, logprob, teacher_logprob, entropy, lse, agree = found
         nan = torch.full_like(ce, torch.nan)
@@ -394,7 +402,7 @@ class _Buckets:
 def _(student_hidden: Tensor, student_weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     dtype = accumulation_dtype(student_hidden.dtype)
     loss = student_hidden.new_empty((), dtype=dtype)
-    return loss, *ops.fake_gradients(student_hidden, student_weight, rest[-1])
+    return loss, *ops.fake_gradients(student_hidden, student_weight, rest[-1], rest[-2])
 
 
 def _context(ctx: Any, inputs: tuple, output: tuple) -> None:

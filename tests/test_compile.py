@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distil_kernels import fused_distil_loss, fused_forward_ce, token_stats
+from distil_kernels import fused_distil_loss, fused_forward_ce, fused_topk_ce, token_stats
 from distil_kernels.testing import make_inputs
 
 
@@ -34,13 +34,16 @@ LOSSES = {
         h, w, *i.heads[2:], tokens=i.tokens, cu_seqlens=torch.tensor([0, 4, 12]),
         discount=0.9, baseline="leave_one_out", group_size=2,
     ).loss,
+    "topk": lambda h, w, i: fused_topk_ce(h, w, i.tokens[:, None], torch.full((12, 1), -0.5)),
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", LOSSES)
-def test_compiles_as_one_graph(name, generator):
-    inputs = make_inputs(12, 30, 8, generator=generator)
-    model, x = Model(generator), torch.randn(12, 8, generator=generator)
+def test_compiles_as_one_graph(name, dtype, generator):
+    torch.compiler.reset()  # else the tenth case is one recompilation too many
+    inputs = make_inputs(12, 30, 8, dtype=dtype, generator=generator)
+    model, x = Model(generator).to(dtype), torch.randn(12, 8, generator=generator).to(dtype)
 
     def step(x):
         return LOSSES[name](model(x), model.head.weight, inputs)

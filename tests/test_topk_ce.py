@@ -157,7 +157,7 @@ def test_opcheck(generator):
     shared = (*inputs.heads[:2], None, ids, logprobs.float())
     for score in (None, torch.randn(4, generator=generator)):
         tokens = None if score is None else inputs.tokens
-        arguments = (*shared, tokens, None, torch.ones(4), score, 1.0, None, [True, True, False])
+        arguments = (*shared, tokens, None, torch.ones(4), score, 1.0, None, 3, 4, [True, True, False])
         torch.library.opcheck(topk_loss, arguments)
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import figures
 import peers
 import pytest
 import report
@@ -101,10 +102,37 @@ def test_markdown_and_figures_come_from_the_json_alone(quick_run: tuple[str, dic
     assert found["header"]["command"] in text
     larger = copy.deepcopy(found["tables"][0])
     larger["case"]["num_rows"] *= 2
-    figures = report.plot([{"tables": [*found["tables"], larger]}], tmp_path)
-    assert {figure.suffix for figure in figures} == {".png", ".svg"}
-    assert all(figure.stat().st_size > 1000 for figure in figures)
-    assert report.plot([found], tmp_path / "one") == []
+    with_peer = copy.deepcopy(found["tables"][0])
+    ours = next(row for row in with_peer["rows"] if row["group"] == "ours" and "ms" in row)
+    with_peer["rows"].append(ours | {"name": "somebody's", "group": "peer"})
+    bars = "ce_fp32_cpu_1_128x8192x128"
+    for tables, name in (([*found["tables"], larger], "ce_fp32_cpu_1"), ([with_peer], bars)):
+        written = figures.plot([{"tables": tables}], tmp_path)
+        assert written == [tmp_path / f"{name}.png", tmp_path / f"{name}.svg"]
+        assert all(path.stat().st_size > 1000 for path in written)
+    assert figures.plot([found], tmp_path) == []
+
+
+def test_the_summary_takes_the_fastest_and_the_leanest_peer() -> None:
+    def row(name: str, group: str, ms: float, mib: int, error: float) -> dict:
+        errors = {"converged": {"student_hidden": error / 2, "student_weight": error}}
+        return {"name": name, "group": group, "reason": None, "ms": ms, "limit_ratio": ms / 80,
+                "peak_extra_bytes": mib * 2**20, "errors": errors}  # fmt: skip
+
+    case = {"op": "ce", "num_rows": 7, "vocab_size": 9, "hidden_size": 5, "dtype": "bf16", "threads": 2}
+    rows = [
+        row("4 bare products, ours", "limit", 80, 0, 0), row("4 bare products, bf16", "limit", 90, 0, 0),
+        row("ours a", "ours", 110, 30, 1e-3), row("ours b", "ours", 99, 20, 2e-3),
+        row("ours x", "approximate", 50, 9, 1),
+        row("fast", "peer", 120, 70, 0.5), row("lean", "peer", 140, 60, 0.4),
+        {"name": "absent", "group": "peer", "reason": "not installed"},
+    ]  # fmt: skip
+    *_, line = report.summary([{"tables": [{"case": case, "rows": rows}]}]).splitlines()
+    assert [cell.strip() for cell in line.strip("|").split("|")] == [
+        "ce 7x9x5 bf16, 2 threads", "99", "1.10", "1.24", "120", "fast", "20", "60", "lean", "2.0e-03", "5.0e-01",
+    ]  # fmt: skip
+    alone = [row for row in rows if row["group"] != "peer"]
+    assert "7x9x5" not in report.summary([{"tables": [{"case": case, "rows": alone}]}])
 
 
 def test_a_row_that_was_not_timed_is_listed_with_its_reason(quick_run: tuple[str, dict]) -> None:

@@ -132,3 +132,21 @@ def test_files_are_checked_as_the_command_line_is(
     for part in parts:
         assert part in message
     assert "cannot read" in refused(capsys, "--config", str(tmp_path / "none.yaml"))
+
+
+def documented() -> list[str]:
+    """Commands of README and docs/training.md without a subcommand, one line each."""
+    root = Path(__file__).parents[2]
+    text = "".join((root / name).read_text() for name in ("README.md", "docs/training.md")).replace("\\\n", " ")
+    lines = [line.split(" #")[0] for line in text.splitlines() if line.startswith("    python -m distil_kernels.train")]
+    return [line for line in lines if " --" in line and "--help" not in line]
+
+
+def test_documented_commands_are_understood(tmp_path: Path) -> None:
+    (tmp_path / "FILE.yaml").write_text("steps: 3\n")
+    commands = documented()
+    assert len(commands) > 15
+    for command in commands:
+        arguments = command.replace("FILE.yaml", str(tmp_path / "FILE.yaml")).split()[3:]
+        _, given = parse(arguments)
+        assert given, command

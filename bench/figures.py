@@ -1,0 +1,122 @@
+"""What a run looks like: lines where sizes differ, bars where there is one. Everything is made from the JSON alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from report import LEAVES, MIB, title
+
+_LEGEND_WIDTH = 3.0
+"""Inches beside the axes."""
+_BARS = {"ours": "C0", "approximate": "C9", "peer": "0.7"}
+
+
+def plot(runs: list[dict], folder: Path) -> list[Path]:
+    """A figure per op, dtype and thread count: time and memory against N and V where there are two points on an axis;
+    else, beside peers, time, memory and error of each candidate."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups: dict[tuple, list[dict]] = {}
+    for table in (table for run in runs for table in run["tables"]):
+        case = table["case"]
+        groups.setdefault((case["op"], case["dtype"], case["device"], case["threads"]), []).append(table)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for (op, dtype, device, threads), tables in groups.items():
+        series = {axis: _longest_series(tables, axis) for axis in ("num_rows", "vocab_size")}
+        series = {axis: found for axis, found in series.items() if len(found) > 1}
+        name = f"{op}_{dtype}_{device}_{threads}"
+        if series:
+            figure = _lines(series)
+            figure.suptitle(f"{op}, {dtype}, {device}, {threads} threads: forward and backward")
+        elif any(row["group"] == "peer" and "ms" in row for row in tables[0]["rows"]):
+            figure = _bars(tables[0])
+            name += "_" + "x".join(str(tables[0]["case"][size]) for size in ("num_rows", "vocab_size", "hidden_size"))
+        else:
+            continue
+        for suffix in ("png", "svg"):
+            written.append(folder / f"{name}.{suffix}")
+            figure.savefig(written[-1], dpi=150)
+        plt.close(figure)
+    return written
+
+
+def _lines(series: dict[str, list[dict]]) -> Any:
+    import matplotlib.pyplot as plt
+
+    width = 5.5 * len(series) + _LEGEND_WIDTH
+    figure, axes = plt.subplots(2, len(series), figsize=(width, 7), squeeze=False)
+    for column, (axis, found) in enumerate(series.items()):
+        _draw(axes[0][column], found, axis, "ms", "milliseconds", 1.0)
+        _draw(axes[1][column], found, axis, "peak_extra_bytes", "peak extra memory, MiB", MIB)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="center right", frameon=False)
+    figure.tight_layout(rect=(0, 0, 1 - _LEGEND_WIDTH / width, 1))
+    return figure
+
+
+def _bars(table: dict) -> Any:
+    """The fastest exact candidate of ours, and peers: time, memory, error between close models."""
+    import matplotlib.pyplot as plt
+
+    timed = [row for row in table["rows"] if row.get("peak_extra_bytes") and "ms" in row]
+    timed.sort(key=lambda row: row["ms"])
+    ours = next(row for row in timed if row["group"] == "ours")
+    shown = [row for row in timed if row is ours or row["group"] == "peer"][::-1]
+    names, colors = [row["name"] for row in shown], [_BARS[row["group"]] for row in shown]
+    limit = min(row["ms"] for row in table["rows"] if row["group"] == "limit")
+    values = {
+        "milliseconds (dotted: the bare products)": [row["ms"] for row in shown],
+        "peak extra memory, MiB": [row["peak_extra_bytes"] / MIB for row in shown],
+        "gradient error, student near teacher": [
+            max(row["errors"]["converged"][leaf] for leaf in LEAVES) for row in shown
+        ],
+    }  # fmt: skip
+    figure, axes = plt.subplots(1, len(values), figsize=(13, 0.4 * len(shown) + 1.6), sharey=True)
+    for axis, (label, numbers) in zip(axes, values.items(), strict=True):
+        bars = axis.barh(names, numbers, color=colors)
+        axis.bar_label(bars, [f"{number:.2g}" if number < 10 else f"{number:.0f}" for number in numbers], padding=3)
+        axis.set(xlabel=label)
+        axis.margins(x=0.2)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].axvline(limit, color="k", linestyle=":")
+    axes[2].set_xscale("log")
+    figure.suptitle(title(table))
+    figure.tight_layout(w_pad=2)
+    return figure
+
+
+def _longest_series(tables: list[dict], axis: str) -> list[dict]:
+    """Tables that differ in `axis` only (for V: whatever D is), ascending."""
+    fixed = {"num_rows": ("vocab_size", "hidden_size"), "vocab_size": ("num_rows",)}[axis]
+    found: dict[tuple, dict[int, dict]] = {}
+    for table in tables:
+        case = table["case"]
+        found.setdefault(tuple(case[name] for name in fixed), {})[case[axis]] = table
+    longest = max(found.values(), key=len)
+    return [longest[size] for size in sorted(longest)]
+
+
+def _draw(axes: object, tables: list[dict], axis: str, key: str, label: str, unit: float) -> None:
+    names = list(dict.fromkeys(row["name"] for table in tables for row in table["rows"]))
+    for name in names:
+        points = [
+            (table["case"][axis], row[key] / unit, row["group"])
+            for table in tables
+            for row in table["rows"]
+            if row["name"] == name and row.get(key) is not None
+        ]
+        if len(points) < 2:
+            continue
+        style = {"limit": "k:", "ours": "o-", "approximate": "^-", "peer": "s--", "label": "x:"}[points[0][2]]
+        axes.plot([x for x, _, _ in points], [y for _, y, _ in points], style, label=name, markersize=4)
+    axes.set(xlabel={"num_rows": "tokens N", "vocab_size": "vocabulary V"}[axis], ylabel=label)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks(sizes := [table["case"][axis] for table in tables], [str(size) for size in sizes])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
