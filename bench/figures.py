@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from report import LEAVES, MIB, title
+from report import MIB, title, worst_error
 
 _LEGEND_WIDTH = 3.0
 """Inches beside the axes."""
@@ -72,9 +72,7 @@ def _bars(table: dict) -> Any:
     values = {
         "milliseconds (dotted: the bare products)": [row["ms"] for row in shown],
         "peak extra memory, MiB": [row["peak_extra_bytes"] / MIB for row in shown],
-        "gradient error, student near teacher": [
-            max(row["errors"]["converged"][leaf] for leaf in LEAVES) for row in shown
-        ],
+        "gradient error, student near teacher": [worst_error(row) for row in shown],
     }  # fmt: skip
     figure, axes = plt.subplots(1, len(values), figsize=(13, 0.4 * len(shown) + 1.6), sharey=True)
     for axis, (label, numbers) in zip(axes, values.items(), strict=True):
