@@ -10,6 +10,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,15 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
     if not layers:
         raise ValueError(f"[gradient_checkpointing] transformers' {type(model).__name__} has no layers for it")
     for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = partial(_run_again, layer.forward)
+
+
+def _run_again(forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+    """`checkpoint` where a backward pass follows, and not at each token of a rollout. Nothing in a layer in evaluation
+    mode is random."""
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **options)
+    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
 
 
 def restore(model: PreTrainedModel, path: Path) -> None:

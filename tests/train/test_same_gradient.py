@@ -15,6 +15,7 @@ import torch
 from test_run import trainer, written
 from two_processes import together
 
+from distil_kernels.train import models
 from distil_kernels.train.batch import answered
 from distil_kernels.train.sharding import full
 
@@ -88,3 +89,17 @@ def test_a_batch_has_one_gradient(tiny_model: Path, tmp_path: Path, method: str)
                 scale = float(wanted.abs().max())
                 torch.testing.assert_close(record.pop("gradient"), wanted, rtol=1e-3, atol=1e-5 * scale)
                 assert record == {name: pytest.approx(reference[name], rel=1e-4, abs=1e-6) for name in record}
+
+
+def test_layers_run_again_where_there_are_gradients_alone(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_gradients: list[bool] = []
+
+    def checkpoint(forward: Any, *inputs: Any, use_reentrant: bool, preserve_rng_state: bool, **options: Any) -> Any:
+        with_gradients.append(torch.is_grad_enabled())
+        return forward(*inputs, **options)
+
+    monkeypatch.setattr(models, "checkpoint", checkpoint)
+    trainer(tiny_model, tmp_path, gradient_checkpointing=True).train_step()
+    assert with_gradients and all(with_gradients)
