@@ -101,5 +101,5 @@ def test_layers_run_again_where_there_are_gradients_alone(
         return forward(*inputs, **options)
 
     monkeypatch.setattr(models, "checkpoint", checkpoint)
-    trainer(tiny_model, tmp_path, gradient_checkpointing=True).train_step()
+    trainer(tiny_model, tmp_path / "run", gradient_checkpointing=True).train_step()
     assert with_gradients and all(with_gradients)
