@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from distil_kernels.train.feedback import Prompts, Verifier
 from distil_kernels.train.processes import Processes
+from distil_kernels.train.reading import Reader
+from distil_kernels.train.siblings import Say
 from distil_kernels.train.tasks import Feedback, Problem, Task, problems
 from distil_kernels.train.tools import Rollouts
-
-if TYPE_CHECKING:
-    from distil_kernels.train.loop import Trainer
 
 
 class Sample:
@@ -87,17 +86,24 @@ class Batches:
         self._position, self.skipped = state["position"], state["skipped"]
 
 
-def answered(trainer: Trainer, batch: Sequence[Sample], rollouts: Sequence[Rollouts]) -> None:
+def answered(
+    student: Reader,
+    task: Task,
+    verify: Verifier,
+    say: Say,
+    prompts: Prompts,
+    batch: Sequence[Sample],
+    rollouts: Sequence[Rollouts],
+) -> None:
     """Takes the rollouts of each problem, with what is said of them and what the teacher reads of that."""
     problems = [entry.problem for entry in batch]
-    texts = [[trainer.prompts.answer(done) for done in own.completions] for own in rollouts]
+    texts = [[prompts.answer(done) for done in own.completions] for own in rollouts]
     answers = [
-        [(text, trainer.verify(trainer.task, problem, text)) for text in own]
-        for problem, own in zip(problems, texts, strict=True)
+        [(text, verify(task, problem, text)) for text in own] for problem, own in zip(problems, texts, strict=True)
     ]
-    feedback = trainer.say(trainer.student, problems, answers, max(map(len, texts)))
+    feedback = say(student, problems, answers, max(map(len, texts)))
     for entry, own, said in zip(batch, rollouts, feedback, strict=True):
-        entry.answered_with(trainer.prompts, own, said)
+        entry.answered_with(prompts, own, said)
 
 
 def rollout_records(

@@ -28,7 +28,7 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
 
-from distil_kernels.train import alignment, change, checkpoint, models, report, samples, tracking
+from distil_kernels.train import alignment, change, checkpoint, models, report, tracking
 from distil_kernels.train.baseline import PositionAverage
 from distil_kernels.train.batch import Batches, Sample, answered, figures, rollout_records, sampled_logprobs, unique
 from distil_kernels.train.config import Config
@@ -43,6 +43,7 @@ from distil_kernels.train.reading import reader
 from distil_kernels.train.remote import RemoteTeacher
 from distil_kernels.train.rollout import Draw, Sampling, sample
 from distil_kernels.train.rollout_server import RolloutServer
+from distil_kernels.train.samples import token_columns
 from distil_kernels.train.sharding import full, full_weights, shard, share_out_moments, take_apart, whole, whole_heads
 from distil_kernels.train.siblings import Say, as_verified, from_siblings
 from distil_kernels.train.tasks import held_out_problems, make_task, problems
@@ -111,6 +112,7 @@ class Trainer:
         self.say: Say = from_siblings if config.feedback == "siblings" else as_verified
         if config.feedback == "self_evaluation":
             self.say = Critic(self.prompts, config.max_critique_tokens)
+        self.answered = partial(answered, self.student, self.task, self.verify, self.say, self.prompts)
         self.sampling = Sampling(
             config.max_new_tokens, self.prompts.stop_ids(), config.temperature, config.top_p, config.top_k
         )
@@ -138,7 +140,7 @@ class Trainer:
         rows = [row for row in range(len(batch)) for _ in range(group)]
         prompts = [entry.prompt for entry in batch]
         done = roll_out(draw or partial(sample, self.student), prompts, rows, self.sampling, self.tool)
-        answered(self, batch, [done.part(slice(first, first + group)) for first in range(0, len(rows), group)])
+        self.answered(batch, [done.part(slice(first, first + group)) for first in range(0, len(rows), group)])
 
     def micro_batch(
         self, batch: Sequence[Sample], normalizer: float, seconds: dict[str, float], kept: Kept | None = None
@@ -301,11 +303,22 @@ class Trainer:
         with self.accelerator.autocast(), whole(self.student.model, *self.teacher.models):
             result: Evaluation | None = self.evaluate(self.student, self.teacher, lambda: interrupt.requested)
             seconds = time.perf_counter() - began
-            shown = samples.held_out(self) if result is not None and self.processes.is_main else []
+            shown = self._samples() if result is not None and self.processes.is_main else []
         if result is not None:
             self.journal.add({"kind": "evaluation", "step": self.step, **asdict(result), "seconds": seconds}, shown)
             self.evaluated = self.step
             self.console.print(report.evaluation_line(self.step, result), style="bold", highlight=False)
+
+    def _samples(self) -> list[dict[str, Any]]:
+        """Records of held-out problems answered as in training, with what every token costs."""
+        shown = self.evaluate.student_prompts[: self.config.eval_rollouts]
+        batch = [Sample(problem, prompt) for problem, prompt in shown]
+        if not batch:
+            return []
+        with self.evaluate.own_draws(self.student):
+            self.roll_out(batch)
+            columns = token_columns(self.student, self.teacher, batch, self.tokenizer, self.config, self.average)
+        return rollout_records("sample", self.step, batch, self.prompts, columns)
 
     @property
     def _stateful(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ Logits exist for BLOCK_ROWS tokens at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,31 +20,15 @@ from transformers import PreTrainedTokenizerBase
 
 from distil_kernels.hf import CausalLM
 from distil_kernels.train.baseline import PositionAverage
-from distil_kernels.train.batch import Sample, rollout_records
+from distil_kernels.train.batch import Sample
 from distil_kernels.train.config import Config
 from distil_kernels.train.objective import fused_loss, token_mask
 from distil_kernels.train.reading import Reader
 from distil_kernels.train.remote import RemoteTeacher, TopK
 from distil_kernels.train.teacher import Teacher
 
-if TYPE_CHECKING:
-    from distil_kernels.train.loop import Trainer
-
 NUM_TOP = 5
 BLOCK_ROWS = 64
-
-
-def held_out(trainer: Trainer) -> list[dict[str, Any]]:
-    """Records of held-out problems answered as in training, with their columns; training's draws are left alone."""
-    shown = trainer.evaluate.student_prompts[: trainer.config.eval_rollouts]
-    batch = [Sample(problem, prompt) for problem, prompt in shown]
-    if not batch:
-        return []
-    student, config = trainer.student, trainer.config
-    with trainer.evaluate.own_draws(student):
-        trainer.roll_out(batch)
-        columns = token_columns(student, trainer.teacher, batch, trainer.tokenizer, config, trainer.average)
-    return rollout_records("sample", trainer.step, batch, trainer.prompts, columns)
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ import torch
 from test_run import trainer, written
 
 from distil_kernels.train.alignment import NAMES, figures
-from distil_kernels.train.batch import answered
 from distil_kernels.train.reading import reader
 
 
@@ -57,7 +56,7 @@ def by_hand(run, batch) -> dict[str, float]:
 
 def batch_of(run, scores) -> list:
     batch = run.next_batch()
-    answered(run, batch, [written([20 + i, 30, 41], [21, 31 + i]) for i in range(len(batch))])
+    run.answered(batch, [written([20 + i, 30, 41], [21, 31 + i]) for i in range(len(batch))])
     for entry in batch:
         entry.feedback = [said._replace(score=score) for said, score in zip(entry.feedback, scores, strict=True)]
     return batch

@@ -10,7 +10,6 @@ from test_run import metrics, train, trainer, written
 from tiny import byte_tokenizer
 
 from distil_kernels.train.__main__ import main
-from distil_kernels.train.batch import answered
 from distil_kernels.train.checkpoint import read_lines
 from distil_kernels.train.config import Config
 from distil_kernels.train.critique import Critic
@@ -92,7 +91,7 @@ def test_in_a_run_the_teacher_reads_it(tiny_model: Path, tmp_path: Path) -> None
         for own in answers
     ]
     batch = run.next_batch()
-    answered(run, batch, [written([20], [21, 22])] * len(batch))
+    run.answered(batch, [written([20], [21, 22])] * len(batch))
     assert [entry.taught for entry in batch] == [[False, True]] * len(batch)  # an empty critique leaves out
     text = run.tokenizer.decode([21, 22])
     assert run.tokenizer.decode(batch[0].teacher_prompts[1]).endswith(f"\nFeedback: {text} is nonsense.\nA:")

@@ -10,7 +10,6 @@ import torch
 from test_run import QUICK, train, trainer, written
 
 from distil_kernels.train.__main__ import main
-from distil_kernels.train.batch import answered
 from distil_kernels.train.checkpoint import read_lines
 from distil_kernels.train.feedback import verifier
 from distil_kernels.train.tasks import Feedback, held_out_problems, is_held_out, make_task
@@ -231,7 +230,7 @@ def test_a_rollout_whose_teacher_reads_nothing_is_left_out(tiny_model: Path, tmp
         run.micro_batch(batch, 8.0, {})
         gradients.append([parameter.grad.clone() for parameter in run.student.model.parameters()])
         assert run.prompts.teacher(batch[0].problem, Feedback(0.0, "", "")) is None
-        answered(run, batch[:1], [written(*batch[0].completions)])
+        run.answered(batch[:1], [written(*batch[0].completions)])
         assert batch[0].taught == [True, True]
     for masked, without in zip(*gradients, strict=True):
         torch.testing.assert_close(masked, without, rtol=1e-3, atol=1e-6)

@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from distil_kernels.testing import credit_by_definition
 from distil_kernels.train.__main__ import main
-from distil_kernels.train.batch import answered
 from distil_kernels.train.checkpoint import read_lines
 from distil_kernels.train.config import Config
 from distil_kernels.train.loop import Trainer
@@ -130,7 +129,7 @@ def test_credit_settings_reach_the_loss(tiny_model: Path, tmp_path: Path, baseli
         credit_clip=0.6, credit_scale=0.1,
     )  # fmt: skip
     batch = run.next_batch()
-    answered(run, batch, [written([20, 30, 40, 50], [21, 31])] * len(batch))
+    run.answered(batch, [written([20, 30, 40, 50], [21, 31])] * len(batch))
     lengths = [4, 2] * len(batch)
     run.average.observe(torch.arange(6.0).repeat(len(batch)), lengths)
     run.average.follow()
@@ -260,7 +259,7 @@ def test_cut_corrections_are_counted(tiny_model: Path, tmp_path: Path) -> None:
     """A limit some tokens below the longest correction: every rollout of a cut problem counts, whole ones do not."""
     loose = trainer(tiny_model, tmp_path / "loose")
     batch = loose.next_batch()
-    answered(loose, batch, [written([1], [2])] * len(batch))
+    loose.answered(batch, [written([1], [2])] * len(batch))
     lengths = [len(prompt) for entry in batch for prompt in entry.teacher_prompts]
     assert loose.train_step()["cut"] == 0
     tight = trainer(tiny_model, tmp_path / "tight", max_prompt_tokens=max(lengths) - 3)

@@ -16,7 +16,6 @@ from test_run import trainer, written
 from two_processes import together
 
 from distil_kernels.train import models
-from distil_kernels.train.batch import answered
 from distil_kernels.train.sharding import full
 
 WAYS = {
@@ -44,7 +43,7 @@ def two_steps(model: Path, directory: Path, prompts_per_step: int = 5, **setting
     def roll_out(batch: Any, *_: Any) -> None:
         for entry in batch:
             a, b, c = entry.prompt[-9:-6]
-            answered(run, [entry], [written([a, b, c, 40][: 1 + a % 4], [21, c])])
+            run.answered([entry], [written([a, b, c, 40][: 1 + a % 4], [21, c])])
             first, second = entry.feedback
             entry.feedback = [first._replace(score=a / 300), second._replace(score=b / 300)]
 

@@ -11,7 +11,7 @@ from test_run import metrics, train, trainer, written
 
 from distil_kernels import fused_distil_loss
 from distil_kernels.train.__main__ import main
-from distil_kernels.train.batch import answered, prefers_right
+from distil_kernels.train.batch import prefers_right
 from distil_kernels.train.checkpoint import read_lines
 from distil_kernels.train.config import Config
 from distil_kernels.train.feedback import shown
@@ -106,7 +106,7 @@ def test_in_a_run_those_without_a_right_sibling_are_left_out(tiny_model: Path, t
 
     right = [tokens(entry.problem.answer) for entry in batch]
     groups = [[right[0], tokens("0"), tokens("1")], [tokens("0")] * 3, [right[2]] * 3, [right[3]] * 3]
-    answered(run, batch, [written(*own) for own in groups])
+    run.answered(batch, [written(*own) for own in groups])
     assert [entry.taught for entry in batch] == [[False, True, True], [False] * 3, [True] * 3, [True] * 3]
     read, first = run.tokenizer.decode(batch[0].teacher_prompts[1]), batch[0].problem
     assert read.endswith(f"Q: {first.question}\nFeedback: The correct answer is {first.answer}.\nA:")

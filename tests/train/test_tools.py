@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 from distil_kernels.hf import split
 from distil_kernels.testing import credit_by_definition
 from distil_kernels.train.__main__ import main
-from distil_kernels.train.batch import answered
 from distil_kernels.train.checkpoint import read_lines
 from distil_kernels.train.feedback import Prompts
 from distil_kernels.train.objective import distil_loss, means, policy_loss, token_mask
@@ -209,7 +208,7 @@ def test_rows_that_were_put_in_are_not_read(tiny_model: Path, tmp_path: Path, ob
 def test_gradient_and_means_by_definition(tiny_model: Path, tmp_path: Path) -> None:
     run = trainer(tiny_model, tmp_path / "run", teacher="live", tools="python", prompts_per_step=2)
     batch = run.next_batch()
-    answered(run, batch, [Rollouts(MIXED.completions[i : i + 2], MIXED.written[i : i + 2]) for i in (0, 2)])
+    run.answered(batch, [Rollouts(MIXED.completions[i : i + 2], MIXED.written[i : i + 2]) for i in (0, 2)])
     loss, sums = run.micro_batch(batch, 4.0, {})
     found = {name: p.grad.clone() for name, p in run.student.model.named_parameters()}
     run.student.model.zero_grad()
