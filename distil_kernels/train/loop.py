@@ -48,7 +48,7 @@ from distil_kernels.train.sharding import full, full_weights, shard, share_out_m
 from distil_kernels.train.siblings import Say, as_verified, from_siblings
 from distil_kernels.train.tasks import held_out_problems, make_task, problems
 from distil_kernels.train.teacher import Teacher, other_model
-from distil_kernels.train.tools import Python, roll_out
+from distil_kernels.train.tools import Python, Rollouts, roll_out
 
 
 class Trainer:
@@ -112,7 +112,6 @@ class Trainer:
         self.say: Say = from_siblings if config.feedback == "siblings" else as_verified
         if config.feedback == "self_evaluation":
             self.say = Critic(self.prompts, config.max_critique_tokens)
-        self.answered = partial(answered, self.student, self.task, self.verify, self.say, self.prompts)
         self.sampling = Sampling(
             config.max_new_tokens, self.prompts.stop_ids(), config.temperature, config.top_p, config.top_k
         )
@@ -124,10 +123,7 @@ class Trainer:
             config.eval_seed, self.tool, self.processes,
         )  # fmt: skip
         self.step = 0
-        self.evaluated = -1
-        """Step of the last evaluation."""
-        self.saved = -1
-        """Step of the last checkpoint."""
+        self.evaluated = self.saved = -1  # step of the last evaluation, of the last checkpoint
         self.journal = Journal(config, self.directory, console, self.accelerator)
         if not self.processes.is_main:  # the model, with new adapters, is the same; what is sampled from it is not
             set_seed(self.processes.seed(config.seed))
@@ -141,6 +137,9 @@ class Trainer:
         prompts = [entry.prompt for entry in batch]
         done = roll_out(draw or partial(sample, self.student), prompts, rows, self.sampling, self.tool)
         self.answered(batch, [done.part(slice(first, first + group)) for first in range(0, len(rows), group)])
+
+    def answered(self, batch: Sequence[Sample], rollouts: Sequence[Rollouts]) -> None:
+        answered(self.student, self.task, self.verify, self.say, self.prompts, batch, rollouts)
 
     def micro_batch(
         self, batch: Sequence[Sample], normalizer: float, seconds: dict[str, float], kept: Kept | None = None
