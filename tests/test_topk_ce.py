@@ -149,10 +149,11 @@ def test_gradcheck(generator):
     assert torch.autograd.gradcheck(lambda h, w: fused_topk_ce(h, w, ids, logprobs), leaves)
 
 
-def test_opcheck(generator):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype, generator):
     from distil_kernels.topk import topk_loss
 
-    inputs = make_inputs(4, 9, 5, generator=generator)
+    inputs = make_inputs(4, 9, 5, dtype=dtype, generator=generator)
     ids, logprobs = teacher_topk(4, 9, 3, generator)
     shared = (*inputs.heads[:2], None, ids, logprobs.float())
     for score in (None, torch.randn(4, generator=generator)):
