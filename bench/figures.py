@@ -9,7 +9,7 @@ from report import MIB, title, worst_error
 
 _LEGEND_WIDTH = 3.0
 """Inches beside the axes."""
-_BARS = {"ours": "C0", "approximate": "C9", "peer": "0.7"}
+_BARS = {"ours": "C0", "peer": "0.7"}
 
 
 def plot(runs: list[dict], folder: Path) -> list[Path]:

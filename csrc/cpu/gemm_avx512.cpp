@@ -57,16 +57,15 @@ struct BFloat16 {
                         std::int64_t num_depths) {
     if (in.is_bf16 && num_lanes >= kVector && num_depths > 1) {  // nearly always: one test for all of it
       const auto* const from = in.at<std::uint16_t>(lane, depth);
-      return join(load_bf16(from, 0xffff), load_bf16(from + in.depth_stride, 0xffff));
+      return join(_mm512_cvtepu16_epi32(load_bf16(from, 0xffff)),
+                  _mm512_cvtepu16_epi32(load_bf16(from + in.depth_stride, 0xffff)));
     }
     const bool whole = num_depths > 1;
     const __m512i low = load_lanes(in, lane, depth, num_lanes);
     const __m512i high = load_lanes(in, lane, depth + whole, whole ? num_lanes : 0);
-    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+    return join(low, high);
   }
-  static __m512i join(__m256i low, __m256i high) {
-    return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
-  }
+  static __m512i join(__m512i low, __m512i high) { return _mm512_or_si512(low, _mm512_slli_epi32(high, 16)); }
   static __m512 multiply_add(__m512i left, __m512i right, __m512 sum) {
     return _mm512_dpbf16_ps(sum, (__m512bh)left, (__m512bh)right);
   }
