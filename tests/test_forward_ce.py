@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import distil_kernels.driver
 import distil_kernels.functional
 import distil_kernels.plan
 from distil_kernels import fused_forward_ce, token_stats
@@ -253,6 +254,22 @@ def test_a_mean_is_rounded_once(generator):
                                 backend="cpu")  # fmt: skip
     for found, exact in zip(torch.autograd.grad(mean, leaves), torch.autograd.grad(weighted, leaves), strict=True):
         assert torch.equal(found, exact)
+
+
+@pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
+def test_a_mean_in_float16_is_divided_last(dtype, generator, monkeypatch):
+    """Entries over thousands of tokens are no float16 numbers; the products of a GPU would take them as such."""
+    seen, inputs = [], make_inputs(7, 30, 16, dtype=dtype, generator=generator)
+
+    def spy(problem, *arguments):
+        seen.append(problem.denominator)
+        return compute(problem, *arguments)
+
+    compute = distil_kernels.driver.scalar_loss
+    monkeypatch.setattr(distil_kernels.driver, "scalar_loss", spy)
+    mean, total = (fused_forward_ce(*inputs.heads, reduction=reduction) for reduction in ("mean", "sum"))
+    assert [known is None for known in seen] == [dtype == torch.float16, True]
+    torch.testing.assert_close(mean, total / 7)
 
 
 def test_global_normalizer_makes_accumulation_exact(generator):
