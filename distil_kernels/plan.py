@@ -76,13 +76,13 @@ _IN_PLACE = {
     torch.float32: _InPlace(_Enough(3 * _PANEL_ROWS, 48 * 2**20), 2 * _PANEL_ROWS, 128 * 2**20),
     torch.bfloat16: _InPlace(_Enough(2 * _PANEL_ROWS, 8 * 2**20), _PANEL_ROWS, 64 * 2**20),
 }
-"""In float32 every chunk adds to dW: at N = 512, V = 152k, D = 1024 144 rows took .9 of the time of 96 (two Zen 5
+"""In float32 every chunk adds to dW: at N = 512, V = 152k, D = 1024 144 rows took .94 of the time of 96 (two Zen 5
 threads), but their 168 MiB are more than half of what the leanest loss without chunks takes there. In bfloat16 dW waits
 for the ring: 48, 96, 144, 480 rows took 1.06, 1.01, 1, 1 times as long at V = 12k, and 48 1.02 times 96 at V = 49k."""
 
 _RING_ROWS = 576
-"""Rows of the ring where products add to bfloat16: at N = 4096, V = 49k, D = 576 288, 384, 576, 768 took 1.06, 1.02,
-1.01, 1 times as long."""
+"""Rows of the ring where products add to bfloat16: at N = 4096, V = 49k, D = 576 288, 384, 576, 768 took 1.05, 1.03,
+1.03, 1 times as long (one Zen 5 thread)."""
 
 ROUNDED_SUMS = 2
 """Products whose sums are rounded to a bfloat16 dW one after the other without keeping what that loses."""
