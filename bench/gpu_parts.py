@@ -23,7 +23,7 @@ from torch import Tensor
 
 from distil_kernels.backends import FORWARD_CE, NUM_STATISTICS, LogitPair, LogitTransform, cuda, reference
 from distil_kernels.backends.dispatch import BACKENDS
-from distil_kernels.credit import Credit, CreditScan, on_device, reverse_chunks
+from distil_kernels.credit import Credit, CreditScan, reverse_chunks
 from distil_kernels.gradients import new_rows
 
 
@@ -91,7 +91,7 @@ def _credit_times() -> dict[str, float]:
     times = {}
     for num_sequences in (NUM_SEQUENCES, 1):
         credit, lengths = Credit(discount=0.9), torch.tensor([num_rows // num_sequences] * num_sequences)
-        (chunk,) = on_device(reverse_chunks(lengths, None, credit, 8 * num_rows), DEVICE)
+        (chunk,) = reverse_chunks(lengths, None, credit, 8 * num_rows, DEVICE)
         for backend in dict.fromkeys([*available(), "reference"]):
             kernels = BACKENDS[backend]
             cost_to_go = getattr(kernels, "cost_to_go", reference.cost_to_go)

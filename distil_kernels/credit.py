@@ -19,6 +19,7 @@ know the row's own rollout leave the expected gradient alone; discount, horizon,
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal, NamedTuple
@@ -94,13 +95,18 @@ class Chunk(NamedTuple):
     first_sequence: int
 
 
-def reverse_chunks(lengths: Tensor, counted: Tensor | None, credit: Credit, max_rows: int) -> list[Chunk]:
+def reverse_chunks(
+    lengths: Tensor, counted: Tensor | None, credit: Credit, max_rows: int, device: torch.device | None = None
+) -> Iterator[Chunk]:
     """Cuts packed rows into chunks, last position first; a position of a block of sequences is never divided.
+
+    One by one: a GPU is at work on the first while the next is cut.
 
     Args:
         lengths: [B] int64 on the CPU.
         counted: [N] bool on the CPU, rows that exist for the loss; None for all.
         max_rows: rows of a chunk, exceeded only where one position of one block has more.
+        device: of the chunks' indices; None for the CPU.
 
     A block is as many whole groups as leave a chunk at least eight positions (every sequence for "position_mean"),
     so that chunks come out nearly full.
@@ -115,7 +121,7 @@ def reverse_chunks(lengths: Tensor, counted: Tensor | None, credit: Credit, max_
     positions = torch.arange(sequences.numel()) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
     rows = torch.arange(sequences.numel()) if counted is None else counted.nonzero()[:, 0]
     if rows.numel() == 0:
-        return []
+        return
     longest = int(lengths.max())
     key = (sequences // block_size) * longest + (longest - 1 - positions)
     rows = rows[torch.argsort(key[rows], stable=True)]
@@ -124,8 +130,8 @@ def reverse_chunks(lengths: Tensor, counted: Tensor | None, credit: Credit, max_
     # Where a chunk may end: the ends of runs of equal (block, position).
     ends = torch.cat([(key[1:] != key[:-1]).nonzero()[:, 0] + 1, torch.tensor([key.numel()])])
     blocks = (sequences[rows] // block_size)[ends - 1]
-    chunks: list[Chunk] = []
     begin = previous_low = 0
+    previous_sequence = -1
     while begin < rows.numel():
         first = int(torch.searchsorted(ends, begin, right=True))
         last = int(torch.searchsorted(ends, begin + max_rows, right=True)) - 1
@@ -135,27 +141,23 @@ def reverse_chunks(lengths: Tensor, counted: Tensor | None, credit: Credit, max_
         first_sequence = int(blocks[first]) * block_size
         chunk_positions = positions[chunk_rows]
         low = int(chunk_positions.min())
-        continues = chunks and chunks[-1].first_sequence == first_sequence
-        high = previous_low if continues else int(chunk_positions.max()) + 1
+        high = previous_low if first_sequence == previous_sequence else int(chunk_positions.max()) + 1
         where = (chunk_positions - low, sequences[chunk_rows] - first_sequence)
         slots = rows.new_full((high - low, min(block_size, num_sequences - first_sequence)), -1)
         slots[where] = torch.arange(end - begin)
-        chunks.append(Chunk(chunk_rows, where[1], where[0], slots, first_sequence))
-        begin, previous_low = end, low
-    return chunks
+        begin, previous_low, previous_sequence = end, low, first_sequence
+        chunk = Chunk(chunk_rows, where[1], where[0], slots, first_sequence)
+        yield chunk if device is None else _on_device(chunk, device)
 
 
-def on_device(chunks: list[Chunk], device: torch.device) -> list[Chunk]:
-    """The same chunks with their indices there: one copy for all of them, for which nothing waits."""
-    if not chunks:
-        return chunks
-    fields = [field for chunk in chunks for field in chunk if isinstance(field, Tensor)]
+def _on_device(chunk: Chunk, device: torch.device) -> Chunk:
+    """One copy, for which nothing waits."""
+    *fields, first_sequence = chunk
     flat = torch.cat([field.flatten() for field in fields])
     if device.type == "cuda":
         flat = flat.pin_memory()
     parts = flat.to(device, non_blocking=True).split([field.numel() for field in fields])
-    moved = (part.view_as(field) for part, field in zip(parts, fields, strict=True))
-    return [Chunk(next(moved), next(moved), next(moved), next(moved), chunk.first_sequence) for chunk in chunks]
+    return Chunk(*(part.view_as(field) for part, field in zip(parts, fields, strict=True)), first_sequence)
 
 
 class CreditScan:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from distil_kernels import gemm
 from distil_kernels.backends import FORWARD_CE, NUM_STATISTICS, Cost, LogitPair, LogitTransform, Statistic
-from distil_kernels.credit import Chunk, Credit, CreditScan, on_device, reverse_chunks
+from distil_kernels.credit import Chunk, Credit, CreditScan, reverse_chunks
 from distil_kernels.gradients import NO_GRADIENTS, Gradients, GradientSums, Needs, Rows, new_rows
 from distil_kernels.plan import Plan
 
@@ -378,7 +378,7 @@ def _ordered_chunks(
             yield rows, None
     else:
         counted = None if problem.counted is None else problem.counted.cpu()
-        for chunk in on_device(reverse_chunks(lengths, counted, credit, max_rows), problem.student_hidden.device):
+        for chunk in reverse_chunks(lengths, counted, credit, max_rows, problem.student_hidden.device):
             yield chunk.rows, chunk
 
 

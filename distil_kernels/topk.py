@@ -30,7 +30,7 @@ from distil_kernels import memory, ops
 from distil_kernels.backends import reference
 from distil_kernels.call import as_autocast
 from distil_kernels.checks import Door, check_tokens, sequence_lengths
-from distil_kernels.credit import Credit, CreditScan, on_device, reverse_chunks
+from distil_kernels.credit import Credit, CreditScan, reverse_chunks
 from distil_kernels.driver import plain_chunks
 from distil_kernels.functional import DistilLoss, TokenStats
 from distil_kernels.gemm import accumulation_dtype, lm_head
@@ -229,7 +229,7 @@ def _credit(credit: Credit, lengths: Tensor, counted: Tensor | None, costs: Tens
     if credit.span != "none":
         scan = CreditScan(credit, lengths, reference)
         on_cpu = None if counted is None else counted.cpu()
-        for chunk in on_device(reverse_chunks(lengths, on_cpu, credit, max(1, costs.numel())), costs.device):
+        for chunk in reverse_chunks(lengths, on_cpu, credit, max(1, costs.numel()), costs.device):
             rows = chunk.rows
             found[:, rows] = scan.weights(costs[rows], chunk)
     return found
