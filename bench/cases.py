@@ -5,7 +5,7 @@ Every op is the mean over N rows (or the mean over sequences) of one formula, lo
     op        c          a                        lm_head products, forward and backward
     ce        1/N        0                        4
     frozen    1/N        0                        3   (the student's head needs no gradient)
-    stats     random/N   random/N                 6   (upstream gradients arrive after the forward pass)
+    stats     random/N   random/N                 4   (upstream gradients arrive after the forward pass)
     distil    1/B        cost-to-go / B           4
     label     0          -1/N                     3   (cross-entropy with labels: a reference for the rate, no teacher)
 
@@ -31,7 +31,7 @@ from torch import Tensor
 from distil_kernels.hf import split
 from distil_kernels.testing import Inputs, credit_by_definition, make_inputs, oracle
 
-NUM_PRODUCTS = {"ce": 4, "frozen": 3, "stats": 6, "distil": 4, "label": 3}
+NUM_PRODUCTS = {"ce": 4, "frozen": 3, "stats": 4, "distil": 4, "label": 3}
 REGIMES = {"ordinary": 0.25, "converged": 0.01}
 DATA = {
     "random": "random inputs, logits of standard deviation 4",

@@ -71,7 +71,7 @@ def _ours(op: str, device: torch.device, dtype: torch.dtype) -> list[Candidate]:
     plans = {
         "ce": ("gradient_in_forward", "kept_gradient", "recompute"),
         "frozen": ("frozen_head",),
-        "stats": ("recompute",),
+        "stats": ("kept_gradient", "recompute"),
         "distil": ("gradient_in_forward", "recompute"),
     }[op]
     found = []

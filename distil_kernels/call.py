@@ -150,7 +150,7 @@ class Call:
     ) -> Tensor:
         """[NUM_STATISTICS, N]; gradients flow through the cost and LOGPROB."""
         chosen = choose_plan(self._shape(scalar=False, logprob_grad=logprob_grad), plan)
-        statistics, _, _ = ops.row_statistics(
+        statistics, *_ = ops.row_statistics(
             *self._tensors, tokens, self._counted, *self._transform, int(cost.statistic), cost.jsd_weight,
             self._backend, chosen.name, chosen.chunk_rows, chosen.ring_rows, self._needs,
         )  # fmt: skip

@@ -152,12 +152,13 @@ def reverse_chunks(
 
 def _on_device(chunk: Chunk, device: torch.device) -> Chunk:
     """One copy, for which nothing waits."""
-    *fields, first_sequence = chunk
+    fields = chunk[:4]
     flat = torch.cat([field.flatten() for field in fields])
     if device.type == "cuda":
         flat = flat.pin_memory()
     parts = flat.to(device, non_blocking=True).split([field.numel() for field in fields])
-    return Chunk(*(part.view_as(field) for part, field in zip(parts, fields, strict=True)), first_sequence)
+    rows, sequences, positions, slots = (part.view_as(field) for part, field in zip(parts, fields, strict=True))
+    return Chunk(rows, sequences, positions, slots, chunk.first_sequence)
 
 
 class CreditScan:

@@ -23,11 +23,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distil_kernels import gemm
+from distil_kernels import gemm, memory
 from distil_kernels.backends import FORWARD_CE, NUM_STATISTICS, Cost, LogitPair, LogitTransform, Statistic
 from distil_kernels.credit import Chunk, Credit, CreditScan, reverse_chunks
-from distil_kernels.gradients import NO_GRADIENTS, Gradients, GradientSums, Needs, Rows, new_rows
+from distil_kernels.gradients import NO_GRADIENTS, Gradients, GradientSums, Needs, Rows, new_rows, row_stride
 from distil_kernels.plan import Plan
+
+_MIX_BYTES = 6 * 2**20
+"""Of float32 between two kept gradients and their sum: 32 rows of 49k took 13 ms of 300 where all rows took 111."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,15 @@ class ScalarResult(NamedTuple):
 class RowsResult(NamedTuple):
     statistics: Tensor  # [NUM_STATISTICS, N]
     base_hidden: Tensor  # [N, D]: gradient for unit upstream of the cost (`frozen_head`), else empty
-    kept: Tensor  # [N, V]: gradient of the logits for unit upstream of the cost (`kept_gradient`), else empty
+    kept: Kept
+
+
+class Kept(NamedTuple):
+    """Gradients of the logits for unit upstream of the cost and, with tokens, of the log-prob: K is 1 or 2, and 0 where
+    the plan is not `kept_gradient`."""
+
+    rows: Tensor  # [K, N, row_stride of V] in the dtype of the products' operands
+    rounding: Tensor  # [K, N], what the sum of each row lost to it (CPU)
 
 
 class _Chunk(NamedTuple):
@@ -273,8 +284,7 @@ def _in_two_passes(
 def rows_statistics(problem: Problem, plan: Plan) -> RowsResult:
     """Statistics of every row that counts (0 elsewhere), and what the plan keeps for the backward pass."""
     keeps, frozen = plan.name == "kept_gradient", plan.name == "frozen_head"
-    kept_shape = (problem.num_rows, problem.vocab_size) if keeps else 0
-    kept = problem.student_hidden.new_zeros(kept_shape, dtype=kept_dtype(problem.student_hidden))
+    kept = _new_kept(problem, num_kept(plan.name, problem.tokens))
     sums = GradientSums(
         problem.student_hidden, problem.student_weight, Needs(frozen, False, False), plan.ring_rows if frozen else 0
     )
@@ -285,11 +295,10 @@ def rows_statistics(problem: Problem, plan: Plan) -> RowsResult:
     workspace = Workspace(problem, plan.chunk_rows)
     for rows in plain_chunks(problem.counted, problem.num_rows, plan.chunk_rows):
         chunk = workspace.load(rows)
-        ones = torch.ones_like(chunk.logits.student[:, 0])
         if keeps:
-            statistics[:, rows] = _keep_gradient(workspace, chunk, ones, kept)
+            statistics[:, rows] = _keep_gradient(workspace, chunk, kept)
         elif frozen:
-            out = sums.room(chunk.logits.student)
+            ones, out = torch.ones_like(chunk.logits.student[:, 0]), sums.room(chunk.logits.student)
             statistics[:, rows], rounding = workspace.row_stats_grad(chunk, ones, out)
             sums.add(rows, out, rounding)
         else:
@@ -313,19 +322,38 @@ def _head_statistics(problem: Problem) -> Tensor:
     return statistics
 
 
-def kept_dtype(hidden: Tensor) -> torch.dtype:
-    """Of the gradient that `kept_gradient` keeps: on the CPU wide, and rounded as the products read it."""
-    return gemm.accumulation_dtype(hidden.dtype) if hidden.device.type == "cpu" else hidden.dtype
+def num_kept(plan_name: str, tokens: Tensor | None) -> int:
+    """K of `Kept`."""
+    if plan_name != "kept_gradient":
+        return 0
+    return 1 if tokens is None else 2
 
 
-def _keep_gradient(workspace: Workspace, chunk: _Chunk, cost_weight: Tensor, kept: Tensor) -> Tensor:
+def _new_kept(problem: Problem, num_kept: int) -> Kept:
+    hidden = problem.student_hidden
+    dtype = gemm.operand_dtype(hidden.dtype, hidden.device.type)
+    stride = row_stride(problem.vocab_size, dtype, hidden.device.type)
+    rows = memory.empty(num_kept, problem.num_rows, stride, like=hidden, dtype=dtype)
+    rows[:, :, problem.vocab_size :] = 0
+    if problem.counted is not None:
+        rows.zero_()
+    return Kept(rows, hidden.new_zeros(num_kept, problem.num_rows, dtype=problem.dtype))
+
+
+def _keep_gradient(workspace: Workspace, chunk: _Chunk, kept: Kept) -> Tensor:
     """Fills the chunk's rows of `kept`, returns its statistics."""
-    if isinstance(chunk.rows, slice):
-        return workspace.row_stats_grad(chunk, cost_weight, kept[chunk.rows])[0]
-    student_logits = chunk.logits.student
-    out = student_logits if student_logits.dtype == kept.dtype else torch.empty_like(student_logits, dtype=kept.dtype)
-    statistics, _ = workspace.row_stats_grad(chunk, cost_weight, out)
-    kept[chunk.rows] = out
+    rows, vocab_size = chunk.rows, chunk.logits.student.shape[1]
+    ones = torch.ones_like(chunk.logits.student[:, 0])
+    room = kept.rows[:, rows, :vocab_size]
+    statistics, lost = workspace.row_stats_grad(chunk, ones, room[0])
+    rounding = [lost]
+    if len(room) == 2:
+        rounding.append(workspace.row_grad(chunk, statistics, torch.zeros_like(ones), ones, room[1]))
+    for own, lost in zip(kept.rounding, rounding, strict=True):
+        if lost is not None:
+            own[rows] = lost
+    if isinstance(rows, Tensor):  # then `room` is a copy
+        kept.rows[:, rows, :vocab_size] = room
     return statistics
 
 
@@ -350,14 +378,40 @@ def rows_backward(
 
 
 def kept_backward(
-    student_hidden: Tensor, student_weight: Tensor, chunk_rows: int, needs: Needs, kept: Tensor, cost_weight: Tensor
+    student_hidden: Tensor, student_weight: Tensor, plan: Plan, needs: Needs, kept: Kept, upstream: Tensor
 ) -> Gradients:
-    """Gradients of sum(cost_weight * cost) from the kept gradient of the logits [N, V]."""
-    sums = GradientSums(student_hidden, student_weight, needs, ring_rows=0)
-    for begin in range(0, student_hidden.shape[0], chunk_rows):
-        rows = slice(begin, begin + chunk_rows)
-        sums.multiply(rows, kept[rows], cost_weight[rows])
+    """Gradients of the sum over K and N of upstream [K, N] times what was kept."""
+    num_rows, vocab_size = student_hidden.shape[0], student_weight.shape[0]
+    rows = kept.rows[:, :, :vocab_size]
+    if len(rows) == 1:
+        sums = GradientSums(student_hidden, student_weight, needs, ring_rows=num_rows)
+        sums.multiply(slice(0, num_rows), rows[0], upstream[0], kept.rounding[0])
+        return sums.result()
+    sums = GradientSums(student_hidden, student_weight, needs, plan.ring_rows)
+    in_place = new_rows(student_hidden, 0 if plan.ring_rows else plan.chunk_rows, vocab_size, upstream.dtype)
+    for chunk in plain_chunks(None, num_rows, plan.chunk_rows):
+        part = rows[:, chunk]
+        out = sums.room(part[0] if plan.ring_rows else in_place[: part.shape[1]])
+        sums.add(chunk, out, _mix(Kept(part, kept.rounding[:, chunk]), upstream[:, chunk], out))
     return sums.result()
+
+
+def _mix(kept: Kept, upstream: Tensor, out: Tensor) -> Tensor:
+    """out [R, V] = the sum over K of upstream [K, R] times what was kept; returns what its rows lost to rounding [R].
+
+    A few rows at a time, whose float32 stays in a cache.
+    """
+    rounding = (upstream * kept.rounding).sum(0)
+    step = max(1, _MIX_BYTES // (out.shape[1] * upstream.itemsize))
+    for begin in range(0, out.shape[0], step):
+        part = slice(begin, begin + step)
+        first, second = kept.rows[:, part]
+        exact = first * upstream[0, part, None]
+        exact.addcmul_(second.to(exact.dtype), upstream[1, part, None])
+        lost = gemm.round_rows(exact, out[part])
+        if lost is not None:
+            rounding[part] += lost
+    return rounding
 
 
 def plain_chunks(counted: Tensor | None, num_rows: int, chunk_rows: int) -> Iterator[Rows]:

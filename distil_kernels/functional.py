@@ -222,7 +222,7 @@ def token_stats(
 
     Returns:
         TokenStats, each field [...]. `ce` and `logprob` are differentiable with independent upstream gradients
-        (backward computes the logits again: plan "recompute"); the other fields are detached.
+        (plan "kept_gradient", or "recompute" where that would keep too much); the other fields are detached.
 
     Raises:
         As `fused_forward_ce`; ValueError for token ids outside the vocabulary (checked on the CPU).

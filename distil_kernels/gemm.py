@@ -160,6 +160,13 @@ def _rounding_residual(matrix: Tensor) -> Tensor:
     return residual
 
 
+def round_rows(exact: Tensor, out: Tensor) -> Tensor | None:
+    """out [R, V] = exact, float32 or wider, in the dtype of an operand; returns `rounding` for `grad_hidden`, or None
+    where that has no use for it."""
+    out.copy_(exact)
+    return _rounding_residual(exact) if out.device.type == "cpu" and out.dtype == torch.bfloat16 else None
+
+
 def lm_head(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     """out [R, V] = hidden [R, D] @ weight [V, D]^T."""
     if _is_ours(hidden, weight, out.dtype) and hidden.dtype == weight.dtype:

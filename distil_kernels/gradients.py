@@ -44,7 +44,8 @@ NO_GRADIENTS = Needs(hidden=False, weight=False, bias=False)
 class GradientSums:
     """Takes chunks of logit gradients to the gradients of hidden states, weight and bias.
 
-    For each chunk: write its gradient to `room`, then `add` it. With a ring, rows wait there until it is full.
+    For each chunk: write its gradient to `room`, then `add` it. With a ring, rows wait there until it is full. Who has
+    gradients in memory of their own gives up to `ring_rows` of them to `multiply`, and no ring is made.
     """
 
     def __init__(
@@ -61,7 +62,8 @@ class GradientSums:
             weight.new_zeros(weight.shape[0] if needs.bias else 0, dtype=dtype),
         )
         self._operand = gemm.operand_dtype(hidden.dtype, hidden.device.type)
-        self._ring = new_rows(hidden, ring_rows, weight.shape[0], self._operand) if ring_rows else None
+        self._ring_rows = ring_rows
+        self._ring: Tensor | None = None
         keeps_rest = weight_dtype != dtype and hidden.shape[0] > ROUNDED_SUMS * ring_rows
         self._rest = memory.empty(*self._result.weight.shape, like=weight, dtype=weight_dtype) if keeps_rest else None
         self._weight_written = False
@@ -71,18 +73,20 @@ class GradientSums:
 
     def room(self, student_logits: Tensor) -> Tensor:
         """Where the gradient of the chunk's logits belongs."""
-        if self._ring is None:
+        if not self._ring_rows:
             if student_logits.device.type != "cpu" or self._gradient_threshold:
                 return student_logits
             return student_logits.view(self._operand)[:, : student_logits.shape[1]]
+        if self._ring is None:
+            self._ring = new_rows(self._hidden, self._ring_rows, self._weight.shape[0], self._operand)
         num_rows = student_logits.shape[0]
-        if self._num_waiting + num_rows > self._ring.shape[0]:
+        if self._num_waiting + num_rows > self._ring_rows:
             self._empty_ring()
         return self._ring[self._num_waiting : self._num_waiting + num_rows]
 
     def add(self, rows: Rows, grad_logits: Tensor, rounding: Tensor | None) -> None:
         """`rounding` as in `gemm.grad_hidden`."""
-        if self._ring is None:
+        if not self._ring_rows:
             self.multiply(rows, grad_logits, rounding=rounding)
         else:
             self._waiting.append(rows)
@@ -158,11 +162,14 @@ def new_rows(like: Tensor, num_rows: int, vocab_size: int, dtype: torch.dtype) -
 
     And on a CPU not at multiples of a page: what lies one below the other would share a few places of every cache.
     """
+    stride = row_stride(vocab_size, dtype, like.device.type)
+    return memory.empty(num_rows, stride, like=like, dtype=dtype)[:, :vocab_size]
+
+
+def row_stride(vocab_size: int, dtype: torch.dtype, device_type: str) -> int:
     line, page = 64 // dtype.itemsize, 4096 // dtype.itemsize
     stride = -(-vocab_size // line) * line
-    if like.device.type == "cpu" and stride % page == 0:
-        stride += line
-    return memory.empty(num_rows, stride, like=like, dtype=dtype)[:, :vocab_size]
+    return stride + line if device_type == "cpu" and stride % page == 0 else stride
 
 
 def _joined(chunks: list[Rows]) -> Rows:

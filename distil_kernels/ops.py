@@ -19,8 +19,8 @@ from distil_kernels.backends import FORWARD_CE, NUM_STATISTICS, Cost, LogitTrans
 from distil_kernels.backends.dispatch import BACKENDS
 from distil_kernels.checks import check_tokens, sequence_lengths
 from distil_kernels.credit import Credit
-from distil_kernels.gemm import accumulation_dtype
-from distil_kernels.gradients import Needs, grad_weight_dtype
+from distil_kernels.gemm import accumulation_dtype, operand_dtype
+from distil_kernels.gradients import Needs, grad_weight_dtype, row_stride
 from distil_kernels.plan import Plan
 
 # torch reads the annotations of a custom op at run time and knows Optional[Tensor], not Tensor | None.
@@ -247,37 +247,39 @@ def row_statistics(
     chunk_rows: int,
     ring_rows: int,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(statistics [NUM_STATISTICS, N], hidden gradient for unit upstream [N, D], kept logit gradient [N, V])."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(statistics [NUM_STATISTICS, N], hidden gradient for unit upstream [N, D], the fields of `driver.Kept`)."""
     problem = make_problem(
         student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
         tokens, counted, temperature, teacher_temperature, logit_softcap, backend, Cost(Statistic(cost), jsd_weight),
     )  # fmt: skip
     result = driver.rows_statistics(problem, Plan(plan, chunk_rows, ring_rows))
-    return result.statistics, result.base_hidden, result.kept
+    return result.statistics, result.base_hidden, *result.kept
 
 
 @row_statistics.register_fake
-def _(student_hidden: Tensor, student_weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dtype, num_rows = accumulation_dtype(student_hidden.dtype), student_hidden.shape[0]
-    plan = rest[-4]
+def _(student_hidden: Tensor, student_weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    dtype, (num_rows, _) = accumulation_dtype(student_hidden.dtype), student_hidden.shape
+    tokens, plan = rest[4], rest[-4]
+    num_kept, device_type = driver.num_kept(plan, tokens), student_hidden.device.type
+    kept_dtype = operand_dtype(student_hidden.dtype, device_type)
     return (
         student_hidden.new_empty(NUM_STATISTICS, num_rows, dtype=dtype),
         student_hidden.new_empty(student_hidden.shape if plan == "frozen_head" else 0),
         student_hidden.new_empty(
-            (num_rows, student_weight.shape[0]) if plan == "kept_gradient" else 0,
-            dtype=driver.kept_dtype(student_hidden),
+            num_kept, num_rows, row_stride(student_weight.shape[0], kept_dtype, device_type), dtype=kept_dtype
         ),
+        student_hidden.new_empty(num_kept, num_rows, dtype=dtype),
     )
 
 
 def _row_statistics_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    statistics, base_hidden, kept = output
-    ctx.mark_non_differentiable(base_hidden, kept)
+    statistics, base_hidden, *kept = output
+    ctx.mark_non_differentiable(base_hidden, *kept)
     ctx.set_materialize_grads(False)  # else backward begins with zeros of the size of `kept`
     *rest, backend, plan, chunk_rows, ring_rows, needs = inputs
     tensors, ctx.settings = rest[:-5], rest[-5:]  # temperatures, softcap, cost and its weight
-    ctx.save_for_backward(*tensors, statistics, base_hidden, kept)
+    ctx.save_for_backward(*tensors, statistics, base_hidden, *kept)
     ctx.backend = backend
     ctx.plan, ctx.chunk_rows, ctx.ring_rows = plan, chunk_rows, ring_rows
     ctx.needs, ctx.num_inputs = needs, len(inputs)
@@ -286,15 +288,14 @@ def _row_statistics_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _row_statistics_backward(ctx: Any, grad_statistics: Tensor | None, *_: Tensor) -> tuple:
     if grad_statistics is None:
         return (None,) * ctx.num_inputs
-    *tensors, statistics, base_hidden, kept = ctx.saved_tensors
+    *tensors, statistics, base_hidden, kept, rounding = ctx.saved_tensors
     cost = ctx.settings[-2]
     cost_weight, logprob_weight = grad_statistics[cost], grad_statistics[Statistic.LOGPROB]
     if ctx.plan == "frozen_head":
         gradients = scale_rows(base_hidden, cost_weight), base_hidden, base_hidden
     elif ctx.plan == "kept_gradient":
-        gradients = kept_backward(
-            tensors[0], tensors[1], kept, cost_weight, max(ctx.chunk_rows, ctx.ring_rows), ctx.needs
-        )
+        upstream = torch.stack([cost_weight, logprob_weight][: kept.shape[0]])
+        gradients = kept_backward(*tensors[:2], kept, rounding, upstream, ctx.chunk_rows, ctx.ring_rows, ctx.needs)
     else:
         gradients = rows_backward(
             *tensors, statistics, cost_weight, logprob_weight, *ctx.settings, ctx.backend,
@@ -363,12 +364,17 @@ def kept_backward(
     student_hidden: Tensor,
     student_weight: Tensor,
     kept: Tensor,
-    cost_weight: Tensor,
+    rounding: Tensor,
+    upstream: Tensor,
     chunk_rows: int,
+    ring_rows: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of sum(cost_weight * cost) from the logits' gradient [N, V] for unit weights."""
-    gradients = driver.kept_backward(student_hidden, student_weight, chunk_rows, Needs(*needs), kept, cost_weight)
+    """Gradients of the sum over K and N of upstream [K, N] times what was kept (`driver.Kept`)."""
+    plan = Plan("kept_gradient", chunk_rows, ring_rows)
+    gradients = driver.kept_backward(
+        student_hidden, student_weight, plan, Needs(*needs), driver.Kept(kept, rounding), upstream
+    )
     return gradients.hidden, gradients.weight.to(student_weight.dtype), gradients.bias
 
 

@@ -6,11 +6,12 @@ One lm_head product costs 2 N V D floating-point operations; a plan is named by 
     stats_only                2     logits chunk (nothing with back end `triton`)
     gradient_in_forward       4     logits chunk + ring + dW accumulator
     frozen_head               3     logits chunk + ring
-    kept_gradient             4     logits chunk + N V b gradient of the logits, then dW accumulator
+    kept_gradient             4     logits chunk + K N V b gradients of the logits, then dW; where K is 2 also the ring
     recompute                 6     logits chunk + ring + dW accumulator
 
     logits chunk      = 2 R V a     R rows of student and teacher logits
     ring              = Q V b       Q rows of the logits' gradient that wait for one dh and one dW product
+    K                 = 1, or 2 where gradients may come through the log-prob as well as the cost
     dW accumulator    = V D a       a = 4 bytes (8 for float64), b = 2 for half precision on a GPU and for bfloat16
                                     where the CPU multiplies it, else a; none where the ring holds all N rows
 
@@ -230,6 +231,14 @@ def choose_plan(shape: Shape, requested: str | Plan = "auto", *, credit_in_one_p
     return Plan(name, chunk_rows, choose_ring_rows(shape, chunk_rows), reason)
 
 
+def _kept_bytes(shape: Shape) -> int:
+    return (2 if shape.logprob_grad else 1) * ring_bytes(shape, shape.num_rows)
+
+
+def _wide_head_bytes(shape: Shape) -> int:
+    return shape.vocab_size * shape.hidden_size * accumulation_dtype(shape.dtype).itemsize
+
+
 def _prefer(shape: Shape, credit_in_one_pass: bool) -> tuple[str, str]:
     if not (shape.grad_hidden or shape.grad_head):
         return "stats_only", "nothing needs a gradient"
@@ -237,8 +246,9 @@ def _prefer(shape: Shape, credit_in_one_pass: bool) -> tuple[str, str]:
         return "frozen_head", "the student's head needs no gradient"
     if _why_not("gradient_in_forward", shape, credit_in_one_pass) is None:
         return "gradient_in_forward", "a scalar loss whose row weights are known in order"
-    if _why_not("kept_gradient", shape, credit_in_one_pass) is None and shape.num_rows <= 2 * shape.hidden_size:
-        return "kept_gradient", "N <= 2 D: the logits' gradient is no larger than two dW"
+    may_keep = _why_not("kept_gradient", shape, credit_in_one_pass) is None
+    if may_keep and _kept_bytes(shape) <= 2 * _wide_head_bytes(shape):
+        return "kept_gradient", "what it keeps is no larger than two float32 dW"
     if shape.scalar:
         return "recompute", "row weights depend on rows of other chunks"
     return "recompute", "per-row outputs, their upstream gradients come later"
@@ -251,9 +261,7 @@ def _why_not(name: str, shape: Shape, credit_in_one_pass: bool) -> str | None:
     if name == "recompute":
         return None
     if name == "kept_gradient":
-        if shape.scalar:
-            return "a scalar loss keeps nothing; use 'gradient_in_forward'"
-        return "the log-prob has an upstream gradient of its own; use 'recompute'" if shape.logprob_grad else None
+        return "a scalar loss keeps nothing; use 'gradient_in_forward'" if shape.scalar else None
     if name == "frozen_head" and shape.grad_head:
         return "student_weight or student_bias needs a gradient"
     if shape.scalar:

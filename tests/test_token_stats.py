@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from distil_kernels import driver
 from distil_kernels import plan as plans
 from distil_kernels import token_stats
 from distil_kernels.testing import KINDS, assert_within_budget, baselines, make_inputs, oracle, term_sizes
@@ -12,14 +13,16 @@ from distil_kernels.testing import KINDS, assert_within_budget, baselines, make_
 DIFFERENTIABLE = ("ce", "logprob")
 
 
+@pytest.mark.parametrize("plan", ["kept_gradient", "recompute"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("backend", "dtype"),
     [("reference", torch.float64), ("reference", torch.float32), ("cpu", torch.float32), ("cpu", torch.bfloat16)],
     ids=str,
 )
-def test_every_field_and_gradient(backend, dtype, kind, generator, monkeypatch):
+def test_every_field_and_gradient(backend, dtype, kind, plan, generator, monkeypatch):
     monkeypatch.setitem(plans.LOGITS_CHUNK_BYTES, "cpu", 64 * 1024)
+    monkeypatch.setattr(driver, "_MIX_BYTES", 3 * 1031 * 4)  # some of a chunk's rows
     inputs = make_inputs(23, 1031, 24, dtype=dtype, kind=kind, bias=True, generator=generator)
     upstream = torch.randn(2, 23, generator=generator, dtype=torch.float64)
 
@@ -34,7 +37,7 @@ def test_every_field_and_gradient(backend, dtype, kind, generator, monkeypatch):
 
     exact = compute(inputs.to(torch.float64))
     base = baselines(inputs, compute)
-    ours = token_stats(*inputs.heads, tokens=inputs.tokens, **inputs.options, backend=backend)
+    ours = token_stats(*inputs.heads, tokens=inputs.tokens, **inputs.options, backend=backend, plan=plan)
     size = float(exact["lse"].abs().max()) + float(exact["entropy"].max())
     for name, value in ours._asdict().items():
         if name != "agree":
@@ -73,14 +76,15 @@ def test_gradcheck(generator):
     assert torch.autograd.gradcheck(both, list(inputs.leaves.values()))
 
 
-def test_leading_dimensions_and_masks(generator):
+@pytest.mark.parametrize("plan", ["kept_gradient", "recompute"])
+def test_leading_dimensions_and_masks(plan, generator):
     mask = torch.rand(12, generator=generator) < 0.5
     inputs = make_inputs(12, 30, 8, generator=generator)
-    flat = token_stats(*inputs.heads, tokens=inputs.tokens, token_mask=mask)
+    flat = token_stats(*inputs.heads, tokens=inputs.tokens, token_mask=mask, plan=plan)
     cube = token_stats(
         inputs.student_hidden.reshape(3, 4, 8), inputs.student_weight,
         inputs.teacher_hidden.reshape(3, 4, 8), inputs.teacher_weight,
-        tokens=inputs.tokens.reshape(3, 4), token_mask=mask.reshape(3, 4),
+        tokens=inputs.tokens.reshape(3, 4), token_mask=mask.reshape(3, 4), plan=plan,
     )  # fmt: skip
     for ours, expected in zip(cube, flat, strict=True):
         assert ours.shape == (3, 4)
@@ -88,6 +92,20 @@ def test_leading_dimensions_and_masks(generator):
         assert not expected[~mask].any()
     (cube.ce.sum() + cube.logprob.sum()).backward()
     assert torch.equal(inputs.student_hidden.grad.any(-1), mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_backward_runs_again(dtype, generator):
+    """Plan `kept_gradient` mixes two kept gradients in memory of its own."""
+    inputs = make_inputs(7, 50, 8, dtype=dtype, generator=generator)
+    found = token_stats(*inputs.heads, tokens=inputs.tokens, plan="kept_gradient")
+    first, again, ce = (
+        torch.autograd.grad(total.sum(), list(inputs.leaves.values()), retain_graph=True)
+        for total in (found.ce - 2.0 * found.logprob, found.ce - 2.0 * found.logprob, found.ce)
+    )
+    assert all(map(torch.equal, first, again))
+    alone = token_stats(*inputs.heads, tokens=inputs.tokens, plan="kept_gradient").ce.sum()
+    assert all(map(torch.equal, ce, torch.autograd.grad(alone, list(inputs.leaves.values()))))
 
 
 def test_masked_rows_need_no_token(generator):
