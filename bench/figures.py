@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from report import MIB, title, worst_error
+from report import MIB, ours, title, worst_error
 
 _LEGEND_WIDTH = 3.0
 """Inches beside the axes."""
@@ -60,13 +60,13 @@ def _lines(series: dict[str, list[dict]]) -> Any:
 
 
 def _bars(table: dict) -> Any:
-    """The fastest exact candidate of ours, and peers: time, memory, error between close models."""
+    """Ours and peers: time, memory, error between close models."""
     import matplotlib.pyplot as plt
 
     timed = [row for row in table["rows"] if row.get("peak_extra_bytes") and "ms" in row]
     timed.sort(key=lambda row: row["ms"])
-    ours = next(row for row in timed if row["group"] == "ours")
-    shown = [row for row in timed if row is ours or row["group"] == "peer"][::-1]
+    own = ours(timed)
+    shown = [row for row in timed if row is own or row["group"] == "peer"][::-1]
     names, colors = [row["name"] for row in shown], [_BARS[row["group"]] for row in shown]
     limit = min(row["ms"] for row in table["rows"] if row["group"] == "limit")
     values = {

@@ -29,6 +29,7 @@ from torch import Tensor
 import distil_kernels as dk
 from distil_kernels.backends import cpu
 from distil_kernels.backends.dispatch import BACKENDS
+from distil_kernels.plan import Shape, choose_plan
 
 Loss = Callable[[Problem], Tensor]
 
@@ -83,6 +84,15 @@ def _ours(op: str, device: torch.device, dtype: torch.dtype) -> list[Candidate]:
     if op == "ce":
         found += [_sparse_candidate(threshold, cpu.unavailable(device, dtype)) for threshold in GRADIENT_THRESHOLDS]
     return found
+
+
+def default_plan(case: Case) -> str:
+    """The plan that ours take where nobody asks for one."""
+    shape = Shape(
+        case.num_rows, case.vocab_size, case.hidden_size, case.torch_dtype, case.device, scalar=case.op != "stats",
+        logprob_grad=case.op in ("stats", "distil"), grad_hidden=True, grad_head=case.op != "frozen",
+    )  # fmt: skip
+    return choose_plan(shape).name
 
 
 def _sparse_candidate(threshold: float, why_not: str | None) -> Candidate:

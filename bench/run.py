@@ -9,9 +9,9 @@ For each case: every candidate is checked against float64 in a process of its ow
 those that are right are then timed together in this process, in interleaved rounds (see timing.py). What is computed
 and on which inputs is in cases.py, the peers and how to install them in peers.py.
 
-Columns: median ms and its spread; ratio to the bare matrix products of the same run; ratio to the fastest exact one of
-ours; peak MiB beyond inputs and their gradients; relative error of the gradients against float64, also where teacher
-and student have nearly converged. The last line is the whole run as JSON.
+Columns: median ms and its spread; ratio to the bare matrix products of the same run; ratio to ours with the plan that
+it takes by itself; peak MiB beyond inputs and their gradients; relative error of the gradients against float64, also
+where teacher and student have nearly converged. The last line is the whole run as JSON.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from cases import (
     exact_answer,
     make_problem,
 )
-from peers import Candidate, candidates
+from peers import Candidate, candidates, default_plan
 from timing import Call, Timing, bare_products, forward_backward, interleaved, keep_freed_memory, numbered
 
 OPS = ("ce", "distil", "stats", "frozen")
@@ -145,6 +145,7 @@ def _measure(case: Case, options: argparse.Namespace) -> dict:
         found = checks.get(candidate.name, {})
         reason = candidate.unavailable(case) or found.get("reason") or failures.get(candidate.name)
         rows.append(_row(candidate.name, candidate.group, timings.get(candidate.name), reason, found))
+    _mark_default(case, rows)
     _add_ratios(case, rows)
     return {"case": case.as_dict(), "checked_rows": case.checked_rows, "kl": kl, "rows": rows}
 
@@ -212,15 +213,22 @@ def _row(
     return row | {key: value for key, value in (found or {}).items() if key != "reason"}
 
 
+def _mark_default(case: Case, rows: list[dict]) -> None:
+    """Which row is what a user of ours gets: the first back end that runs, with the plan that it chooses."""
+    ours = [row for row in rows if row["group"] == "ours" and "ms" in row]
+    for row in [row for row in ours if row["name"].endswith(f" {default_plan(case)}")][:1]:
+        row["default"] = True
+
+
 def _add_ratios(case: Case, rows: list[dict]) -> None:
-    """Time over the fastest bare products (a label loss has fewer of them), and over the fastest exact one of ours."""
+    """Time over the fastest bare products (a label loss has fewer of them), and over that of ours."""
     limit = min(row["ms"] for row in rows if row["group"] == "limit")
-    ours = [row["ms"] for row in rows if row["group"] == "ours" and "ms" in row]
+    ours = report.ours(rows)
     for row in rows:
         if "ms" in row:
             products = NUM_PRODUCTS["label" if row["group"] == "label" else case.op]
             row["limit_ratio"] = row["ms"] / (limit * products / NUM_PRODUCTS[case.op])
-            row["ours_ratio"] = row["ms"] / min(ours) if ours else None
+            row["ours_ratio"] = row["ms"] / ours["ms"] if ours else None
 
 
 if __name__ == "__main__":

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distil_kernels import driver
+from distil_kernels import driver, token_stats
 from distil_kernels import plan as plans
-from distil_kernels import token_stats
 from distil_kernels.testing import KINDS, assert_within_budget, baselines, make_inputs, oracle, term_sizes
 
 DIFFERENTIABLE = ("ce", "logprob")

@@ -131,6 +131,8 @@ def test_the_summary_takes_the_fastest_and_the_leanest_peer() -> None:
     assert [cell.strip() for cell in line.strip("|").split("|")] == [
         "ce 7x9x5 bf16, 2 threads", "99", "1.10", "1.24", "120", "fast", "20", "60", "lean", "2.0e-03", "5.0e-01",
     ]  # fmt: skip
+    default = [each | {"default": True} if each["name"] == "ours a" else each for each in rows]
+    assert "| 110 |" in report.summary([{"tables": [{"case": case, "rows": default}]}])
     alone = [row for row in rows if row["group"] != "peer"]
     assert "7x9x5" not in report.summary([{"tables": [{"case": case, "rows": alone}]}])
 
