@@ -51,7 +51,7 @@ def triton_resources() -> Iterator[Resources]:
         yield _triton(kernels.merge_partials, {"HAS_TOKENS": True, "SPLITS": 64}, capability, 1, 3)
         yield _triton(kernels.mixture_partials, {**flags, "BLOCK": 4096}, capability, 8, 3)
         for cost in (Statistic.FORWARD_CE, Statistic.REVERSE_KL, Statistic.JSD, Statistic.ENTROPY):
-            constants = {**flags, "HAS_LOGPROB": True, "COST": int(cost), "BLOCK": 4096}
+            constants = {**flags, "HAS_LOGPROB": True, "ROUNDS": True, "COST": int(cost), "BLOCK": 4096}
             yield _triton(kernels.row_grad, constants, capability, 8, 3)
         yield _triton(kernels.head_partials, {**flags, **shape, "HAS_TOKENS": True, "WIDEN": False}, capability,
                       tile.num_warps, tile.num_stages)  # fmt: skip

@@ -162,16 +162,19 @@ const char* cuda_error_text(int error);
 int cuda_row_stats(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens, const Cost& cost,
                    std::int64_t num_rows, std::int64_t vocab_size, float* statistics, void* stream);
 
-// As cpu_row_grad. grad may be the student's own raw logits where its type is float32.
+// As cpu_row_grad, also in float16. grad may be the student's own raw logits where its type is float32; rounding is
+// nullptr there, or ignored.
 int cuda_row_grad(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
                   const float* statistics, const Cost& cost, const float* cost_weight, const float* logprob_weight,
-                  std::int64_t num_rows, std::int64_t vocab_size, const GradRows& grad, void* stream);
+                  std::int64_t num_rows, std::int64_t vocab_size, const GradRows& grad, float* rounding,
+                  void* stream);
 
 // Both in one read of the logits, for kForwardCe without log-prob weights; a row lies in the shared memory of
-// cluster_size blocks (1, 2, 4 or 8; compute capability 9.0). All rows begin at multiples of 16 bytes.
+// cluster_size blocks (1, 2, 4 or 8; compute capability 9.0). All rows begin at multiples of 16 bytes. rounding is
+// [num_rows, cluster_size], a sum for each block.
 int cuda_row_stats_grad(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
                         const float* ce_weight, std::int64_t num_rows, std::int64_t vocab_size, int cluster_size,
-                        float* statistics, const GradRows& grad, void* stream);
+                        float* statistics, const GradRows& grad, float* rounding, void* stream);
 
 // The costs of a chunk's rows on [num_positions, num_sequences], and what lies behind them.
 struct CostGrid {

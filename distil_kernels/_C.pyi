@@ -153,6 +153,7 @@ def cuda_row_grad(
     num_rows: int,
     vocab_size: int,
     grad: GradRows,
+    rounding: int,
     stream: int,
 ) -> int: ...
 def cuda_row_stats_grad(
@@ -165,6 +166,7 @@ def cuda_row_stats_grad(
     cluster_size: int,
     statistics: int,
     grad: GradRows,
+    rounding: int,
     stream: int,
 ) -> int: ...
 

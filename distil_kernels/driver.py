@@ -29,8 +29,9 @@ from distil_kernels.credit import Chunk, Credit, CreditScan, reverse_chunks
 from distil_kernels.gradients import NO_GRADIENTS, Gradients, GradientSums, Needs, Rows, new_rows, row_stride
 from distil_kernels.plan import Plan
 
-_MIX_BYTES = 6 * 2**20
-"""Of float32 between two kept gradients and their sum: 32 rows of 49k took 13 ms of 300 where all rows took 111."""
+_MIX_BYTES = {"cpu": 6 * 2**20, "cuda": 128 * 2**20}
+"""Of float32 between two kept gradients and their sum. On the CPU it stays in a cache: 32 rows of 49k took 13 ms of 300
+where all rows took 111; on a GPU (not yet timed) it is what makes few launches."""
 
 
 @dataclass(frozen=True)
@@ -397,12 +398,10 @@ def kept_backward(
 
 
 def _mix(kept: Kept, upstream: Tensor, out: Tensor) -> Tensor:
-    """out [R, V] = the sum over K of upstream [K, R] times what was kept; returns what its rows lost to rounding [R].
-
-    A few rows at a time, whose float32 stays in a cache.
-    """
+    """out [R, V] = the sum over K of upstream [K, R] times what was kept; returns what its rows lost to rounding [R]."""
     rounding = (upstream * kept.rounding).sum(0)
-    step = max(1, _MIX_BYTES // (out.shape[1] * upstream.itemsize))
+    num_bytes = _MIX_BYTES.get(out.device.type, _MIX_BYTES["cuda"])
+    step = max(1, num_bytes // (out.shape[1] * upstream.itemsize))
     for begin in range(0, out.shape[0], step):
         part = slice(begin, begin + step)
         first, second = kept.rows[:, part]

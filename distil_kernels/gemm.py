@@ -161,10 +161,12 @@ def _rounding_residual(matrix: Tensor) -> Tensor:
 
 
 def round_rows(exact: Tensor, out: Tensor) -> Tensor | None:
-    """out [R, V] = exact, float32 or wider, in the dtype of an operand; returns `rounding` for `grad_hidden`, or None
-    where that has no use for it."""
+    """out [R, V] = exact, float32 or wider, in the dtype of an operand; returns `rounding` for `grad_hidden`, None where
+    nothing is rounded."""
     out.copy_(exact)
-    return _rounding_residual(exact) if out.device.type == "cpu" and out.dtype == torch.bfloat16 else None
+    if out.dtype == exact.dtype:
+        return None
+    return _rounding_residual(exact) if out.device.type == "cpu" else (exact - out).sum(-1)
 
 
 def lm_head(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -194,16 +196,16 @@ def grad_hidden(grad_logits: Tensor, weight: Tensor, rounding: Tensor | None = N
         _product(grad_logits, weight, out)
         if grad_logits.dtype != weight.dtype:
             rounding = _rounding_residual(grad_logits)
-        if rounding is not None:
-            out.addr_(rounding, weight[:: -(-weight.shape[0] // _MEAN_ROWS)].mean(0, dtype=dtype))
-        return out
-    if grad_logits.dtype == weight.dtype == dtype:
+    elif grad_logits.dtype == weight.dtype == dtype:
         return grad_logits @ weight
-    if _is_half_on_gpu(grad_logits, weight):
-        return torch.mm(grad_logits, weight, out_dtype=dtype)
-    out = grad_logits.new_zeros(grad_logits.shape[0], weight.shape[1], dtype=dtype)
-    for block, weight_block in _widened(weight, dtype):
-        out.addmm_(grad_logits[:, block].to(dtype), weight_block)
+    elif _is_half_on_gpu(grad_logits, weight):
+        out = torch.mm(grad_logits, weight, out_dtype=dtype)
+    else:
+        out = grad_logits.new_zeros(grad_logits.shape[0], weight.shape[1], dtype=dtype)
+        for block, weight_block in _widened(weight, dtype):
+            out.addmm_(grad_logits[:, block].to(dtype), weight_block)
+    if rounding is not None:
+        out.addr_(rounding, weight[:: -(-weight.shape[0] // _MEAN_ROWS)].mean(0, dtype=dtype))
     return out
 
 

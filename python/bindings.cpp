@@ -231,27 +231,29 @@ PYBIND11_MODULE(_C, m) {
       "cuda_row_grad",
       [](const dk::LogitRows& student, const dk::LogitRows& teacher, Address tokens, Address statistics,
          const dk::Cost& cost, Address cost_weight, Address logprob_weight, std::int64_t num_rows,
-         std::int64_t vocab_size, const dk::GradRows& grad, Address stream) {
+         std::int64_t vocab_size, const dk::GradRows& grad, Address rounding, Address stream) {
         return dk::cuda_row_grad(student, teacher, pointer<const std::int64_t>(tokens),
                                  pointer<const float>(statistics), cost, pointer<const float>(cost_weight),
                                  pointer<const float>(logprob_weight), num_rows, vocab_size, grad,
-                                 pointer<void>(stream));
+                                 pointer<float>(rounding), pointer<void>(stream));
       },
       py::arg("student"), py::arg("teacher"), py::arg("tokens"), py::arg("statistics"), py::arg("cost"),
       py::arg("cost_weight"), py::arg("logprob_weight"), py::arg("num_rows"), py::arg("vocab_size"),
-      py::arg("grad"), py::arg("stream"));
+      py::arg("grad"), py::arg("rounding"), py::arg("stream"));
 
   m.def(
       "cuda_row_stats_grad",
       [](const dk::LogitRows& student, const dk::LogitRows& teacher, Address tokens, Address ce_weight,
          std::int64_t num_rows, std::int64_t vocab_size, int cluster_size, Address statistics,
-         const dk::GradRows& grad, Address stream) {
+         const dk::GradRows& grad, Address rounding, Address stream) {
         return dk::cuda_row_stats_grad(student, teacher, pointer<const std::int64_t>(tokens),
                                        pointer<const float>(ce_weight), num_rows, vocab_size, cluster_size,
-                                       pointer<float>(statistics), grad, pointer<void>(stream));
+                                       pointer<float>(statistics), grad, pointer<float>(rounding),
+                                       pointer<void>(stream));
       },
       py::arg("student"), py::arg("teacher"), py::arg("tokens"), py::arg("ce_weight"), py::arg("num_rows"),
-      py::arg("vocab_size"), py::arg("cluster_size"), py::arg("statistics"), py::arg("grad"), py::arg("stream"));
+      py::arg("vocab_size"), py::arg("cluster_size"), py::arg("statistics"), py::arg("grad"), py::arg("rounding"),
+      py::arg("stream"));
 
   py::class_<dk::CostGrid>(m, "CostGrid")
       .def(py::init(&cost_grid), py::arg("costs"), py::arg("slots"), py::arg("later"), py::arg("num_positions"),

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import secrets
+import shutil
+import subprocess
+import sysconfig
 from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+
+EMULATED = Path(__file__).parent / "emulated"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,3 +48,21 @@ def poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture(scope="session")
+def emulated_extension(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """csrc/cuda run by an emulator on the CPU."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to compile the emulator with")
+    import pybind11
+
+    library = tmp_path_factory.mktemp("emulated") / "_C.so"
+    includes = [EMULATED, EMULATED.parent.parent / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
+    command = ["g++", "-std=c++20", "-O0", "-shared", "-fPIC", "-fvisibility=hidden", "-o", library,
+               *(f"-I{include}" for include in includes), EMULATED / "bindings.cpp", "-lpthread"]  # fmt: skip
+    subprocess.run(command, check=True)
+    loader = importlib.machinery.ExtensionFileLoader("_C", str(library))
+    extension = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
+    loader.exec_module(extension)
+    return extension

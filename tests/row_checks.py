@@ -77,7 +77,10 @@ def check(
     terms = max(3.0, 0.1 * largest) if cost == "ce" else 3.0 * (1.0 + largest)
     assert_within_budget("gradient", out, base["student_hidden"], exact["student_hidden"], terms=terms)
     rounded = torch.full_like(logits.student, float("nan"), dtype=torch.bfloat16)
-    kernels.row_grad(*arguments, rounded)
+    lost = kernels.row_grad(*arguments, rounded)
+    exact_lost = (out.double() - rounded.double()).sum(-1)
+    if exact_lost.isfinite().all():
+        torch.testing.assert_close(lost.double(), exact_lost, rtol=1e-4, atol=1e-6 * float(out.abs().sum(-1).max()))
     # An interpreter may cut off, and below the smallest normal number there are fewer digits.
     assert ((rounded - out).abs() <= 2**-7 * out.abs() + torch.finfo(torch.bfloat16).tiny).all()
     kernels.row_grad(*arguments, logits.student)  # in place

@@ -14,13 +14,14 @@ from distil_kernels.backends import Cost, LogitPair, LogitTransform, Statistic
 from distil_kernels.backends import triton as backend
 from distil_kernels.backends.dispatch import choose_backend
 
-INTERPRETED = Path(__file__).parent / "interpreted"
+TESTS = Path(__file__).parent
 
 
 @pytest.mark.slow
 def test_in_the_interpreter(request):
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", str(INTERPRETED), "--seed", str(request.config.option.seed)]
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "not cuda", str(TESTS / "interpreted"), str(TESTS / "gpu"),
+               "--seed", str(request.config.option.seed)]  # fmt: skip
     run = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )

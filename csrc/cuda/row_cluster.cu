@@ -83,8 +83,9 @@ __device__ inline void sum_part(const LogitRows& student, const LogitRows& teach
   }
 }
 
+// Returns what this thread's entries lose where they are rounded.
 template <bool kSoftcap>
-__device__ inline void write_grad(const LogitRows& student, const Slice& slice, const RowState<double>& row_state,
+__device__ inline float write_grad(const LogitRows& student, const Slice& slice, const RowState<double>& row_state,
                                   float ce_weight, std::int64_t row, const GradRows& grad) {
   const RowGradient gradient{static_cast<float>(log(row_state.sums.student)),
                              static_cast<float>(log(row_state.sums.teacher)),
@@ -92,6 +93,7 @@ __device__ inline void write_grad(const LogitRows& student, const Slice& slice, 
                              0.0f,
                              0.0f,
                              0.0f};
+  float lost = 0.0f;
   for (std::int64_t i = threadIdx.x * kVector; i < slice.size; i += kThreads * kVector) {
     float s[kVector], t[kVector], out[kVector] = {};
     load_floats<kVector>(slice.student + i, kVector, 0.0f, s);
@@ -104,17 +106,19 @@ __device__ inline void write_grad(const LogitRows& student, const Slice& slice, 
         out[k] *= derivative_at<kSoftcap>(student, s[k]);
       }
     }
-    store_grad<kVector>(grad, row, slice.first + i, slice.size - i, out);
+    lost += store_grad<kVector>(grad, row, slice.first + i, slice.size - i, out);
   }
+  return lost;
 }
 
 template <bool kSoftcap>
 __global__ void __launch_bounds__(kThreads, 1)
     row_stats_grad(LogitRows student, LogitRows teacher, const std::int64_t* tokens, const float* ce_weights,
                    std::int64_t num_rows, std::int64_t vocab_size, std::int64_t slice_entries, float* statistics,
-                   GradRows grad) {
+                   GradRows grad, float* rounding) {
   extern __shared__ float4 storage[];
   __shared__ BlockScratch scratch;
+  __shared__ double lost_by_warp[kWarps];
   __shared__ RowState<double> block, whole;
   const cg::cluster_group cluster = cg::this_cluster();
   const int rank = static_cast<int>(cluster.block_rank()), num_blocks = static_cast<int>(cluster.num_blocks());
@@ -160,14 +164,17 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   }
   cluster.sync();  // `whole` is written, and nobody reads another block's memory any more
-  write_grad<kSoftcap>(student, slice, whole, ce_weights[row], row, grad);
+  const float lost = write_grad<kSoftcap>(student, slice, whole, ce_weights[row], row, grad);
+  if (rounding == nullptr) return;
+  const double total = block_sum(lost, lost_by_warp);
+  if (threadIdx.x == 0) rounding[blockIdx.x] = static_cast<float>(total);
 }
 
 }  // namespace
 
 int cuda_row_stats_grad(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
                         const float* ce_weight, std::int64_t num_rows, std::int64_t vocab_size, int cluster_size,
-                        float* statistics, const GradRows& grad, void* stream) {
+                        float* statistics, const GradRows& grad, float* rounding, void* stream) {
   if (num_rows == 0) return cudaSuccess;
   const std::int64_t slice = slice_size(vocab_size, cluster_size);
   const bool softcap = student.softcap != 0.0f || teacher.softcap != 0.0f;
@@ -187,7 +194,7 @@ int cuda_row_stats_grad(const LogitRows& student, const LogitRows& teacher, cons
                                                  static_cast<int>(config.dynamicSmemBytes));
   if (error != cudaSuccess) return error;
   return cudaLaunchKernelEx(&config, kernel, student, teacher, tokens, ce_weight, num_rows, vocab_size, slice,
-                            statistics, grad);
+                            statistics, grad, rounding);
 }
 
 }  // namespace distil_kernels

@@ -91,7 +91,9 @@ template <int kWidth, bool kSoftcap>
 __global__ void __launch_bounds__(kThreads)
     row_grad(LogitRows student, LogitRows teacher, const std::int64_t* tokens, const float* statistics, Cost cost,
              const float* cost_weights, const float* logprob_weights, std::int64_t num_rows,
-             std::int64_t vocab_size, GradRows grad) {
+             std::int64_t vocab_size, GradRows grad, float* rounding) {
+  __shared__ double scratch[kWarps];
+  float lost = 0.0f;
   const std::int64_t row = blockIdx.x;
   const float cost_weight = cost_weights[row], logprob_weight = logprob_weights ? logprob_weights[row] : 0.0f;
   const bool used = cost_weight != 0.0f || logprob_weight != 0.0f;
@@ -130,9 +132,12 @@ __global__ void __launch_bounds__(kThreads)
           out[i] *= derivative_at<kSoftcap>(student, s[g][i]);
         }
       }
-      store_grad<kWidth>(grad, row, column, vocab_size - column, out);
+      lost += store_grad<kWidth>(grad, row, column, vocab_size - column, out);
     }
   }
+  if (rounding == nullptr) return;
+  const double total = block_sum(lost, scratch);
+  if (threadIdx.x == 0) rounding[row] = static_cast<float>(total);
 }
 
 // Calls launch(width, softcap) with both as compile-time constants.
@@ -168,12 +173,13 @@ int cuda_row_stats(const LogitRows& student, const LogitRows& teacher, const std
 
 int cuda_row_grad(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
                   const float* statistics, const Cost& cost, const float* cost_weight, const float* logprob_weight,
-                  std::int64_t num_rows, std::int64_t vocab_size, const GradRows& grad, void* stream) {
+                  std::int64_t num_rows, std::int64_t vocab_size, const GradRows& grad, float* rounding,
+                  void* stream) {
   if (num_rows == 0) return cudaSuccess;
   const bool vectors = starts_at_vectors(student) && starts_at_vectors(teacher) && starts_at_vectors(grad);
   return with_variant(vectors, student.softcap != 0.0f || teacher.softcap != 0.0f, [&](auto width, auto softcap) {
     return launch(row_grad<width, softcap>, num_rows, stream, student, teacher, tokens, statistics, cost,
-                  cost_weight, logprob_weight, num_rows, vocab_size, grad);
+                  cost_weight, logprob_weight, num_rows, vocab_size, grad, rounding);
   });
 }
 

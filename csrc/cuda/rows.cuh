@@ -127,9 +127,10 @@ __device__ inline float grad_logit_of(Statistic cost, float s, float t, const Ro
   }
 }
 
+// Returns what the sum of the values loses where they are rounded.
 template <int kWidth>
-__device__ inline void store_grad(const GradRows& grad, std::int64_t row, std::int64_t column, std::int64_t count,
-                                  const float (&values)[kWidth]) {
+__device__ inline float store_grad(const GradRows& grad, std::int64_t row, std::int64_t column, std::int64_t count,
+                                   const float (&values)[kWidth]) {
   const std::int64_t offset = row * grad.row_stride + column;
   if (grad.type == FloatType::kFloat32) {
     float* out = static_cast<float*>(grad.data) + offset;
@@ -138,13 +139,21 @@ __device__ inline void store_grad(const GradRows& grad, std::int64_t row, std::i
     } else {
       for (int i = 0; i < kWidth && i < count; ++i) out[i] = values[i];
     }
-    return;
+    return 0.0f;
   }
   alignas(8) unsigned short bits[kWidth];
+  float lost = 0.0f;
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
-    bits[i] = grad.type == FloatType::kBFloat16 ? __bfloat16_as_ushort(__float2bfloat16_rn(values[i]))
-                                                : __half_as_ushort(__float2half_rn(values[i]));
+    float rounded;
+    if (grad.type == FloatType::kBFloat16) {
+      const __nv_bfloat16 narrow = __float2bfloat16_rn(values[i]);
+      bits[i] = __bfloat16_as_ushort(narrow), rounded = __bfloat162float(narrow);
+    } else {
+      const __half narrow = __float2half_rn(values[i]);
+      bits[i] = __half_as_ushort(narrow), rounded = __half2float(narrow);
+    }
+    if (i < count) lost += values[i] - rounded;
   }
   unsigned short* out = static_cast<unsigned short*>(grad.data) + offset;
   if (kWidth == kVector && count >= kWidth) {
@@ -152,6 +161,7 @@ __device__ inline void store_grad(const GradRows& grad, std::int64_t row, std::i
   } else {
     for (int i = 0; i < kWidth && i < count; ++i) out[i] = bits[i];
   }
+  return lost;
 }
 
 __device__ inline void store_statistics(const RowState<double>& state, bool has_tokens, float student_token,

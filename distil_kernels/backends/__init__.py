@@ -14,8 +14,7 @@ which take a second read, are 0 where they are not it.
 `row_grad` writes d(cost_weight * cost + logprob_weight * log S[token]) / d raw student logit to `out` [R, V], which
 may be `logits.student` itself; a row whose two weights are 0 gets zeros whatever its logits hold. `out` may also be
 bfloat16, on a GPU float16 too, the operand of the next products; it then lies in memory of its own, or on the CPU in
-the first half of each row of `logits.student`. Back ends of the CPU return what the sum of each row lost to that
-rounding, [R], the others None.
+the first half of each row of `logits.student`. What the sum of each row lost to that rounding, [R], is returned.
 
 Three more kernels are optional. Without the first two of them the driver finds another way, without the third it takes
 `reference`'s:

@@ -105,14 +105,16 @@ def row_grad(
     cost_weight: Tensor,
     logprob_weight: Tensor | None,
     out: Tensor,
-) -> None:
+) -> Tensor | None:
     num_rows, vocab_size = logits.student.shape
+    rounding = _room_for_rounding(out, num_rows)
     with torch.cuda.device(logits.student.device):
         _check(_C.cuda_row_grad(
             _rows(logits.student, student), _rows(logits.teacher, teacher), _address(tokens), _address(statistics),
             _C.Cost(*cost), _address(cost_weight), _address(logprob_weight), num_rows, vocab_size, _grad_rows(out),
-            _stream(),
+            _address(rounding), _stream(),
         ))  # fmt: skip
+    return rounding
 
 
 def row_stats_grad(
@@ -123,7 +125,7 @@ def row_stats_grad(
     cost: Cost,
     cost_weight: Tensor,
     out: Tensor,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     num_rows, vocab_size = logits.student.shape
     device = logits.student.device
     properties: Any = torch.cuda.get_device_properties(device)  # torch's types lack this field
@@ -132,15 +134,16 @@ def row_stats_grad(
     kernel = choose_row_kernel(torch.cuda.get_device_capability(device), block_bytes, vocab_size, aligned)
     if kernel.cluster_size == 0 or cost.statistic not in (Statistic.FORWARD_CE, Statistic.FORWARD_KL):
         statistics = row_stats(logits, student, teacher, tokens, cost)
-        row_grad(logits, student, teacher, tokens, statistics, cost, cost_weight, None, out)
-        return statistics, None
+        return statistics, row_grad(logits, student, teacher, tokens, statistics, cost, cost_weight, None, out)
     statistics = logits.student.new_empty(NUM_STATISTICS, num_rows)
+    rounding = _room_for_rounding(out, num_rows, kernel.cluster_size)
     with torch.cuda.device(device):
         _check(_C.cuda_row_stats_grad(
             _rows(logits.student, student), _rows(logits.teacher, teacher), _address(tokens), _address(cost_weight),
-            num_rows, vocab_size, kernel.cluster_size, _address(statistics), _grad_rows(out), _stream(),
+            num_rows, vocab_size, kernel.cluster_size, _address(statistics), _grad_rows(out), _address(rounding),
+            _stream(),
         ))  # fmt: skip
-    return statistics, None
+    return statistics, None if rounding is None else rounding.sum(-1)
 
 
 def cost_to_go(
@@ -156,6 +159,10 @@ def cost_to_go(
     with torch.cuda.device(costs.device):
         _check(_C.cuda_cost_to_go(grid, discount, horizon or 0, to_go.data_ptr(), next_later.data_ptr(), _stream()))
     return to_go, next_later
+
+
+def _room_for_rounding(out: Tensor, *size: int) -> Tensor | None:
+    return None if out.dtype == torch.float32 else out.new_empty(size, dtype=torch.float32)
 
 
 def _check(error: int) -> None:

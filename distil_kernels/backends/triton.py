@@ -102,15 +102,17 @@ def row_grad(
     cost_weight: Tensor,
     logprob_weight: Tensor | None,
     out: Tensor,
-) -> None:
+) -> Tensor | None:
     num_rows, vocab_size = logits.student.shape
     block, num_splits = _blocks(vocab_size)
+    rounding = None if out.dtype == torch.float32 else logits.student.new_empty(num_rows, num_splits)
     _launch(
         _kernels().row_grad, num_rows * num_splits, *_logit_arguments(logits, student, teacher), tokens, statistics,
-        cost_weight, logprob_weight, cost.jsd_weight, out, out.stride(0), num_rows, vocab_size, num_splits,
-        *_transform_flags(student, teacher), HAS_LOGPROB=logprob_weight is not None, COST=int(cost.statistic),
-        BLOCK=block, num_warps=_num_warps(block),
+        cost_weight, logprob_weight, cost.jsd_weight, out, out.stride(0), rounding, num_rows, vocab_size, num_splits,
+        *_transform_flags(student, teacher), HAS_LOGPROB=logprob_weight is not None, ROUNDS=rounding is not None,
+        COST=int(cost.statistic), BLOCK=block, num_warps=_num_warps(block),
     )  # fmt: skip
+    return None if rounding is None else rounding.sum(-1)
 
 
 def head_stats(

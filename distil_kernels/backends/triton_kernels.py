@@ -237,11 +237,11 @@ def mixture_partials(
 def row_grad(
     student_ptr, teacher_ptr, student_stride, teacher_stride, student_bias_ptr, teacher_bias_ptr,
     student_softcap, teacher_softcap, student_inverse_temperature, teacher_inverse_temperature,
-    tokens_ptr, statistics_ptr, cost_weight_ptr, logprob_weight_ptr, jsd_weight, out_ptr, out_stride,
+    tokens_ptr, statistics_ptr, cost_weight_ptr, logprob_weight_ptr, jsd_weight, out_ptr, out_stride, rounding_ptr,
     num_rows, vocab_size, num_splits,
     HAS_STUDENT_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr,
     HAS_STUDENT_SOFTCAP: tl.constexpr, HAS_TEACHER_SOFTCAP: tl.constexpr,
-    HAS_LOGPROB: tl.constexpr, COST: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_LOGPROB: tl.constexpr, ROUNDS: tl.constexpr, COST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // num_splits).to(tl.int64)
     columns = (tl.program_id(0) % num_splits) * BLOCK + tl.arange(0, BLOCK)
@@ -290,7 +290,11 @@ def row_grad(
         grad -= logprob_weight * p
         grad += tl.where(columns == tl.load(tokens_ptr + row), logprob_weight, 0.0)
     grad = tl.where(used, grad * derivative, 0.0)
-    tl.store(out_ptr + row * out_stride + columns, grad.to(out_ptr.dtype.element_ty), mask=inside)
+    rounded = grad.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * out_stride + columns, rounded, mask=inside)
+    if ROUNDS:
+        lost = tl.sum(tl.where(inside, grad - rounded.to(tl.float32), 0.0))
+        tl.store(rounding_ptr + tl.program_id(0), lost)
 
 
 @triton.jit

@@ -14,3 +14,9 @@ inline __nv_bfloat16 __float2bfloat16_rn(float value) {
   return {static_cast<unsigned short>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
 inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 value) { return value.bits; }
+inline float __bfloat162float(__nv_bfloat16 value) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}

@@ -1,12 +1,48 @@
-"""These tests need a GPU; elsewhere the folder is left out. `bench/gpu_check.py` runs them and more."""
+"""On a GPU; where there is none, on an emulated one (tests/emulated/gpu.py): the kernels of back end `cuda` by their
+emulator, those of `triton` in its interpreter if TRITON_INTERPRET=1 (tests/test_triton.py sees to it). There they show
+the way to the kernels, not the hardware. `bench/gpu_check.py` runs them on a GPU, and more."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
+import pytest
 import torch
 
-collect_ignore_glob = [] if torch.cuda.is_available() else ["test_*.py"]
+from distil_kernels.backends import cuda, triton
+from emulated.gpu import OnGpu, emulated_gpu
 
 # Memory is poisoned by torch's deterministic mode, in which torch before 2.10 refuses cuBLAS without this.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+HAS_GPU = torch.cuda.is_available()
+INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture(autouse=True)
+def a_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if HAS_GPU:
+        yield
+        return
+    monkeypatch.setattr(cuda, "_C", request.getfixturevalue("emulated_extension"))
+    monkeypatch.setattr(cuda, "_stream", lambda: 0)
+    if INTERPRETS:
+        monkeypatch.setattr(triton, "_launch", _interpreted(triton._launch))
+    else:
+        monkeypatch.setattr(triton, "unavailable", lambda *_: "without a GPU it needs TRITON_INTERPRET=1")
+    with emulated_gpu():
+        yield
+
+
+def _interpreted(launch: Any) -> Any:
+    """The interpreter takes tensors on the CPU, and widened ones: its bfloat16 products are wrong."""
+
+    def run(kernel: Any, num_programs: int, *arguments: Any, **constants: Any) -> None:
+        if "WIDEN" in constants:
+            constants["WIDEN"] = True
+        held = (each.held if isinstance(each, OnGpu) else each for each in arguments)
+        launch(kernel, num_programs, *held, **constants)
+
+    return run

@@ -50,8 +50,9 @@ def kernels(backend):
     def row_grad(*arguments):
         *inputs, out = arguments
         result = moved(out)
-        module.row_grad(*map(moved, inputs), result)
+        lost = module.row_grad(*map(moved, inputs), result)
         out.copy_(result)
+        return None if lost is None else lost.cpu()
 
     def cost_to_go(costs, slots, *state):
         to_go, later = module.cost_to_go(moved(costs), moved(slots), *state)
@@ -146,6 +147,25 @@ def test_rows_with_upstream_gradients(backend, dtype, plan, generator):
     ce = fused_forward_ce(*moved_inputs.heads, **moved_inputs.options, reduction="none", backend=backend, plan=plan)
     ours = {"ce": ce.detach().cpu(), **gradients_of((ce * upstream.to(GPU)).sum(), moved_inputs)}
     compare(inputs, ours, definition, upstream)
+
+
+@pytest.mark.parametrize("plan", ["kept_gradient", "recompute"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_two_outputs_with_upstream_gradients(backend, dtype, plan, generator):
+    inputs = make_inputs(37, 1031, 64, dtype=dtype, generator=generator)
+    upstream = torch.randn(2, 37, generator=generator)
+
+    def mix(ce: torch.Tensor, logprob: torch.Tensor) -> torch.Tensor:
+        first, second = upstream.to(ce.device, ce.dtype)
+        return (ce * first + logprob * second).sum()
+
+    def definition(copy: Inputs) -> dict[str, torch.Tensor]:
+        found = oracle(copy)
+        return gradients_of(mix(found.ce, found.logprob), copy)
+
+    moved_inputs = on_gpu(inputs)
+    found = token_stats(*moved_inputs.heads, tokens=moved_inputs.tokens, backend=backend, plan=plan)
+    compare(inputs, gradients_of(mix(found.ce, found.logprob), moved_inputs), definition, upstream.abs().sum(0))
 
 
 def test_frozen_head_and_token_statistics(backend, generator):
