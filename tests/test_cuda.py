@@ -18,6 +18,7 @@ from distil_kernels.backends import FORWARD_CE, NUM_STATISTICS, LogitTransform, 
 from distil_kernels.backends.dispatch import choose_backend
 from distil_kernels.credit import Credit, CreditScan, reverse_chunks
 
+
 def test_unavailable_says_why(monkeypatch):
     gpu, dtype = torch.device("cuda"), torch.bfloat16
     assert "these tensors are on cpu" in cuda.unavailable(torch.device("cpu"), dtype)

@@ -1,4 +1,4 @@
-"""A GPU that is not there: tensors that say `cuda` and are computed on the CPU, so that all that leads to a GPU's kernels
+"""A GPU that is not there: tensors that say `cuda` and are computed on the CPU. So all that leads to a GPU's kernels
 runs in tests without one.
 
     with emulated_gpu():
@@ -103,7 +103,9 @@ def _check_devices(func: Any, args: tuple, kwargs: dict) -> None:
     checked = args[:1] if func in _INDICES else args
     for tensor in torch.utils._pytree.tree_leaves((checked, kwargs)):
         if isinstance(tensor, Tensor) and not isinstance(tensor, OnGpu) and tensor.dim() > 0:
-            raise RuntimeError(f"{func}: expected all tensors to be on the same device, found {list(tensor.shape)} on cpu")
+            raise RuntimeError(
+                f"{func}: expected all tensors to be on the same device, found {list(tensor.shape)} on cpu"
+            )
 
 
 def _would_wait(what: str) -> None:
@@ -130,7 +132,9 @@ class _ToGpu(TorchFunctionMode):
 
 
 def _is_gpu(place: Any) -> bool:
-    return (isinstance(place, torch.device) and place.type == "cuda") or (isinstance(place, str) and place[:4] == "cuda")
+    return (isinstance(place, torch.device) and place.type == "cuda") or (
+        isinstance(place, str) and place[:4] == "cuda"
+    )
 
 
 @contextlib.contextmanager

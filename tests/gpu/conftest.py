@@ -1,6 +1,6 @@
 """On a GPU; where there is none, on an emulated one (tests/emulated/gpu.py): the kernels of back end `cuda` by their
-emulator, those of `triton` in its interpreter if TRITON_INTERPRET=1 (tests/test_triton.py sees to it). There they show
-the way to the kernels, not the hardware. `bench/gpu_check.py` runs them on a GPU, and more."""
+emulator, or with TRITON_INTERPRET=1 those of `triton` in its interpreter (tests/test_triton.py sees to it). There they
+show the way to the kernels, not the hardware. `bench/gpu_check.py` runs them on a GPU, and more."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from emulated.gpu import OnGpu, emulated_gpu
 
 from distil_kernels.backends import cuda, triton
-from emulated.gpu import OnGpu, emulated_gpu
 
 # Memory is poisoned by torch's deterministic mode, in which torch before 2.10 refuses cuBLAS without this.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -26,11 +26,11 @@ def a_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     if HAS_GPU:
         yield
         return
-    monkeypatch.setattr(cuda, "_C", request.getfixturevalue("emulated_extension"))
-    monkeypatch.setattr(cuda, "_stream", lambda: 0)
     if INTERPRETS:
         monkeypatch.setattr(triton, "_launch", _interpreted(triton._launch))
     else:
+        monkeypatch.setattr(cuda, "_C", request.getfixturevalue("emulated_extension"))
+        monkeypatch.setattr(cuda, "_stream", lambda: 0)
         monkeypatch.setattr(triton, "unavailable", lambda *_: "without a GPU it needs TRITON_INTERPRET=1")
     with emulated_gpu():
         yield

@@ -9,7 +9,17 @@ import row_checks
 import to_go_checks
 import torch
 
-from distil_kernels import fused_distil_loss, fused_forward_ce, token_stats
+from distil_kernels import (
+    fused_distil_loss,
+    fused_forward_ce,
+    fused_jsd,
+    fused_policy_loss,
+    fused_reverse_kl,
+    fused_topk_ce,
+    fused_topk_distil_loss,
+    token_logprobs,
+    token_stats,
+)
 from distil_kernels.backends import LogitPair, LogitTransform
 from distil_kernels.backends.dispatch import BACKENDS, choose_backend
 from distil_kernels.plan import Plan
@@ -199,6 +209,57 @@ def test_credit(backend, plan, generator):
     ours = compute(on_gpu(inputs), backend, plan)
     weight = (compute(inputs.to(torch.float64), "reference", "auto")["credit"].abs() + 1.0) / 4
     compare(inputs, ours, lambda copy: compute(copy, "reference", "auto"), weight)
+
+
+BORDERS = torch.tensor([0, 6, 11, 13, 20])
+
+
+def other_ops(copy: Inputs, backend: str) -> dict[str, torch.Tensor]:
+    """A value of each public op that the tests above leave out, with masks and whatever else it takes."""
+    hidden, weight, options = copy.student_hidden, copy.student_weight, {"backend": backend}
+    rows = torch.arange(20, device=hidden.device)
+    mask, numbers = rows % 4 != 1, torch.cos(rows.float())
+    credit = {"cu_seqlens": BORDERS, "discount": 0.9, "token_mask": mask}
+    ids = torch.stack([copy.tokens, (copy.tokens + 1) % 1031], -1)
+    logprobs = torch.stack([numbers - 2.0, numbers - 1.5], -1)
+    sampled = token_logprobs(hidden, weight, tokens=copy.tokens, **options)
+    return {
+        "reverse_kl": fused_reverse_kl(*copy.heads, token_mask=mask, token_weight=numbers + 2.0, **options),
+        "jsd": fused_jsd(*copy.heads, jsd_weight=0.3, **options),
+        "jsd of rows": fused_jsd(*copy.heads, reduction="none", token_mask=mask, **options) @ numbers.to(sampled.lse.dtype),
+        "logprob and entropy": (sampled.logprob * numbers).sum() + sampled.entropy.sum(),
+        "policy": fused_policy_loss(hidden, weight, tokens=copy.tokens, advantages=numbers, old_logprobs=numbers - 7.0,
+                                    token_mask=mask, entropy_weight=0.1, **options).loss,
+        "credited kl": fused_distil_loss(*copy.heads, tokens=copy.tokens, cost="kl", horizon=3, credit_clip=1.0,
+                                         normalize_by_remaining=True, baseline="position_mean", **credit,
+                                         **options).loss,
+        "older rollouts": fused_distil_loss(*copy.heads, tokens=copy.tokens, behaviour_logprobs=numbers - 7.0,
+                                            importance_clip=2.0, baseline=numbers, **credit, **options).loss,
+        "sequence": fused_distil_loss(*copy.heads, tokens=copy.tokens, cu_seqlens=BORDERS, credit_span="sequence",
+                                      **options).loss,
+        "top k": fused_topk_ce(hidden, weight, ids, logprobs, token_mask=mask),
+        "credited top k": fused_topk_distil_loss(hidden, weight, ids, logprobs, tokens=copy.tokens, **credit).loss,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_other_ops(backend, dtype, generator):
+    """Each beside `reference` in float64 on the CPU, which has tests of its own."""
+    inputs = make_inputs(20, 1031, 64, dtype=dtype, generator=generator)
+
+    def compute(copy: Inputs, name: str) -> dict[str, torch.Tensor]:
+        found = {}
+        for op, value in other_ops(copy, name).items():
+            found |= {op: value.detach().cpu()} | {
+                f"{op}: {leaf}": each for leaf, each in gradients_of(value, copy).items()
+            }
+        return found
+
+    exact, ours = compute(inputs.to(torch.float64), "reference"), compute(on_gpu(inputs), backend)
+    limit = 1e-4 if dtype == torch.float32 else 1e-2
+    for name, value in ours.items():
+        error = float((value.double() - exact[name]).norm() / exact[name].norm())
+        assert error < limit, f"{name}: off by {error:.1e}"
 
 
 def test_runs_on_the_current_stream_and_waits_for_nothing(backend, generator):
