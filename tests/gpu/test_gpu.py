@@ -226,7 +226,7 @@ def other_ops(copy: Inputs, backend: str) -> dict[str, torch.Tensor]:
     return {
         "reverse_kl": fused_reverse_kl(*copy.heads, token_mask=mask, token_weight=numbers + 2.0, **options),
         "jsd": fused_jsd(*copy.heads, jsd_weight=0.3, **options),
-        "jsd of rows": fused_jsd(*copy.heads, reduction="none", token_mask=mask, **options) @ numbers.to(sampled.lse.dtype),
+        "jsd of rows": (fused_jsd(*copy.heads, reduction="none", token_mask=mask, **options) * numbers).sum(),
         "logprob and entropy": (sampled.logprob * numbers).sum() + sampled.entropy.sum(),
         "policy": fused_policy_loss(hidden, weight, tokens=copy.tokens, advantages=numbers, old_logprobs=numbers - 7.0,
                                     token_mask=mask, entropy_weight=0.1, **options).loss,
@@ -262,11 +262,21 @@ def test_other_ops(backend, dtype, generator):
         assert error < limit, f"{name}: off by {error:.1e}"
 
 
-def test_runs_on_the_current_stream_and_waits_for_nothing(backend, generator):
+@pytest.mark.parametrize("op", ["forward_ce", "credit", "statistics", "policy"])
+def test_runs_on_the_current_stream_and_waits_for_nothing(backend, op, generator):
     moved_inputs = on_gpu(make_inputs(64, 1031, 64, dtype=torch.bfloat16, generator=generator))
+    heads, tokens = moved_inputs.heads, moved_inputs.tokens
+    advantages, borders = torch.ones(64).to(GPU), torch.tensor([0, 30, 64])
 
     def loss() -> torch.Tensor:
-        return fused_forward_ce(*moved_inputs.heads, backend=backend)
+        if op == "forward_ce":
+            return fused_forward_ce(*heads, backend=backend)
+        if op == "credit":
+            return fused_distil_loss(*heads, tokens=tokens, cu_seqlens=borders, backend=backend).loss
+        if op == "policy":
+            return fused_policy_loss(*heads[:2], tokens=tokens, advantages=advantages, backend=backend).loss
+        found = token_stats(*heads, tokens=tokens, backend=backend)
+        return (found.ce + found.logprob).sum()
 
     expected = loss()
     torch.cuda.set_sync_debug_mode("error")
