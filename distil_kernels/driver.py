@@ -23,15 +23,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distil_kernels import gemm, memory
+from distil_kernels import gemm
 from distil_kernels.backends import FORWARD_CE, NUM_STATISTICS, Cost, LogitPair, LogitTransform, Statistic
 from distil_kernels.credit import Chunk, Credit, CreditScan, reverse_chunks
-from distil_kernels.gradients import NO_GRADIENTS, Gradients, GradientSums, Needs, Rows, new_rows, row_stride
+from distil_kernels.gradients import NO_GRADIENTS, Gradients, GradientSums, Needs, Rows, new_rows
+from distil_kernels.kept import Kept, count_kept, new_kept
 from distil_kernels.plan import Plan
-
-_MIX_BYTES = {"cpu": 6 * 2**20, "cuda": 128 * 2**20}
-"""Of float32 between two kept gradients and their sum. On the CPU it stays in a cache: 32 rows of 49k took 13 ms of 300
-where all rows took 111; on a GPU (not yet timed) it is what makes few launches."""
 
 
 @dataclass(frozen=True)
@@ -106,14 +103,6 @@ class RowsResult(NamedTuple):
     statistics: Tensor  # [NUM_STATISTICS, N]
     base_hidden: Tensor  # [N, D]: gradient for unit upstream of the cost (`frozen_head`), else empty
     kept: Kept
-
-
-class Kept(NamedTuple):
-    """Gradients of the logits for unit upstream of the cost and, with tokens, of the log-prob: K is 1 or 2, and 0 where
-    the plan is not `kept_gradient`."""
-
-    rows: Tensor  # [K, N, row_stride of V] in the dtype of the products' operands
-    rounding: Tensor  # [K, N], what the sum of each row lost to it (CPU)
 
 
 class _Chunk(NamedTuple):
@@ -285,7 +274,8 @@ def _in_two_passes(
 def rows_statistics(problem: Problem, plan: Plan) -> RowsResult:
     """Statistics of every row that counts (0 elsewhere), and what the plan keeps for the backward pass."""
     keeps, frozen = plan.name == "kept_gradient", plan.name == "frozen_head"
-    kept = _new_kept(problem, num_kept(plan.name, problem.tokens))
+    num_kept = count_kept(plan.name, problem.tokens)
+    kept = new_kept(problem.student_hidden, problem.vocab_size, num_kept, problem.counted)
     sums = GradientSums(
         problem.student_hidden, problem.student_weight, Needs(frozen, False, False), plan.ring_rows if frozen else 0
     )
@@ -323,24 +313,6 @@ def _head_statistics(problem: Problem) -> Tensor:
     return statistics
 
 
-def num_kept(plan_name: str, tokens: Tensor | None) -> int:
-    """K of `Kept`."""
-    if plan_name != "kept_gradient":
-        return 0
-    return 1 if tokens is None else 2
-
-
-def _new_kept(problem: Problem, num_kept: int) -> Kept:
-    hidden = problem.student_hidden
-    dtype = gemm.operand_dtype(hidden.dtype, hidden.device.type)
-    stride = row_stride(problem.vocab_size, dtype, hidden.device.type)
-    rows = memory.empty(num_kept, problem.num_rows, stride, like=hidden, dtype=dtype)
-    rows[:, :, problem.vocab_size :] = 0
-    if problem.counted is not None:
-        rows.zero_()
-    return Kept(rows, hidden.new_zeros(num_kept, problem.num_rows, dtype=problem.dtype))
-
-
 def _keep_gradient(workspace: Workspace, chunk: _Chunk, kept: Kept) -> Tensor:
     """Fills the chunk's rows of `kept`, returns its statistics."""
     rows, vocab_size = chunk.rows, chunk.logits.student.shape[1]
@@ -376,41 +348,6 @@ def rows_backward(
         rounding = workspace.row_grad(chunk, statistics[:, rows].contiguous(), cost_weight[rows], score_weight, out)
         sums.add(rows, out, rounding)
     return sums.result()
-
-
-def kept_backward(
-    student_hidden: Tensor, student_weight: Tensor, plan: Plan, needs: Needs, kept: Kept, upstream: Tensor
-) -> Gradients:
-    """Gradients of the sum over K and N of upstream [K, N] times what was kept."""
-    num_rows, vocab_size = student_hidden.shape[0], student_weight.shape[0]
-    rows = kept.rows[:, :, :vocab_size]
-    if len(rows) == 1:
-        sums = GradientSums(student_hidden, student_weight, needs, ring_rows=num_rows)
-        sums.multiply(slice(0, num_rows), rows[0], upstream[0], kept.rounding[0])
-        return sums.result()
-    sums = GradientSums(student_hidden, student_weight, needs, plan.ring_rows)
-    in_place = new_rows(student_hidden, 0 if plan.ring_rows else plan.chunk_rows, vocab_size, upstream.dtype)
-    for chunk in plain_chunks(None, num_rows, plan.chunk_rows):
-        part = rows[:, chunk]
-        out = sums.room(part[0] if plan.ring_rows else in_place[: part.shape[1]])
-        sums.add(chunk, out, _mix(Kept(part, kept.rounding[:, chunk]), upstream[:, chunk], out))
-    return sums.result()
-
-
-def _mix(kept: Kept, upstream: Tensor, out: Tensor) -> Tensor:
-    """out [R, V] = the sum over K of upstream [K, R] times what was kept; returns what its rows lost to rounding [R]."""
-    rounding = (upstream * kept.rounding).sum(0)
-    num_bytes = _MIX_BYTES.get(out.device.type, _MIX_BYTES["cuda"])
-    step = max(1, num_bytes // (out.shape[1] * upstream.itemsize))
-    for begin in range(0, out.shape[0], step):
-        part = slice(begin, begin + step)
-        first, second = kept.rows[:, part]
-        exact = first * upstream[0, part, None]
-        exact.addcmul_(second.to(exact.dtype), upstream[1, part, None])
-        lost = gemm.round_rows(exact, out[part])
-        if lost is not None:
-            rounding[part] += lost
-    return rounding
 
 
 def plain_chunks(counted: Tensor | None, num_rows: int, chunk_rows: int) -> Iterator[Rows]:

@@ -161,8 +161,8 @@ def _rounding_residual(matrix: Tensor) -> Tensor:
 
 
 def round_rows(exact: Tensor, out: Tensor) -> Tensor | None:
-    """out [R, V] = exact, float32 or wider, in the dtype of an operand; returns `rounding` for `grad_hidden`, None where
-    nothing is rounded."""
+    """out [R, V] = exact, float32 or wider, in the dtype of an operand. Returns `rounding` for `grad_hidden`, or None
+    where nothing is rounded."""
     out.copy_(exact)
     if out.dtype == exact.dtype:
         return None

@@ -21,6 +21,7 @@ from distil_kernels.checks import check_tokens, sequence_lengths
 from distil_kernels.credit import Credit
 from distil_kernels.gemm import accumulation_dtype, operand_dtype
 from distil_kernels.gradients import Needs, grad_weight_dtype, row_stride
+from distil_kernels.kept import Kept, backward_of_kept, count_kept
 from distil_kernels.plan import Plan
 
 # torch reads the annotations of a custom op at run time and knows Optional[Tensor], not Tensor | None.
@@ -248,7 +249,7 @@ def row_statistics(
     ring_rows: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(statistics [NUM_STATISTICS, N], hidden gradient for unit upstream [N, D], the fields of `driver.Kept`)."""
+    """(statistics [NUM_STATISTICS, N], hidden gradient for unit upstream [N, D], the fields of `kept.Kept`)."""
     problem = make_problem(
         student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
         tokens, counted, temperature, teacher_temperature, logit_softcap, backend, Cost(Statistic(cost), jsd_weight),
@@ -261,7 +262,7 @@ def row_statistics(
 def _(student_hidden: Tensor, student_weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     dtype, (num_rows, _) = accumulation_dtype(student_hidden.dtype), student_hidden.shape
     tokens, plan = rest[4], rest[-4]
-    num_kept, device_type = driver.num_kept(plan, tokens), student_hidden.device.type
+    num_kept, device_type = count_kept(plan, tokens), student_hidden.device.type
     kept_dtype = operand_dtype(student_hidden.dtype, device_type)
     return (
         student_hidden.new_empty(NUM_STATISTICS, num_rows, dtype=dtype),
@@ -370,11 +371,9 @@ def kept_backward(
     ring_rows: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the sum over K and N of upstream [K, N] times what was kept (`driver.Kept`)."""
+    """Gradients of the sum over K and N of upstream [K, N] times what was kept (`kept.Kept`)."""
     plan = Plan("kept_gradient", chunk_rows, ring_rows)
-    gradients = driver.kept_backward(
-        student_hidden, student_weight, plan, Needs(*needs), driver.Kept(kept, rounding), upstream
-    )
+    gradients = backward_of_kept(student_hidden, student_weight, plan, Needs(*needs), Kept(kept, rounding), upstream)
     return gradients.hidden, gradients.weight.to(student_weight.dtype), gradients.bias
 
 

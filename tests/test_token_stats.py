@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distil_kernels import driver, token_stats
+from distil_kernels import kept, token_stats
 from distil_kernels import plan as plans
 from distil_kernels.testing import KINDS, assert_within_budget, baselines, make_inputs, oracle, term_sizes
 
@@ -21,7 +21,7 @@ DIFFERENTIABLE = ("ce", "logprob")
 )
 def test_every_field_and_gradient(backend, dtype, kind, plan, generator, monkeypatch):
     monkeypatch.setitem(plans.LOGITS_CHUNK_BYTES, "cpu", 64 * 1024)
-    monkeypatch.setitem(driver._MIX_BYTES, "cpu", 3 * 1031 * 4)  # some of a chunk's rows
+    monkeypatch.setitem(kept._MIX_BYTES, "cpu", 3 * 1031 * 4)  # some of a chunk's rows
     inputs = make_inputs(23, 1031, 24, dtype=dtype, kind=kind, bias=True, generator=generator)
     upstream = torch.randn(2, 23, generator=generator, dtype=torch.float64)
 

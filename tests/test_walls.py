@@ -19,6 +19,7 @@ LEVELS = [
     {"backends"},
     {"gemm", "memory", "sparse"},
     {"credit", "gradients", "plan"},
+    {"kept"},
     {"driver"},
     {"checks"},
     {"ops"},

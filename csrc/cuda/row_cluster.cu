@@ -86,7 +86,7 @@ __device__ inline void sum_part(const LogitRows& student, const LogitRows& teach
 // Returns what this thread's entries lose where they are rounded.
 template <bool kSoftcap>
 __device__ inline float write_grad(const LogitRows& student, const Slice& slice, const RowState<double>& row_state,
-                                  float ce_weight, std::int64_t row, const GradRows& grad) {
+                                   float ce_weight, std::int64_t row, const GradRows& grad) {
   const RowGradient gradient{static_cast<float>(log(row_state.sums.student)),
                              static_cast<float>(log(row_state.sums.teacher)),
                              ce_weight,
