@@ -6,7 +6,7 @@ One lm_head product costs 2 N V D floating-point operations; a plan is named by 
     stats_only                2     logits chunk (nothing with back end `triton`)
     gradient_in_forward       4     logits chunk + ring + dW accumulator
     frozen_head               3     logits chunk + ring
-    kept_gradient             4     logits chunk + K N V b gradients of the logits, then dW; where K is 2 also the ring
+    kept_gradient             4     K N V b gradients of the logits + logits chunk, then, where K is 2, ring + dW accumulator
     recompute                 6     logits chunk + ring + dW accumulator
 
     logits chunk      = 2 R V a     R rows of student and teacher logits
@@ -132,6 +132,15 @@ def logits_chunk_bytes(shape: Shape, chunk_rows: int) -> int:
 
 def ring_bytes(shape: Shape, ring_rows: int) -> int:
     return ring_rows * shape.vocab_size * operand_dtype(shape.dtype, shape.device_type).itemsize
+
+
+def extra_bytes(shape: Shape, plan: Plan) -> int:
+    """Peak of a call beyond its inputs and their gradients, by the formulas above."""
+    chunk, ring = logits_chunk_bytes(shape, plan.chunk_rows), ring_bytes(shape, plan.ring_rows)
+    head = _accumulator_bytes(shape) if shape.grad_head and plan.ring_rows < shape.num_rows else 0
+    if plan.name == "kept_gradient":
+        return _kept_bytes(shape) + max(chunk, ring + head if shape.logprob_grad else 0)
+    return {"stats_only": chunk, "frozen_head": chunk + ring}.get(plan.name, chunk + ring + head)
 
 
 def choose_chunk_rows(shape: Shape, chunk_bytes: int | None = None) -> int:

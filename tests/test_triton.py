@@ -20,7 +20,7 @@ TESTS = Path(__file__).parent
 @pytest.mark.slow
 def test_in_the_interpreter(request):
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "not cuda", str(TESTS / "interpreted"), str(TESTS / "gpu"),
+    command = [sys.executable, "-m", "pytest", "-q", str(TESTS / "interpreted"), str(TESTS / "gpu"),
                "--seed", str(request.config.option.seed)]  # fmt: skip
     run = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False

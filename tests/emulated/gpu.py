@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
@@ -28,6 +29,29 @@ CAPABILITY = (9, 0)
 PROPERTIES = SimpleNamespace(shared_memory_per_block_optin=227 * 1024, multi_processor_count=2)
 
 aten = torch.ops.aten
+
+
+class _Memory:
+    """Bytes of the storages that tensors of the GPU hold."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[StorageWeakRef, int] = {}
+        self.peak = 0
+
+    def note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._sizes[StorageWeakRef(storage)] = storage.nbytes()
+        self.peak = max(self.peak, self.live())
+
+    def live(self, *_: Any) -> int:
+        self._sizes = {storage: size for storage, size in self._sizes.items() if not storage.expired()}
+        return sum(self._sizes.values())
+
+    def forget_peak(self, *_: Any) -> None:
+        self.peak = self.live()
+
+
+_memory = _Memory()
 _INDICES = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
 _WAITS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default)
 _waits_are_errors = False
@@ -40,6 +64,7 @@ class OnGpu(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor) -> OnGpu:
+        _memory.note(held)
         made = Tensor._make_wrapper_subclass(
             cls, held.size(), held.stride(), held.storage_offset(), dtype=held.dtype, device="cpu"
         )  # the autograd engine has threads for devices that are there
@@ -147,6 +172,8 @@ def emulated_gpu() -> Iterator[None]:
             ("device", nothing), ("stream", nothing), ("Stream", lambda: None), ("synchronize", lambda: None),
             ("is_available", lambda: True), ("get_device_capability", lambda device=None: CAPABILITY),
             ("get_device_properties", lambda device=None: PROPERTIES), ("set_sync_debug_mode", _set_sync_debug_mode),
+            ("memory_allocated", _memory.live), ("max_memory_allocated", lambda device=None: _memory.peak),
+            ("reset_peak_memory_stats", _memory.forget_peak),
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(_ToGpu())

@@ -13,6 +13,7 @@ import torch
 from emulated.gpu import OnGpu, emulated_gpu
 
 from distil_kernels.backends import cuda, triton
+from distil_kernels.backends.dispatch import BACKENDS
 
 # Memory is poisoned by torch's deterministic mode, in which torch before 2.10 refuses cuBLAS without this.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -34,6 +35,14 @@ def a_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         monkeypatch.setattr(triton, "unavailable", lambda *_: "without a GPU it needs TRITON_INTERPRET=1")
     with emulated_gpu():
         yield
+
+
+@pytest.fixture(params=["cuda", "triton"] if HAS_GPU else ["triton" if INTERPRETS else "cuda"])
+def backend(request: pytest.FixtureRequest) -> str:
+    why_not = BACKENDS[request.param].unavailable(torch.device("cuda"), torch.bfloat16)
+    if why_not is not None:
+        pytest.skip(why_not)
+    return request.param
 
 
 def _interpreted(launch: Any) -> Any:

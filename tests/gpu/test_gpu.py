@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from types import SimpleNamespace
 
 import pytest
@@ -22,18 +23,10 @@ from distil_kernels import (
 )
 from distil_kernels.backends import LogitPair, LogitTransform
 from distil_kernels.backends.dispatch import BACKENDS, choose_backend
-from distil_kernels.plan import Plan
+from distil_kernels.plan import Plan, Shape, extra_bytes
 from distil_kernels.testing import KINDS, Inputs, assert_within_budget, baselines, make_inputs, oracle, term_sizes
 
 GPU = torch.device("cuda")
-
-
-@pytest.fixture(params=["cuda", "triton"])
-def backend(request):
-    why_not = BACKENDS[request.param].unavailable(GPU, torch.bfloat16)
-    if why_not is not None:
-        pytest.skip(why_not)
-    return request.param
 
 
 def test_auto_takes_the_first_that_runs():
@@ -260,6 +253,42 @@ def test_other_ops(backend, dtype, generator):
     for name, value in ours.items():
         error = float((value.double() - exact[name]).norm() / exact[name].norm())
         assert error < limit, f"{name}: off by {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "chunk_rows", "ring_rows"), [
+    ("gradient_in_forward", 8, 32), ("gradient_in_forward", 8, 64), ("frozen_head", 8, 16), ("recompute", 8, 16),
+    ("kept_gradient", 8, 16), ("kept_gradient of both", 8, 16), ("stats_only", 8, 8),
+])  # fmt: skip
+def test_memory_is_what_the_plan_says(backend, dtype, name, chunk_rows, ring_rows, generator):
+    inputs = on_gpu(make_inputs(64, 2048, 16, dtype=dtype, generator=generator))
+    plan, both = Plan(name.removesuffix(" of both"), chunk_rows, ring_rows), name.endswith("both")
+    frozen, nothing = plan.name == "frozen_head", plan.name == "stats_only"
+    inputs.student_weight.requires_grad_(not frozen and not nothing)
+    inputs.student_hidden.requires_grad_(not nothing)
+    leaves = list(inputs.leaves.values())
+
+    def run() -> int:
+        """Bytes of the gradients."""
+        if both:
+            found = token_stats(*inputs.heads, tokens=inputs.tokens, backend=backend, plan=plan)
+            loss = (found.ce + found.logprob).sum()
+        else:
+            reduction = "none" if plan.name == "kept_gradient" else "sum"
+            loss = fused_forward_ce(*inputs.heads, reduction=reduction, backend=backend, plan=plan).sum()
+        return sum(each.nbytes for each in torch.autograd.grad(loss, leaves)) if leaves else 0
+
+    run()
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    gradients = run()
+    extra = torch.cuda.max_memory_allocated() - before - gradients
+    shape = Shape(64, 2048, 16, dtype, "cuda", scalar=plan.name != "kept_gradient", logprob_grad=both,
+                  grad_hidden=True, grad_head=not frozen and not nothing)  # fmt: skip
+    no_logits = backend == "triton" and plan.name == "stats_only"
+    assert (0.0 if no_logits else 0.3) * extra_bytes(shape, plan) < extra < 1.3 * extra_bytes(shape, plan)
 
 
 @pytest.mark.parametrize("op", ["forward_ce", "credit", "statistics", "policy"])
