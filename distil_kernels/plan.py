@@ -6,7 +6,7 @@ One lm_head product costs 2 N V D floating-point operations; a plan is named by 
     stats_only                2     logits chunk (nothing with back end `triton`)
     gradient_in_forward       4     logits chunk + ring + dW accumulator
     frozen_head               3     logits chunk + ring
-    kept_gradient             4     K N V b gradients of the logits + logits chunk, then, where K is 2, ring + dW accumulator
+    kept_gradient             4     K N V b gradients of the logits + logits chunk (K = 2: or ring + dW accumulator)
     recompute                 6     logits chunk + ring + dW accumulator
 
     logits chunk      = 2 R V a     R rows of student and teacher logits
