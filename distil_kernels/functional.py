@@ -1,7 +1,7 @@
 """The public ops: what users call. (The custom ops behind them, with their gradients, are in `ops`.)
 
     fused_forward_ce   H(T, S) of each token, reduced                     gradients in the forward pass, or kept
-    token_stats        everything per token; ce and logprob differentiable    logits computed again in backward
+    token_stats        everything per token; ce and logprob differentiable    gradients kept, or logits computed again
     fused_distil_loss  sequences with credit for future disagreement      gradients in the forward pass, reverse time
 
 What costs other than H(T, S) add is in `losses`, the loss without a teacher in `policy`.

@@ -27,6 +27,7 @@ from distil_kernels.plan import Plan, Shape, extra_bytes
 from distil_kernels.testing import KINDS, Inputs, assert_within_budget, baselines, make_inputs, oracle, term_sizes
 
 GPU = torch.device("cuda")
+IS_EMULATED = not torch.cuda.is_available()  # see conftest.py
 
 
 def test_auto_takes_the_first_that_runs():
@@ -249,7 +250,7 @@ def test_other_ops(backend, dtype, generator):
         return found
 
     exact, ours = compute(inputs.to(torch.float64), "reference"), compute(on_gpu(inputs), backend)
-    limit = 1e-4 if dtype == torch.float32 else 1e-2
+    limit = 1e-4 if dtype == torch.float32 else 6e-3
     for name, value in ours.items():
         error = float((value.double() - exact[name]).norm() / exact[name].norm())
         assert error < limit, f"{name}: off by {error:.1e}"
@@ -261,8 +262,10 @@ def test_other_ops(backend, dtype, generator):
     ("kept_gradient", 8, 16), ("kept_gradient of both", 8, 16), ("stats_only", 8, 8),
 ])  # fmt: skip
 def test_memory_is_what_the_plan_says(backend, dtype, name, chunk_rows, ring_rows, generator):
-    inputs = on_gpu(make_inputs(64, 2048, 16, dtype=dtype, generator=generator))
-    plan, both = Plan(name.removesuffix(" of both"), chunk_rows, ring_rows), name.endswith("both")
+    scale = 1 if IS_EMULATED else 16  # a GPU's libraries take some MiB of their own
+    inputs = on_gpu(make_inputs(64 * scale, 2048 * scale, 16 * scale, dtype=dtype, generator=generator))
+    plan = Plan(name.removesuffix(" of both"), chunk_rows * scale, ring_rows * scale)
+    both = name.endswith("both")
     frozen, nothing = plan.name == "frozen_head", plan.name == "stats_only"
     inputs.student_weight.requires_grad_(not frozen and not nothing)
     inputs.student_hidden.requires_grad_(not nothing)
@@ -285,8 +288,10 @@ def test_memory_is_what_the_plan_says(backend, dtype, name, chunk_rows, ring_row
     torch.cuda.reset_peak_memory_stats()
     gradients = run()
     extra = torch.cuda.max_memory_allocated() - before - gradients
-    shape = Shape(64, 2048, 16, dtype, "cuda", scalar=plan.name != "kept_gradient", logprob_grad=both,
-                  grad_hidden=True, grad_head=not frozen and not nothing)  # fmt: skip
+    shape = Shape(
+        len(inputs.tokens), *inputs.student_weight.shape, dtype, "cuda", scalar=plan.name != "kept_gradient",
+        logprob_grad=both, grad_hidden=True, grad_head=not frozen and not nothing,
+    )  # fmt: skip
     no_logits = backend == "triton" and plan.name == "stats_only"
     assert (0.0 if no_logits else 0.3) * extra_bytes(shape, plan) < extra < 1.3 * extra_bytes(shape, plan)
 
