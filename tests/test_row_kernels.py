@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ COSTS = [
 ]
 PLAIN = LogitTransform(None, None, 1.0)
 INSTRUCTION_SETS = cpu.supported_instruction_sets()
-VOCABULARIES = [1, 7, 1024, 1025, 5000]  # one lane, less than a vector, one block, a block and one, several blocks
+VOCABULARIES = [1, 7, 1024, 1025, 5000]  # one lane, less than a vector, whole blocks, a part of one, many
 
 
 def rows(num_rows: int, vocab_size: int, generator: torch.Generator, scale: float = 3.0) -> LogitPair:
@@ -65,6 +67,22 @@ def test_against_float64(instruction_set, cost, vocab_size, softcap, generator):
         assert_within_budget(statistic.name, ours[statistic], [base[statistic]], exact[statistic], terms=largest_logit)
     terms = 3.0 if cost == FORWARD_CE else 3.0 * largest_logit  # S times a difference of logits, not of probabilities
     assert_within_budget("grad", ours_grad, [base_grad], exact_grad, terms=terms)
+
+
+@pytest.mark.parametrize("num_lanes", [4, 8, 16])
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_small_terms_after_a_large_one(instruction_set, num_lanes):
+    """Every lane begins with 1 (gap: 20) and goes on with 5e-8 (1e-6), a bit less (more) than half of its ulp."""
+    student = torch.full((1, 1024), math.log(5e-8))
+    student[:, :num_lanes] = 0.0
+    teacher = student - 20.0
+    teacher[:, -1] = 0.0
+    pair = LogitPair(student, teacher)
+    exact = reference.row_stats(LogitPair(*(x.double() for x in pair)), PLAIN, PLAIN, None, FORWARD_CE)
+    ours = cpu.row_stats(pair, PLAIN, PLAIN, None, FORWARD_CE, instruction_set=instruction_set)
+    error = float((ours[Statistic.REVERSE_KL] - exact[Statistic.REVERSE_KL]).abs())
+    # 64 terms of a lane: each is lost from the sum of 1, and counts twice in that of 20.
+    assert error <= 64 * (20 * 5e-8 + 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -14,7 +14,17 @@
 namespace distil_kernels::DISTIL_ISA {
 namespace {
 
-constexpr std::int64_t kBlock = 1024;
+#if defined(__AVX512F__)
+constexpr std::int64_t kLanes = 16;
+#elif defined(__AVX__)
+constexpr std::int64_t kLanes = 8;
+#else
+constexpr std::int64_t kLanes = 4;  // SSE, NEON
+#endif
+
+// 64 terms of a lane are summed in float, whatever its vector's width: the rounding of a lane that begins with the
+// row's one large term grows with how many follow.
+constexpr std::int64_t kBlock = 64 * kLanes;
 
 struct Block {
   alignas(64) float student[kBlock];
