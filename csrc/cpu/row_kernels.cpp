@@ -10,26 +10,15 @@
 #include <cstring>
 
 #include "../row_math.h"
+#include "lanes.h"
 
 namespace distil_kernels::DISTIL_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr std::int64_t kLanes = 16;
-#elif defined(__AVX__)
-constexpr std::int64_t kLanes = 8;
-#else
-constexpr std::int64_t kLanes = 4;  // SSE, NEON
-#endif
-
-// 64 terms of a lane are summed in float, whatever its vector's width: the rounding of a lane that begins with the
-// row's one large term grows with how many follow.
-constexpr std::int64_t kBlock = 64 * kLanes;
-
 struct Block {
-  alignas(64) float student[kBlock];
-  alignas(64) float teacher[kBlock];
-  alignas(64) float derivative[kBlock];  // of the student's logits by its raw logits
+  alignas(64) float student[kSumBlock];
+  alignas(64) float teacher[kSumBlock];
+  alignas(64) float derivative[kSumBlock];  // of the student's logits by its raw logits
 };
 
 template <bool kSoftcap, bool kBias>
@@ -117,8 +106,8 @@ inline MixtureSums mixture_of_row(const LogitRows& student, const LogitRows& tea
                                   float teacher_max, float teacher_log_normalizer, float jsd_weight) {
   Block block;
   MixtureSums sums;
-  for (std::int64_t begin = 0; begin < vocab_size; begin += kBlock) {
-    const std::int64_t size = vocab_size - begin < kBlock ? vocab_size - begin : kBlock;
+  for (std::int64_t begin = 0; begin < vocab_size; begin += kSumBlock) {
+    const std::int64_t size = vocab_size - begin < kSumBlock ? vocab_size - begin : kSumBlock;
     const float* student_logits = load(student, row, begin, size, block.student, block.derivative);
     const float* teacher_logits = load(teacher, row, begin, size, block.teacher, block.derivative);
     float student_sum = 0, teacher_sum = 0;
@@ -141,8 +130,8 @@ void stats_of_row(const LogitRows& student, const LogitRows& teacher, const std:
   Block block;
   Maximum student_max, teacher_max;
   RowSums<double> sums;
-  for (std::int64_t begin = 0; begin < vocab_size; begin += kBlock) {
-    const std::int64_t size = vocab_size - begin < kBlock ? vocab_size - begin : kBlock;
+  for (std::int64_t begin = 0; begin < vocab_size; begin += kSumBlock) {
+    const std::int64_t size = vocab_size - begin < kSumBlock ? vocab_size - begin : kSumBlock;
     const float* student_logits = load(student, row, begin, size, block.student, block.derivative);
     const float* teacher_logits = load(teacher, row, begin, size, block.teacher, block.derivative);
     const float student_before = student_max.value, teacher_before = teacher_max.value;
@@ -236,7 +225,7 @@ float grad_of_row(const LogitRows& student, const LogitRows& teacher, const std:
     return 0.0f;
   }
   Block block;
-  alignas(64) float buffer[kBlock];
+  alignas(64) float buffer[kSumBlock];
   double lost = 0;
   const auto statistic = [&](Statistic which) { return statistics[which * num_rows + row]; };
   const float student_max = statistic(kMaxLogit), teacher_max = statistic(kTeacherMaxLogit);
@@ -253,8 +242,8 @@ float grad_of_row(const LogitRows& student, const LogitRows& teacher, const std:
                              statistic(mean_statistic(cost.statistic)),
                              cost.jsd_weight};
   const auto grad_block = grad_block_of(cost.statistic);
-  for (std::int64_t begin = 0; begin < vocab_size; begin += kBlock) {
-    const std::int64_t size = vocab_size - begin < kBlock ? vocab_size - begin : kBlock;
+  for (std::int64_t begin = 0; begin < vocab_size; begin += kSumBlock) {
+    const std::int64_t size = vocab_size - begin < kSumBlock ? vocab_size - begin : kSumBlock;
     const float* teacher_logits = load(teacher, row, begin, size, block.teacher, block.derivative);
     const float* student_logits = load(student, row, begin, size, block.student, block.derivative);
     float* out = is_bf16 ? buffer : exact + begin;

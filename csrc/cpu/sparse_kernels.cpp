@@ -13,6 +13,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "lanes.h"
+
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -20,17 +22,9 @@
 namespace distil_kernels::DISTIL_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
 constexpr int kPanel = 12;  // vectors; with the broadcast value they fit 16 registers
 
 constexpr std::int64_t kBlockBytes = 512 * 1024;  // half of a usual second-level cache
-constexpr std::int64_t kSumBlock = 1024;          // summed in float before it joins a double
 constexpr float kSmallest = 1.401298464e-45f;     // above 0: zeros are never kept
 
 typedef float Vector __attribute__((vector_size(4 * kLanes)));
