@@ -5,11 +5,12 @@ Logits come as hidden states times an identity head, so that the oracle sees exa
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 
 import torch
 
-from distil_kernels.backends import FORWARD_CE, NUM_STATISTICS, Cost, LogitPair, LogitTransform, Statistic
+from distil_kernels.backends import FORWARD_CE, NUM_STATISTICS, Cost, LogitPair, LogitTransform, Statistic, reference
 from distil_kernels.testing import Inputs, assert_within_budget, baselines, cost_by_definition, oracle
 
 NAMES = {
@@ -144,6 +145,19 @@ def check_blocks(kernels: ModuleType, generator: torch.Generator) -> None:
     }
     for name, value in exact.items():
         torch.testing.assert_close(statistics[name].double(), value.double(), rtol=2e-6, atol=1e-6)
+
+
+def check_small_terms_after_large_ones(
+    kernels: ModuleType, large_in_student: torch.Tensor, large_in_teacher: torch.Tensor, **options: object
+) -> None:
+    """A lane that begins with 1 (gap: 20) may round 64 times; what follows is 5e-8 (1e-6), about half of its ulp."""
+    student = torch.where(large_in_student, 0.0, math.log(5e-8))[None]
+    teacher = torch.where(large_in_teacher, 0.0, student - 20.0)
+    pair, plain = LogitPair(student, teacher), LogitTransform(None, None, 1.0)
+    exact = reference.row_stats(LogitPair(*(x.double() for x in pair)), plain, plain, None, FORWARD_CE)
+    ours = kernels.row_stats(pair, plain, plain, None, FORWARD_CE, **options)
+    error = float((ours[Statistic.REVERSE_KL] - exact[Statistic.REVERSE_KL]).abs())
+    assert error <= 64 * (20 * 2**-24 + 2**-20), error  # half an ulp of 1 counts 20 times
 
 
 def check_first_of_equal_maxima(kernels: ModuleType) -> None:

@@ -83,6 +83,9 @@ def test_corners(kernels, generator):
     row_checks.check_unused_rows_and_nan(kernels, generator)
     row_checks.check_tokens_outside(kernels, generator)
     row_checks.check_no_rows(kernels)
+    column = torch.arange(16384)  # 64 vectors of 4 for each of 64 threads, which has both its maxima in the first one
+    first, place = column < 256, column % 4
+    row_checks.check_small_terms_after_large_ones(kernels, first & (place == 0), first & (place == 1))
 
 
 @pytest.mark.slow

@@ -71,14 +71,17 @@ __global__ void __launch_bounds__(kThreads)
     float s[kWidth], t[kWidth];
     load_logits<kWidth, kSoftcap>(student, row, column, vocab_size - column, s);
     load_logits<kWidth, kSoftcap>(teacher, row, column, vocab_size - column, t);
+    MixtureTerm of_vector{0.0f, 0.0f};  // added to each other first, as in `accumulate`
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       const MixtureTerm term =
           mixture_term(exp_shifted(at_least_floor(s[i] - student_max) - log_normalizer),
                        exp_shifted(at_least_floor(t[i] - teacher_max) - teacher_log_normalizer), jsd_weight);
-      sums.student += term.student;
-      sums.teacher += term.teacher;
+      of_vector.student += term.student;
+      of_vector.teacher += term.teacher;
     }
+    sums.student += of_vector.student;
+    sums.teacher += of_vector.teacher;
   }
   const double student_sum = block_sum(sums.student, scratch[0]), teacher_sum = block_sum(sums.teacher, scratch[1]);
   if (threadIdx.x == 0) {

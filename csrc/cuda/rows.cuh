@@ -103,14 +103,17 @@ __device__ inline bool raise(Peak& peak, const float (&logits)[kWidth], std::int
   return peak.value > before;
 }
 
-// Adds some entries of both rows to a thread's sums; its maxima are not below them.
+// Adds some entries of both rows to a thread's sums; its maxima are not below them. They are added to each other
+// first: what is rounded at the size of a thread's whole sum is then a quarter as many additions.
 template <int kWidth>
 __device__ inline void accumulate(RowState<float>& state, const float (&s)[kWidth], const float (&t)[kWidth]) {
+  const auto term = [&](int i) {
+    return row_term(at_least_floor(s[i] - state.student.value), at_least_floor(t[i] - state.teacher.value));
+  };
+  RowSums<float> sums = term(0);
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) {
-    add_sums(state.sums,
-             row_term(at_least_floor(s[i] - state.student.value), at_least_floor(t[i] - state.teacher.value)));
-  }
+  for (int i = 1; i < kWidth; ++i) add_sums(sums, term(i));
+  add_sums(state.sums, sums);
 }
 
 // grad_logit of a cost that is known when the kernel runs: the same for all threads, so no branch diverges.
