@@ -13,7 +13,8 @@ One lm_head product costs 2 N V D floating-point operations; a plan is named by 
     ring              = Q V b       Q rows of the logits' gradient that wait for one dh and one dW product
     K                 = 1, or 2 where gradients may come through the log-prob as well as the cost
     dW accumulator    = V D a       a = 4 bytes (8 for float64), b = 2 for half precision on a GPU and for bfloat16
-                                    where the CPU multiplies it, else a; none where the ring holds all N rows
+                                    where the CPU multiplies it, else a; none where the ring holds all N rows, nor
+                                    where dW itself is as wide
 
 A call of few rows for its hidden size keeps all of them in a ring, which is less memory than the dW accumulator that it
 makes needless: N b <= D a + Q b with Q the ring of a longer call; on a GPU also where chunk and ring stay below 4 GiB.
@@ -71,11 +72,13 @@ class _InPlace(NamedTuple):
     least: int
     """Where enough rows take more than `most_bytes`."""
     most_bytes: int
+    share: int = 1
+    """Nor more than one of so many parts of the call's rows, but for `least`."""
 
 
 _IN_PLACE = {
     torch.float32: _InPlace(_Enough(3 * _PANEL_ROWS, 48 * 2**20), 2 * _PANEL_ROWS, 128 * 2**20),
-    torch.bfloat16: _InPlace(_Enough(2 * _PANEL_ROWS, 8 * 2**20), _PANEL_ROWS, 64 * 2**20),
+    torch.bfloat16: _InPlace(_Enough(2 * _PANEL_ROWS, 8 * 2**20), _PANEL_ROWS, 64 * 2**20, 4),
 }
 """In float32 every chunk adds to dW: at N = 512, V = 152k, D = 1024 144 rows took .94 of the time of 96 (two Zen 5
 threads), but their 168 MiB are more than half of what the leanest loss without chunks takes there. In bfloat16 dW waits
@@ -137,7 +140,7 @@ def ring_bytes(shape: Shape, ring_rows: int) -> int:
 def extra_bytes(shape: Shape, plan: Plan) -> int:
     """Peak of a call beyond its inputs and their gradients, by the formulas above."""
     chunk, ring = logits_chunk_bytes(shape, plan.chunk_rows), ring_bytes(shape, plan.ring_rows)
-    head = _accumulator_bytes(shape) if shape.grad_head and plan.ring_rows < shape.num_rows else 0
+    head = _accumulator_bytes(shape) if shape.grad_head and _has_accumulator(shape, plan.ring_rows) else 0
     if plan.name == "kept_gradient":
         return _kept_bytes(shape) + max(chunk, ring + head if shape.logprob_grad else 0)
     return {"stats_only": chunk, "frozen_head": chunk + ring}.get(plan.name, chunk + ring + head)
@@ -151,9 +154,9 @@ def choose_chunk_rows(shape: Shape, chunk_bytes: int | None = None) -> int:
     if chunk_bytes is None and shape.device_type == "cpu":
         enough = _ENOUGH
         if reads_head_in_place(shape.dtype):
-            enough, least, most_bytes = _IN_PLACE[shape.dtype]
+            enough, least, most_bytes, share = _IN_PLACE[shape.dtype]
             multiple = _PANEL_ROWS
-            rows = min(rows, max(least, most_bytes // logits_chunk_bytes(shape, 1)))
+            rows = min(rows, max(least, min(most_bytes // logits_chunk_bytes(shape, 1), shape.num_rows // share)))
         rows = min(rows, max(enough.rows, enough.num_bytes // logits_chunk_bytes(shape, 1)))
     if rows > multiple:
         rows -= rows % multiple
@@ -206,6 +209,14 @@ def _spares_accumulator(shape: Shape, ring_rows: int) -> bool:
 
 def _sparing_rows(shape: Shape) -> int:
     return -(-shape.num_rows // ROUNDED_SUMS) if adds_to_bf16(shape.dtype, shape.device_type) else shape.num_rows
+
+
+def _has_accumulator(shape: Shape, ring_rows: int) -> bool:
+    """Beside dW itself."""
+    if shape.dtype == accumulation_dtype(shape.dtype):
+        return False
+    adds = ring_rows > 0 and adds_to_bf16(shape.dtype, shape.device_type)
+    return shape.num_rows > ring_rows * (ROUNDED_SUMS if adds else 1)
 
 
 def _accumulator_bytes(shape: Shape) -> int:

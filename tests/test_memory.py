@@ -9,6 +9,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from distil_kernels import plan
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory from /proc")
 
@@ -26,10 +29,10 @@ def status(field):
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
-def run(op, num_rows, hidden_size):
-    hidden = torch.randn(num_rows, hidden_size, requires_grad=True)
-    weight = torch.randn({V}, hidden_size, requires_grad=True)
-    teacher = torch.randn(num_rows, hidden_size)
+def run(op, num_rows, hidden_size, dtype):
+    hidden = torch.randn(num_rows, hidden_size, dtype=dtype, requires_grad=True)
+    weight = torch.randn({V}, hidden_size, dtype=dtype, requires_grad=True)
+    teacher = torch.randn(num_rows, hidden_size, dtype=dtype)
     tokens = torch.randint({V}, (num_rows,))
     borders = torch.arange(0, num_rows + 1, 64)
     with open("/proc/self/clear_refs", "w") as reset:
@@ -46,14 +49,14 @@ def run(op, num_rows, hidden_size):
     loss.backward()
     return status("VmHWM") - before
 
-op, num_rows, hidden_size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-run(op, 128, hidden_size)  # code, threads and workspaces of the first call
-print(run(op, num_rows, hidden_size))
+op, num_rows, hidden_size, dtype = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), getattr(torch, sys.argv[4])
+run(op, 128, hidden_size, dtype)  # code, threads and workspaces of the first call
+print(run(op, num_rows, hidden_size, dtype))
 """
 
 
-def peak(op: str, num_rows: int, hidden_size: int = D) -> int:
-    command = [sys.executable, "-c", MEASURE, op, str(num_rows), str(hidden_size)]
+def peak(op: str, num_rows: int, hidden_size: int = D, dtype: torch.dtype = torch.float32) -> int:
+    command = [sys.executable, "-c", MEASURE, op, str(num_rows), str(hidden_size), str(dtype).removeprefix("torch.")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return int(result.stdout)
@@ -69,8 +72,13 @@ def test_peak_does_not_grow_with_rows(op):
     assert growth <= (large - small) * per_row + slack, f"{growth / 2**20:.1f} MiB"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("num_rows", "hidden_size"), [(4096, D), (256, 1024)])
-def test_peak_is_what_the_plan_says(num_rows, hidden_size):
-    """A chunk of logits, and the gradients themselves: backward hands out what forward has summed."""
-    predicted = CHUNK_BYTES + V * hidden_size * 4 + num_rows * hidden_size * 4
-    assert peak("forward_ce", num_rows, hidden_size) <= 1.3 * predicted + 2 * 2**20
+def test_peak_is_what_the_plan_says(num_rows, hidden_size, dtype, monkeypatch):
+    """And the gradients themselves: backward hands out what forward has summed."""
+    monkeypatch.setitem(plan.LOGITS_CHUNK_BYTES, "cpu", CHUNK_BYTES)
+    shape = plan.Shape(num_rows, V, hidden_size, dtype, "cpu", scalar=True, grad_hidden=True, grad_head=True)
+    gradients = (V + num_rows) * hidden_size * dtype.itemsize
+    predicted = plan.extra_bytes(shape, plan.choose_plan(shape)) + gradients
+    found = peak("forward_ce", num_rows, hidden_size, dtype)
+    assert 0.6 * predicted - 2 * 2**20 <= found <= 1.3 * predicted + 2 * 2**20

@@ -14,12 +14,11 @@ from distil_kernels.gemm import reads_head_in_place
 from distil_kernels.plan import (
     LOGITS_CHUNK_BYTES,
     PLANS,
-    ROUNDED_SUMS,
     Shape,
     choose_chunk_rows,
     choose_plan,
+    extra_bytes,
     logits_chunk_bytes,
-    ring_bytes,
 )
 
 BIG = Shape(8192, 151_936, 4096, torch.bfloat16, "cpu", scalar=True, grad_hidden=True, grad_head=True)
@@ -101,6 +100,7 @@ def test_chunks_of_a_call_are_of_equal_size():
     if reads_head_in_place(torch.bfloat16):
         rounded = replace(size, dtype=torch.bfloat16, num_rows=512, vocab_size=151936, grad_head=True)
         assert choose_chunk_rows(rounded) == 48
+        assert [choose_chunk_rows(replace(rounded, num_rows=n, vocab_size=49_152)) for n in (256, 512)] == [48, 96]
     assert choose_chunk_rows(replace(size, num_rows=1)) == 1
     assert choose_chunk_rows(replace(size, num_rows=0)) == 1
 
@@ -126,9 +126,7 @@ def test_memory_on_the_cpu_has_a_bound(size, monkeypatch):
 
     def extra(num_rows: int) -> int:
         shape = replace(BIG, num_rows=num_rows, vocab_size=size[0], hidden_size=size[1])
-        plan = choose_plan(shape)
-        rest = size[0] * size[1] * 2 if num_rows > ROUNDED_SUMS * plan.ring_rows else 0
-        return logits_chunk_bytes(shape, plan.chunk_rows) + ring_bytes(shape, plan.ring_rows) + rest
+        return extra_bytes(shape, choose_plan(shape))
 
     most = extra(10**6)
     for num_rows in (1, 48, 100, 512, 1000, 2048, 3000, 4096, 10_000):
@@ -138,15 +136,6 @@ def test_memory_on_the_cpu_has_a_bound(size, monkeypatch):
 
 
 GPU = replace(BIG, device_type="cuda")
-
-
-def extra_bytes(shape: Shape) -> int:
-    """As the docstring of `plan` has it."""
-    plan = choose_plan(shape)
-    ring = plan.ring_rows * shape.vocab_size * 2
-    accumulator = shape.vocab_size * shape.hidden_size * 4
-    alone = plan.ring_rows >= shape.num_rows or not shape.grad_head
-    return logits_chunk_bytes(shape, plan.chunk_rows) + ring + (0 if alone else accumulator)
 
 
 def test_ring_on_a_gpu():
@@ -163,5 +152,6 @@ def test_ring_on_a_gpu():
 @pytest.mark.parametrize("num_rows", [1, 100, 4096, 8192, 11_000, 12_000, 65_536, 10**6])
 def test_memory_on_a_gpu(num_rows):
     """V = 152k, D = 4096: 4.5 GB with dW, 1.5 GB without, whatever the number of rows; 100 MB are for dh."""
-    assert extra_bytes(replace(GPU, num_rows=num_rows)) <= 4.4e9
-    assert extra_bytes(replace(GPU, num_rows=num_rows, grad_head=False)) <= 1.4e9
+    for grad_head, most in ((True, 4.4e9), (False, 1.4e9)):
+        shape = replace(GPU, num_rows=num_rows, grad_head=grad_head)
+        assert extra_bytes(shape, choose_plan(shape)) <= most

@@ -263,7 +263,7 @@ def test_other_ops(backend, dtype, generator):
 ])  # fmt: skip
 def test_memory_is_what_the_plan_says(backend, dtype, name, chunk_rows, ring_rows, generator):
     scale = 1 if IS_EMULATED else 16  # a GPU's libraries take some MiB of their own
-    inputs = on_gpu(make_inputs(64 * scale, 2048 * scale, 16 * scale, dtype=dtype, generator=generator))
+    inputs = on_gpu(make_inputs(64 * scale, 2048 * scale, 64 * scale, dtype=dtype, generator=generator))
     plan = Plan(name.removesuffix(" of both"), chunk_rows * scale, ring_rows * scale)
     both = name.endswith("both")
     frozen, nothing = plan.name == "frozen_head", plan.name == "stats_only"
@@ -293,7 +293,8 @@ def test_memory_is_what_the_plan_says(backend, dtype, name, chunk_rows, ring_row
         logprob_grad=both, grad_hidden=True, grad_head=not frozen and not nothing,
     )  # fmt: skip
     no_logits = backend == "triton" and plan.name == "stats_only"
-    assert (0.0 if no_logits else 0.3) * extra_bytes(shape, plan) < extra < 1.3 * extra_bytes(shape, plan)
+    # Where bfloat16 dW is summed in float32, chunk and ring are gone before dW itself is there.
+    assert (0.0 if no_logits else 0.6) < extra / extra_bytes(shape, plan) < 1.3
 
 
 @pytest.mark.parametrize("op", ["forward_ce", "credit", "statistics", "policy"])
