@@ -184,9 +184,9 @@ def scalar_loss(
     """
     one_pass = plan.name in ("gradient_in_forward", "frozen_head")
     compute = _in_one_pass if one_pass else _in_two_passes
-    statistics, credit_weights, dropped, gradients = compute(problem, plan, needs, row_weight, credit, lengths)
+    statistics, credit_weights, sums = compute(problem, plan, needs, row_weight, credit, lengths)
     total = (row_weight * statistics[problem.cost.statistic]).sum()
-    return ScalarResult(_divided(total, problem), statistics, credit_weights, dropped, gradients)
+    return ScalarResult(_divided(total, problem), statistics, credit_weights, sums.dropped, sums.result())
 
 
 def policy_loss(problem: Problem, plan: Plan, needs: Needs, row_weight: Tensor, policy: Policy) -> PolicyResult:
@@ -195,6 +195,16 @@ def policy_loss(problem: Problem, plan: Plan, needs: Needs, row_weight: Tensor, 
     The problem's cost is the entropy. A row's weights follow from its own log-prob, so one pass does for any rows in
     any order.
     """
+    statistics, surrogate, clipped, sums = _policy_pass(problem, plan, needs, row_weight, policy)
+    rows_loss = surrogate - policy.entropy_weight * statistics[Statistic.ENTROPY]
+    total = _divided((row_weight * rows_loss).sum(), problem)
+    return PolicyResult(total, statistics, surrogate, clipped, sums.result())
+
+
+def _policy_pass(
+    problem: Problem, plan: Plan, needs: Needs, row_weight: Tensor, policy: Policy
+) -> tuple[Tensor, Tensor, Tensor, GradientSums]:
+    """Statistics, surrogate, whether it is clipped, and the gradients, as `_in_one_pass` leaves them."""
     statistics = _new_statistics(problem)
     surrogate, clipped = torch.zeros_like(row_weight), torch.zeros_like(row_weight, dtype=torch.bool)
     workspace = Workspace(problem, plan.chunk_rows)
@@ -209,9 +219,7 @@ def policy_loss(problem: Problem, plan: Plan, needs: Needs, row_weight: Tensor, 
             cost_weight = -policy.entropy_weight * weight
             rounding = workspace.row_grad(chunk, chunk_statistics, cost_weight, weight * derivative, out)
             sums.add(rows, out, rounding)
-    rows_loss = surrogate - policy.entropy_weight * statistics[Statistic.ENTROPY]
-    total = _divided((row_weight * rows_loss).sum(), problem)
-    return PolicyResult(total, statistics, surrogate, clipped, sums.result())
+    return statistics, surrogate, clipped, sums
 
 
 def _divided(total: Tensor, problem: Problem) -> Tensor:
@@ -220,8 +228,9 @@ def _divided(total: Tensor, problem: Problem) -> Tensor:
 
 def _in_one_pass(
     problem: Problem, plan: Plan, needs: Needs, row_weight: Tensor, credit: Credit, lengths: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Gradients]:
-    """The fields of ScalarResult but for the loss."""
+) -> tuple[Tensor, Tensor, GradientSums]:
+    """Statistics, credit, and the gradients but for the last products, which the caller asks for when the memory of
+    the logits is free again: where they are the only ones, dW takes its place."""
     statistics = _new_statistics(problem)
     credit_weights = row_weight.new_zeros(2, problem.num_rows)
     scan = CreditScan(credit, lengths, problem.kernels)
@@ -243,12 +252,12 @@ def _in_one_pass(
             rounding = workspace.row_grad(chunk, chunk_statistics, cost_weight, found[0], out)
         statistics[:, rows] = chunk_statistics
         sums.add(rows, out, rounding)
-    return statistics, credit_weights, sums.dropped, sums.result()
+    return statistics, credit_weights, sums
 
 
 def _in_two_passes(
     problem: Problem, plan: Plan, needs: Needs, row_weight: Tensor, credit: Credit, lengths: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Gradients]:
+) -> tuple[Tensor, Tensor, GradientSums]:
     """Statistics of every row, then all the credit, then the gradient; for `recompute` and `stats_only`."""
     statistics = rows_statistics(problem, plan).statistics
     credit_weights = row_weight.new_zeros(2, problem.num_rows)
@@ -258,17 +267,11 @@ def _in_two_passes(
         cost_weight[rows], credit_weights[:, rows] = scan.row_weights(
             statistics[:, rows], problem.cost.statistic, row_weight[rows], rows, credit_chunk
         )
-    nothing_dropped = torch.zeros_like(row_weight)
     if plan.name == "stats_only":
-        return (
-            statistics,
-            credit_weights,
-            nothing_dropped,
-            GradientSums(problem.student_hidden, problem.student_weight, NO_GRADIENTS, ring_rows=0).result(),
-        )
+        nothing = GradientSums(problem.student_hidden, problem.student_weight, NO_GRADIENTS, ring_rows=0)
+        return statistics, credit_weights, nothing
     logprob_weight = None if credit.span == "none" else credit_weights[0]
-    gradients = rows_backward(problem, plan, needs, statistics, cost_weight, logprob_weight)
-    return statistics, credit_weights, nothing_dropped, gradients
+    return statistics, credit_weights, _backward_pass(problem, plan, needs, statistics, cost_weight, logprob_weight)
 
 
 def rows_statistics(problem: Problem, plan: Plan) -> RowsResult:
@@ -339,6 +342,18 @@ def rows_backward(
     logprob_weight: Tensor | None,
 ) -> Gradients:
     """Gradients of sum(cost_weight * cost + logprob_weight * logprob), logits computed anew. Weights are [N]."""
+    return _backward_pass(problem, plan, needs, statistics, cost_weight, logprob_weight).result()
+
+
+def _backward_pass(
+    problem: Problem,
+    plan: Plan,
+    needs: Needs,
+    statistics: Tensor,
+    cost_weight: Tensor,
+    logprob_weight: Tensor | None,
+) -> GradientSums:
+    """As `_in_one_pass` leaves them."""
     workspace = Workspace(problem, plan.chunk_rows)
     sums = GradientSums(problem.student_hidden, problem.student_weight, needs, plan.ring_rows)
     for rows in plain_chunks(problem.counted, problem.num_rows, plan.chunk_rows):
@@ -347,7 +362,7 @@ def rows_backward(
         score_weight = None if logprob_weight is None else logprob_weight[rows]
         rounding = workspace.row_grad(chunk, statistics[:, rows].contiguous(), cost_weight[rows], score_weight, out)
         sums.add(rows, out, rounding)
-    return sums.result()
+    return sums
 
 
 def plain_chunks(counted: Tensor | None, num_rows: int, chunk_rows: int) -> Iterator[Rows]:

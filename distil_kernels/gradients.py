@@ -52,21 +52,17 @@ class GradientSums:
         self, hidden: Tensor, weight: Tensor, needs: Needs, ring_rows: int, gradient_threshold: float = 0.0
     ) -> None:
         dtype = gemm.accumulation_dtype(hidden.dtype)
-        weight_dtype = grad_weight_dtype(weight, ring_rows, hidden.shape[0])
         self._gradient_threshold = gradient_threshold
         self.dropped = hidden.new_zeros(hidden.shape[0], dtype=dtype)
         self._hidden, self._weight, self._needs = hidden, weight, needs
-        self._result = Gradients(
-            hidden.new_zeros(hidden.shape if needs.hidden else 0),
-            memory.empty(*(weight.shape if needs.weight else (0,)), like=weight, dtype=weight_dtype),
-            weight.new_zeros(weight.shape[0] if needs.bias else 0, dtype=dtype),
-        )
+        self._grad_hidden = hidden.new_zeros(hidden.shape if needs.hidden else 0)
+        self._grad_bias = weight.new_zeros(weight.shape[0] if needs.bias else 0, dtype=dtype)
+        self._weight_dtype = grad_weight_dtype(weight, ring_rows, hidden.shape[0])
+        self._grad_weight: Tensor | None = None  # there from the first product on
+        self._rest: Tensor | None = None
         self._operand = gemm.operand_dtype(hidden.dtype, hidden.device.type)
         self._ring_rows = ring_rows
         self._ring: Tensor | None = None
-        keeps_rest = weight_dtype != dtype and hidden.shape[0] > ROUNDED_SUMS * ring_rows
-        self._rest = memory.empty(*self._result.weight.shape, like=weight, dtype=weight_dtype) if keeps_rest else None
-        self._weight_written = False
         self._waiting: list[Rows] = []
         self._rounding: list[Tensor | None] = []
         self._num_waiting = 0
@@ -104,21 +100,19 @@ class GradientSums:
             else:
                 grad = self._hidden.new_zeros(grad_logits.shape[0], self._hidden.shape[1], dtype=grad_logits.dtype)
                 kept.add_product(self._weight, out=grad)
-            self._result.hidden[rows] = (grad if upstream is None else grad * upstream[:, None]).to(self._hidden.dtype)
+            self._grad_hidden[rows] = (grad if upstream is None else grad * upstream[:, None]).to(self._hidden.dtype)
         if self._needs.weight:
             hidden = self._hidden[rows]
             if upstream is not None:
                 hidden = (hidden.to(upstream.dtype) * upstream[:, None]).to(grad_logits.dtype)
             if kept is not None:
-                self._begin_grad_weight()
-                kept.transposed().add_product(hidden, out=self._result.weight)
-            elif self._weight_written:
-                gemm.add_grad_weight(grad_logits, hidden, out=self._result.weight, rest=self._rest)
+                kept.transposed().add_product(hidden, out=self._grad_weight_so_far())
+            elif self._grad_weight is not None:
+                gemm.add_grad_weight(grad_logits, hidden, out=self._grad_weight, rest=self._rest)
             else:
-                gemm.grad_weight(grad_logits, hidden, out=self._result.weight, rest=self._rest)
-            self._weight_written = True
+                gemm.grad_weight(grad_logits, hidden, out=self._new_grad_weight(), rest=self._rest)
         if self._needs.bias:
-            gemm.add_grad_bias(grad_logits, upstream, out=self._result.bias)
+            gemm.add_grad_bias(grad_logits, upstream, out=self._grad_bias)
 
     def _large_entries(self, rows: Rows, grad_logits: Tensor) -> LargeEntries | None:
         """What the products may do with alone, or None for all."""
@@ -129,14 +123,22 @@ class GradientSums:
 
     def result(self) -> Gradients:
         self._empty_ring()
-        self._begin_grad_weight()
-        return self._result
+        if self._needs.weight:
+            weight = self._grad_weight_so_far()
+        else:
+            weight = self._weight.new_empty(0, dtype=self._weight_dtype)
+        return Gradients(self._grad_hidden, weight, self._grad_bias)
 
-    def _begin_grad_weight(self) -> None:
-        """The first product writes dW (a pass over all of it less); zeros where there is none yet."""
-        if not self._weight_written:
-            self._result.weight.zero_()
-            self._weight_written = True
+    def _new_grad_weight(self) -> Tensor:
+        """For the first product, which writes all of it: zeros would be a pass over it."""
+        like, dtype = self._weight, self._weight_dtype
+        keeps_rest = dtype != self._grad_bias.dtype and self._hidden.shape[0] > ROUNDED_SUMS * self._ring_rows
+        self._rest = memory.empty(*like.shape, like=like, dtype=dtype) if keeps_rest else None
+        self._grad_weight = memory.empty(*like.shape, like=like, dtype=dtype)
+        return self._grad_weight
+
+    def _grad_weight_so_far(self) -> Tensor:
+        return self._new_grad_weight().zero_() if self._grad_weight is None else self._grad_weight
 
     def _empty_ring(self) -> None:
         if self._waiting:

@@ -17,11 +17,14 @@ One lm_head product costs 2 N V D floating-point operations; a plan is named by 
                                     where dW itself is as wide
 
 A call of few rows for its hidden size keeps all of them in a ring, which is less memory than the dW accumulator that it
-makes needless: N b <= D a + Q b with Q the ring of a longer call; on a GPU also where chunk and ring stay below 4 GiB.
+makes needless: N b <= D a + Q b with Q the ring of a longer call; on a GPU also where it all stays below 4 GiB. Its one
+product is the last of the call, and dW takes the memory of the logits, which are done with: such a call needs the ring
+and by how much the chunk is larger than dW.
+
 On the CPU a ring is for bfloat16 only; elsewhere the gradient of the logits overwrites the student's logits and the
-products follow at once. Where they add to bfloat16 (`gemm.adds_to_bf16`) half of the rows do in the place of all, since
-two roundings of dW cost little more than one (.22 for .19 % of error at SmolLM2's shape); for more the accumulator is a
-bfloat16 matrix of what they lose, V D b. On a GPU adding to a float32 dW moves 8 V D bytes, 1.6 ms for V D = 152k *
+products follow at once. Where they add to bfloat16 (`gemm.adds_to_bf16`) half of the rows do in the place of all if that
+takes less memory, since two roundings of dW cost little more than one (.22 for .19 % of error at SmolLM2's shape); for
+more the accumulator is a bfloat16 matrix of what they lose, V D b. On a GPU adding to a float32 dW moves 8 V D bytes, 1.6 ms for V D = 152k *
 4096 on an H100: at one product per small chunk that is more than everything but the products themselves, at one per
 4096 rows a few per cent (docs/performance.md has the sum).
 
@@ -72,13 +75,11 @@ class _InPlace(NamedTuple):
     least: int
     """Where enough rows take more than `most_bytes`."""
     most_bytes: int
-    share: int = 1
-    """Nor more than one of so many parts of the call's rows, but for `least`."""
 
 
 _IN_PLACE = {
     torch.float32: _InPlace(_Enough(3 * _PANEL_ROWS, 48 * 2**20), 2 * _PANEL_ROWS, 128 * 2**20),
-    torch.bfloat16: _InPlace(_Enough(2 * _PANEL_ROWS, 8 * 2**20), _PANEL_ROWS, 64 * 2**20, 4),
+    torch.bfloat16: _InPlace(_Enough(2 * _PANEL_ROWS, 8 * 2**20), _PANEL_ROWS, 64 * 2**20),
 }
 """In float32 every chunk adds to dW: at N = 512, V = 152k, D = 1024 144 rows took .94 of the time of 96 (two Zen 5
 threads), but their 168 MiB are more than half of what the leanest loss without chunks takes there. In bfloat16 dW waits
@@ -140,10 +141,14 @@ def ring_bytes(shape: Shape, ring_rows: int) -> int:
 def extra_bytes(shape: Shape, plan: Plan) -> int:
     """Peak of a call beyond its inputs and their gradients, by the formulas above."""
     chunk, ring = logits_chunk_bytes(shape, plan.chunk_rows), ring_bytes(shape, plan.ring_rows)
-    head = _accumulator_bytes(shape) if shape.grad_head and _has_accumulator(shape, plan.ring_rows) else 0
+    if plan.name == "stats_only":
+        return chunk
     if plan.name == "kept_gradient":
-        return _kept_bytes(shape) + max(chunk, ring + head if shape.logprob_grad else 0)
-    return {"stats_only": chunk, "frozen_head": chunk + ring}.get(plan.name, chunk + ring + head)
+        later = ring + _accumulator_bytes(shape, plan.ring_rows) if shape.logprob_grad else 0
+        return _kept_bytes(shape) + max(chunk - _head_bytes(shape), later)
+    if plan.ring_rows >= shape.num_rows:
+        return _one_product_bytes(shape, chunk)
+    return chunk + ring + _accumulator_bytes(shape, plan.ring_rows)
 
 
 def choose_chunk_rows(shape: Shape, chunk_bytes: int | None = None) -> int:
@@ -154,9 +159,9 @@ def choose_chunk_rows(shape: Shape, chunk_bytes: int | None = None) -> int:
     if chunk_bytes is None and shape.device_type == "cpu":
         enough = _ENOUGH
         if reads_head_in_place(shape.dtype):
-            enough, least, most_bytes, share = _IN_PLACE[shape.dtype]
+            enough, least, most_bytes = _IN_PLACE[shape.dtype]
             multiple = _PANEL_ROWS
-            rows = min(rows, max(least, min(most_bytes // logits_chunk_bytes(shape, 1), shape.num_rows // share)))
+            rows = min(rows, max(least, most_bytes // logits_chunk_bytes(shape, 1)))
         rows = min(rows, max(enough.rows, enough.num_bytes // logits_chunk_bytes(shape, 1)))
     if rows > multiple:
         rows -= rows % multiple
@@ -171,8 +176,8 @@ def _chunk_budget(shape: Shape) -> int:
     budget = LOGITS_CHUNK_BYTES.get(shape.device_type, LOGITS_CHUNK_BYTES["cuda"])
     if shape.device_type == "cpu" or not shape.grad_head:
         return budget
-    rest = min(ring_bytes(shape, shape.num_rows), RING_BYTES + _accumulator_bytes(shape))
-    return 2 * budget if rest + 2 * budget <= _EXTRA_BYTES else budget
+    several = 2 * budget + RING_BYTES + _wide_head_bytes(shape)
+    return 2 * budget if min(_one_product_bytes(shape, 2 * budget), several) <= _EXTRA_BYTES else budget
 
 
 def choose_ring_rows(shape: Shape, chunk_rows: int) -> int:
@@ -182,7 +187,7 @@ def choose_ring_rows(shape: Shape, chunk_rows: int) -> int:
         return _ring_rows_on_cpu(shape, chunk_rows)
     budget = RING_BYTES if shape.grad_head else HIDDEN_RING_BYTES
     chunks = min(max(1, budget // ring_bytes(shape, chunk_rows)), -(-shape.num_rows // chunk_rows) or 1)
-    affordable = logits_chunk_bytes(shape, chunk_rows) + ring_bytes(shape, shape.num_rows) <= _EXTRA_BYTES
+    affordable = _one_product_bytes(shape, logits_chunk_bytes(shape, chunk_rows)) <= _EXTRA_BYTES
     if shape.grad_head and (affordable or _spares_accumulator(shape, chunks * chunk_rows)):
         return max(shape.num_rows, chunk_rows)
     return chunk_rows * chunks
@@ -195,6 +200,9 @@ def _ring_rows_on_cpu(shape: Shape, chunk_rows: int) -> int:
     adds = adds_to_bf16(shape.dtype, "cpu")
     if shape.grad_head and _spares_accumulator(shape, _RING_ROWS if adds else _ENOUGH.rows):
         rows = max(_sparing_rows(shape), 3 * chunk_rows)  # a product of few rows is mostly reading W
+        chunk = logits_chunk_bytes(shape, chunk_rows)
+        if _one_product_bytes(shape, chunk) <= chunk + ring_bytes(shape, rows):
+            rows = shape.num_rows
     elif adds:
         rows = _RING_ROWS
     else:
@@ -204,24 +212,38 @@ def _ring_rows_on_cpu(shape: Shape, chunk_rows: int) -> int:
 
 def _spares_accumulator(shape: Shape, ring_rows: int) -> bool:
     """Whether a ring that needs no dW accumulator takes no more memory than one of `ring_rows` beside it."""
-    return ring_bytes(shape, _sparing_rows(shape)) <= ring_bytes(shape, ring_rows) + _accumulator_bytes(shape)
+    adds = adds_to_bf16(shape.dtype, shape.device_type)
+    accumulator = _head_bytes(shape) if adds else _wide_head_bytes(shape)
+    return ring_bytes(shape, _sparing_rows(shape)) <= ring_bytes(shape, ring_rows) + accumulator
 
 
 def _sparing_rows(shape: Shape) -> int:
     return -(-shape.num_rows // ROUNDED_SUMS) if adds_to_bf16(shape.dtype, shape.device_type) else shape.num_rows
 
 
-def _has_accumulator(shape: Shape, ring_rows: int) -> bool:
+def _one_product_bytes(shape: Shape, chunk: int) -> int:
+    """Of a ring for all rows and `chunk` bytes of logits, whose place dW takes."""
+    return ring_bytes(shape, shape.num_rows) + max(0, chunk - _head_bytes(shape))
+
+
+def _accumulator_bytes(shape: Shape, ring_rows: int) -> int:
     """Beside dW itself."""
-    if shape.dtype == accumulation_dtype(shape.dtype):
-        return False
     adds = ring_rows > 0 and adds_to_bf16(shape.dtype, shape.device_type)
-    return shape.num_rows > ring_rows * (ROUNDED_SUMS if adds else 1)
+    is_one = shape.num_rows <= ring_rows * (ROUNDED_SUMS if adds else 1) or shape.dtype == accumulation_dtype(
+        shape.dtype
+    )
+    if is_one or not shape.grad_head:
+        return 0
+    return _head_bytes(shape) if adds else _wide_head_bytes(shape)
 
 
-def _accumulator_bytes(shape: Shape) -> int:
-    adds = adds_to_bf16(shape.dtype, shape.device_type)
-    return shape.vocab_size * shape.hidden_size * (shape.dtype if adds else accumulation_dtype(shape.dtype)).itemsize
+def _head_bytes(shape: Shape) -> int:
+    """Of dW."""
+    return shape.vocab_size * shape.hidden_size * shape.dtype.itemsize if shape.grad_head else 0
+
+
+def _wide_head_bytes(shape: Shape) -> int:
+    return shape.vocab_size * shape.hidden_size * accumulation_dtype(shape.dtype).itemsize
 
 
 def choose_plan(shape: Shape, requested: str | Plan = "auto", *, credit_in_one_pass: bool = True) -> Plan:
@@ -253,10 +275,6 @@ def choose_plan(shape: Shape, requested: str | Plan = "auto", *, credit_in_one_p
 
 def _kept_bytes(shape: Shape) -> int:
     return (2 if shape.logprob_grad else 1) * ring_bytes(shape, shape.num_rows)
-
-
-def _wide_head_bytes(shape: Shape) -> int:
-    return shape.vocab_size * shape.hidden_size * accumulation_dtype(shape.dtype).itemsize
 
 
 def _prefer(shape: Shape, credit_in_one_pass: bool) -> tuple[str, str]:

@@ -100,7 +100,6 @@ def test_chunks_of_a_call_are_of_equal_size():
     if reads_head_in_place(torch.bfloat16):
         rounded = replace(size, dtype=torch.bfloat16, num_rows=512, vocab_size=151936, grad_head=True)
         assert choose_chunk_rows(rounded) == 48
-        assert [choose_chunk_rows(replace(rounded, num_rows=n, vocab_size=49_152)) for n in (256, 512)] == [48, 96]
     assert choose_chunk_rows(replace(size, num_rows=1)) == 1
     assert choose_chunk_rows(replace(size, num_rows=0)) == 1
 
