@@ -22,11 +22,11 @@ product is the last of the call, and dW takes the memory of the logits, which ar
 and by how much the chunk is larger than dW.
 
 On the CPU a ring is for bfloat16 only; elsewhere the gradient of the logits overwrites the student's logits and the
-products follow at once. Where they add to bfloat16 (`gemm.adds_to_bf16`) half of the rows do in the place of all if that
-takes less memory, since two roundings of dW cost little more than one (.22 for .19 % of error at SmolLM2's shape); for
-more the accumulator is a bfloat16 matrix of what they lose, V D b. On a GPU adding to a float32 dW moves 8 V D bytes, 1.6 ms for V D = 152k *
-4096 on an H100: at one product per small chunk that is more than everything but the products themselves, at one per
-4096 rows a few per cent (docs/performance.md has the sum).
+products follow at once. Where they add to bfloat16 (`gemm.adds_to_bf16`) half of the rows do in the place of all where
+those would take more memory, since two roundings of dW cost little more than one (.22 for .19 % of error at SmolLM2's
+shape); for more the accumulator is a bfloat16 matrix of what they lose, V D b. On a GPU adding to a float32 dW moves
+8 V D bytes, 1.6 ms for V D = 152k * 4096 on an H100: at one product per small chunk that is more than everything but
+the products themselves, at one per 4096 rows a few per cent (docs/performance.md has the sum).
 
 Chunk and ring come from memory budgets; a `Plan` passed as `plan=` to the public ops brings its own.
 """
@@ -91,6 +91,10 @@ _RING_ROWS = 576
 
 ROUNDED_SUMS = 2
 """Products whose sums are rounded to a bfloat16 dW one after the other without keeping what that loses."""
+
+_FOR_ONE_PRODUCT_BYTES = 8 * 2**20
+"""By so much may one product take more memory than two: it takes .975 of the time (N = 1024, V = 49k, D = 576 on two
+Zen 5 threads) and rounds dW once."""
 
 RING_BYTES = 1152 * 2**20
 """Default memory for the ring on a GPU: 3584 bfloat16 rows of a 152k vocabulary."""
@@ -199,9 +203,9 @@ def _ring_rows_on_cpu(shape: Shape, chunk_rows: int) -> int:
         return 0
     adds = adds_to_bf16(shape.dtype, "cpu")
     if shape.grad_head and _spares_accumulator(shape, _RING_ROWS if adds else _ENOUGH.rows):
-        rows = max(_sparing_rows(shape), 3 * chunk_rows)  # a product of few rows is mostly reading W
+        rows = max(-(-_sparing_rows(shape) // chunk_rows), 3) * chunk_rows  # a product of few is mostly reading W
         chunk = logits_chunk_bytes(shape, chunk_rows)
-        if _one_product_bytes(shape, chunk) <= chunk + ring_bytes(shape, rows):
+        if _one_product_bytes(shape, chunk) <= chunk + ring_bytes(shape, rows) + _FOR_ONE_PRODUCT_BYTES:
             rows = shape.num_rows
     elif adds:
         rows = _RING_ROWS
