@@ -95,12 +95,7 @@ class GradientSums:
         """The products. `upstream` [R] scales rows of grad_logits that were formed before it was known."""
         kept = self._large_entries(rows, grad_logits)
         if self._needs.hidden:
-            if kept is None:
-                grad = gemm.grad_hidden(grad_logits, self._weight, rounding)
-            else:
-                grad = self._hidden.new_zeros(grad_logits.shape[0], self._hidden.shape[1], dtype=grad_logits.dtype)
-                kept.add_product(self._weight, out=grad)
-            self._grad_hidden[rows] = (grad if upstream is None else grad * upstream[:, None]).to(self._hidden.dtype)
+            self._grad_hidden[rows] = self._grad_hidden_of(grad_logits, kept, upstream, rounding)
         if self._needs.weight:
             hidden = self._hidden[rows]
             if upstream is not None:
@@ -113,6 +108,17 @@ class GradientSums:
                 gemm.grad_weight(grad_logits, hidden, out=self._new_grad_weight(), rest=self._rest)
         if self._needs.bias:
             gemm.add_grad_bias(grad_logits, upstream, out=self._grad_bias)
+
+    def _grad_hidden_of(
+        self, grad_logits: Tensor, kept: LargeEntries | None, upstream: Tensor | None, rounding: Tensor | None
+    ) -> Tensor:
+        """[R, D], rounded: where R is the ring's, the float32 of it is gone before dW is there."""
+        if kept is None:
+            grad = gemm.grad_hidden(grad_logits, self._weight, rounding)
+        else:
+            grad = self._hidden.new_zeros(grad_logits.shape[0], self._hidden.shape[1], dtype=grad_logits.dtype)
+            kept.add_product(self._weight, out=grad)
+        return (grad if upstream is None else grad * upstream[:, None]).to(self._hidden.dtype)
 
     def _large_entries(self, rows: Rows, grad_logits: Tensor) -> LargeEntries | None:
         """What the products may do with alone, or None for all."""

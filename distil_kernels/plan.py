@@ -204,7 +204,7 @@ def _ring_rows_on_cpu(shape: Shape, chunk_rows: int) -> int:
     adds = adds_to_bf16(shape.dtype, "cpu")
     if shape.grad_head and _spares_accumulator(shape, _RING_ROWS if adds else _ENOUGH.rows):
         rows = max(-(-_sparing_rows(shape) // chunk_rows), 3) * chunk_rows  # a product of few is mostly reading W
-        chunk = logits_chunk_bytes(shape, chunk_rows)
+        chunk = 0 if shape.logprob_grad else logits_chunk_bytes(shape, chunk_rows)  # `kept_gradient` has none by then
         if _one_product_bytes(shape, chunk) <= chunk + ring_bytes(shape, rows) + _FOR_ONE_PRODUCT_BYTES:
             rows = shape.num_rows
     elif adds:

@@ -269,6 +269,27 @@ def _check_teacher(
         door.value_error(f"teacher_logprobs has a row of probability {float(mass.max())}, expected at most 1")
 
 
+def _add_chunks(
+    problem: _Problem,
+    sums: GradientSums | None,
+    tokens: Tensor | None,
+    row_weight: Tensor,
+    score_weight: Tensor | None,
+    chunk_rows: int,
+) -> Tensor:
+    """Adds gradients to `sums`, returns the loss; the logits' memory is free again when the last products come."""
+    loss = row_weight.new_zeros(())
+    for rows, raw, both in problem.chunks(chunk_rows):
+        weight = row_weight[rows]
+        loss += torch.where(weight != 0, weight * both.cross_entropy(), 0.0).sum()
+        if sums is not None:
+            score = None if score_weight is None else score_weight[rows]
+            grad = both.gradient(weight, score, None if tokens is None else tokens[rows])
+            out = sums.room(raw).copy_(grad)
+            sums.add(rows, out, None if out.dtype == grad.dtype else (grad - out).sum(-1))
+    return loss
+
+
 @torch.library.custom_op("distil_kernels::topk_loss", mutates_args=())
 def topk_loss(
     student_hidden: Tensor,
@@ -292,15 +313,7 @@ def topk_loss(
         student_hidden, student_weight, student_bias, teacher_ids, teacher_logprobs, counted, temperature, logit_softcap
     )
     sums = GradientSums(student_hidden, student_weight, Needs(*needs), ring_rows)
-    loss = row_weight.new_zeros(())
-    for rows, raw, both in problem.chunks(chunk_rows):
-        weight = row_weight[rows]
-        loss += torch.where(weight != 0, weight * both.cross_entropy(), 0.0).sum()
-        if any(needs):
-            score = None if score_weight is None else score_weight[rows]
-            grad = both.gradient(weight, score, None if tokens is None else tokens[rows])
-            out = sums.room(raw).copy_(grad)
-            sums.add(rows, out, None if out.dtype == grad.dtype else (grad - out).sum(-1))
+    loss = _add_chunks(problem, sums if any(needs) else None, tokens, row_weight, score_weight, chunk_rows)
     return loss, *sums.result()
 
 
