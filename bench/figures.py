@@ -13,8 +13,8 @@ _BARS = {"ours": "C0", "peer": "0.7"}
 
 
 def plot(runs: list[dict], folder: Path) -> list[Path]:
-    """A figure per op, dtype and thread count: time and memory against N and V where there are two points on an axis;
-    else, beside peers, time, memory and error of each candidate."""
+    """A figure per op, dtype and thread count: time and memory against N and V where there are two points on an axis,
+    else time, memory and error as bars; ours and its peers."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -51,11 +51,20 @@ def _lines(series: dict[str, list[dict]]) -> Any:
     width = 5.5 * len(series) + _LEGEND_WIDTH
     figure, axes = plt.subplots(2, len(series), figsize=(width, 7), squeeze=False)
     for column, (axis, found) in enumerate(series.items()):
-        _draw(axes[0][column], found, axis, "ms", "milliseconds", 1.0)
-        _draw(axes[1][column], found, axis, "peak_extra_bytes", "peak extra memory, MiB", MIB)
+        shown = [_ours_and_peers(table) for table in found]
+        limits = [_fastest_products(table) for table in found]
+        times = [
+            {name: row["ms"] / limit for name, row in rows.items()} for rows, limit in zip(shown, limits, strict=True)
+        ]
+        memory = [{name: row["peak_extra_bytes"] / MIB for name, row in rows.items()} for rows in shown]
+        sizes = [table["case"][axis] for table in found]
+        _draw(axes[0][column], sizes, times, axis, "time over the bare products'")
+        _draw(axes[1][column], sizes, memory, axis, "peak extra memory, MiB")
+        axes[0][column].set_ylim(bottom=1.0)
+        axes[1][column].set_yscale("log")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="center right", frameon=False)
-    figure.tight_layout(rect=(0, 0, 1 - _LEGEND_WIDTH / width, 1))
+    figure.tight_layout(rect=(0, 0, 1 - _LEGEND_WIDTH / width, 0.96))
     return figure
 
 
@@ -63,12 +72,8 @@ def _bars(table: dict) -> Any:
     """Ours and peers: time, memory, error between close models."""
     import matplotlib.pyplot as plt
 
-    timed = [row for row in table["rows"] if row.get("peak_extra_bytes") and "ms" in row]
-    timed.sort(key=lambda row: row["ms"])
-    own = ours(timed)
-    shown = [row for row in timed if row is own or row["group"] == "peer"][::-1]
+    shown = sorted(_ours_and_peers(table).values(), key=lambda row: -row["ms"])
     names, colors = [row["name"] for row in shown], [_BARS[row["group"]] for row in shown]
-    limit = min(row["ms"] for row in table["rows"] if row["group"] == "limit")
     values = {
         "milliseconds (dotted: the bare products)": [row["ms"] for row in shown],
         "peak extra memory, MiB": [row["peak_extra_bytes"] / MIB for row in shown],
@@ -81,11 +86,21 @@ def _bars(table: dict) -> Any:
         axis.set(xlabel=label)
         axis.margins(x=0.2)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].axvline(limit, color="k", linestyle=":")
+    axes[0].axvline(_fastest_products(table), color="k", linestyle=":")
     axes[2].set_xscale("log")
     figure.suptitle(title(table))
     figure.tight_layout(w_pad=2)
     return figure
+
+
+def _ours_and_peers(table: dict) -> dict[str, dict]:
+    timed = [row for row in table["rows"] if row.get("peak_extra_bytes") and "ms" in row]
+    own = ours(timed)
+    return ({} if own is None else {"ours": own}) | {row["name"]: row for row in timed if row["group"] == "peer"}
+
+
+def _fastest_products(table: dict) -> float:
+    return min(row["ms"] for row in table["rows"] if row["group"] == "limit")
 
 
 def _longest_series(tables: list[dict], axis: str) -> list[dict]:
@@ -99,22 +114,13 @@ def _longest_series(tables: list[dict], axis: str) -> list[dict]:
     return [longest[size] for size in sorted(longest)]
 
 
-def _draw(axes: object, tables: list[dict], axis: str, key: str, label: str, unit: float) -> None:
-    names = list(dict.fromkeys(row["name"] for table in tables for row in table["rows"]))
-    for name in names:
-        points = [
-            (table["case"][axis], row[key] / unit, row["group"])
-            for table in tables
-            for row in table["rows"]
-            if row["name"] == name and row.get(key) is not None
-        ]
-        if len(points) < 2:
-            continue
-        style = {"limit": "k:", "ours": "o-", "approximate": "^-", "peer": "s--", "label": "x:"}[points[0][2]]
-        axes.plot([x for x, _, _ in points], [y for _, y, _ in points], style, label=name, markersize=4)
+def _draw(axes: Any, sizes: list[int], values: list[dict[str, float]], axis: str, label: str) -> None:
+    for name in dict.fromkeys(name for each in values for name in each):
+        points = [(size, each[name]) for size, each in zip(sizes, values, strict=True) if name in each]
+        if len(points) > 1:
+            axes.plot(*zip(*points, strict=True), "o-" if name == "ours" else "s--", label=name, markersize=4)
     axes.set(xlabel={"num_rows": "tokens N", "vocab_size": "vocabulary V"}[axis], ylabel=label)
     axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xticks(sizes := [table["case"][axis] for table in tables], [str(size) for size in sizes])
+    axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
