@@ -3,7 +3,7 @@
 The ring holds gradient rows of several chunks in the dtype of the products' operands: on a GPU small chunks of logits
 would otherwise read and write the whole float32 dW too often (`plan` has the numbers). A ring with room for every row
 of the call needs no float32 dW at all: one product makes dW in the weight's own precision. Nor does the CPU where its
-product adds to bfloat16: up to three products round their sums to the result itself; of more, a second bfloat16 matrix
+product adds to bfloat16: up to two products round their sums to the result itself; of more, a second bfloat16 matrix
 keeps what rounding loses.
 """
 
