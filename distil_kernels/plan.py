@@ -233,11 +233,10 @@ def _one_product_bytes(shape: Shape, chunk: int) -> int:
 
 def _accumulator_bytes(shape: Shape, ring_rows: int) -> int:
     """Beside dW itself."""
+    if not shape.grad_head or shape.dtype == accumulation_dtype(shape.dtype):
+        return 0
     adds = ring_rows > 0 and adds_to_bf16(shape.dtype, shape.device_type)
-    is_one = shape.num_rows <= ring_rows * (ROUNDED_SUMS if adds else 1) or shape.dtype == accumulation_dtype(
-        shape.dtype
-    )
-    if is_one or not shape.grad_head:
+    if shape.num_rows <= ring_rows * (ROUNDED_SUMS if adds else 1):
         return 0
     return _head_bytes(shape) if adds else _wide_head_bytes(shape)
 
