@@ -12,6 +12,7 @@ not part of it: back end `cuda` brings its emulator, `triton` its interpreter. I
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -41,7 +42,9 @@ class _Memory:
     def note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         self._sizes[StorageWeakRef(storage)] = storage.nbytes()
-        self.peak = max(self.peak, self.live())
+        if self.live() > self.peak:
+            gc.collect()  # Triton's interpreter leaves operands in cycles, its launches do not
+            self.peak = max(self.peak, self.live())
 
     def live(self, *_: Any) -> int:
         self._sizes = {storage: size for storage, size in self._sizes.items() if not storage.expired()}
@@ -177,6 +180,8 @@ def emulated_gpu() -> Iterator[None]:
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(_ToGpu())
+        gc.freeze()  # what was there before is no garbage of this GPU's, and `_Memory` looks for it often
+        stack.callback(gc.unfreeze)
         yield
 
 
