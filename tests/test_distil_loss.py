@@ -77,7 +77,9 @@ def check(inputs, *, backend="cpu", plan="auto", **settings):
         assert_within_budget(name, getattr(ours, name), base[name], exact[name], terms=total)
     gradients = torch.autograd.grad(ours.loss, list(inputs.leaves.values()))
     normalizer = settings.get("normalizer") or len(settings.get("lengths", LENGTHS))
-    terms = term_sizes(inputs, (exact["credit"].abs() + 1.0) / normalizer)
+    # A credit is a difference of costs to go, and rounded at their size, however small or clipped it is.
+    weight = exact["credit"].abs() + settings.get("scale", 1.0) * exact["cost_to_go"].abs() + 1.0
+    terms = term_sizes(inputs, weight / normalizer)
     for name, gradient in zip(inputs.leaves, gradients, strict=True):
         assert_within_budget(name, gradient, base[name], exact[name], terms=terms[name])
     return ours
