@@ -271,7 +271,7 @@ def _in_two_passes(
         nothing = GradientSums(problem.student_hidden, problem.student_weight, NO_GRADIENTS, ring_rows=0)
         return statistics, credit_weights, nothing
     logprob_weight = None if credit.span == "none" else credit_weights[0]
-    return statistics, credit_weights, _backward_pass(problem, plan, needs, statistics, cost_weight, logprob_weight)
+    return statistics, credit_weights, rows_backward(problem, plan, needs, statistics, cost_weight, logprob_weight)
 
 
 def rows_statistics(problem: Problem, plan: Plan) -> RowsResult:
@@ -340,20 +340,9 @@ def rows_backward(
     statistics: Tensor,
     cost_weight: Tensor,
     logprob_weight: Tensor | None,
-) -> Gradients:
-    """Gradients of sum(cost_weight * cost + logprob_weight * logprob), logits computed anew. Weights are [N]."""
-    return _backward_pass(problem, plan, needs, statistics, cost_weight, logprob_weight).result()
-
-
-def _backward_pass(
-    problem: Problem,
-    plan: Plan,
-    needs: Needs,
-    statistics: Tensor,
-    cost_weight: Tensor,
-    logprob_weight: Tensor | None,
 ) -> GradientSums:
-    """As `_in_one_pass` leaves them."""
+    """Gradients of sum(cost_weight * cost + logprob_weight * logprob), logits computed anew. Weights are [N]. The last
+    products are the caller's to ask for, as after `_in_one_pass`."""
     workspace = Workspace(problem, plan.chunk_rows)
     sums = GradientSums(problem.student_hidden, problem.student_weight, needs, plan.ring_rows)
     for rows in plain_chunks(problem.counted, problem.num_rows, plan.chunk_rows):

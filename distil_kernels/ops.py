@@ -347,10 +347,11 @@ def rows_backward(
         student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
         tokens, counted, temperature, teacher_temperature, logit_softcap, backend, Cost(Statistic(cost), jsd_weight),
     )  # fmt: skip
-    gradients = driver.rows_backward(
+    sums = driver.rows_backward(
         problem, Plan("recompute", chunk_rows, ring_rows), Needs(*needs), statistics, cost_weight.contiguous(),
         None if tokens is None else logprob_weight.contiguous(),
     )  # fmt: skip
+    gradients = sums.result()
     return gradients.hidden, gradients.weight.to(student_weight.dtype), gradients.bias
 
 
