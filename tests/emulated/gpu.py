@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -43,7 +44,8 @@ class _Memory:
         storage = tensor.untyped_storage()
         self._sizes[StorageWeakRef(storage)] = storage.nbytes()
         if self.live() > self.peak:
-            gc.collect()  # Triton's interpreter leaves operands in cycles, its launches do not
+            if os.environ.get("TRITON_INTERPRET") == "1":
+                gc.collect()  # Triton's interpreter leaves operands in cycles
             self.peak = max(self.peak, self.live())
 
     def live(self, *_: Any) -> int:
