@@ -60,7 +60,7 @@ def _lines(series: dict[str, list[dict]]) -> Any:
         sizes = [table["case"][axis] for table in found]
         _draw(axes[0][column], sizes, times, axis, "time over the bare products'")
         _draw(axes[1][column], sizes, memory, axis, "peak extra memory, MiB")
-        axes[0][column].set_ylim(bottom=1.0)
+        axes[0][column].axhline(1.0, color="k", linestyle=":")
         axes[1][column].set_yscale("log")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="center right", frameon=False)

@@ -19,7 +19,7 @@ One lm_head product costs 2 N V D floating-point operations; a plan is named by 
 A call of few rows for its hidden size keeps all of them in a ring, which is less memory than the dW accumulator that it
 makes needless: N b <= D a + Q b with Q the ring of a longer call; on a GPU also where it all stays below 4 GiB. Its one
 product is the last of the call, and dW takes the memory of the logits, which are done with: such a call needs the ring
-and by how much the chunk is larger than dW.
+and by how much the chunk is larger than dW. `kept_gradient` has no logits when dW comes either.
 
 On the CPU a ring is for bfloat16 only; elsewhere the gradient of the logits overwrites the student's logits and the
 products follow at once. Where they add to bfloat16 (`gemm.adds_to_bf16`) half of the rows do in the place of all where
@@ -94,8 +94,8 @@ ROUNDED_SUMS = 2
 
 _FOR_ONE_PRODUCT_BYTES = 8 * 2**20
 """By so much may one product take more memory than two: it takes .975 of the time (N = 1024, V = 49k, D = 576 on two
-Zen 5 threads) and rounds dW once. `kept_gradient` of two takes the same ring though its logits are gone by then: 318
-for 350 ms, 291 for 265 MiB."""
+Zen 5 threads) and rounds dW once. `kept_gradient` of two takes the same ring though its logits are gone by then: 1.18
+for 1.34 times the bare products, 288 for 265 MiB."""
 
 RING_BYTES = 1152 * 2**20
 """Default memory for the ring on a GPU: 3584 bfloat16 rows of a 152k vocabulary."""
