@@ -122,8 +122,10 @@ def test_a_row_of_tiny_gradients_keeps_its_direction(generator):
     scales = ones.clone()
     scales[::2] = 1e-30
     plain, scaled = gradients(inputs, ones, 0.2), gradients(inputs, scales, 0.2)
-    assert (plain[0].norm(dim=-1) > 0).all()
-    torch.testing.assert_close(scaled[0] / scales[:, None], plain[0], rtol=1e-4, atol=0.0)
+    size = plain[0].norm(dim=-1)
+    assert (size > 0).all()
+    # The row's, not the entry's: an entry may be a thousand times smaller than what is summed to it.
+    assert ((scaled[0] / scales[:, None] - plain[0]).norm(dim=-1) <= 1e-6 * size).all()
     torch.testing.assert_close(scaled[2].dropped, plain[2].dropped, rtol=1e-4, atol=1e-7)
     assert (plain[2].dropped < 1).all()
 
