@@ -64,22 +64,29 @@ class Inputs:
         tensors = {name: convert(getattr(self, name)) for name in (*_HEADS, "tokens")}
         return replace(self, **tensors, options={name: convert(value) for name, value in self.options.items()})
 
-    def with_hidden_order(self, order: Tensor, teacher_order: Tensor) -> Inputs:
-        """The same problem with the hidden dimensions in another order: other rounding, equal mathematics."""
+    def in_order(self, dims: Tensor, teacher_dims: Tensor, vocab: Tensor) -> Inputs:
+        """The same problem with hidden dimensions and vocabulary reordered: other rounding, equal mathematics."""
 
         def permute(tensor: Tensor, by: Tensor) -> Tensor:
             return tensor.detach()[..., by].clone().requires_grad_(tensor.requires_grad)
 
+        def head(weight: Tensor, by: Tensor) -> Tensor:
+            return weight.detach()[vocab][:, by].clone().requires_grad_(weight.requires_grad)
+
+        biases = {name: permute(self.options[name], vocab) for name in _BIASES if self.options.get(name) is not None}
         return replace(
             self,
-            student_hidden=permute(self.student_hidden, order),
-            student_weight=permute(self.student_weight, order),
-            teacher_hidden=permute(self.teacher_hidden, teacher_order),
-            teacher_weight=None if self.teacher_weight is None else permute(self.teacher_weight, teacher_order),
+            student_hidden=permute(self.student_hidden, dims),
+            student_weight=head(self.student_weight, dims),
+            teacher_hidden=permute(self.teacher_hidden, teacher_dims),
+            teacher_weight=None if self.teacher_weight is None else head(self.teacher_weight, teacher_dims),
+            tokens=vocab.argsort()[self.tokens],
+            options=self.options | biases,
         )
 
 
 _HEADS = ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")
+_BIASES = ("student_bias", "teacher_bias")
 
 
 def make_inputs(
@@ -127,20 +134,29 @@ def make_inputs(
     )
 
 
-NUM_BASELINES = 4
+NUM_BASELINES = 8
 
 
 def baselines(inputs: Inputs, compute: Callable[[Inputs], dict[str, Tensor]]) -> dict[str, list[Tensor]]:
-    """`compute` in float32, by name, once per order of the hidden dimensions; gradients in their own order."""
+    """`compute` in float32, by name, once per order of hidden dimensions and vocabulary; gradients in their own order.
+
+    Where one term is far larger than the others (the token's own, say), a sum rounds at its size from there on: the
+    error depends on where it stands.
+    """
     found: dict[str, list[Tensor]] = {}
-    sizes = inputs.student_hidden.shape[-1], inputs.teacher_hidden.shape[-1]
+    vocab_size, hidden_size = inputs.student_weight.shape
     for shift in range(NUM_BASELINES):
-        order = torch.arange(sizes[0]).roll(shift * sizes[0] // NUM_BASELINES)
-        teacher_order = order if inputs.teacher_weight is None else torch.arange(sizes[1]).flip(0).roll(shift)
-        results = compute(inputs.with_hidden_order(order, teacher_order).to(torch.float32))
+        dims = torch.arange(hidden_size).roll(shift * hidden_size // NUM_BASELINES)
+        teacher_dims = torch.arange(inputs.teacher_hidden.shape[-1]).flip(0).roll(shift)
+        vocab = torch.arange(vocab_size).roll(shift * vocab_size // NUM_BASELINES)
+        shared = inputs.teacher_weight is None
+        results = compute(inputs.in_order(dims, dims if shared else teacher_dims, vocab).to(torch.float32))
         for name, result in results.items():
-            moved = name in ("student_hidden", "student_weight")
-            found.setdefault(name, []).append(result[..., order.argsort()] if moved else result)
+            if name in ("student_weight", "student_bias"):
+                result = result[vocab.argsort()]
+            if name in ("student_weight", "student_hidden"):
+                result = result[..., dims.argsort()]
+            found.setdefault(name, []).append(result)
     return found
 
 
@@ -233,6 +249,14 @@ def term_sizes(inputs: Inputs, row_weight: Tensor) -> dict[str, float]:
         "student_weight": float((mass.T @ hidden.abs()).max()) * gain,
         "student_bias": float(mass.sum(0).max()) * gain,
     }
+
+
+def credited_weight(credit: Tensor, cost_to_go: Tensor, scale: float = 1.0) -> Tensor:
+    """[N] sizes of cost + credit * logprob, for `term_sizes`.
+
+    A credit is a difference of costs to go, and rounded at their size, however small or clipped it is itself.
+    """
+    return 1.0 + credit.abs() + scale * cost_to_go.abs()
 
 
 def credit_by_definition(

@@ -12,6 +12,7 @@ from distil_kernels.testing import (
     assert_within_budget,
     baselines,
     credit_by_definition,
+    credited_weight,
     make_inputs,
     oracle,
     term_sizes,
@@ -77,8 +78,7 @@ def check(inputs, *, backend="cpu", plan="auto", **settings):
         assert_within_budget(name, getattr(ours, name), base[name], exact[name], terms=total)
     gradients = torch.autograd.grad(ours.loss, list(inputs.leaves.values()))
     normalizer = settings.get("normalizer") or len(settings.get("lengths", LENGTHS))
-    # A credit is a difference of costs to go, and rounded at their size, however small or clipped it is.
-    weight = exact["credit"].abs() + settings.get("scale", 1.0) * exact["cost_to_go"].abs() + 1.0
+    weight = credited_weight(exact["credit"], exact["cost_to_go"], settings.get("scale", 1.0))
     terms = term_sizes(inputs, weight / normalizer)
     for name, gradient in zip(inputs.leaves, gradients, strict=True):
         assert_within_budget(name, gradient, base[name], exact[name], terms=terms[name])

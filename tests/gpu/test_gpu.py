@@ -24,7 +24,16 @@ from distil_kernels import (
 from distil_kernels.backends import LogitPair, LogitTransform
 from distil_kernels.backends.dispatch import BACKENDS, choose_backend
 from distil_kernels.plan import Plan, Shape, extra_bytes
-from distil_kernels.testing import KINDS, Inputs, assert_within_budget, baselines, make_inputs, oracle, term_sizes
+from distil_kernels.testing import (
+    KINDS,
+    Inputs,
+    assert_within_budget,
+    baselines,
+    credited_weight,
+    make_inputs,
+    oracle,
+    term_sizes,
+)
 
 GPU = torch.device("cuda")
 IS_EMULATED = not torch.cuda.is_available()  # see conftest.py
@@ -198,10 +207,12 @@ def test_credit(backend, plan, generator):
     def compute(copy: Inputs, name: str, plan: str | Plan) -> dict[str, torch.Tensor]:
         result = fused_distil_loss(*copy.heads, tokens=copy.tokens, cu_seqlens=borders, baseline="leave_one_out",
                                    group_size=2, discount=0.9, backend=name, plan=plan)  # fmt: skip
-        return {"loss": result.loss.detach().cpu(), "credit": result.credit.cpu(), **gradients_of(result.loss, copy)}
+        found = {name: getattr(result, name).detach().cpu() for name in ("loss", "credit", "cost_to_go")}
+        return found | gradients_of(result.loss, copy)
 
     ours = compute(on_gpu(inputs), backend, plan)
-    weight = (compute(inputs.to(torch.float64), "reference", "auto")["credit"].abs() + 1.0) / 4
+    exact = compute(inputs.to(torch.float64), "reference", "auto")
+    weight = credited_weight(exact["credit"], exact["cost_to_go"]) / 4
     compare(inputs, ours, lambda copy: compute(copy, "reference", "auto"), weight)
 
 

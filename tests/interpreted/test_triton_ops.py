@@ -8,7 +8,16 @@ import torch
 from distil_kernels import driver, fused_distil_loss, fused_forward_ce, token_stats
 from distil_kernels.backends import triton
 from distil_kernels.plan import Plan
-from distil_kernels.testing import KINDS, Inputs, assert_within_budget, baselines, make_inputs, oracle, term_sizes
+from distil_kernels.testing import (
+    KINDS,
+    Inputs,
+    assert_within_budget,
+    baselines,
+    credited_weight,
+    make_inputs,
+    oracle,
+    term_sizes,
+)
 
 
 def row_weight(inputs: Inputs) -> torch.Tensor:
@@ -96,11 +105,12 @@ def test_credit_in_reverse_time(plan, generator):
         result = fused_distil_loss(*copy.heads, tokens=copy.tokens, cu_seqlens=borders, baseline="leave_one_out",
                                    group_size=2, discount=0.9, cost="kl", backend=backend, plan=plan)  # fmt: skip
         gradients = torch.autograd.grad(result.loss, list(copy.leaves.values()))
-        return {"loss": result.loss.detach(), "credit": result.credit, **dict(zip(copy.leaves, gradients, strict=True))}
+        found = {name: getattr(result, name).detach() for name in ("loss", "credit", "cost_to_go")}
+        return found | dict(zip(copy.leaves, gradients, strict=True))
 
     ours = compute(inputs, "triton", plan)
     exact = compute(inputs.to(torch.float64), "reference", "auto")
     base = baselines(inputs, lambda copy: compute(copy, "reference", "auto"))
-    terms = term_sizes(inputs, (exact["credit"].abs() + 1.0) / 4)
+    terms = term_sizes(inputs, credited_weight(exact["credit"], exact["cost_to_go"]) / 4)
     for name, value in ours.items():
         assert_within_budget(name, value, base[name], exact[name], terms=terms.get(name, 1.0))
