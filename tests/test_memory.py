@@ -35,6 +35,7 @@ def run(op, num_rows, hidden_size, dtype):
     teacher = torch.randn(num_rows, hidden_size, dtype=dtype)
     tokens = torch.randint({V}, (num_rows,))
     borders = torch.arange(0, num_rows + 1, 64)
+    named = tokens[:, None], torch.full((num_rows, 1), -0.5)
     with open("/proc/self/clear_refs", "w") as reset:
         reset.write("5")  # the peak starts again from what is resident now
     before = status("VmRSS")
@@ -42,6 +43,10 @@ def run(op, num_rows, hidden_size, dtype):
         loss = distil_kernels.fused_forward_ce(hidden, weight, teacher, weight.detach())
     elif op == "token_stats":
         loss = distil_kernels.token_stats(hidden, weight, teacher, weight.detach(), tokens=tokens).ce.sum()
+    elif op == "topk_ce":
+        loss = distil_kernels.fused_topk_ce(hidden, weight, *named)
+    elif op == "topk_distil_loss":
+        loss = distil_kernels.fused_topk_distil_loss(hidden, weight, *named, tokens=tokens, cu_seqlens=borders).loss
     else:
         loss = distil_kernels.fused_distil_loss(
             hidden, weight, teacher, weight.detach(), tokens=tokens, cu_seqlens=borders, discount=0.9,
@@ -62,7 +67,7 @@ def peak(op: str, num_rows: int, hidden_size: int = D, dtype: torch.dtype = torc
     return int(result.stdout)
 
 
-@pytest.mark.parametrize("op", ["forward_ce", "distil_loss", "token_stats"])
+@pytest.mark.parametrize("op", ["forward_ce", "distil_loss", "token_stats", "topk_ce", "topk_distil_loss"])
 def test_peak_does_not_grow_with_rows(op):
     small, large = 1024, 8192
     # What grows: the hidden states' gradient, and a few numbers per row.
