@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -37,6 +38,7 @@ from distil_kernels.testing import (
 
 GPU = torch.device("cuda")
 IS_EMULATED = not torch.cuda.is_available()  # see conftest.py
+IS_INTERPRETED = IS_EMULATED and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def test_auto_takes_the_first_that_runs():
@@ -261,7 +263,8 @@ def test_other_ops(backend, dtype, generator):
         return found
 
     exact, ours = compute(inputs.to(torch.float64), "reference"), compute(on_gpu(inputs), backend)
-    limit = 1e-4 if dtype == torch.float32 else 6e-3
+    # Triton's interpreter rounds to bfloat16 toward zero, up to twice as far as a GPU rounds to the nearest.
+    limit = 1e-4 if dtype == torch.float32 else 12e-3 if IS_INTERPRETED else 6e-3
     for name, value in ours.items():
         error = float((value.double() - exact[name]).norm() / exact[name].norm())
         assert error < limit, f"{name}: off by {error:.1e}"
