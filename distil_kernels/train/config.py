@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-ANY = (-math.inf, math.inf)
 POSITIVE = (1e-12, math.inf)
 AT_LEAST_0 = (0, math.inf)
 AT_LEAST_1 = (1, math.inf)
@@ -191,8 +190,8 @@ class Config:
     gradients the student then reads padded rows. Changes memory and time, not the gradient."""
     backend: str = _option("auto", ("auto", "reference", "cpu", "triton", "cuda"))
     """Back end of the loss."""
-    plan: str = "auto"
-    """Plan of the loss."""
+    plan: str = _option("auto", ("auto", "gradient_in_forward", "recompute", "frozen_head"))
+    """Plan of the loss; frozen_head with lora_rank only."""
 
     def chat_options(self) -> dict[str, Any]:
         """`chat_template_kwargs` as a dictionary.
@@ -252,29 +251,25 @@ class Config:
                 f"[top_p, top_k] the credit needs rollouts from the model's own distribution (top_p 1, top_k 0), got "
                 f"top_p {self.top_p}, top_k {self.top_k}; --off_policy insists"
             )
-        if self.credit_span == "sequence" and self.discount != 1.0:
-            raise ValueError(f"[discount] credit_span sequence takes 1, got {self.discount}")
-        if self.objective == "policy_gradient" and self.rollouts_per_prompt < 2:
+        if self.credit_span == "sequence":
+            sequence = {"discount": (1.0,), "horizon": (0,), "normalize_by_remaining": (False,)}
+            self._expect("credit_span sequence", sequence)
+        if self.alignment_every:  # a teacher's objectives against rewards
+            self._expect("alignment_every", {"objective": ("forward_ce", "reverse_kl", "jsd")})
+        compares = {
+            "objective policy_gradient": self.objective == "policy_gradient",
+            "alignment_every": self.alignment_every > 0,
+            "feedback siblings": self.feedback == "siblings",
+            "baseline leave_one_out": self.baseline == "leave_one_out" and self.credit_span != "none",
+        }
+        if self.rollouts_per_prompt < 2 and any(compares.values()):
+            what = next(name for name, is_set in compares.items() if is_set)
             raise ValueError(
-                "[rollouts_per_prompt] objective policy_gradient compares rollouts of a prompt: expected at least 2, "
-                f"got {self.rollouts_per_prompt}"
-            )
-        if self.alignment_every and (self.rollouts_per_prompt < 2 or self.objective == "policy_gradient"):
-            raise ValueError(
-                "[alignment_every] compares a teacher's objectives with rewards within a group: expected an objective "
-                f"with a teacher and rollouts_per_prompt of at least 2, got {self.objective} and "
+                f"[rollouts_per_prompt] {what} compares rollouts of a prompt: expected at least 2, got "
                 f"{self.rollouts_per_prompt}"
             )
-        if self.feedback == "siblings" and self.rollouts_per_prompt < 2:
-            raise ValueError(
-                f"[rollouts_per_prompt] feedback siblings needs other rollouts of a prompt: expected at least 2, got "
-                f"{self.rollouts_per_prompt}"
-            )
-        if self.feedback in ("trace", "self_evaluation") and self.teacher_reads == "demonstration":
-            raise ValueError(
-                f"[teacher_reads] feedback {self.feedback} is words without a demonstration: expected text, got "
-                "demonstration"
-            )
+        if self.feedback in ("trace", "self_evaluation"):  # words without a demonstration
+            self._expect(f"feedback {self.feedback}", {"teacher_reads": ("text", "both")})
         endpoint = self.teacher in ("remote", "samples")
         if bool(self.teacher_model) != (self.teacher == "local") and not endpoint:
             raise ValueError(
@@ -292,28 +287,19 @@ class Config:
                 raise ValueError(f"[rollout_url] expected http://HOST:PORT, got {self.rollout_url!r}")
             # Weights in one piece, adapters merged, are not there; the log-probs are of the whole distribution.
             self._expect("rollout_url", {"lora_rank": (0,), "shard": (False,), "top_p": (1.0,), "top_k": (0,)})
-        if self.baseline == "leave_one_out" and self.credit_span != "none" and self.rollouts_per_prompt < 2:
-            raise ValueError(
-                f"[rollouts_per_prompt] baseline leave_one_out compares rollouts of a prompt: expected at least 2, "
-                f"got {self.rollouts_per_prompt}"
-            )
-        if self.baseline == "position_mean" and self.micro_batch_prompts:
-            raise ValueError(
-                "[micro_batch_prompts] baseline position_mean needs the whole batch at once: expected 0, got "
-                f"{self.micro_batch_prompts}"
-            )
+        if self.baseline == "position_mean":
+            self._expect("baseline position_mean, of the whole batch,", {"micro_batch_prompts": (0,)})
         if self.shard and self.reading not in ("auto", "padded"):
             raise ValueError(
                 f"[reading] with shard a micro-batch is one forward: expected auto or padded, got {self.reading}"
             )
-        if self.gradient_checkpointing and self.reading == "shared":
-            raise ValueError(
-                "[reading] gradient_checkpointing reads whole rows where there are gradients: expected auto, packed or "
-                "padded, got shared"
-            )
+        if self.gradient_checkpointing:  # whole rows where there are gradients
+            self._expect("gradient_checkpointing", {"reading": ("auto", "packed", "padded")})
         if self.chat_options() and self.layout != "chat":
             raise ValueError(f"[chat_template_kwargs] belongs to layout chat: got it with {self.layout}")
-        if self.name and Path(self.name).name != self.name:
+        if self.plan == "frozen_head" and not self.lora_rank:
+            raise ValueError("[plan] frozen_head leaves the head as it is: expected lora_rank of at least 1, got 0")
+        if self.name.startswith(".") or Path(self.name).name != self.name:
             raise ValueError(f"[name] expected a plain directory name, got {self.name!r}")
 
     def _check_partial_teacher(self) -> None:
@@ -331,8 +317,13 @@ class Config:
             if value not in allowed:
                 raise ValueError(f"[{name}] {what} takes {' or '.join(map(str, allowed))}, got {value}")
 
+    def settings(self) -> dict[str, Any]:
+        """Every option but those of one start, which a file of options must not do again."""
+        names = (option.name for option in fields(self) if option.name not in ("resume", "overwrite"))
+        return {name: getattr(self, name) for name in names}
+
     def to_json(self) -> str:
-        return json.dumps({option.name: getattr(self, option.name) for option in fields(self)}, indent=2) + "\n"
+        return json.dumps(self.settings(), indent=2) + "\n"
 
 
 PRESETS: dict[str, dict[str, Any]] = {

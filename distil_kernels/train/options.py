@@ -1,7 +1,7 @@
 """Config from a command line: a parser of its fields, YAML files, presets.
 
-`--config FILE` reads a YAML file of options; the command line goes before it. A run directory's config.json is such a
-file too, and is what --resume reads. `--preset NAME` gives the options of a method, before both.
+`--config FILE` reads a YAML file of options; the command line overrides it. A run directory's config.json is such a
+file too, and is what --resume reads. `--preset NAME` gives the options of a method, which both override.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import argparse
 import ast
 import difflib
 import inspect
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
@@ -47,8 +47,8 @@ def parse(arguments: list[str]) -> tuple[Config, set[str]]:
 
 
 def resolved(config: Config) -> str:
-    """Every option with its value, as a file that --config reads."""
-    return yaml.safe_dump(asdict(config), sort_keys=False).rstrip()
+    """Options with their values, as a file that --config reads."""
+    return yaml.safe_dump(config.settings(), sort_keys=False).rstrip()
 
 
 def option_parser(prog: str, description: str) -> Parser:
@@ -60,22 +60,22 @@ def option_parser(prog: str, description: str) -> Parser:
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file of options; those given beside it go before it.")
-    parser.add_argument(
-        "--preset", choices=tuple(PRESETS), help="Options of a method; a file and options go before it."
-    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line overrides it.")
+    overrides = "Options of a method; a file and the command line override them."
+    parser.add_argument("--preset", choices=tuple(PRESETS), help=overrides)
     types, text = get_type_hints(Config), descriptions()
     for option in fields(Config):
         allowed = option.metadata.get("allowed", ())
         default = "" if option.default is MISSING else f" [{option.default}]"
         about = (text[option.name] + default).replace("%", "%%")
-        spellings = sorted({f"--{option.name}", f"--{option.name.replace('_', '-')}"}, reverse=True)
         if types[option.name] is bool:
-            parser.add_argument(*spellings, dest=option.name, action=argparse.BooleanOptionalAction, help=about)
+            how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
         else:
             choices = "{" + ",".join(allowed) + "}" if types[option.name] is str and allowed else None
-            metavar = choices or types[option.name].__name__.upper()
-            parser.add_argument(*spellings, dest=option.name, type=types[option.name], metavar=metavar, help=about)
+            how = {"type": types[option.name], "metavar": choices or types[option.name].__name__.upper()}
+        parser.add_argument(f"--{option.name}", help=about, **how)
+        if "_" in option.name:  # another spelling
+            parser.add_argument(f"--{option.name.replace('_', '-')}", dest=option.name, help=argparse.SUPPRESS, **how)
     return parser
 
 

@@ -27,6 +27,8 @@ def test_every_option_is_described_with_its_default(capsys: pytest.CaptureFixtur
     for option in fields(Config):
         assert f"--{option.name}" in shown
     assert f"Peak learning rate of AdamW. [{Config().learning_rate}]" in shown
+    assert "--plan {auto,gradient_in_forward,recompute,frozen_head}" in shown
+    assert "--no-off_policy" in shown and "-off-policy" not in shown and "--learning-rate" not in shown  # one spelling
 
 
 def test_both_spellings_and_types() -> None:
@@ -72,10 +74,21 @@ def test_unknown_options_are_errors_with_a_suggestion(
         (["--top_p", "0.9"], ["[top_p, top_k]", "0.9", "--off_policy insists"]),
         (["--top_k", "50"], ["[top_p, top_k]", "50"]),
         (["--rollouts_per_prompt", "1"], ["[rollouts_per_prompt]", "at least 2", "1"]),
-        (["--alignment_every", "1", "--objective", "policy_gradient"], ["[alignment_every]", "policy_gradient"]),
+        (["--alignment_every", "1", "--objective", "policy_gradient"], ["[objective]", "alignment_every", "jsd"]),
         (["--baseline", "position_mean", "--micro_batch_prompts", "2"], ["[micro_batch_prompts]", "whole batch"]),
-        (["--gradient_checkpointing", "--reading", "shared"], ["[reading]", "auto, packed or padded", "shared"]),
+        (["--gradient_checkpointing", "--reading", "shared"], ["[reading]", "auto or packed or padded", "shared"]),
+        (["--credit_span", "sequence"], ["[discount]", "credit_span sequence takes 1.0", "0.9"]),
+        (["--credit_span", "sequence", "--discount", "1", "--horizon", "3"], ["[horizon]", "takes 0, got 3"]),
+        (
+            ["--credit_span", "sequence", "--discount", "1", "--normalize_by_remaining"],
+            ["[normalize_by_remaining]", "takes False, got True"],
+        ),
+        (["--plan", "foo"], ["[plan]", "auto, gradient_in_forward, recompute, frozen_head", "'foo'"]),
+        (["--plan", "stats_only"], ["[plan]", "'stats_only'"]),
+        (["--plan", "frozen_head"], ["[plan]", "frozen_head", "lora_rank of at least 1, got 0"]),
         (["--name", "a/b"], ["[name]", "'a/b'"]),
+        (["--name", "."], ["[name]", "'.'"]),
+        (["--name", ".."], ["[name]", "'..'"]),
         (["--steps", "many"], ["--steps", "many"]),
     ],
 )
@@ -85,6 +98,16 @@ def test_values_are_checked_with_name_value_and_expectation(
     message = refused(capsys, *arguments)
     for part in parts:
         assert part in message
+
+
+def test_what_belongs_to_one_start_is_not_kept(tmp_path: Path) -> None:
+    config = Config(name="mine", resume="runs/old", overwrite=True, steps=3)
+    file = tmp_path / "config.json"
+    for text in (config.to_json(), resolved(config)):
+        file.write_text(text)
+        assert parse(["--config", str(file)])[0] == Config(name="mine", steps=3)
+    file.write_text('{"steps": 3, "resume": "", "overwrite": true}')  # as it was written before
+    assert parse(["--config", str(file)])[0] == Config(steps=3, overwrite=True)
 
 
 def test_a_user_can_insist_on_other_rollouts() -> None:
