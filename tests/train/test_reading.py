@@ -10,18 +10,29 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     CohereConfig,
+    FalconConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
+    GPTJConfig,
+    GPTNeoConfig,
+    GPTNeoXConfig,
     Lfm2Config,
     MambaConfig,
     MistralConfig,
+    MixtralConfig,
+    MptConfig,
+    OPTConfig,
+    Phi3Config,
     PretrainedConfig,
     Qwen3Config,
+    Starcoder2Config,
 )  # fmt: skip
 
 from distil_kernels.hf import CausalLM, split
 from distil_kernels.train import reading
 from distil_kernels.train.reading import choose, reader
+from distil_kernels.train.rollout import Sampling, sample
 
 # A shared start, different lengths after it (padding in the middle), and a prompt that ends right after the start.
 PROMPTS = [[5, 6, 7, 8, 9, 10], [5, 6, 7, 11], [5, 6, 7, 20, 21, 22, 23, 24]]
@@ -40,13 +51,23 @@ KINDS: dict[str, PretrainedConfig] = {
     ),
     "parallel layers": CohereConfig(**SMALL, logit_scale=0.25),
     "distances": BloomConfig(vocab_size=260, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2),
+    "distances by key": MptConfig(vocab_size=260, d_model=32, n_layers=2, n_heads=4, initializer_range=0.2),
+    "local layers": GPTNeoConfig(
+        vocab_size=260,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        window_size=3,
+        initializer_range=0.2,
+    ),
     "convolutions": Lfm2Config(**SMALL, layer_types=["conv", "full_attention"], conv_L_cache=3),
     "recurrent": MambaConfig(
         vocab_size=260, hidden_size=32, num_hidden_layers=2, state_size=4, conv_kernel=3, initializer_range=0.2
     ),
 }
 SHARED = {"llama", "learnt positions", "parallel layers", "distances"}
-PACKED = set(KINDS) - {"distances", "convolutions", "recurrent"}
+PACKED = set(KINDS) - {"distances", "distances by key", "convolutions", "recurrent"}
 
 
 def make(kind: str) -> CausalLM:
@@ -106,6 +127,58 @@ def test_every_way_gives_the_same(kind: str, limit: int, monkeypatch: pytest.Mon
 def test_a_way_that_a_model_cannot_is_an_error(kind: str, way: str) -> None:
     with pytest.raises(ValueError, match=rf"\[reading\] .*ForCausalLM reads padded.*: got {way}, but"):
         reader(make(kind), way)
+
+
+PLAIN = {"vocab_size": 260, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+GPT = {"vocab_size": 260, "n_embd": 32, "n_layer": 2, "n_head": 4}
+WAYS_OF: dict[str, tuple[PretrainedConfig, set[str]]] = {
+    "opt": (OPTConfig(**PLAIN, ffn_dim=48, word_embed_proj_dim=32, init_std=0.2), {"shared"}),
+    "falcon": (FalconConfig(**PLAIN, initializer_range=0.2), {"shared", "packed"}),
+    "falcon, distances": (FalconConfig(**PLAIN, initializer_range=0.2, alibi=True), {"shared"}),
+    "neox": (GPTNeoXConfig(**PLAIN, intermediate_size=48, initializer_range=0.2), {"shared", "packed"}),
+    "gptj": (GPTJConfig(**GPT, rotary_dim=8, initializer_range=0.2), {"shared", "packed"}),
+    "phi3": (Phi3Config(**SMALL), {"shared", "packed"}),
+    "qwen3": (Qwen3Config(**SMALL, head_dim=8), {"shared", "packed"}),
+    "mixtral": (MixtralConfig(**SMALL, num_local_experts=4), {"shared", "packed"}),
+    "gemma3": (Gemma3TextConfig(**SMALL, head_dim=8, sliding_window=8), {"packed"}),
+    "starcoder2": (Starcoder2Config(**SMALL, sliding_window=8), {"packed"}),
+    "a window of 256": (
+        GPTNeoConfig(
+            vocab_size=260, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+            initializer_range=0.2,
+        ),
+        {"packed"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WAYS_OF)
+def test_states_and_rollouts_behind_prompts_longer_than_a_window(kind: str) -> None:
+    config, able = WAYS_OF[kind]
+    torch.manual_seed(1)
+    lm = reader(split(AutoModelForCausalLM.from_config(config).eval()))
+    assert set(lm.ways) == {"padded", *able}
+    tokens = torch.randint(1, 260, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+    prompts = [tokens, [*tokens[:270], 5, 6], tokens[:7]]
+    done = sample(lm, prompts, [0, 1, 2], Sampling(4, [0], temperature=0.0)).completions
+    with torch.no_grad():
+        alone = by_hand(lm, prompts, [0, 1, 2], done)
+        for way in lm.ways:
+            found = reader(lm, way).states(prompts, [0, 1, 2], done)
+            torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-4)
+        logits = lm.logits(alone)
+    chosen = logits.gather(1, torch.tensor([token for own in done for token in own])[:, None])[:, 0]
+    torch.testing.assert_close(chosen, logits.amax(1), rtol=1e-4, atol=1e-4)  # greedy
+
+
+def test_the_trial_leaves_no_trace() -> None:
+    config = GPT2Config(**GPT, initializer_range=0.2, resid_pdrop=0.5)
+    model = AutoModelForCausalLM.from_config(config).train()
+    model.transformer.h[0].eval()
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    assert reader(split(model)).ways == reading.WAYS
+    assert [module.training for module in model.modules()] == modes and torch.equal(torch.get_rng_state(), state)
 
 
 def rows_of(lengths: list[int]) -> list[list[int]]:
