@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
-from distil_kernels.train.feedback import Prompts, Verifier
+from distil_kernels.train.feedback import KINDS, Prompts, Verifier, verifier
 from distil_kernels.train.processes import Processes
 from distil_kernels.train.reading import Reader
 from distil_kernels.train.siblings import Say
 from distil_kernels.train.tasks import Feedback, Problem, Task, problems
 from distil_kernels.train.tools import Rollouts
+
+OWN_FEEDBACK = [verifier(kind) for kind in KINDS]
 
 
 class Sample:
@@ -61,21 +63,25 @@ class Batches:
 
     def __call__(self) -> list[Sample]:
         batch: list[Sample] = []
-        misses = 0
+        misses = worked = 0  # in a row
         for position, problem in problems(self._task, held_out=False, start=self._position):
             self._position = position
-            prompt = None if problem.key in self._worked else self._prompts.student(problem)
-            # With an answer still to come, the correction is all of the feedback that can be too long.
-            if prompt is None or not self._prompts.fits(problem, self._verify(self._task, problem, "")):
+            is_worked = problem.key in self._worked
+            prompt = None if is_worked else self._prompts.student(problem)
+            if prompt is None or not fits(self._task, self._verify, self._prompts, problem):
                 self.skipped += 1
                 misses += 1
+                worked += is_worked
+                if worked == 1000:
+                    raise ValueError("[num_examples] a thousand problems in a row are worked examples: take fewer")
                 if misses == 1000:
                     raise ValueError("[max_prompt_tokens] a thousand problems in a row did not fit: raise the limit")
                 continue
+            misses = worked = 0
             batch.append(Sample(problem, prompt))
             if len(batch) == self._count:
                 break
-        # A user's feedback may not be the same twice.
+        # A trace may not be the same twice.
         batch, self._position, self.skipped = self._processes.from_main((batch, self._position, self.skipped))
         return batch
 
@@ -84,6 +90,12 @@ class Batches:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._position, self.skipped = state["position"], state["skipped"]
+
+
+def fits(task: Task, verify: Verifier, prompts: Prompts, problem: Problem) -> bool:
+    """Whether the teacher can read some of what is known before any answer: of the feedback to come, the correction is
+    all that can be too long. A user's function is asked of answers only."""
+    return verify not in OWN_FEEDBACK or prompts.fits(problem, verify(task, problem, ""))
 
 
 def answered(

@@ -16,6 +16,7 @@ import torch
 
 from distil_kernels import token_logprobs
 from distil_kernels.train.config import Config
+from distil_kernels.train.evaluate import BATCH_ROWS
 from distil_kernels.train.feedback import Prompts
 from distil_kernels.train.reading import Reader
 from distil_kernels.train.tasks import Problem
@@ -32,14 +33,17 @@ def right_logprob(
     known = [(prompt, prompts.written(problem.answer)) for problem, prompt in posed if problem.answer]
     if not known:
         return float("nan")
-    answers = [answer for _, answer in known]
-    hidden = student.states([prompt for prompt, _ in known], range(len(known)), answers)
-    tokens = torch.tensor([token for answer in answers for token in answer], device=hidden.device)
-    found = token_logprobs(
-        hidden.to(student.weight.dtype), student.weight, tokens=tokens, student_bias=student.bias,
-        temperature=config.temperature, logit_softcap=student.softcap, backend=config.backend,
-    )  # fmt: skip
-    return found.logprob.sum().item() / len(known)
+    total = 0.0
+    for begin in range(0, len(known), BATCH_ROWS):
+        batch, answers = zip(*known[begin : begin + BATCH_ROWS], strict=True)
+        hidden = student.states(batch, range(len(batch)), answers)
+        tokens = torch.tensor([token for answer in answers for token in answer], device=hidden.device)
+        found = token_logprobs(
+            hidden.to(student.weight.dtype), student.weight, tokens=tokens, student_bias=student.bias,
+            temperature=config.temperature, logit_softcap=student.softcap, backend=config.backend,
+        )  # fmt: skip
+        total += found.logprob.sum().item()
+    return total / len(known)
 
 
 def figures(before: float | None, after: float | None) -> dict[str, float]:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from distil_kernels.train.batch import fits
 from distil_kernels.train.feedback import Prompts, Verifier
 from distil_kernels.train.processes import ALONE, Processes
 from distil_kernels.train.reading import Reader
@@ -69,13 +70,15 @@ class Evaluator:
         seed: int,
         tool: Python | None = None,
         processes: Processes = ALONE,
+        teacher_temperature: float = 1.0,
     ) -> None:
         self._task, self._verify, self._say, self._prompts, self._sampling = task, verify, say, prompts, sampling
         self._num_samples, self._seed, self._tool, self._processes = num_samples, seed, tool, processes
+        self._teachers_sampling = replace(sampling, temperature=teacher_temperature)
         fitting = []
         for problem in held_out:
             student = prompts.student(problem)
-            if student and prompts.fits(problem, verify(task, problem, "")):
+            if student and fits(task, verify, prompts, problem):
                 fitting.append((problem, student))
         self.student_prompts: list[tuple[Problem, list[int]]] = processes.from_main(fitting)
         """The held-out problems that fit, with what the student reads."""
@@ -123,7 +126,7 @@ class Evaluator:
             (problem, self._prompts.teacher(problem, first[0]) or prompt)
             for (problem, prompt), first in zip(problems, said, strict=True)
         ]
-        taught, _ = self._answers(teacher.answers, read, 1, self._sampling, stop)
+        taught, _ = self._answers(teacher.answers, read, 1, self._teachers_sampling, stop)
         if stop():
             return None
         scores = [[[feedback.score for _, feedback in own] for own in answers] for answers in (sampled, greedy, taught)]

@@ -44,6 +44,19 @@ def test_a_step_records_what_it_changed_on_held_out_problems(tiny_model: Path, t
     assert record["held_out_change"] == pytest.approx(after - before, rel=1e-3) and abs(after - before) > 1e-2
 
 
+def test_problems_are_read_as_many_at_once_as_in_an_evaluation(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(change, "BATCH_ROWS", 2)
+    trainer = made(tiny_model, tmp_path / "run")
+    sizes: list[int] = []
+    trainer.student.body.register_forward_hook(
+        lambda module, inputs, options, out: sizes.append(len(options["input_ids"])), with_kwargs=True
+    )
+    found = change.right_logprob(trainer.student, trainer.evaluate.student_prompts, trainer.prompts, trainer.config)
+    assert max(sizes) == 2 and found == pytest.approx(by_whole_rows(trainer), rel=1e-5)
+
+
 def test_looking_changes_no_run_and_a_rate_of_zero_changes_nothing(tiny_model: Path, tmp_path: Path) -> None:
     plain, looking = (made(tiny_model, tmp_path / str(every), held_out_every=every) for every in (0, 1))
     for trainer in (plain, looking):

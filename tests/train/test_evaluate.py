@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from distil_kernels.train.rollout import Sampling
 from distil_kernels.train.siblings import as_verified
 from distil_kernels.train.tasks import Problem, make_task, problems
 from distil_kernels.train.teacher import Teacher
+from distil_kernels.train.tools import Rollouts
 
 
 def test_mean_and_standard_error() -> None:
@@ -77,6 +79,24 @@ def test_repeats_itself_and_leaves_the_generator_alone(tiny_model: Path) -> None
     torch.rand(3)
     assert evaluate(lm, Teacher(lm, "frozen", 0.0)) == first
     assert evaluate(lm, Teacher(lm, "frozen", 0.0), stop=lambda: True) is None
+
+
+def test_the_teacher_answers_at_its_own_temperature(tiny_model: Path) -> None:
+    lm, prompts = parts(tiny_model)
+
+    class Seen(Teacher):
+        def answers(self, prompts: object, rows: object, sampling: Sampling, tool: object) -> Rollouts:
+            seen.append(sampling)
+            return super().answers(prompts, rows, sampling, tool)
+
+    seen: list[Sampling] = []
+    task, sampling = Vowels([]), Sampling(5, prompts.stop_ids(), temperature=0.9)
+    held_out = [problem for _, problem in islice(problems(task, held_out=True), 4)]
+    evaluate = Evaluator(
+        task, correct, as_verified, prompts, held_out, sampling, 1, seed=1, teacher_temperature=0.25
+    )  # fmt: skip
+    assert evaluate(lm, Seen(lm, "live", 0.0)) is not None
+    assert seen == [replace(sampling, temperature=0.25)]
 
 
 def test_problems_that_do_not_fit_are_an_error_when_none_does(tiny_model: Path) -> None:
