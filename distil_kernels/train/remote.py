@@ -90,16 +90,33 @@ class RemoteTeacher:
         self._check()
 
     @torch.no_grad()
-    def at_states(self, prompts: Sequence[list[int]], rows: Sequence[int], completions: Sequence[list[int]]) -> TopK:
-        """For the completions' tokens, packed; arguments of `Reader.states`."""
-        visited = [
-            prompts[row] + done[:n] for row, done in zip(rows, completions, strict=True) for n in range(len(done))
-        ]
-        states, index = unique(visited)
+    def at_states(
+        self,
+        prompts: Sequence[list[int]],
+        rows: Sequence[int],
+        completions: Sequence[list[int]],
+        counts: Sequence[Sequence[bool]] | None = None,
+    ) -> TopK:
+        """For the completions' tokens, packed; arguments of `Reader.states`.
+
+        Of tokens that do not count (one entry of `counts` for each) nothing is asked and nothing known.
+        """
+        counts = counts or [[True] * len(done) for done in completions]
+        counted = [own for row in counts for own in row]
+        states, asked = unique(
+            [
+                prompts[row] + done[:n]
+                for row, done, own in zip(rows, completions, counts, strict=True)
+                for n in range(len(done))
+                if own[n]
+            ]
+        )
         with ThreadPoolExecutor(THREADS) as pool:
-            found = list(pool.map(self._distribution, states, seeds(len(states))))
+            found = [*pool.map(self._distribution, states, seeds(len(states))), ({}, 0.0)]
+        places = iter(asked)
+        index = [next(places) if own else len(states) for own in counted]
         width = max(1, *(len(known) for known, _ in found))
-        ids, logprobs = torch.full((len(states), width), -1), torch.full((len(states), width), -torch.inf)
+        ids, logprobs = torch.full((len(found), width), -1), torch.full((len(found), width), -torch.inf)
         for row, (known, _) in enumerate(found):
             likeliest = sorted(known.items(), key=lambda item: -item[1])
             ids[row, : len(known)] = torch.tensor([token for token, _ in likeliest], dtype=torch.int64)

@@ -45,10 +45,11 @@ def token_columns(
     rows = [row for row, entry in enumerate(batch) for _ in entry.completions]
     teacher_prompts = [prompt for entry in batch for prompt in entry.teacher_prompts]
     hidden = student.states([entry.prompt for entry in batch], rows, completions)
-    taught = teacher.at_states(teacher_prompts, range(len(completions)), completions)
+    counts = [row for entry in batch for row in entry.counts]
+    taught = teacher.at_states(teacher_prompts, range(len(completions)), completions, counts)
     hidden = hidden.to(student.weight.dtype)
     lengths = [len(done) for done in completions]
-    mask = token_mask([row for entry in batch for row in entry.counts], hidden.device)
+    mask = token_mask(counts, hidden.device)
     out = fused_loss(student, hidden, teacher, taught, completions, config, average, token_mask=mask)
     numbers = {"ce": out.stats.ce, "kl": out.stats.kl, "credit": out.credit}
     by_rollout = {name: values.split(lengths) for name, values in numbers.items()}

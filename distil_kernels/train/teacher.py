@@ -89,8 +89,17 @@ class Teacher:
         return (None if self.lm.weight is self._student.weight else self.lm.weight), self.lm.bias
 
     @torch.no_grad()
-    def at_states(self, prompts: Sequence[list[int]], rows: Sequence[int], completions: Sequence[list[int]]) -> Tensor:
-        """Hidden states [N, D] that predict the completions' tokens; arguments of `Reader.states`."""
+    def at_states(
+        self,
+        prompts: Sequence[list[int]],
+        rows: Sequence[int],
+        completions: Sequence[list[int]],
+        counts: Sequence[Sequence[bool]] | None = None,
+    ) -> Tensor:
+        """Hidden states [N, D] that predict the completions' tokens; arguments of `Reader.states`.
+
+        Tokens that do not count are read with the others of their row.
+        """
         with self._reading():
             return self.lm.states(prompts, rows, completions)
 

@@ -155,6 +155,34 @@ def test_log_probs_are_the_models_own(endpoint: str, expert: tuple[Any, Any]) ->
     assert torch.equal(found.logprobs[first], found.logprobs[second])  # one prompt, nothing written yet: asked once
 
 
+def test_a_token_that_does_not_count_costs_no_request(expert: tuple[Any, Any], relay: Callable[..., str]) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def change(asked: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
+        seen.append(tuple(asked["prompt"]))
+        return answer
+
+    other = teacher(expert, relay(change), teacher_top=5)
+    prompts, rows, completions = states(expert[1])
+    whole = other.at_states(prompts, rows, completions)
+    counts = [[True] * len(completions[0]), [False, *[True] * (len(completions[1]) - 1)], [False] * len(completions[2])]
+    counted = torch.tensor([own for row in counts for own in row])
+    seen.clear()
+    found = other.at_states(prompts, rows, completions, counts)
+    asked = [
+        tuple(prompts[row] + done[:n])
+        for row, done, own in zip(rows, completions, counts, strict=True)
+        for n in range(len(done))
+        if own[n]
+    ]
+    assert sorted(seen) == sorted(asked)
+    assert (found.ids[~counted] == -1).all() and (found.unmapped == 0).all()
+    assert (found.logprobs[counted][:, 0] - whole.logprobs[counted][:, 0]).abs().max() < 4 * CLOSE
+    seen.clear()
+    nothing = other.at_states(prompts, rows, completions, [[False] * len(done) for done in completions])
+    assert not seen and nothing.ids.tolist() == [[-1]] * len(counted)
+
+
 def test_shares_of_draws_are_the_models_probabilities(endpoint: str, expert: tuple[Any, Any]) -> None:
     """At one state 200 draws: each likely token's count is within 4 standard deviations of a binomial's."""
     prompts = [expert[1]("My favourite colour is").input_ids]
