@@ -1,18 +1,19 @@
-"""Line charts as inline SVG: axes, grid, error bars, a legend; colours come from the page's style sheet."""
+"""Line charts as inline SVG: axes, grid, error bars, a legend; colours come from the page's style sheet. How a record's
+numbers are read and written."""
 
 from __future__ import annotations
 
 import html
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 WIDTH, HEIGHT = 460, 250
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 14, 46
 
 
 class Series(NamedTuple):
-    """One line: its points as (x, y, standard error or 0)."""
+    """One line: its points as (x, y, standard error or NaN)."""
 
     label: str
     points: Sequence[tuple[float, float, float]]
@@ -54,7 +55,7 @@ def line_chart(title: str, series: Sequence[Series], low: float | None = 0.0, hi
         parts.append(f'<polyline points="{path}"/>')
         for x, y, error in line.points if line.marked else ():
             parts.append(_point(x_at(x), y_at(y), y_at(y - _finite(error)), y_at(y + _finite(error))))
-            parts.append(f"<title>{html.escape(line.label)}, step {x:g}: {_value(y, error)}</title></circle>")
+            parts.append(f"<title>{html.escape(line.label)}, step {x:g}: {with_error(y, error)}</title></circle>")
         parts.append("</g>")
     for index, line in enumerate(shown if len(shown) > 1 else ()):
         x = LEFT + index * (WIDTH - LEFT - RIGHT) / len(shown)
@@ -70,8 +71,18 @@ def _point(x: float, y: float, low: float, high: float) -> str:
     return f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/><circle cx="{x:.1f}" cy="{y:.1f}" r="3.2">'
 
 
-def _value(value: float, error: float) -> str:
-    return f"{value:.3f}" + (f" ± {error:.3f}" if _finite(error) else "")
+def with_nan(value: Any) -> Any:
+    """A record whose numbers are numbers again: JSON has null for NaN."""
+    if isinstance(value, dict):
+        return {key: with_nan(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [with_nan(part) for part in value]
+    return math.nan if value is None else value
+
+
+def with_error(value: float, error: float) -> str:
+    """As mean ± standard error, where there is one."""
+    return f"{value:.3f}" + (f" ± {error:.3f}" if math.isfinite(error) else "")
 
 
 def _finite(error: float) -> float:

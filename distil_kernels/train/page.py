@@ -14,7 +14,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from distil_kernels.train.chart import Series, line_chart
+from distil_kernels.train.chart import Series, line_chart, with_error, with_nan
 from distil_kernels.train.config import Config
 from distil_kernels.train.options import resolved
 
@@ -28,6 +28,7 @@ def page(config: Config, name: str, metrics: Sequence[Record], rollouts: Sequenc
     Raises:
         ValueError: there is nothing to report yet.
     """
+    metrics, rollouts = with_nan(list(metrics)), with_nan(list(rollouts))
     steps = [record for record in metrics if record["kind"] == "step"]
     evaluations = [record for record in metrics if record["kind"] == "evaluation"]
     if not evaluations and not steps:
@@ -52,7 +53,7 @@ def strengths(samples: Sequence[Record]) -> dict[str, float]:
     """For each colouring the value that is painted fully: exceeded by one token in twenty."""
     top = {}
     for name in COLORS:
-        values = sorted(abs(value) for sample in samples for value in sample[name])
+        values = sorted(abs(value) for sample in samples for value in sample[name] if math.isfinite(value))
         top[name] = max(values[int(0.95 * (len(values) - 1))], 1e-9) if values else 1.0
     return top
 
@@ -76,7 +77,7 @@ def _table(evaluations: Sequence[Record]) -> str:
     for label, record in (("before", evaluations[0]), ("best", best), ("last", evaluations[-1])):
         means = [(record[name], record[f"{name}_se"]) for name in ("sampled", "greedy")]
         means += [*(record["pass_at"][k] for k in ks), (record["teacher"], record["teacher_se"])]
-        cells = [label, str(record["step"]), *(f"{m:.3f} ± {e:.3f}" for m, e in means), f"{record['length']:.1f}"]
+        cells = [label, str(record["step"]), *(with_error(*each) for each in means), f"{record['length']:.1f}"]
         lines.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
@@ -84,7 +85,7 @@ def _table(evaluations: Sequence[Record]) -> str:
 
 def _charts(steps: Sequence[Record], evaluations: Sequence[Record]) -> str:
     def course(key: str, label: str, marked: bool = False) -> Series:
-        return Series(label, [(record["step"], record.get(key, math.nan), 0.0) for record in steps], marked)
+        return Series(label, [(record["step"], record.get(key, math.nan), math.nan) for record in steps], marked)
 
     def held_out(key: str, label: str) -> Series:
         return Series(label, [(r["step"], r[key], r[key + "_se"]) for r in evaluations], marked=True)

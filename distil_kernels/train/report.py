@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from distil_kernels.train.chart import with_error, with_nan
 from distil_kernels.train.evaluate import Evaluation
 
 
@@ -32,27 +33,29 @@ def step_line(record: dict[str, Any]) -> str:
     divergence = f"ce {record['ce']:.3f}  kl {record['kl']:.3f}  " if "ce" in record else ""
     return (
         f"step {record['step']:4d}  accuracy {record['accuracy']:.2f}  loss {record['loss']:7.3f}  "
-        f"{divergence}entropy {record['entropy']:.2f}  "
+        f"{divergence}entropy {record.get('entropy', math.nan):.2f}  "
         f"length {record['length']:.1f}  |grad| {record['grad_norm']:.2f}  {record['seconds']:.1f} s"
     )
 
 
 def evaluation_line(step: int, result: Evaluation) -> str:
     return (
-        f"held-out at step {step}: sampled {result.sampled:.3f} ± {result.sampled_se:.3f}  "
-        f"greedy {result.greedy:.3f} ± {result.greedy_se:.3f}  teacher {result.teacher:.3f} ± {result.teacher_se:.3f}  "
+        f"held-out at step {step}: sampled {with_error(result.sampled, result.sampled_se)}  "
+        f"greedy {with_error(result.greedy, result.greedy_se)}  "
+        f"teacher {with_error(result.teacher, result.teacher_se)}  "
         f"length {result.length:.1f}"
     )
 
 
 def final_table(evaluations: list[dict[str, Any]]) -> Table:
     """First, best and last evaluation; `evaluations` are the records of metrics.jsonl."""
+    evaluations = with_nan(evaluations)
     table = Table(title=f"{evaluations[0]['problems']} held-out problems, mean ± standard error")
     for column in ("", "step", "sampled", "greedy", "teacher", "length"):
         table.add_column(column, justify="left" if not column else "right")
     best = max(evaluations, key=lambda record: record["sampled"])
     for label, record in (("before", evaluations[0]), ("best", best), ("last", evaluations[-1])):
-        cells = [f"{record[name]:.3f} ± {record[name + '_se']:.3f}" for name in ("sampled", "greedy", "teacher")]
+        cells = [with_error(record[name], record[f"{name}_se"]) for name in ("sampled", "greedy", "teacher")]
         table.add_row(label, str(record["step"]), *cells, f"{record['length']:.1f}")
     return table
 
@@ -64,6 +67,7 @@ def plot(records: list[dict[str, Any]], path: Path, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    records = with_nan(records)
     steps = [record for record in records if record["kind"] == "step"]
     evaluations = [record for record in records if record["kind"] == "evaluation"]
     figure, panels = pyplot.subplots(2, 2, figsize=(10, 7), sharex=True)
