@@ -1,13 +1,16 @@
 """Runs a Python program that a model wrote: in a process of its own, in a folder of its own, with limits on everything.
 
     limits       wall and CPU seconds, memory, size of any file and of the output (setrlimit; the whole group is killed)
-    refused      other processes, signals to them, sockets, foreign functions, files outside the folder (those of the
-                 interpreter may be read): an audit hook raises PermissionError, which the program sees as its error
+    refused      other processes, signals to them and their limits, sockets, foreign functions, files outside the folder
+                 (those of the interpreter may be read): an audit hook, or a function in the place of one that CPython
+                 does not audit, raises PermissionError, which the program sees as its error
     environment  empty; no user site-packages
     network      on Linux also a namespace without any, where the system lets this process make one
 
-This holds off mistakes, which is what models make, and lazy mischief. An audit hook is no wall against a program that
-is built to break out of CPython: run training on such tasks in a container or virtual machine of its own.
+This holds off mistakes, which is what models make, and lazy mischief. It is no security boundary: a program that is
+built to break out of CPython gets out, and a compiled package that is installed beside the trainer may write any file.
+Run training on such tasks in a container or virtual machine of its own. `ctypes` has its data types and no functions:
+sympy works with that, scipy does not.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import contextlib
 import ctypes
 import os
 import resource
+import secrets
 import signal
 import subprocess
 import sys
@@ -27,29 +31,46 @@ _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000  # sched.h
 _UNSHARE = ctypes.CDLL(None).unshare if sys.platform.startswith("linux") else None
 
 _RUNNER = """
-import os, sys
+import _posixsubprocess, ctypes, os, posix, signal, sys, types
+nonce = sys.argv.pop()
+sys.orig_argv = sys.argv = ["program.py"]
 folder = os.path.realpath(os.getcwd())
 readable = tuple({os.path.realpath(path) + os.sep for path in (sys.prefix, sys.base_prefix, *sys.path) if path})
 refused = ("socket.", "subprocess.", "ctypes.", "os.system", "os.fork", "os.exec", "os.posix_spawn", "os.spawn",
-           "os.kill", "os.startfile", "pty.", "signal.pthread_kill", "mmap.", "fcntl.", "syslog.",
-           "sys.setprofile", "sys.settrace", "gc.", "code.__new__", "cpython.run")
-looks = {"open", "os.listdir", "os.scandir", "os.chdir", "os.truncate"}
+           "os.kill", "os.startfile", "pty.", "signal.pthread_kill", "resource.prlimit", "mmap.", "fcntl.", "syslog.",
+           "os.setxattr", "os.removexattr", "sqlite3.", "sys.setprofile", "sys.settrace", "gc.", "code.__new__",
+           "cpython.run")
+not_audited = ("mkfifo", "mknod", "chroot", "sched_setaffinity", "sched_setparam", "sched_setscheduler", "setpriority",
+               "setpgid", "pidfd_open", "pidfd_send_signal", "fork_exec")
+# Modules that reach files or memory in C. What is imported already and loses its functions below stays usable.
+not_imported = {"_ctypes", "_posixsubprocess", "posix", "readline", "_dbm", "_gdbm", "_posixshmem"}
+AF_UNIX, coroutine = 1, types.coroutine.__code__
+looks = {"open", "os.listdir", "os.scandir", "os.chdir"}
 changes = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod", "os.chown",
-           "os.utime", "shutil.rmtree", "shutil.move"}
+           "os.utime", "os.truncate", "shutil.rmtree", "shutil.move"}
+
+def refusing(name):
+    def refuse(*arguments, **named):
+        raise PermissionError(f"{name} is not allowed here")
+    return refuse
 
 def inside(path):
     return (os.path.realpath(os.fspath(path)) + os.sep).startswith(folder + os.sep)
 
 def hook(event, arguments):
-    if event.startswith(refused):
+    # asyncio needs two things that reach nothing: a socket.socketpair (connect, bind and sendto have their own events)
+    # and a flag that types.coroutine sets.
+    if event.startswith(refused) and not (
+            event == "socket.__new__" and arguments[1] == AF_UNIX
+            or event == "code.__new__" and sys._getframe(1).f_code is coroutine):
         raise PermissionError(f"{event} is not allowed here")
-    if event == "import" and arguments[0] in ("_posixsubprocess", "_ctypes"):
+    if event == "import" and arguments[0] in not_imported:
         raise ImportError(f"{arguments[0]} is not allowed here")
     if event in looks or event in changes:
         for path in arguments[:2] if event in ("os.rename", "os.link", "os.symlink", "shutil.move") else arguments[:1]:
-            if path is None or isinstance(path, int):
+            if path is None or isinstance(path, int) and event in looks:
                 continue
-            path = os.fsdecode(path)
+            path = f"/proc/self/fd/{path}" if isinstance(path, int) else os.fsdecode(path)
             reads = event in looks and not (event == "open" and (
                 any(letter in (arguments[1] or "r") for letter in "wax+")
                 if isinstance(arguments[1], str) or arguments[1] is None else arguments[2] & (os.O_WRONLY | os.O_RDWR)))
@@ -57,11 +78,25 @@ def hook(event, arguments):
                 continue
             raise PermissionError(f"{path} is outside of this program's folder")
 
-with open("program.py") as file:
-    program = compile(file.read(), "program.py", "exec")
-sys.argv = ["program.py"]
+units = []
+for name in ("before.py", "program.py", "tests.py") if nonce else ("program.py",):
+    with open(name) as file:
+        units.append(compile(file.read(), name, "exec"))
+for name in not_audited:
+    for module in (os, posix, signal, _posixsubprocess):
+        if hasattr(module, name):
+            setattr(module, name, refusing(name))
+for name in set(vars(ctypes)) - {"Array", "Structure", "Union", "alignment", "byref", "sizeof"}:
+    if not name.startswith(("__", "c_")):
+        delattr(ctypes, name)
+del sys.modules["_ctypes"]
+module = types.ModuleType("program" if nonce else "__main__")
+sys.modules[module.__name__] = module
+write = os.write
 sys.addaudithook(hook)
-exec(program, {"__name__": "__main__", "__builtins__": __builtins__})
+for unit in units:
+    exec(unit, vars(module))
+write(1, nonce.encode())
 """
 
 
@@ -88,11 +123,23 @@ class Run(NamedTuple):
         return self.exit_code == 0
 
 
-def run_python(program: str, stdin: str = "", limits: Limits = Limits()) -> Run:  # noqa: B008  (immutable)
-    """Runs `program` as a script that reads `stdin`; never raises for what the program does."""
+def run_python(
+    program: str,
+    stdin: str = "",
+    limits: Limits = Limits(),  # noqa: B008  (immutable)
+    before: str = "",
+    tests: str = "",
+) -> Run:
+    """Runs `program` as a script that reads `stdin`; never raises for what the program does.
+
+    With `tests` it is a module, run after `before` and tested by what runs after it, each compiled by itself and all in
+    one namespace. It ends well where the tests do: a program that exits has not passed them.
+    """
+    nonce = secrets.token_hex(16) if tests else ""
     with tempfile.TemporaryDirectory(prefix="program-") as name:
         folder = Path(name)
-        (folder / "program.py").write_text(program, errors="replace")
+        for file, text in (("program.py", program), ("before.py", before), ("tests.py", tests)):
+            (folder / file).write_text(text, errors="replace")
         (folder / ".stdin").write_text(stdin, errors="replace")
         with (
             (folder / ".stdin").open("rb") as source,
@@ -100,7 +147,7 @@ def run_python(program: str, stdin: str = "", limits: Limits = Limits()) -> Run:
             (folder / ".stderr").open("wb") as err,
         ):
             process = subprocess.Popen(
-                [sys.executable, "-I", "-B", "-c", _RUNNER],
+                [sys.executable, "-I", "-B", "-c", _RUNNER, nonce],
                 cwd=folder, stdin=source, stdout=out, stderr=err, env={}, start_new_session=True,
                 preexec_fn=lambda: _confine(limits),
             )  # fmt: skip
@@ -118,9 +165,10 @@ def run_python(program: str, stdin: str = "", limits: Limits = Limits()) -> Run:
         error = f"TimeoutError: the program ran longer than {limits.seconds:g} seconds"
     elif exit_code == -signal.SIGXFSZ or "[Errno 27]" in error:
         error = f"OSError: the program wrote more than {limits.output_bytes} bytes"
-    elif exit_code != 0 and not error:
-        error = f"the program ended with code {exit_code}"
-    return Run(exit_code, output, "" if exit_code == 0 else _trimmed(error))
+    elif exit_code == 0 and nonce not in output:
+        exit_code, error = 1, "SystemExit: the program ended before its tests"
+    said = "" if exit_code == 0 else _trimmed(error) or f"the program ended with code {exit_code}"
+    return Run(exit_code, output.replace(nonce, ""), said)
 
 
 def _confine(limits: Limits) -> None:
@@ -153,5 +201,5 @@ def _text(path: Path, size: int) -> str:
 def _trimmed(error: str) -> str:
     """A traceback without the frames of the runner, at most its last dozen lines."""
     lines = [line for line in error.strip().splitlines() if 'File "<string>"' not in line]
-    own = next((i for i, line in enumerate(lines) if 'File "program.py"' in line), 0)
+    own = next((i for i, line in enumerate(lines) if line.startswith('  File "')), 0)
     return "\n".join(lines[own:][-12:])

@@ -143,6 +143,8 @@ def test_without_a_tool_a_call_is_text(lm: Reader) -> None:
         ("</tool>", "SyntaxError: invalid syntax"),
         ("<tool>open('/etc/passwd')</tool>", "PermissionError: /etc/passwd is outside of this program's folder"),
         ("<tool>''</tool>", ""),
+        ('<tool>exit("")</tool>', "the program ended with code 1"),
+        ("<tool>exit('File \"<string>\"')</tool>", "the program ended with code 1"),
     ],
 )
 def test_results(call: str, result: str) -> None:

@@ -5,7 +5,8 @@
                     testtype (stdin: a whole program; functional: a method of class Solution, a JSON argument a line)
 
 An answer's code is its last fenced block, or all of it. Score 1 where every test passes, else 0. The trace is what a
-programmer would see: the first test that fails, with the error or the wrong output. Private tests that are compressed
+programmer would see: the first test that fails, with the error or the wrong output. What stands in a HumanEval prompt
+before the function that is asked for (imports, helpers) is there for every answer. Private tests that are compressed
 cannot be read and are left out, which is said once.
 """
 
@@ -30,11 +31,13 @@ class Case(NamedTuple):
 
     stdin: str
     output: str | None
-    """What must be printed; None where ending well is enough."""
-    program: str
-    """What follows the answer's code."""
+    """What must be printed; None where `tests` say it."""
+    tests: str = ""
+    """What runs after the answer's code."""
     before: str = ""
-    """What goes before the answer's code, unless that defines the function `defines`."""
+    """What runs before the answer's code."""
+    header: str = ""
+    """What the answer's code goes on from, unless that defines the function `defines` itself."""
     defines: str = ""
 
 
@@ -54,9 +57,8 @@ class Code(Records):
         if not code:
             return 0.0, "The answer holds no code."
         for number, case in enumerate(entry, 1):
-            has_it = case.defines and re.search(rf"^def {re.escape(case.defines)}\b", code, re.MULTILINE)
-            whole = code if has_it else case.before + code
-            run = run_python(f"{whole}\n\n{case.program}\n", case.stdin, self._limits)
+            whole = code if _definition(case.defines, code) else case.header + code
+            run = run_python(whole, case.stdin, self._limits, case.before, case.tests)
             title = f"Test {number} of {len(entry)} fails"
             if case.stdin:
                 title += f" on the input\n{_cut(case.stdin)}"
@@ -76,7 +78,8 @@ def code_of(answer: str) -> str:
 def _read(record: Record) -> Problem:
     if "entry_point" in record:
         prompt, name = text_field(record, "prompt"), text_field(record, "entry_point")
-        case = Case("", None, f"{text_field(record, 'test')}\ncheck({name})", prompt, name)
+        before, header = _parts(prompt, name)
+        case = Case("", None, f"{text_field(record, 'test')}\ncheck({name})", before, header, name)
         solution = str(record.get("canonical_solution") or "")
         whole = solution if f"def {name}" in solution else prompt + solution
         question = f"Complete this Python function.\n```python\n{prompt.rstrip()}\n```"
@@ -96,6 +99,21 @@ def _read(record: Record) -> Problem:
     return Problem(f"Write a Python program.\n{statement}{asks}", answer, cases, key=statement)
 
 
+def _parts(prompt: str, name: str) -> tuple[str, str]:
+    """What of a prompt stands before the function that it asks for, where that is code, and the rest."""
+    found = _definition(name, prompt)
+    begin = found.start() if found else 0
+    try:
+        compile(prompt[:begin], "before.py", "exec")
+    except SyntaxError:
+        return "", prompt[begin:]
+    return prompt[:begin], prompt[begin:]
+
+
+def _definition(name: str, code: str) -> re.Match[str] | None:
+    return re.search(rf"^(?:async )?def {re.escape(name)}\b", code, re.MULTILINE)
+
+
 def _tests(field: object) -> list[Record]:
     if not isinstance(field, str):
         return list(field)  # type: ignore[call-overload]
@@ -108,17 +126,17 @@ def _tests(field: object) -> list[Record]:
 
 def _case(test: Record, function: str) -> Case:
     if test.get("testtype", "stdin") == "stdin":
-        return Case(test["input"], test["output"], "")
+        return Case(test["input"], test["output"])
     if not function:
         raise ValueError("a functional test needs metadata with func_name")
     arguments = [json.loads(line) for line in test["input"].splitlines() if line.strip()]
     right = json.loads(test["output"])
     call = f"{function}({', '.join(map(repr, arguments))}) gave "
-    program = (
+    tests = (
         f"found, right = Solution().{function}(*{arguments!r}), {right!r}\n"
         f"assert found == right, {call!r} + repr(found) + ', expected ' + repr(right)"
     )
-    return Case("", None, program, before="from typing import Any, Dict, List, Optional, Set, Tuple\n\n")
+    return Case("", None, tests, before="from typing import Any, Dict, List, Optional, Set, Tuple")
 
 
 def _words(text: str) -> list[str]:
