@@ -7,6 +7,7 @@ problems are disjoint whatever seeds or tasks are used.
 from __future__ import annotations
 
 import difflib
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -32,6 +33,7 @@ __all__ = [
     "Feedback",
     "Problem",
     "Task",
+    "answered_problems",
     "held_out_problems",
     "is_held_out",
     "make_task",
@@ -93,6 +95,19 @@ def held_out_problems(task: Task, count: int) -> list[Problem]:
     return list(found.values())
 
 
+def answered_problems(task: Task, count: int) -> list[Problem]:
+    """The first different training problems with an answer to show: `count`, or as many as a thousand hold."""
+    found: dict[str, Problem] = {}
+    for _, problem in islice(problems(task, held_out=False), 1000 if count else 0):
+        if problem.answer:
+            found.setdefault(problem.key, problem)
+        if len(found) == count:
+            break
+    if len(found) < count:
+        warnings.warn(f"{len(found)} of {count} worked examples: no other problem has an answer to show", stacklevel=2)
+    return list(found.values())
+
+
 def problems(task: Task, held_out: bool, start: int = 0) -> Iterator[tuple[int, Problem]]:
     """Endless problems of one split from index `start`, each with the index to go on from.
 
@@ -108,4 +123,7 @@ def problems(task: Task, held_out: bool, start: int = 0) -> Iterator[tuple[int, 
             misses = 0
             yield start, problem
     split = "held-out" if held_out else "training"
-    raise ValueError(f"[task] no {split} problem in a thousand: the task has too few different ones")
+    raise ValueError(
+        f"[task] no {split} problem in a thousand, where one in {HELD_OUT_SHARE} is held out, by its hash: the task "
+        "has too few different ones"
+    )
