@@ -25,6 +25,7 @@ Left out: multi-line answers in the "examples" format, whose answers end with th
 from __future__ import annotations
 
 import importlib
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -49,7 +50,8 @@ def verifier(kind: str) -> Verifier:
     function         called with (problem, answer); returns a Feedback, or a score and a text
 
     Raises:
-        ValueError: the path does not name a function.
+        ValueError: the path does not name a function. What comes of it raises one too where it gives anything else, and
+            a RuntimeError where it raises.
     """
     if kind in KINDS:
         return dict(zip(KINDS, (correct, trace, both, shown, affirmed), strict=True))[kind]
@@ -62,14 +64,21 @@ def verifier(kind: str) -> Verifier:
         raise ValueError(f"[feedback] expected one of {', '.join(KINDS)}, or module:function, got {kind!r}")
 
     def by_user(task: Task, problem: Problem, answer: str) -> Feedback:
-        found = function(problem, answer)
-        if isinstance(found, tuple) and len(found) == 2:
-            found = Feedback(*found, problem.answer)
-        if not (isinstance(found, tuple) and len(found) == 3 and 0.0 <= float(found[0]) <= 1.0):
+        try:
+            found = function(problem, answer)
+        except Exception as error:  # of any kind: main takes a ValueError for a wrong option
+            raise RuntimeError(f"[feedback] {kind} raised {type(error).__name__}: {error}") from error
+        try:
+            score, text, demonstration = found if len(found) == 3 else (*found, problem.answer)
+            score = float(score)
+        except (TypeError, ValueError):
+            score = math.nan
+        if not (isinstance(found, tuple) and 0.0 <= score <= 1.0):
             raise ValueError(
-                f"[feedback] {kind} gave {found!r}, expected Feedback(score from 0 to 1, text, demonstration)"
+                f"[feedback] {kind} gave {found!r}, expected (score from 0 to 1, text) or "
+                "distil_kernels.train.tasks.Feedback(score from 0 to 1, text, demonstration)"
             )
-        return Feedback(float(found[0]), str(found[1]), str(found[2]))
+        return Feedback(score, str(text), str(demonstration))
 
     return by_user
 

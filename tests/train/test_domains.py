@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
+import subprocess
+import sys
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -12,7 +19,14 @@ from test_run import QUICK, train, trainer, written
 from distil_kernels.train.__main__ import main
 from distil_kernels.train.checkpoint import read_lines
 from distil_kernels.train.feedback import verifier
-from distil_kernels.train.tasks import Feedback, held_out_problems, is_held_out, make_task
+from distil_kernels.train.tasks import (
+    Feedback,
+    answered_problems,
+    expressions,
+    held_out_problems,
+    is_held_out,
+    make_task,
+)
 from distil_kernels.train.tasks.answers import boxed
 from distil_kernels.train.tasks.code import code_of
 
@@ -38,6 +52,18 @@ def test_a_pass_over_a_file_shows_every_record_once() -> None:
     first, second = ([task.problem(turn * size + i).key for i in range(size)] for turn in (0, 1))
     assert sorted(first) == sorted(second) and len(set(first)) == size and first != second
     assert [make_task("math", seed=3).problem(i).key for i in range(size)] == first
+
+
+def test_a_pass_is_shuffled_once(tmp_path: Path) -> None:
+    file = tmp_path / "set.jsonl"
+    file.write_text("".join(f'{{"question": "{number}", "answer": "1"}}\n' for number in range(20000)))
+    task = make_task(f"qa:{file}", seed=3)
+    order = list(range(20000))
+    random.Random("3/1").shuffle(order)
+    began = time.perf_counter()
+    assert [task.problem(20000 + place).question for place in range(2000)] == [str(record) for record in order[:2000]]
+    assert time.perf_counter() - began < 2  # 9 s where each problem shuffles
+    assert task.problem(20000 + 7) == make_task(f"qa:{file}", seed=3).problem(20000 + 7) != task.problem(7)
 
 
 def test_held_out_problems_are_different_ones() -> None:
@@ -70,6 +96,62 @@ def test_mathematics_is_compared_as_such(tmp_path: Path) -> None:
     assert problem.answer == "\\frac{3}{4}" == boxed("x \\boxed{1} y \\boxed{\\frac{3}{4}}")
     for answer, score in (("0.75", 1), ("6/8", 1), ("We get \\boxed{3/4}", 1), ("0.7", 0), ("", 0), ("cat", 0)):
         assert task.score(answer, problem.entry) == score, answer
+
+
+UNCOUNTABLE = [
+    "9^{9^{9^{9}}}", "10^{10^{10}}", "100000!!", "2^{2^{40}}", "(10^9)!", "\\binom{10^9}{5*10^8}",
+]  # fmt: skip
+
+
+def test_an_expression_that_cannot_be_evaluated_is_wrong_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in threads, where a signal could not end it; what comes after it is scored as before."""
+    monkeypatch.setattr(expressions, "SECONDS", 0.5)
+    worker = expressions.Worker()
+    monkeypatch.setattr(expressions, "_WORKER", worker)
+    task = make_task("math", seed=0)
+    began = time.perf_counter()
+    with pytest.warns(UserWarning, match=r"could not be evaluated in 0.5 seconds"):
+        assert [task.score(answer, "5") for answer in UNCOUNTABLE] == [0.0] * len(UNCOUNTABLE)
+    with ThreadPoolExecutor(4) as threads, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = threads.map(task.score, ["5.0", UNCOUNTABLE[0], "10/2", "6"] * 4, ["5"] * 16)
+        assert list(found) == [1.0, 0.0, 1.0, 0.0] * 4
+    assert time.perf_counter() - began < 30
+    worker.close()
+    assert task.score(UNCOUNTABLE[0], UNCOUNTABLE[0]) == 1.0 and worker._process is None  # the same words
+
+
+def test_expressions_are_compared_in_one_process_that_forks_do_not_share() -> None:
+    task = make_task("math", seed=0)
+    assert task.score("10/2", "5") == 1.0
+    worker = expressions._WORKER._process
+    assert task.score("10/2", "6") == 0.0 and expressions._WORKER._process is worker
+    fork = get_context("fork").Pool(2)
+    with fork:
+        assert fork.starmap(task.score, [("10/2", str(right)) for right in range(40)]) == [
+            float(right == 5) for right in range(40)
+        ]
+    worker.kill()
+    worker.wait()
+    assert task.score("10/2", "5") == 1.0
+
+
+def test_the_process_that_compares_does_not_run_the_callers_main(tmp_path: Path) -> None:
+    """It ends with the caller."""
+    script = tmp_path / "caller.py"
+    script.write_text(
+        "from distil_kernels.train.tasks import expressions, make_task\n"
+        "print('ran', make_task('math', 0).score('10/2', '5'), expressions._WORKER._process.pid)\n"
+    )
+    for command in ([script], ["-m", "caller"]):
+        done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, check=True)
+        ran, score, pid = done.stdout.split()
+        assert (ran, score, done.stderr) == ("ran", "1.0", "")
+        for _ in range(100):
+            if not Path(f"/proc/{pid}").exists():
+                break
+            time.sleep(0.05)
+        assert not Path(f"/proc/{pid}").exists()
 
 
 def test_any_questions(tmp_path: Path) -> None:
@@ -136,6 +218,56 @@ def test_traces_of_whole_programs_and_methods() -> None:
     assert found[0] == 0.0 and "hasPair([1, 2, 4], 6) gave False, expected True" in found[1]
 
 
+@pytest.mark.parametrize("leave", ["raise SystemExit", "import sys\n    sys.exit(0)", "import os\n    os._exit(0)"])
+def test_an_answer_that_exits_passes_no_test(leave: str) -> None:
+    for name, answer in (
+        ("digit_sum", f"def digit_sum(number):\n    {leave}"),
+        ("Return whether two entries", f"class Solution:\n  def hasPair(self, numbers, target):\n    {leave}"),
+    ):
+        task, problem = code_problem(name)
+        score, said = task.trace(answer, problem.entry)
+        assert score == 0.0 and "the program ended before its tests" in said
+    task, problem = code_problem("One line holds integers")
+    assert task.score("import sys\nprint(sum(map(int, input().split())))\nsys.exit()", problem.entry) == 1.0
+
+
+def test_what_an_answer_does_as_a_script_is_no_part_of_its_function() -> None:
+    task, problem = code_problem("digit_sum")
+    right = "def digit_sum(number):\n    return sum(int(digit) for digit in str(abs(number)))\n"
+    for rest in (
+        "if __name__ == '__main__':\n    print(digit_sum(int(input())))\n    raise SystemExit",
+        "print(end='x')",
+    ):
+        assert task.trace(right + rest, problem.entry) == (1.0, "All tests pass (1).")
+    assert task.score(right + "raise SystemExit", problem.entry) == 0.0
+
+
+def human_eval(tmp_path: Path, prompt: str, test: str) -> tuple:
+    file = tmp_path / "set.jsonl"
+    file.write_text(json.dumps({"prompt": prompt, "entry_point": "decode", "test": test}) + "\n")
+    task = make_task(f"code:{file}", seed=0)
+    return task, task.problem(0).entry
+
+
+def test_what_stands_before_the_function_in_a_prompt_is_there_for_its_answer(tmp_path: Path) -> None:
+    header = 'def decode(words: List[str]) -> str:\n    """The reverse of encode."""\n'
+    before = "from typing import List\n\n\ndef encode(text: str) -> List[str]:\n    return text.split()\n\n\n"
+    task, entry = human_eval(tmp_path, before + header, "def check(f):\n    assert f(encode('a b')) == 'a b'\n")
+    body = "    return ' '.join(words)"
+    for answer in (body, header + body, before + header + body, f"from __future__ import annotations\n{header}{body}"):
+        assert task.trace(answer, entry) == (1.0, "All tests pass (1).")
+    score, said = task.trace(header + "    return words", entry)
+    assert score == 0.0 and "assert f(encode('a b')) == 'a b'" in said and "AssertionError" in said
+    task, entry = human_eval(tmp_path, "Join the words:\n" + header, "def check(f):\n    assert f(['a']) == 'a'\n")
+    assert task.score("from typing import List\n" + header + body, entry) == 1.0  # words are nothing to execute
+
+
+def test_methods_may_begin_with_a_future_import() -> None:
+    task, problem = code_problem("Return whether two entries")
+    answer = problem.answer.replace("```python\n", "```python\nfrom __future__ import annotations\n")
+    assert task.trace(answer, problem.entry)[0] == 1.0
+
+
 def test_code_of_an_answer() -> None:
     assert code_of("a\n```python\nfirst\n```\nb\n```py\nsecond\n```") == "second"
     assert code_of("```\ncut off") == "cut off"
@@ -155,6 +287,25 @@ def test_compressed_private_tests_are_left_out_and_said(tmp_path: Path) -> None:
         verifier("correction")(task, problem, "")
 
 
+def test_worked_examples_have_an_answer(tmp_path: Path) -> None:
+    file = tmp_path / "set.jsonl"
+    test = [{"input": "1\n", "output": "1\n", "testtype": "stdin"}]
+    solved = [{"solution": "print(input())"} if number % 20 == 0 else {} for number in range(200)]
+    lines = [
+        json.dumps({"question_content": f"{number}?", "public_test_cases": test} | own)
+        for number, own in enumerate(solved)
+    ]
+    file.write_text("\n".join(lines))
+    task = make_task(f"code:{file}", seed=0)
+    found = answered_problems(task, 3)
+    assert len({problem.key for problem in found}) == 3 and all(problem.answer for problem in found)
+    assert not any(map(is_held_out, found))
+    file.write_text("\n".join(line for line in lines if "solution" not in line))
+    with pytest.warns(UserWarning, match="0 of 2 worked examples"):
+        assert answered_problems(make_task(f"code:{file}", seed=0), 2) == []
+    assert answered_problems(make_task("largest", seed=0), 0) == []
+
+
 def shout(problem: object, answer: str) -> tuple[float, str]:
     return float(answer == ""), "EMPTY" if answer == "" else "FULL"
 
@@ -163,9 +314,15 @@ def test_feedback_by_a_function_of_the_users(monkeypatch: pytest.MonkeyPatch) ->
     problem = make_task("largest", seed=0).problem(0)
     found = verifier(f"{__name__}:shout")(None, problem, "")
     assert found == Feedback(1.0, "EMPTY", problem.answer)
-    monkeypatch.setitem(globals(), "shout", lambda problem, answer: 2.0)
-    with pytest.raises(ValueError, match=r"\[feedback\] .*gave 2.0, expected Feedback"):
+    for wrong in (2.0, (2.0, ""), ("good", ""), (None, "", ""), [1.0, ""]):
+        monkeypatch.setitem(globals(), "shout", lambda problem, answer, wrong=wrong: wrong)
+        with pytest.raises(ValueError, match=r"\[feedback\] .*:shout gave .*, expected \(score") as caught:
+            verifier(f"{__name__}:shout")(None, problem, "")
+        assert "distil_kernels.train.tasks.Feedback(score" in str(caught.value)
+    monkeypatch.setitem(globals(), "shout", lambda problem, answer: 1 / 0)
+    with pytest.raises(RuntimeError, match=rf"\[feedback\] {__name__}:shout raised ZeroDivisionError: ") as raised:
         verifier(f"{__name__}:shout")(None, problem, "")
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)
     for path, message in (("nowhere", "expected one of"), ("nowhere:f", "cannot import"), (f"{__name__}:g", "cannot")):
         with pytest.raises(ValueError, match=rf"\[feedback\] .*{message}"):
             verifier(path)

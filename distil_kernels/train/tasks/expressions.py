@@ -1,0 +1,93 @@
+"""Compares mathematical expressions with math-verify, in a process of its own: nothing else ends 9^{9^{9^{9}}}.
+
+One process serves all comparisons, a line of JSON each way. While it compares, an alarm is set whose default action
+ends it, in C code too; the next comparison then starts another (0.5 s). It runs none of the caller's main module, has a
+session of its own, so that Ctrl-C does not reach it, and ends where its input does: with the caller.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import warnings
+
+SECONDS = 5.0
+"""Wall time of one comparison."""
+MEMORY_BYTES = 2**31
+
+_PROGRAM = """
+import sys
+seconds, memory_bytes, sys.path[:] = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+import json, logging, resource, signal
+from math_verify import parse, verify
+logging.disable()
+replies, sys.stdout = sys.stdout, sys.stderr
+resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+print("ready", file=replies, flush=True)
+for line in sys.stdin:
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    right, found = (parse(text, parsing_timeout=None) for text in json.loads(line))
+    is_equal = bool(found) and verify(right, found, timeout_seconds=None)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    print(int(is_equal), file=replies, flush=True)
+"""
+
+
+class Worker:
+    """The process, started by the first comparison and again after one that it did not live through."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._owner = 0  # a fork has its parent's process, which it must not talk to
+
+    def ask(self, right: str, found: str) -> str:
+        """The process's reply; empty where it ended instead."""
+        with self._lock:
+            process, self._process = self._process, None  # back below, unless an interrupt leaves a reply unread
+            if process is None or process.poll() is not None or self._owner != os.getpid():
+                process, self._owner = _started(), os.getpid()
+            assert process.stdin and process.stdout
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(json.dumps([right, found]) + "\n")
+                process.stdin.flush()
+            reply = process.stdout.readline()
+            self._process = process
+            if not reply:
+                self.close()
+            return reply
+
+    def close(self) -> None:
+        """Ends the process."""
+        process, self._process = self._process, None
+        if process:
+            with contextlib.suppress(BrokenPipeError), process:
+                pass
+
+
+def is_equal(right: str, found: str) -> bool:
+    """Whether two texts with LaTeX in them are the same expression; not where that takes longer than SECONDS."""
+    reply = _WORKER.ask(right, found)
+    if not reply:
+        warnings.warn(f"an answer that could not be evaluated in {SECONDS:g} seconds is wrong", stacklevel=2)
+    return reply == "1\n"
+
+
+def _started() -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", _PROGRAM, str(SECONDS), str(MEMORY_BYTES), *sys.path],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout
+    if not process.stdout.readline():
+        raise RuntimeError(f"[task] the process that compares expressions ended at once, with code {process.wait()}")
+    return process
+
+
+_WORKER = Worker()
+atexit.register(_WORKER.close)
