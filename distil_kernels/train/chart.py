@@ -1,12 +1,11 @@
-"""Line charts as inline SVG: axes, grid, error bars, a legend; colours come from the page's style sheet. How a record's
-numbers are read and written."""
+"""Line charts as inline SVG: axes, grid, error bars, a legend; colours come from the page's style sheet."""
 
 from __future__ import annotations
 
 import html
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 WIDTH, HEIGHT = 460, 250
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 14, 46
@@ -69,15 +68,6 @@ def line_chart(title: str, series: Sequence[Series], low: float | None = 0.0, hi
 def _point(x: float, y: float, low: float, high: float) -> str:
     """Error bar and the start of a dot."""
     return f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/><circle cx="{x:.1f}" cy="{y:.1f}" r="3.2">'
-
-
-def with_nan(value: Any) -> Any:
-    """A record whose numbers are numbers again: JSON has null for NaN."""
-    if isinstance(value, dict):
-        return {key: with_nan(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [with_nan(part) for part in value]
-    return math.nan if value is None else value
 
 
 def with_error(value: float, error: float) -> str:

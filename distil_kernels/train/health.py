@@ -19,7 +19,6 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from distil_kernels.train.chart import with_nan
 from distil_kernels.train.config import Config
 
 Record = dict[str, Any]
@@ -36,12 +35,12 @@ def warnings(records: Sequence[Record], config: Config) -> Iterator[tuple[str, s
     steps = [record for record in records if record["kind"] == "step"]
     evaluations = [record for record in records if record["kind"] == "evaluation"]
     if evaluations:
-        yield from _teacher(with_nan(evaluations[0]), with_nan(evaluations[-1]), config)
+        yield from _teacher(evaluations[0], evaluations[-1], config)
     if steps and "mismatch" in steps[-1]:
         yield from _server(steps[0]["mismatch"], steps[-1]["mismatch"])
     if len(steps) < 2 * WINDOW:
         return
-    first, last = with_nan(steps[:WINDOW]), with_nan(steps[-WINDOW:])
+    first, last = steps[:WINDOW], steps[-WINDOW:]
 
     def mean(records: Sequence[Record], key: str) -> float:
         return statistics.fmean(record.get(key, math.nan) for record in records)

@@ -14,7 +14,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from distil_kernels.train.chart import Series, line_chart, with_error, with_nan
+from distil_kernels.train.chart import Series, line_chart, with_error
 from distil_kernels.train.config import Config
 from distil_kernels.train.options import resolved
 
@@ -28,7 +28,6 @@ def page(config: Config, name: str, metrics: Sequence[Record], rollouts: Sequenc
     Raises:
         ValueError: there is nothing to report yet.
     """
-    metrics, rollouts = with_nan(list(metrics)), with_nan(list(rollouts))
     steps = [record for record in metrics if record["kind"] == "step"]
     evaluations = [record for record in metrics if record["kind"] == "evaluation"]
     if not evaluations and not steps:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from distil_kernels.train.chart import with_error, with_nan
+from distil_kernels.train.chart import with_error
 from distil_kernels.train.evaluate import Evaluation
 
 
@@ -49,7 +49,6 @@ def evaluation_line(step: int, result: Evaluation) -> str:
 
 def final_table(evaluations: list[dict[str, Any]]) -> Table:
     """First, best and last evaluation; `evaluations` are the records of metrics.jsonl."""
-    evaluations = with_nan(evaluations)
     table = Table(title=f"{evaluations[0]['problems']} held-out problems, mean ± standard error")
     for column in ("", "step", "sampled", "greedy", "teacher", "length"):
         table.add_column(column, justify="left" if not column else "right")
@@ -67,7 +66,6 @@ def plot(records: list[dict[str, Any]], path: Path, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    records = with_nan(records)
     steps = [record for record in records if record["kind"] == "step"]
     evaluations = [record for record in records if record["kind"] == "evaluation"]
     figure, panels = pyplot.subplots(2, 2, figsize=(10, 7), sharex=True)
