@@ -28,7 +28,8 @@ class ScalarLoss(NamedTuple):
 
 
 class Call:
-    """Checked arguments of one call; autocast applied, rows flattened to [N]. Without a teacher, teacher_* are None."""
+    """Checked arguments of one call; autocast applied, rows flattened to [N]. Where an op has no teacher, teacher_* are
+    None."""
 
     def __init__(
         self,
@@ -45,6 +46,8 @@ class Call:
         teacher_temperature: float | None,
         logit_softcap: float | None,
         backend: str,
+        *,
+        has_teacher: bool = True,
     ) -> None:
         self._door = door
         door.positive("temperature", temperature, optional=False)
@@ -52,8 +55,8 @@ class Call:
         door.positive("logit_softcap", logit_softcap)
         student_hidden, student_weight = as_autocast(student_hidden, student_weight)
         teacher_hidden, teacher_weight = as_autocast(teacher_hidden, teacher_weight)
-        seen = student_hidden if teacher_hidden is None else teacher_hidden
-        door.heads(student_hidden, student_weight, seen, teacher_weight, student_bias, teacher_bias)
+        other_hidden = teacher_hidden if has_teacher else student_hidden
+        door.heads(student_hidden, student_weight, other_hidden, teacher_weight, student_bias, teacher_bias)
         door.rows("token_mask", token_mask, student_hidden, "bool")
         door.rows("token_weight", token_weight, student_hidden, "float")
         if teacher_weight is None and teacher_bias is None:
@@ -104,7 +107,7 @@ class Call:
         if denominator is None or hidden.dtype == torch.float16:
             return None
         if isinstance(denominator, Tensor):
-            return denominator.detach().reshape(()).to(self._accumulation_dtype)
+            return denominator
         return hidden.new_full((), denominator, dtype=self._accumulation_dtype)
 
     def policy_loss(

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from distil_kernels.credit import BASELINES, SPANS, Credit
+from distil_kernels.gemm import accumulation_dtype
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MAX_SIZE = 2**31 - 1
 
 
 class Door:
-    """Checks for one public function, whose name begins every message."""
+    """Checks for one public function, whose name begins their messages."""
 
     def __init__(self, function: str) -> None:
         self._function = function
@@ -183,7 +184,8 @@ class Door:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             self.type_error(f"{name} is {type(value).__name__}, expected a number")
         if not (math.isfinite(value) and low <= value <= high):
-            self.value_error(f"{name} is {value}, expected a finite number from {low} to {high}")
+            span = f" from {low} to {high}" if math.isfinite(high) else f" of at least {low}"
+            self.value_error(f"{name} is {value}, expected a finite number{span if math.isfinite(low) else ''}")
 
     def share(self, name: str, value: float) -> None:
         """A number above 0 and below 1."""
@@ -210,14 +212,16 @@ class Door:
                 "in order): with six products there is little to gain"
             )
 
-    def normalizer(self, normalizer: float | Tensor | None, student_hidden: Tensor) -> None:
-        """A number above 0, or a tensor with one element (its value is not read)."""
-        if isinstance(normalizer, Tensor):
-            if normalizer.numel() != 1:
-                self.value_error(f"normalizer has shape {list(normalizer.shape)}, expected one element")
-            self._same_device("normalizer", normalizer, student_hidden)
-        else:
+    def normalizer(self, normalizer: float | Tensor | None, student_hidden: Tensor) -> float | Tensor | None:
+        """A number above 0, or a tensor with one element (its value is not read), here of shape [] and of the loss's
+        dtype, without gradient."""
+        if not isinstance(normalizer, Tensor):
             self.positive("normalizer", normalizer)
+            return normalizer
+        if normalizer.numel() != 1:
+            self.value_error(f"normalizer has shape {list(normalizer.shape)}, expected one element")
+        self._same_device("normalizer", normalizer, student_hidden)
+        return normalizer.detach().reshape(()).to(accumulation_dtype(student_hidden.dtype))
 
     def one_of(self, name: str, value: object, choices: tuple[str, ...]) -> None:
         if value not in choices:
@@ -228,6 +232,11 @@ class Door:
             self.type_error(f"{name} is {type(tensor).__name__}, expected a torch.Tensor")
         if tensor.layout != torch.strided:
             self.type_error(f"{name} has layout {tensor.layout}, expected a dense (strided) tensor")
+        if hasattr(tensor, "device_mesh"):
+            self.type_error(
+                f"{name} is a DTensor, expected a plain tensor: gather it first (full_tensor()), or call the op inside "
+                "the sharded module's forward"
+            )
         return tensor
 
     def _same_device(self, name: str, tensor: Tensor, student_hidden: Tensor) -> None:

@@ -117,9 +117,11 @@ def reverse_chunks(
     else:
         groups = max(1, max_rows // 8 // credit.group_size)
         block_size = min(num_sequences, groups * credit.group_size)
-    sequences = torch.repeat_interleave(torch.arange(num_sequences), lengths)
-    positions = torch.arange(sequences.numel()) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-    rows = torch.arange(sequences.numel()) if counted is None else counted.nonzero()[:, 0]
+    cpu = lengths.device  # whatever the default device is
+    sequences = torch.repeat_interleave(torch.arange(num_sequences, device=cpu), lengths)
+    every = torch.arange(sequences.numel(), device=cpu)
+    positions = every - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+    rows = every if counted is None else counted.nonzero()[:, 0]
     if rows.numel() == 0:
         return
     longest = int(lengths.max())
@@ -128,7 +130,7 @@ def reverse_chunks(
     key = key[rows]
 
     # Where a chunk may end: the ends of runs of equal (block, position).
-    ends = torch.cat([(key[1:] != key[:-1]).nonzero()[:, 0] + 1, torch.tensor([key.numel()])])
+    ends = torch.cat([(key[1:] != key[:-1]).nonzero()[:, 0] + 1, torch.tensor([key.numel()], device=cpu)])
     blocks = (sequences[rows] // block_size)[ends - 1]
     begin = previous_low = 0
     previous_sequence = -1
@@ -144,7 +146,7 @@ def reverse_chunks(
         high = previous_low if first_sequence == previous_sequence else int(chunk_positions.max()) + 1
         where = (chunk_positions - low, sequences[chunk_rows] - first_sequence)
         slots = rows.new_full((high - low, min(block_size, num_sequences - first_sequence)), -1)
-        slots[where] = torch.arange(end - begin)
+        slots[where] = torch.arange(end - begin, device=cpu)
         begin, previous_low, previous_sequence = end, low, first_sequence
         chunk = Chunk(chunk_rows, where[1], where[0], slots, first_sequence)
         yield chunk if device is None else _on_device(chunk, device)

@@ -360,7 +360,9 @@ def plain_chunks(counted: Tensor | None, num_rows: int, chunk_rows: int) -> Iter
         for begin in range(0, num_rows, chunk_rows):
             yield slice(begin, min(begin + chunk_rows, num_rows))
     else:
-        yield from counted.nonzero()[:, 0].split(chunk_rows)
+        rows = counted.nonzero()[:, 0]
+        if rows.numel():  # split would give one chunk of none
+            yield from rows.split(chunk_rows)
 
 
 def _ordered_chunks(

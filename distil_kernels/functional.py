@@ -12,7 +12,7 @@ T = softmax(t), S = softmax(s). The mathematics is in docs/mathematics.md, the p
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -153,6 +153,24 @@ def fused_forward_ce(  # type: ignore[misc]  # the overloads leave the other arg
     )  # fmt: skip
 
 
+class LossOptions(TypedDict, total=False):
+    """Options of a loss per token, as `fused_forward_ce` has them."""
+
+    student_bias: Tensor | None
+    teacher_bias: Tensor | None
+    token_mask: Tensor | None
+    token_weight: Tensor | None
+    temperature: float
+    teacher_temperature: float | None
+    logit_softcap: float | None
+    reduction: str
+    normalizer: float | Tensor | None
+    gradient_threshold: float
+    return_dropped: bool
+    backend: str
+    plan: str | Plan
+
+
 def token_loss(
     function: str,
     cost: Cost,
@@ -178,7 +196,6 @@ def token_loss(
     """`fused_forward_ce` for any cost; `function` begins the messages of what is wrong."""
     door = Door(function)
     door.one_of("reduction", reduction, REDUCTIONS)
-    door.normalizer(normalizer, student_hidden)
     if normalizer is not None and reduction != "mean":
         door.value_error(f"normalizer is given with reduction={reduction!r}, expected reduction='mean'")
     door.threshold("gradient_threshold", gradient_threshold)
@@ -193,7 +210,7 @@ def token_loss(
         costs = call.differentiable_statistics(None, cost, plan, logprob_grad=False)[cost.statistic]
         weights = call.row_weight()
         return (costs if weights is None else costs * weights).reshape(student_hidden.shape[:-1])
-    denominator = None if reduction == "sum" else call.denominator(normalizer)
+    denominator = None if reduction == "sum" else call.denominator(door.normalizer(normalizer, student_hidden))
     found = call.scalar_loss(None, None, cost, Credit(span="none"), plan, gradient_threshold, denominator)
     return ForwardCE(found.total, found.dropped.reshape(student_hidden.shape[:-1])) if return_dropped else found.total
 
@@ -320,7 +337,7 @@ def fused_distil_loss(
     door.rows("tokens", tokens, student_hidden, "int64")
     door.one_of("cost", cost, tuple(COSTS))
     door.share("jsd_weight", jsd_weight)
-    door.normalizer(normalizer, student_hidden)
+    normalizer = door.normalizer(normalizer, student_hidden)
     door.threshold("gradient_threshold", gradient_threshold)
     credit = door.credit(
         student_hidden, credit_span, baseline, group_size, discount, horizon, normalize_by_remaining, credit_clip,

@@ -132,6 +132,11 @@ def _product(
 ) -> None:
     """out [M, N] float32 or bfloat16 = (or += where accumulate) left [M, K] @ right [K, N]. `rest`, bfloat16 with the
     strides of a bfloat16 `out`, is what `out` lost to rounding: written, and added where accumulate."""
+    if out.numel() == 0 or left.shape[1] == 0:  # the kernels have no word for nothing
+        for each in (out, rest):
+            if each is not None and not accumulate:
+                each.zero_()
+        return
 
     def matrix(operand: Tensor) -> _C.Matrix:
         return _C.Matrix(operand.data_ptr(), operand.stride(0), operand.stride(1), operand.dtype == torch.bfloat16)

@@ -2,7 +2,8 @@
 
 The ring holds gradient rows of several chunks in the dtype of the products' operands: on a GPU small chunks of logits
 would otherwise read and write the whole float32 dW too often (`plan` has the numbers). A ring with room for every row
-of the call needs no float32 dW at all: one product makes dW in the weight's own precision. Nor does the CPU where its
+of the call needs no float32 dW at all: one product makes dW in the weight's own precision (but for float16, which has
+no room for sums over tokens). Nor does the CPU where its
 product adds to bfloat16: up to two products round their sums to the result itself; of more, a second bfloat16 matrix
 keeps what rounding loses.
 """
@@ -159,8 +160,11 @@ class GradientSums:
 
 
 def grad_weight_dtype(weight: Tensor, ring_rows: int, num_rows: int) -> torch.dtype:
-    """Of dW while it is summed: the weight's own where the ring holds all rows, or where products add to bfloat16."""
-    at_once = ring_rows >= num_rows > 0
+    """Of dW while it is summed: the weight's own where the ring holds all rows, or where products add to bfloat16.
+
+    float16 has no room for it: before the loss is divided by its normalizer dW is that many times larger.
+    """
+    at_once = ring_rows >= num_rows > 0 and weight.dtype != torch.float16
     own = at_once or (ring_rows > 0 and gemm.adds_to_bf16(weight.dtype, weight.device.type))
     return weight.dtype if own else gemm.accumulation_dtype(weight.dtype)
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import Unpack  # comes with torch
 
 from distil_kernels.backends import Cost, Statistic
 from distil_kernels.checks import Door
-from distil_kernels.functional import token_loss
+from distil_kernels.functional import LossOptions, token_loss
 
 
 def fused_reverse_kl(
@@ -22,9 +23,12 @@ def fused_reverse_kl(
     student_weight: Tensor,
     teacher_hidden: Tensor,
     teacher_weight: Tensor | None = None,
-    **options: Any,
+    **options: Unpack[LossOptions],
 ) -> Any:
-    """Reverse KL divergence KL(S || T) of student and teacher; infinite where the teacher forbids what S may choose.
+    """Reverse KL divergence KL(S || T) of student and teacher.
+
+    Where the teacher's logit is -inf and the student's is not, the value is huge (about 1e30 times the student's
+    probability there) and finite.
 
     Arguments, options, what is returned and raised: as `fused_forward_ce`.
     """
@@ -39,7 +43,7 @@ def fused_jsd(
     teacher_weight: Tensor | None = None,
     *,
     jsd_weight: float = 0.5,
-    **options: Any,
+    **options: Unpack[LossOptions],
 ) -> Any:
     """Generalised Jensen-Shannon divergence b KL(T || M) + (1 - b) KL(S || M) with M = b T + (1 - b) S.
 

@@ -1,9 +1,9 @@
 """The custom ops that autograd and torch.compile see, each with its shapes (fake) and gradient.
 
-    scalar_loss      forward: loss and, unless two passes are needed, its gradients; backward: scale_gradients
+    scalar_loss      forward: loss and, unless two passes are needed, its gradients; backward: `scaling`
     row_statistics   forward: statistics per row; backward: rows_backward (logits again), kept_backward, or a row scale
-    policy_loss      forward: loss and its gradients; backward: scale_gradients
-    scale_gradients, rows_backward, kept_backward have no gradient of their own: differentiating twice is an error
+    policy_loss      forward: loss and its gradients; backward: `scaling`
+    rows_backward, kept_backward have no gradient of their own: differentiating twice is an error
 
 Arguments arrive checked, from `functional`. Gradients that nobody wants are tensors of size 0.
 """
@@ -12,9 +12,8 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from distil_kernels import driver, memory
+from distil_kernels import driver
 from distil_kernels.backends import FORWARD_CE, NUM_STATISTICS, Cost, LogitTransform, Statistic
 from distil_kernels.backends.dispatch import BACKENDS
 from distil_kernels.checks import check_tokens, sequence_lengths
@@ -23,6 +22,7 @@ from distil_kernels.gemm import accumulation_dtype, operand_dtype
 from distil_kernels.gradients import Needs, grad_weight_dtype, row_stride
 from distil_kernels.kept import Kept, backward_of_kept, count_kept
 from distil_kernels.plan import Plan
+from distil_kernels.scaling import input_gradients, scaled_gradients
 
 # torch reads the annotations of a custom op at run time and knows Optional[Tensor], not Tensor | None.
 # ruff: noqa: UP045
@@ -103,18 +103,6 @@ def _scalar_loss_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.weight_dtype, ctx.needs, ctx.num_inputs = inputs[1].dtype, inputs[-1], len(inputs)
 
 
-def scaled_gradients(ctx: Any, grad_loss: Tensor | None, *_: Tensor) -> tuple:
-    """Backward of an op that formed its gradients in the forward pass."""
-    if grad_loss is None:
-        return (None,) * ctx.num_inputs
-    if _is_traced() or _keeps_graph():
-        gradients = scale_gradients(*ctx.saved_tensors, grad_loss, ctx.weight_dtype)
-    else:
-        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
-        gradients = _scale_in_place(grad_hidden, grad_weight, grad_bias, grad_loss, ctx.weight_dtype)
-    return _input_gradients(gradients, ctx.needs, ctx.num_inputs)
-
-
 scalar_loss.register_autograd(scaled_gradients, setup_context=_scalar_loss_context)
 
 
@@ -178,56 +166,6 @@ def _(student_hidden: Tensor, student_weight: Tensor, *rest: Any) -> tuple[Tenso
 policy_loss.register_autograd(scaled_gradients, setup_context=_scalar_loss_context)
 
 
-def _is_traced() -> bool:
-    """Whether torch.compile or a dispatch mode looks on, for which an op's outputs must be new tensors."""
-    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-
-
-def _keeps_graph() -> bool:
-    """Whether this backward may run again, with the same saved tensors; assumed where torch cannot tell."""
-    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if keeps is None else keeps()
-
-
-def _scale_in_place(
-    grad_hidden: Tensor, grad_weight: Tensor, grad_bias: Tensor, scale: Tensor, weight_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As scale_gradients, without a second dW: the forward pass's own tensors become the gradients."""
-    one = scale.device.type == "cpu" and scale.item() == 1.0  # on a GPU asking would wait for it
-    if grad_weight.dtype != weight_dtype:
-        narrow = memory.empty(*grad_weight.shape, like=grad_weight, dtype=weight_dtype)
-        grad_weight = narrow.copy_(grad_weight) if one else torch.mul(grad_weight, scale, out=narrow)
-    elif not one:
-        grad_weight.mul_(scale)
-    if not one:
-        grad_hidden.mul_(scale)
-        grad_bias.mul_(scale)
-    return grad_hidden, grad_weight, grad_bias
-
-
-@torch.library.custom_op("distil_kernels::scale_gradients", mutates_args=())
-def scale_gradients(
-    grad_hidden: Tensor, grad_weight: Tensor, grad_bias: Tensor, scale: Tensor, weight_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Each gradient times a scalar [], in the dtype of its input; new tensors, so backward can run again."""
-    return (
-        torch.mul(grad_hidden, scale, out=torch.empty_like(grad_hidden)),
-        torch.mul(grad_weight, scale, out=memory.empty(*grad_weight.shape, like=grad_weight, dtype=weight_dtype)),
-        grad_bias * scale,
-    )
-
-
-@scale_gradients.register_fake
-def _(
-    grad_hidden: Tensor, grad_weight: Tensor, grad_bias: Tensor, scale: Tensor, weight_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        torch.empty_like(grad_hidden),
-        torch.empty_like(grad_weight, dtype=weight_dtype),
-        torch.empty_like(grad_bias),
-    )
-
-
 @torch.library.custom_op("distil_kernels::row_statistics", mutates_args=())
 def row_statistics(
     student_hidden: Tensor,
@@ -280,7 +218,9 @@ def _row_statistics_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)  # else backward begins with zeros of the size of `kept`
     *rest, backend, plan, chunk_rows, ring_rows, needs = inputs
     tensors, ctx.settings = rest[:-5], rest[-5:]  # temperatures, softcap, cost and its weight
-    ctx.save_for_backward(*tensors, statistics, base_hidden, *kept)
+    # No more than backward reads: a teacher's states may be an inference tensor, or overwritten by then.
+    num_read = {"kept_gradient": 2, "frozen_head": 0}.get(plan, len(tensors))
+    ctx.save_for_backward(*tensors[:num_read], statistics, base_hidden, *kept)
     ctx.backend = backend
     ctx.plan, ctx.chunk_rows, ctx.ring_rows = plan, chunk_rows, ring_rows
     ctx.needs, ctx.num_inputs = needs, len(inputs)
@@ -302,7 +242,7 @@ def _row_statistics_backward(ctx: Any, grad_statistics: Tensor | None, *_: Tenso
             *tensors, statistics, cost_weight, logprob_weight, *ctx.settings, ctx.backend,
             ctx.chunk_rows, ctx.ring_rows, ctx.needs,
         )  # fmt: skip
-    return _input_gradients(gradients, ctx.needs, ctx.num_inputs)
+    return input_gradients(gradients, ctx.needs, ctx.num_inputs)
 
 
 row_statistics.register_autograd(_row_statistics_backward, setup_context=_row_statistics_context)
@@ -435,9 +375,3 @@ def fake_gradients(
         ),
         student_weight.new_empty(student_weight.shape[0] if needs[2] else 0, dtype=dtype),
     )
-
-
-def _input_gradients(gradients: tuple[Tensor, ...], needs: list[bool], num_inputs: int) -> tuple:
-    """One entry per input of the op: the three gradients, then None."""
-    wanted = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
-    return (*wanted, *[None] * (num_inputs - 3))

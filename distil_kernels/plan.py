@@ -13,8 +13,8 @@ One lm_head product costs 2 N V D floating-point operations; a plan is named by 
     ring              = Q V b       Q rows of the logits' gradient that wait for one dh and one dW product
     K                 = 1, or 2 where gradients may come through the log-prob as well as the cost
     dW accumulator    = V D a       a = 4 bytes (8 for float64), b = 2 for half precision on a GPU and for bfloat16
-                                    where the CPU multiplies it, else a; none where the ring holds all N rows, nor
-                                    where dW itself is as wide
+                                    where the CPU multiplies it, else a; none where the ring holds all N rows (but
+                                    for float16), nor where dW itself is as wide
 
 A call of few rows for its hidden size keeps all of them in a ring, which is less memory than the dW accumulator that it
 makes needless: N b <= D a + Q b with Q the ring of a longer call; on a GPU also where it all stays below 4 GiB. Its one
@@ -149,7 +149,8 @@ def extra_bytes(shape: Shape, plan: Plan) -> int:
     if plan.name == "stats_only":
         return chunk
     if plan.name == "kept_gradient":
-        later = ring + _accumulator_bytes(shape, plan.ring_rows) if shape.logprob_grad else 0
+        ring, ring_rows = (ring, plan.ring_rows) if shape.logprob_grad else (0, shape.num_rows)
+        later = ring + _accumulator_bytes(shape, ring_rows)
         return _kept_bytes(shape) + max(chunk - _head_bytes(shape), later)
     if plan.ring_rows >= shape.num_rows:
         return _one_product_bytes(shape, chunk)
@@ -217,6 +218,8 @@ def _ring_rows_on_cpu(shape: Shape, chunk_rows: int) -> int:
 
 def _spares_accumulator(shape: Shape, ring_rows: int) -> bool:
     """Whether a ring that needs no dW accumulator takes no more memory than one of `ring_rows` beside it."""
+    if shape.dtype == torch.float16:
+        return False
     adds = adds_to_bf16(shape.dtype, shape.device_type)
     accumulator = _head_bytes(shape) if adds else _wide_head_bytes(shape)
     return ring_bytes(shape, _sparing_rows(shape)) <= ring_bytes(shape, ring_rows) + accumulator
@@ -227,8 +230,11 @@ def _sparing_rows(shape: Shape) -> int:
 
 
 def _one_product_bytes(shape: Shape, chunk: int) -> int:
-    """Of a ring for all rows and `chunk` bytes of logits, whose place dW takes."""
-    return ring_bytes(shape, shape.num_rows) + max(0, chunk - _head_bytes(shape))
+    """Of a ring for all rows and `chunk` bytes of logits, whose place dW (in float16 what it is summed in) takes."""
+    ring = ring_bytes(shape, shape.num_rows)
+    if shape.dtype == torch.float16:
+        return ring + max(chunk, _accumulator_bytes(shape, shape.num_rows))
+    return ring + max(0, chunk - _head_bytes(shape))
 
 
 def _accumulator_bytes(shape: Shape, ring_rows: int) -> int:
@@ -236,7 +242,7 @@ def _accumulator_bytes(shape: Shape, ring_rows: int) -> int:
     if not shape.grad_head or shape.dtype == accumulation_dtype(shape.dtype):
         return 0
     adds = ring_rows > 0 and adds_to_bf16(shape.dtype, shape.device_type)
-    if shape.num_rows <= ring_rows * (ROUNDED_SUMS if adds else 1):
+    if shape.dtype != torch.float16 and shape.num_rows <= ring_rows * (ROUNDED_SUMS if adds else 1):
         return 0
     return _head_bytes(shape) if adds else _wide_head_bytes(shape)
 
@@ -267,7 +273,7 @@ def choose_plan(shape: Shape, requested: str | Plan = "auto", *, credit_in_one_p
     if why_not is not None:
         raise ValueError(f"plan={name!r} cannot compute this call: {why_not}")
     if isinstance(requested, Plan):
-        if requested.chunk_rows < 1 or 0 < requested.ring_rows < requested.chunk_rows:
+        if requested.chunk_rows < 1 or not (requested.ring_rows == 0 or requested.ring_rows >= requested.chunk_rows):
             raise ValueError(f"chunk_rows must be positive and ring_rows 0 or at least as many, got {requested}")
         return requested
     reason = "asked for by name"

@@ -67,7 +67,7 @@ def token_logprobs(
     """
     door = Door("token_logprobs")
     call = Call(door, student_hidden, student_weight, None, None, student_bias, None, token_mask, None, temperature,
-                None, logit_softcap, backend)  # fmt: skip
+                None, logit_softcap, backend, has_teacher=False)  # fmt: skip
     door.rows("tokens", tokens, student_hidden, "int64")
     found = call.differentiable_statistics(tokens.reshape(-1), Cost(Statistic.ENTROPY), plan, logprob_grad=True)
     logprob, entropy = found[Statistic.LOGPROB], found[Statistic.ENTROPY]
@@ -115,7 +115,7 @@ def fused_policy_loss(
     """
     door = Door("fused_policy_loss")
     call = Call(door, student_hidden, student_weight, None, None, student_bias, None, token_mask, token_weight,
-                temperature, None, logit_softcap, backend)  # fmt: skip
+                temperature, None, logit_softcap, backend, has_teacher=False)  # fmt: skip
     door.rows("tokens", tokens, student_hidden, "int64")
     door.rows("advantages", advantages, student_hidden, "float")
     door.rows("old_logprobs", old_logprobs, student_hidden, "float")
@@ -124,7 +124,7 @@ def fused_policy_loss(
     if clip_high is not None:
         door.between("clip_high", clip_high, 0.0, float("inf"))
     door.between("entropy_weight", entropy_weight, -float("inf"), float("inf"))
-    door.normalizer(normalizer, student_hidden)
+    normalizer = door.normalizer(normalizer, student_hidden)
     policy = Policy(
         advantages.detach().reshape(-1), None if old_logprobs is None else old_logprobs.detach().reshape(-1),
         clip_low, clip_high, float(entropy_weight),

@@ -61,7 +61,7 @@ def large_entries(grad_logits: Tensor, threshold: float) -> tuple[LargeEntries |
         them (0 where there are too many: the caller then uses all).
     """
     num_rows, num_columns = grad_logits.shape
-    cutoff, dropped = torch.empty(2, num_rows)
+    cutoff, dropped = torch.empty(2, num_rows, dtype=torch.float32)
     counts = torch.empty(num_rows, dtype=torch.int64)
     matrix = grad_logits.data_ptr(), grad_logits.stride(0)
     _C.cpu_sparse_count(

@@ -36,6 +36,7 @@ from distil_kernels.functional import DistilLoss, TokenStats
 from distil_kernels.gemm import accumulation_dtype, lm_head
 from distil_kernels.gradients import GradientSums, Needs, Rows
 from distil_kernels.plan import Shape, choose_chunk_rows, choose_ring_rows
+from distil_kernels.scaling import scaled_gradients
 
 # ruff: noqa: UP045  (torch reads the annotations of a custom op and knows Optional[Tensor])
 
@@ -98,12 +99,12 @@ def fused_topk_ce(
     door.one_of("reduction", reduction, ("mean", "sum"))
     door.positive("temperature", temperature, optional=False)
     door.positive("logit_softcap", logit_softcap)
-    door.normalizer(normalizer, student_hidden)
     if normalizer is not None and reduction != "mean":
         door.value_error(f"normalizer is given with reduction={reduction!r}, expected reduction='mean'")
     door.heads(student_hidden, student_weight, student_hidden, None, student_bias, None)
     door.rows("token_mask", token_mask, student_hidden, "bool")
     door.rows("token_weight", token_weight, student_hidden, "float")
+    normalizer = door.normalizer(normalizer, student_hidden)
     counted = None if token_mask is None else token_mask.reshape(-1)
     _check_teacher(door, student_hidden, teacher_ids, teacher_logprobs, counted, student_weight.shape[0])
 
@@ -174,9 +175,9 @@ def fused_topk_distil_loss(
     student_hidden, student_weight = as_autocast(student_hidden, student_weight)
     door.positive("temperature", temperature, optional=False)
     door.positive("logit_softcap", logit_softcap)
-    door.normalizer(normalizer, student_hidden)
     door.one_of("cost", cost, ("ce", "kl"))
     door.heads(student_hidden, student_weight, student_hidden, None, student_bias, None)
+    normalizer = door.normalizer(normalizer, student_hidden)
     door.packed(student_hidden, cu_seqlens)
     door.rows("token_mask", token_mask, student_hidden, "bool")
     door.rows("tokens", tokens, student_hidden, "int64")
@@ -426,4 +427,4 @@ def _context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.weight_dtype, ctx.needs, ctx.num_inputs = inputs[1].dtype, inputs[-1], len(inputs)
 
 
-topk_loss.register_autograd(ops.scaled_gradients, setup_context=_context)
+topk_loss.register_autograd(scaled_gradients, setup_context=_context)

@@ -74,6 +74,8 @@ def test_peak_does_not_grow_with_rows(op):
     per_row = D * 4 + 64 * 4
     growth = peak(op, large) - peak(op, small)
     slack = 6 * 2**20  # of the allocator and 2 MiB pages; logits for the additional rows would be 448 MiB
+    if op.startswith("topk"):
+        slack += 2 * CHUNK_BYTES  # plain torch's temporaries, of which more or fewer lie unused
     assert growth <= (large - small) * per_row + slack, f"{growth / 2**20:.1f} MiB"
 
 

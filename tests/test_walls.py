@@ -19,7 +19,7 @@ LEVELS = [
     {"backends"},
     {"gemm", "memory", "sparse"},
     {"credit", "gradients", "plan"},
-    {"kept"},
+    {"kept", "scaling"},
     {"driver"},
     {"checks"},
     {"ops"},

@@ -44,7 +44,7 @@ def row_stats(
     instruction_set: str = "best",
 ) -> Tensor:
     num_rows, vocab_size = logits.student.shape
-    statistics = torch.empty(NUM_STATISTICS, num_rows)
+    statistics = torch.empty(NUM_STATISTICS, num_rows, dtype=torch.float32)  # whatever the default is: C++ writes it
     _C.cpu_row_stats(
         _rows(logits.student, student),
         _rows(logits.teacher, teacher),
@@ -104,7 +104,8 @@ def row_stats_grad(
     instruction_set: str = "best",
 ) -> tuple[Tensor, Tensor | None]:
     num_rows, vocab_size = logits.student.shape
-    statistics, rounding = torch.empty(NUM_STATISTICS, num_rows), _room_for_rounding(out)
+    statistics = torch.empty(NUM_STATISTICS, num_rows, dtype=torch.float32)
+    rounding = _room_for_rounding(out)
     _C.cpu_row_stats_grad(
         _rows(logits.student, student),
         _rows(logits.teacher, teacher),
@@ -123,7 +124,7 @@ def row_stats_grad(
 
 
 def _room_for_rounding(out: Tensor) -> Tensor | None:
-    return torch.empty(out.shape[0]) if out.dtype == torch.bfloat16 else None
+    return torch.empty(out.shape[0], dtype=torch.float32) if out.dtype == torch.bfloat16 else None
 
 
 def _grad_rows(out: Tensor) -> _C.GradRows:

@@ -1,0 +1,176 @@
+"""Every public op where something around it is unusual: nothing to count, other defaults of torch, inference mode,
+a second derivative."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import distil_kernels
+from distil_kernels import (
+    fused_distil_loss,
+    fused_forward_ce,
+    fused_jsd,
+    fused_policy_loss,
+    fused_reverse_kl,
+    fused_topk_ce,
+    fused_topk_distil_loss,
+    token_logprobs,
+    token_stats,
+)
+from distil_kernels.functional import TokenStats
+from distil_kernels.plan import PLANS, Plan
+from distil_kernels.policy import TokenLogprobs
+from distil_kernels.testing import Inputs, make_inputs
+
+N, V, D = 12, 3000, 16  # V: more than one block of every product
+BORDERS = torch.tensor([0, 5, 6, 12])
+
+
+def named(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    return inputs.tokens[:, None], torch.full((len(inputs.tokens), 1), -0.5, device="cpu")
+
+
+def both(found: TokenStats | TokenLogprobs) -> torch.Tensor:
+    """A loss of the two differentiable fields."""
+    return ((found.ce if isinstance(found, TokenStats) else found.entropy) - 0.3 * found.logprob).sum()
+
+
+OPS = {
+    "forward_ce": lambda x, **options: fused_forward_ce(*x.heads, **options),
+    "forward_ce of rows": lambda x, **options: fused_forward_ce(*x.heads, reduction="none", **options).sum(),
+    "reverse_kl": lambda x, **options: fused_reverse_kl(*x.heads, **options),
+    "jsd": lambda x, **options: fused_jsd(*x.heads, **options),
+    "stats": lambda x, **options: both(token_stats(*x.heads, tokens=x.tokens, **options)),
+    "logprobs": lambda x, **options: both(token_logprobs(*x.heads[:2], tokens=x.tokens, **options)),
+    "policy": lambda x, **options: (
+        fused_policy_loss(*x.heads[:2], tokens=x.tokens, advantages=torch.ones(N, device="cpu"), **options).loss
+    ),
+    "distil": lambda x, **options: fused_distil_loss(*x.heads, tokens=x.tokens, cu_seqlens=BORDERS, **options).loss,
+    "topk_ce": lambda x, **options: fused_topk_ce(*x.heads[:2], *named(x), **options),
+    "topk_distil": lambda x, **options: (
+        fused_topk_distil_loss(*x.heads[:2], *named(x), tokens=x.tokens, cu_seqlens=BORDERS, **options).loss
+    ),
+}
+assert len(OPS) == len([name for name in distil_kernels.__all__ if name.startswith(("fused", "token"))]) + 1
+
+
+def results(op: str, inputs: Inputs, **options: object) -> list[torch.Tensor]:
+    """Value and gradients."""
+    value = OPS[op](inputs, **options)
+    return [value.detach(), *torch.autograd.grad(value, list(inputs.leaves.values()))]
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_nothing_counted(op, dtype, frozen, generator):
+    inputs = make_inputs(N, V, D, dtype=dtype, generator=generator)
+    inputs.student_weight.requires_grad_(not frozen)
+    for each in results(op, inputs, token_mask=torch.zeros(N, dtype=torch.bool)):
+        assert torch.equal(each, torch.zeros_like(each))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("plan", PLANS)
+def test_nothing_counted_by_plan(plan, dtype, generator):
+    inputs = make_inputs(N, V, D, dtype=dtype, generator=generator, token_mask=torch.zeros(N, dtype=torch.bool))
+    inputs.student_weight.requires_grad_(plan not in ("frozen_head", "stats_only"))
+    inputs.student_hidden.requires_grad_(plan != "stats_only")
+    reduction = "none" if plan == "kept_gradient" else "mean"
+    value = fused_forward_ce(*inputs.heads, **inputs.options, reduction=reduction, plan=Plan(plan, 4, 0)).sum()
+    assert value == 0
+    for each in torch.autograd.grad(value, list(inputs.leaves.values())) if inputs.leaves else ():
+        assert torch.equal(each, torch.zeros_like(each))
+
+
+# In a process of its own: what was written past its end may be anybody's.
+UNDER_A_DEFAULT = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import test_surroundings as here
+
+torch.manual_seed(int(sys.argv[3]))
+generator = torch.Generator().manual_seed(int(sys.argv[3]))
+for dtype in (torch.float32, torch.bfloat16):
+    inputs = here.make_inputs(here.N, here.V, here.D, dtype=dtype, generator=generator)
+    cases = [(op, {}) for op in here.OPS]
+    cases += [("forward_ce", {"plan": "recompute"}), ("forward_ce", {"gradient_threshold": 0.01})]
+    expected = [here.results(op, inputs, **options) for op, options in cases]
+    if sys.argv[2] == "meta":
+        torch.set_default_device("meta")
+    else:
+        torch.set_default_dtype(getattr(torch, sys.argv[2]))
+    for (op, options), wanted in zip(cases, expected):
+        for ours, each in zip(here.results(op, inputs, **options), wanted):
+            assert ours.dtype == each.dtype and torch.equal(ours, each), (op, options)
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device("cpu")
+"""
+
+
+@pytest.mark.parametrize("default", ["float64", "bfloat16", "float16", "meta"])
+def test_defaults_of_torch_change_nothing(default, request, generator):
+    folder, seed = str(request.path.parent), str(generator.initial_seed())
+    command = [sys.executable, "-c", UNDER_A_DEFAULT, folder, default, seed]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_second_derivative_is_an_error(op, generator):
+    inputs = make_inputs(N, 40, D, generator=generator)
+    value = OPS[op](inputs)
+    gradient = torch.autograd.grad(value, [inputs.student_hidden], create_graph=True)[0]
+    assert torch.equal(gradient, torch.autograd.grad(value, [inputs.student_hidden], retain_graph=True)[0])
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"derivative|autograd|differentiat"):
+        (value + gradient.pow(2).sum()).backward()
+
+
+@pytest.mark.parametrize(("op", "plan"), [
+    ("forward_ce", "auto"), ("forward_ce", "frozen_head"), ("forward_ce of rows", "kept_gradient"),
+    ("forward_ce of rows", "frozen_head"), ("stats", "kept_gradient"),
+])  # fmt: skip
+def test_a_teacher_that_ran_under_inference_mode(op, plan, generator):
+    inputs = make_inputs(N, 40, D, generator=generator)
+    inputs.student_weight.requires_grad_(plan != "frozen_head")
+    expected = results(op, inputs, plan=plan)
+    with torch.inference_mode():
+        taught = [each.clone() for each in inputs.heads[2:]]
+    for ours, each in zip(
+        results(op, replace(inputs, teacher_hidden=taught[0], teacher_weight=taught[1]), plan=plan),
+        expected,
+        strict=True,
+    ):
+        assert torch.equal(ours, each)
+
+
+@pytest.mark.parametrize("op", ["forward_ce", "topk_ce", "policy", "distil", "topk_distil"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_normalizer_of_any_one_element(op, dtype, generator):
+    inputs = make_inputs(N, 40, D, dtype=dtype, generator=generator)
+    expected = results(op, inputs, normalizer=3.0)
+    for normalizer in (torch.tensor([3.0], requires_grad=True), torch.tensor(3.0).double(), torch.tensor([[3]])):
+        for ours, each in zip(results(op, inputs, normalizer=normalizer), expected, strict=True):
+            assert ours.shape == each.shape and ours.dtype == each.dtype
+            torch.testing.assert_close(ours, each)
+
+
+def test_float16_has_room_for_sums_over_tokens(generator):
+    """Of 2048 rows a fifth predict one token: before it is divided by N, its row of dW passes 65504."""
+    inputs = make_inputs(2048, 500, D, dtype=torch.float16, generator=generator)
+    inputs.tokens[torch.rand(2048, generator=generator) < 0.2] = 7
+    hidden = (inputs.student_hidden.detach() + 4).requires_grad_()
+
+    def grad(hidden: torch.Tensor, weight: torch.Tensor, plan: str | Plan) -> torch.Tensor:
+        found = fused_distil_loss(hidden, weight, *inputs.heads[2:], tokens=inputs.tokens, plan=plan,
+                                  cu_seqlens=torch.arange(0, 2049, 512), normalizer=2048.0)  # fmt: skip
+        return torch.autograd.grad(found.loss, weight)[0]
+
+    ours = grad(hidden, inputs.student_weight, Plan("gradient_in_forward", 256, 2048))
+    assert ours.isfinite().all()
+    torch.testing.assert_close(ours, grad(hidden, inputs.student_weight, "auto"), rtol=1e-2, atol=0.1)
