@@ -42,12 +42,14 @@ refused = ("socket.", "subprocess.", "ctypes.", "os.system", "os.fork", "os.exec
            "cpython.run")
 not_audited = ("mkfifo", "mknod", "chroot", "sched_setaffinity", "sched_setparam", "sched_setscheduler", "setpriority",
                "setpgid", "pidfd_open", "pidfd_send_signal", "fork_exec")
-# Modules that reach files or memory in C. What is imported already and loses its functions below stays usable.
+# These reach files or memory in C. Those that are imported already, without their functions, stay.
 not_imported = {"_ctypes", "_posixsubprocess", "posix", "readline", "_dbm", "_gdbm", "_posixshmem"}
 AF_UNIX, coroutine = 1, types.coroutine.__code__
 looks = {"open", "os.listdir", "os.scandir", "os.chdir"}
 changes = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod", "os.chown",
            "os.utime", "os.truncate", "shutil.rmtree", "shutil.move"}
+
+written = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 def refusing(name):
     def refuse(*arguments, **named):
@@ -71,10 +73,9 @@ def hook(event, arguments):
             if path is None or isinstance(path, int) and event in looks:
                 continue
             path = f"/proc/self/fd/{path}" if isinstance(path, int) else os.fsdecode(path)
-            reads = event in looks and not (event == "open" and (
-                any(letter in (arguments[1] or "r") for letter in "wax+")
-                if isinstance(arguments[1], str) or arguments[1] is None else arguments[2] & (os.O_WRONLY | os.O_RDWR)))
-            if inside(path) or reads and (os.path.realpath(path) + os.sep).startswith(readable):
+            writes = event in changes or event == "open" and (  # os.open has no mode, fopen in C no flags
+                set(arguments[1] or "") & set("wax+") or arguments[2] & written)
+            if inside(path) or not writes and (os.path.realpath(path) + os.sep).startswith(readable):
                 continue
             raise PermissionError(f"{path} is outside of this program's folder")
 

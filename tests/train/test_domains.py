@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def test_a_pass_is_shuffled_once(tmp_path: Path) -> None:
     random.Random("3/1").shuffle(order)
     began = time.perf_counter()
     assert [task.problem(20000 + place).question for place in range(2000)] == [str(record) for record in order[:2000]]
-    assert time.perf_counter() - began < 2  # 9 s where each problem shuffles
+    assert time.perf_counter() - began < 2  # 12 s where each problem shuffles
     assert task.problem(20000 + 7) == make_task(f"qa:{file}", seed=3).problem(20000 + 7) != task.problem(7)
 
 
@@ -147,11 +148,8 @@ def test_the_process_that_compares_does_not_run_the_callers_main(tmp_path: Path)
         done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, check=True)
         ran, score, pid = done.stdout.split()
         assert (ran, score, done.stderr) == ("ran", "1.0", "")
-        for _ in range(100):
-            if not Path(f"/proc/{pid}").exists():
-                break
-            time.sleep(0.05)
-        assert not Path(f"/proc/{pid}").exists()
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
 
 
 def test_any_questions(tmp_path: Path) -> None:

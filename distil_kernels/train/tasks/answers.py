@@ -2,7 +2,8 @@
 
 qa        question, answer                               right where the words are the same, in any case and spacing
 science   question, choices {label, text}, answerKey     SciKnowEval's own format; right where the letter is
-math      problem or question, answer or solution        right where math-verify says so; answers in \\boxed{} or plain
+math      problem or question, answer or solution        right where math-verify says so, or the words are the same;
+                                                         answers in \\boxed{} or plain
 """
 
 from __future__ import annotations

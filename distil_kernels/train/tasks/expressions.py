@@ -26,6 +26,7 @@ seconds, memory_bytes, sys.path[:] = float(sys.argv[1]), int(sys.argv[2]), sys.a
 import json, logging, resource, signal
 from math_verify import parse, verify
 logging.disable()
+signal.signal(signal.SIGALRM, signal.SIG_DFL)
 replies, sys.stdout = sys.stdout, sys.stderr
 resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
 print("ready", file=replies, flush=True)
