@@ -120,9 +120,10 @@ def trace(task: Task, problem: Problem, answer: str) -> Feedback:
 
 
 def both(task: Task, problem: Problem, answer: str) -> Feedback:
-    """What happened, then the expert's answer."""
+    """What happened, then the expert's answer where it is known."""
     score, text, _ = trace(task, problem, answer)
-    return Feedback(score, f"{text}\nThe correct answer is {problem.answer}.", problem.answer)
+    known = f"\nThe correct answer is {problem.answer}." if problem.answer else ""
+    return Feedback(score, text + known, problem.answer)
 
 
 class _Turn(NamedTuple):

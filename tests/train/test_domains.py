@@ -281,6 +281,7 @@ def test_compressed_private_tests_are_left_out_and_said(tmp_path: Path) -> None:
         task = make_task(f"code:{file}", seed=0)
     problem = task.problem(0)
     assert problem.answer == "" and task.score("print(input())", problem.entry) == 1.0
+    assert verifier("both")(task, problem, "print(input())") == Feedback(1.0, "All tests pass (1).", "")
     with pytest.raises(ValueError, match="expected --feedback trace"):
         verifier("correction")(task, problem, "")
 
