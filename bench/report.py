@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ def header(device: str, threads: int) -> dict[str, object]:
             continue
     found: dict[str, object] = {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "commit": _commit(),
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "threads": threads,

@@ -130,7 +130,8 @@ def fused_forward_ce(  # type: ignore[misc]  # the overloads leave the other arg
         gradient_threshold: entries of a row's logit gradient below this share of its largest magnitude, from 0 (off)
             to 1 (excluded), are left out of the gradients of hidden states and weight; the value and the gradient of
             the bias stay exact. The error is bounded in docs/mathematics.md. For float32 and bfloat16 on the CPU
-            back end, with a scalar loss whose gradient is formed in the forward pass.
+            back end, with a scalar loss whose gradient is formed in the forward pass. It saves time where the model is
+            sure of most tokens, and may take more memory than it saves (docs/performance.md).
         return_dropped: also return how much each row lost; for reductions "mean" and "sum".
         backend: "auto", "cuda", "triton", "cpu" or "reference".
         plan: "auto", a name of `distil_kernels.plan.PLANS`, or a `distil_kernels.plan.Plan` with sizes of its own.

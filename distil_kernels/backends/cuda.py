@@ -65,8 +65,9 @@ def choose_row_kernel(capability: tuple[int, int], block_bytes: int, vocab_size:
         block_bytes: shared memory that one block may have.
         aligned: every row begins at a multiple of 16 bytes.
 
-    The smallest cluster that lets two blocks share a multiprocessor (one loads while the other computes), else the
-    largest if the row fits at all. Not yet timed.
+    The smallest cluster whose memory lets two blocks share a multiprocessor (one loads while the other computes), else
+    the largest if the row fits at all. With a softcap the registers leave room for one (71 a thread on sm_90; held to
+    64 they spill). Not yet timed.
     """
     if capability < (9, 0):
         return RowKernel(0, f"compute capability {capability[0]}.{capability[1]} has no clusters")
