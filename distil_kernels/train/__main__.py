@@ -5,19 +5,17 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
 
-from distil_kernels.train import commands
-from distil_kernels.train.checkpoint import write_text
+from distil_kernels.train import checkpoint, commands
 from distil_kernels.train.config import Config
 from distil_kernels.train.options import from_file, parse, resolved
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit status: 0 done, 1 files could not be written, 2 wrong options, 130 stopped by Ctrl-C."""
+    """Returns the exit status: 0 done, 1 unwritten files or a diverged run, 2 wrong options, 130 stopped by Ctrl-C."""
     command, rest = "train", arguments
     if arguments and not arguments[0].startswith("-"):
         command, *rest = arguments
@@ -30,11 +28,15 @@ def main(arguments: list[str]) -> int:
         )
         return 2
     try:
-        return COMMANDS[command](rest)
-    except (ValueError, FileExistsError) as error:
-        print(f"python -m distil_kernels.train: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
+        try:
+            work = COMMANDS[command](rest)
+        except ValueError as error:
+            if not str(error).startswith("["):  # the code's own, or of a user's judge
+                raise
+            print(f"python -m distil_kernels.train: {error}", file=sys.stderr)
+            return 2
+        return work() or 0
+    except (OSError, FloatingPointError) as error:
         print(f"python -m distil_kernels.train: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -42,14 +44,13 @@ def main(arguments: list[str]) -> int:
         return 130
 
 
-def _train(arguments: list[str]) -> int:
+def _train(arguments: list[str]) -> commands.Work:
     config, given = parse(arguments)
     resumes = bool(config.resume)
     if resumes:
         config, directory = _resumed(config, given)
     elif _is_main():
         directory = _new_directory(config)
-        write_text(directory / "config.json", config.to_json())
     else:
         directory = Path(config.runs_dir)  # until the main process says which
     # Late, so that wrong options are reported before seconds of imports.
@@ -62,7 +63,12 @@ def _train(arguments: list[str]) -> int:
     trainer = Trainer(config, directory, console)
     if resumes:
         trainer.resume()
-    return 0 if trainer.run() else 130
+    if _is_main():
+        if resumes:
+            checkpoint.write_text(directory / "config.json", config.to_json())
+        else:
+            checkpoint.make(directory, config.to_json(), config.overwrite)
+    return lambda: 0 if trainer.run() else 130
 
 
 def _is_main() -> bool:
@@ -71,15 +77,13 @@ def _is_main() -> bool:
 
 
 def _new_directory(config: Config) -> Path:
+    """Where the run is to stand, once all of it has been checked."""
     name = config.name or f"{config.task.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
     directory = Path(config.runs_dir) / name
-    if directory.exists():
-        if not config.overwrite:
-            raise FileExistsError(
-                f"[name] {directory} exists: choose another --name, --resume {directory}, or --overwrite"
-            )
-        shutil.rmtree(directory)
-    directory.mkdir(parents=True)
+    if directory.exists() and not config.overwrite:
+        raise ValueError(f"[name] {directory} exists: choose another --name, --resume {directory}, or --overwrite")
+    if directory.exists() and not commands.is_run(directory):
+        raise ValueError(f"[overwrite] {directory} is no run directory: remove it, or choose another --name")
     return directory
 
 
@@ -94,8 +98,6 @@ def _resumed(config: Config, given: set[str]) -> tuple[Config, Path]:
     config_before = Config(**from_file(path))
     if "steps" in given:
         config_before = dataclasses.replace(config_before, steps=config.steps)
-        if _is_main():
-            write_text(path, config_before.to_json())
     return config_before, directory
 
 

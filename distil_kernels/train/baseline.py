@@ -45,6 +45,10 @@ class PositionAverage:
         self._met |= number > 0
         self._batch.zero_()
 
+    def forget(self) -> None:
+        """Drops what the batch has shown, whose step was not taken."""
+        self._batch.zero_()
+
     def state_dict(self) -> dict[str, Tensor]:
         return {"average": self._average, "met": self._met}
 

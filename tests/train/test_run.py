@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -13,8 +14,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from rich.console import Console
+from safetensors.torch import load_file
 from tiny import llama_config
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaForCausalLM
 
 from distil_kernels.testing import credit_by_definition
 from distil_kernels.train.__main__ import main
@@ -165,17 +167,133 @@ def test_ctrl_c_leaves_a_usable_run(tiny_model: Path, tmp_path: Path, monkeypatc
     assert main(["--resume", str(directory), "--steps", "3"]) == 0
 
 
+def start(model: Path, runs: Path, *extra: str) -> list[str]:
+    return ["--model", str(model), "--runs_dir", str(runs), "--name", "run", "--steps", "0", *QUICK, *extra]
+
+
 def test_a_run_directory_is_not_overwritten_silently(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny_model, tmp_path, "run", steps=1)
+    (tmp_path / "run" / "mine.txt").write_text("kept")
+    assert main(start(tiny_model, tmp_path)) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (tmp_path / "run" / "mine.txt").read_text() == "kept"
+    assert main(start(tiny_model, tmp_path, "--overwrite")) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert sorted(os.listdir(tmp_path / "run")) == [
+        "checkpoint", "checkpoint-000000", "config.json", "metrics.jsonl", "plot.png", "rollouts.jsonl"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--task", "larges"], ["--model", "/nowhere"], ["--feedback", "nothing"], ["--backend", "cuda"]]
+)
+def test_a_start_that_fails_changes_no_file(tiny_model: Path, tmp_path: Path, wrong: list[str]) -> None:
+    assert main(start(tiny_model, tmp_path, *wrong)) == 2
+    assert list(tmp_path.iterdir()) == []
+    directory = train(tiny_model, tmp_path, "run", steps=1)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert main(start(tiny_model, tmp_path, "--overwrite", *wrong)) == 2
+    assert main(["--config", str(directory / "config.json"), "--overwrite", *wrong]) == 2
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_what_is_no_run_is_not_overwritten(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("kept")
-    arguments = ["--model", str(tiny_model), "--runs_dir", str(tmp_path), "--name", "run", "--steps", "0", *QUICK]
-    assert main(arguments) == 2
-    assert "--overwrite" in capsys.readouterr().err
-    assert (tmp_path / "run" / "mine.txt").read_text() == "kept"
-    assert main([*arguments, "--overwrite"]) == 0
-    assert not (tmp_path / "run" / "mine.txt").exists()
+    assert main(start(tiny_model, tmp_path, "--overwrite")) == 2
+    assert "no run directory" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", "mine.txt"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--task", "larges"], "did you mean largest"),
+        (["--feedback", "nothing"], "[feedback] expected one of"),
+        (["--backend", "cuda"], "[backend] expected one that runs here, got cuda"),
+    ],
+)
+def test_options_are_checked_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: list[str], said: str
+) -> None:
+    if wrong[1] == "cuda" and torch.cuda.is_available():
+        pytest.skip("it runs here")
+    assert main(start(tmp_path / "nowhere", tmp_path, *wrong)) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_only_options_errors_go_without_a_traceback(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "judges.py").write_text(
+        "def broken(problem, answer):\n    return float('no'), ''\n"
+        "def late(problem, answer):\n    return float(answer in ('', problem.answer) or 'late'), 'hm'\n"
+        "def wrong(problem, answer):\n    return 2.0, ''\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for judge, said in (("broken", "'no'"), ("late", "'late'")):
+        with pytest.raises((ValueError, RuntimeError), match=said):
+            main(start(tiny_model, tmp_path, "--feedback", f"judges:{judge}", "--overwrite"))
+    assert main(start(tiny_model, tmp_path, "--feedback", "judges:wrong", "--overwrite")) == 2
+    assert "[feedback] judges:wrong gave (2.0" in capsys.readouterr().err
+    directory = train(tiny_model, tmp_path, "whole", steps=0)
+
+    def fails(*_: object) -> None:
+        raise ValueError("[op] of the run itself")
+
+    monkeypatch.setattr("distil_kernels.train.evaluate.Evaluator.__call__", fails)
+    for arguments in (start(tiny_model, tmp_path, "--overwrite"), ["eval", str(directory)]):
+        with pytest.raises(ValueError, match="of the run itself"):
+            main(arguments)
+
+
+def test_learnt_positions_are_enough(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rotary positions end nowhere: tiny_model has 512 and prompts of up to 1024 tokens are allowed."""
+    config = GPT2Config(vocab_size=260, n_embd=32, n_layer=1, n_head=2, n_positions=512, eos_token_id=0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "model")
+    assert main(start(tmp_path / "model", tmp_path)) == 2
+    assert "[max_prompt_tokens] GPT2LMHeadModel has 512 positions" in capsys.readouterr().err
+    assert main(start(tmp_path / "model", tmp_path, "--max_prompt_tokens", "509")) == 2
+    assert "expected at most 508, got 509" in capsys.readouterr().err
+    assert main(start(tmp_path / "model", tmp_path, "--max_prompt_tokens", "508")) == 0
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_more_steps_go_on_at_their_own_rate(tiny_model: Path, tmp_path: Path, schedule: str) -> None:
+    directory = train(tiny_model, tmp_path, "run", "--learning_rate_schedule", schedule, "--warmup_steps", "0", steps=2)
+    before = load_file(directory / "checkpoint" / "model.safetensors")
+    assert main(["--resume", str(directory), "--steps", "3"]) == 0
+    config = Config(steps=3, warmup_steps=0, learning_rate_schedule=schedule)
+    *_, last = (record for record in metrics(directory) if record["kind"] == "step")
+    assert last["learning_rate"] == pytest.approx(1e-3 * config.rate_share(2), rel=1e-6) and config.rate_share(2) > 0.2
+    after = load_file(directory / "checkpoint" / "model.safetensors")
+    assert max(float((after[name] - before[name]).abs().max()) for name in after) > 1e-4
+
+
+def test_worked_examples_have_an_answer(tiny_model: Path, tmp_path: Path) -> None:
+    """Of problems whose solutions are known for one in five, or for none."""
+    lines = [
+        {"entry_point": f"f{i}", "prompt": f"def f{i}():\n", "test": "def check(f):\n    pass\n"}
+        | ({"canonical_solution": f"    return {i}\n"} if i % 5 == 0 else {})
+        for i in range(60)
+    ]
+    for name, chosen, num_examples in (("some", lines, 2), ("none", [e for e in lines if len(e) == 3], 0)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in chosen))
+        out = io.StringIO()
+        run = Trainer(
+            Config(
+                model=str(tiny_model), task=f"code:{tmp_path / name}.jsonl", feedback="trace", layout="chat",
+                eval_problems=2,
+            ), tmp_path, Console(file=out),
+        )  # fmt: skip
+        shown = run.tokenizer.decode(run.next_batch()[0].prompt)
+        assert shown.count("<assistant>") == num_examples + 1 and shown.count("return") == num_examples
+        assert ("no worked examples" in out.getvalue()) == (num_examples == 0)
 
 
 def test_the_settings_that_a_run_prints_make_another_run(

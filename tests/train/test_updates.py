@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import math
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from test_run import metrics, train, trainer
+from two_processes import together
 
 from distil_kernels.train.__main__ import main
 from distil_kernels.train.checkpoint import read_lines
 from distil_kernels.train.loop import Trainer
+from distil_kernels.train.sharding import local
 from distil_kernels.train.teacher import Teacher
 
 
@@ -138,3 +144,106 @@ def test_more_updates_go_further(tiny_model: Path, tmp_path: Path) -> None:
     assert "drift" not in once[0] and once[0]["loss"] == often[0]["loss"]
     assert once[0]["grad_norm"] == often[0]["grad_norm"]
     assert often[-1]["kl"] < once[-1]["kl"]
+
+
+def harmed(run: Trainer, bad: float, at: set[int]) -> None:
+    """Makes an entry of the gradient `bad` in these of the run's updates, counted from 0."""
+    update, count = run.micro_batch, itertools.count()
+
+    def micro_batch(*rest: Any) -> Any:
+        out = update(*rest)
+        if next(count) in at:
+            run.average.observe(torch.tensor([bad]), [1])
+            for weight in run.trained:
+                weight.grad.view(-1)[0] = bad
+        return out
+
+    run.micro_batch = micro_batch  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_moves_nothing(tiny_model: Path, tmp_path: Path, bad: float) -> None:
+    run = trainer(
+        tiny_model, tmp_path / "run", teacher="ema", ema_rate=0.5, baseline="moving_average", learning_rate=1e-2
+    )
+    run.journal.say = said = Mock()  # type: ignore[method-assign]
+    harmed(run, bad, {1, 3})
+    parts = run.student.model, run.teacher.lm.model  # type: ignore[union-attr]
+    for step in range(4):
+        before = [weight.clone() for part in parts for weight in part.parameters()]
+        record = run.train_step()
+        after = [weight for part in parts for weight in part.parameters()]
+        moved = [not torch.equal(*pair) for pair in zip(before, after, strict=True)]
+        assert any(moved) == (step % 2 == 0) and record["not_finite"] == step % 2
+        assert bool(run.average.values([4]).isfinite().all()) and all(bool(w.isfinite().all()) for w in after)
+    assert said.call_count == 1 and "step 2 is not finite" in said.call_args[0][0]
+
+
+def test_only_the_update_with_it_is_left_out(tiny_model: Path, tmp_path: Path) -> None:
+    run = trainer(tiny_model, tmp_path / "run", updates_per_batch=3)
+    harmed(run, math.nan, {1})
+    record = run.train_step()
+    assert record["not_finite"] == 1 and math.isfinite(record["grad_norm"])
+    assert {int(state["step"]) for state in run.optimizer.state.values()} == {2}
+
+
+def test_a_run_that_diverges_stops_and_keeps_what_was_good(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = train(tiny_model, tmp_path, "run", "--checkpoint_every", "1", "--eval_every", "0", steps=2)
+    names = {"checkpoint-000001", "checkpoint-000002"}
+    assert {path.name for path in directory.glob("checkpoint-*")} == names
+    take_step = Trainer.train_step
+
+    def step(self: Trainer) -> dict[str, Any]:
+        if self.step == 2:
+            harmed(self, math.nan, set(range(100)))
+        return take_step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", step)
+    capsys.readouterr()
+    assert main(["--resume", str(directory), "--steps", "50"]) == 1
+    said = capsys.readouterr()
+    assert "warning: the gradient of step 3 is not finite" in said.out
+    assert "stopped at step 7: the gradient of 5 steps in a row was not finite" in said.err
+    assert {path.name for path in directory.glob("checkpoint-*")} == names
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in (directory / "metrics.jsonl").open()]
+    assert [line["not_finite"] for line in lines if line["kind"] == "step"] == [0, 0, 1, 1, 1, 1, 1]
+    assert lines[-1]["grad_norm"] is None and math.isnan(read_lines(directory / "metrics.jsonl")[-1]["grad_norm"])
+    assert main(["report", str(directory)]) == 0
+    monkeypatch.undo()
+    assert main(["--resume", str(directory), "--steps", "4"]) == 0
+
+
+def test_weights_that_are_not_finite_are_not_saved(tiny_model: Path, tmp_path: Path) -> None:
+    run = trainer(tiny_model, tmp_path / "run")
+    run.train_step()
+    with torch.no_grad():
+        run.trained[-1].view(-1)[0] = math.inf
+    with pytest.raises(FloatingPointError, match="stopped at step 1: the weights are not finite"):
+        run.save()
+    assert list(run.directory.glob("checkpoint*")) == []
+
+
+def harmed_in_one(rank: int, model: Path, directory: Path, is_sharded: bool) -> None:
+    run = trainer(model, directory / str(rank), shard=is_sharded)
+    summed = run.processes.sum_gradients
+
+    def sum_gradients(parameters: Any) -> None:
+        if rank == 1:
+            local(run.trained[0].grad).view(-1)[0] = math.nan
+        summed(parameters)
+
+    object.__setattr__(run.processes, "sum_gradients", sum_gradients)
+    before = [local(weight).clone() for weight in run.trained]
+    record = run.train_step()
+    assert record["not_finite"] == 1 and math.isnan(record["grad_norm"])
+    assert all(torch.equal(local(weight), old) for weight, old in zip(run.trained, before, strict=True))
+    run.trained[0].data.fill_(math.nan if rank == 0 else 0.0)
+    with pytest.raises(FloatingPointError):
+        run.save()
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_all_processes_leave_out_the_same(tiny_model: Path, tmp_path: Path, is_sharded: bool) -> None:
+    assert together(harmed_in_one, tiny_model, tmp_path, is_sharded) == [0, 0]
