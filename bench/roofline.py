@@ -134,10 +134,9 @@ def plot(found: dict, folder: Path) -> None:
     points = {point["name"]: point for point in found["points"]}
     bandwidth = points["copy"]["gigabytes_per_second"]
     figure, axes = plt.subplots(figsize=(8.5, 5.5))
-    intensity = [2.0**power for power in range(0, 11)]
     for dtype, style in (("fp32", "k-"), ("bf16", "k--")):
-        squares = (f"square product, {dtype}", f"square product as ours, {dtype}")
-        roof = max(points[name]["gflops"] for name in squares)
+        roof = max(point["gflops"] for name, point in points.items() if name.endswith(f", {dtype}"))  # any product's
+        intensity = [1.0, roof / bandwidth, 1024.0]
         axes.plot(intensity, [min(roof, bandwidth * x) for x in intensity], style, lw=1, label=f"roof, {dtype}")
     for name, point in points.items():
         if point["gflops"] and point["intensity"]:
