@@ -97,11 +97,15 @@ class Run:
 
     def go(self, kill_at: int = NEVER, kill_after: float | None = None, file_limit: int = 0) -> int:
         """Starts or resumes; returns the exit status (-9 when killed)."""
-        if (self.directory / "config.json").exists():
-            arguments = ["--resume", str(self.directory)]
-        else:
-            place = ["--runs_dir", str(self.directory.parent), "--name", self.directory.name, "--overwrite"]
-            arguments = ["--model", str(self.model), *place, *QUICK]
+        if not (self.directory / "config.json").exists():
+            return self.start(kill_at, kill_after, file_limit)
+        return self._run(["--resume", str(self.directory)], kill_at, kill_after, file_limit)
+
+    def start(self, kill_at: int = NEVER, kill_after: float | None = None, file_limit: int = 0) -> int:
+        place = ["--runs_dir", str(self.directory.parent), "--name", self.directory.name, "--overwrite"]
+        return self._run(["--model", str(self.model), *place, *QUICK], kill_at, kill_after, file_limit)
+
+    def _run(self, arguments: list[str], kill_at: int, kill_after: float | None, file_limit: int) -> int:
         process = PROCESSES.Process(target=child, args=(arguments, kill_at, file_limit, str(self.said)))
         process.start()
         if kill_after is not None:
@@ -237,3 +241,19 @@ def test_another_start_model_is_refused_where_it_is_the_frozen_teacher(tiny_mode
     assert main([*arguments, "--teacher", "frozen"]) == 0
     shutil.copytree(tmp_path / "run" / "checkpoint", model, dirs_exist_ok=True)
     assert main(["--resume", str(tmp_path / "run"), "--steps", "2"]) == 2
+
+
+@pytest.mark.parametrize("kill_at", range(1, 8))
+def test_a_kill_while_a_run_is_replaced_leaves_one_of_the_two(whole: Run, tmp_path: Path, kill_at: int) -> None:
+    """Seven writes, renames and removals before the new run's first record."""
+    run = Run(whole.model, tmp_path / "run")
+    shutil.copytree(whole.directory, run.directory, symlinks=True)
+    old = (run.directory / "checkpoint" / "model.safetensors").read_bytes()
+    (run.directory / "config.json").write_text('{"rollouts_per_prompt": 2}')
+    assert run.start(kill_at) == -signal.SIGKILL
+    places = [run.directory, tmp_path / ".run.new" / "old.tmp", run.directory / "old.tmp"]
+    files = [place / "checkpoint" / "model.safetensors" for place in places]
+    assert [path.read_bytes() for path in files if path.exists()] == [old]
+    assert run.start() == 0, run.said.read_text()
+    assert sorted(os.listdir(tmp_path)) == ["run", "run.txt"] and not (run.directory / "old.tmp").exists()
+    run.assert_same_as(whole)
