@@ -115,6 +115,9 @@ def test_eval_of_a_model_and_its_options(run: Path, capsys: pytest.CaptureFixtur
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["problems"] == 2
     assert main(["eval", str(run), "--max_new_tokens", "9"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["length"] > 5
+    assert main(["eval", str(run), "--eval_problems", "1"]) == 0  # a standard error of one problem is no number
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert json.loads(line, parse_constant=pytest.fail)["greedy_se"] is None
     assert main(["eval", str(run), "--teacher", "live"]) == 2
     assert "--teacher" in capsys.readouterr().err
 

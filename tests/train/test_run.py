@@ -313,6 +313,9 @@ def test_resume_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "config.json").write_text(Config().to_json())
     assert main(["--resume", str(tmp_path), "--teacher", "live"]) == 2
     assert "--teacher" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text(Config(model=str(tmp_path / "nowhere")).to_json())
+    assert main(["--resume", str(tmp_path), "--steps", "30"]) == 2
+    assert json.loads((tmp_path / "config.json").read_text())["steps"] == Config().steps
 
 
 def test_a_model_that_cannot_be_loaded_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
