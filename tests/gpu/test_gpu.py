@@ -270,7 +270,7 @@ def test_other_ops(backend, dtype, generator):
         assert error < limit, f"{name}: off by {error:.1e}"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("name", "chunk_rows", "ring_rows"), [
     ("gradient_in_forward", 8, 32), ("gradient_in_forward", 8, 64), ("frozen_head", 8, 16), ("recompute", 8, 16),
     ("kept_gradient", 8, 16), ("kept_gradient of both", 8, 16), ("stats_only", 8, 8),
