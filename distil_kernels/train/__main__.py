@@ -63,11 +63,10 @@ def _train(arguments: list[str]) -> commands.Work:
     trainer = Trainer(config, directory, console)
     if resumes:
         trainer.resume()
-    if _is_main():
-        if resumes:
+        if "steps" in given and _is_main():
             checkpoint.write_text(directory / "config.json", config.to_json())
-        else:
-            checkpoint.make(directory, config.to_json(), config.overwrite)
+    elif _is_main():
+        checkpoint.make(directory, config.to_json(), config.overwrite)
     return lambda: 0 if trainer.run() else 130
 
 

@@ -87,22 +87,22 @@ def append_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Records of a .jsonl file, null as NaN; a last line that was cut in writing is left out."""
+    """Records of a .jsonl file; a last line that was cut in writing is left out."""
     records = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            record = json.loads(line)
-            records.append(_with_nan(record) if "null" in line else record)
+            records.append(json.loads(line))
         except json.JSONDecodeError:
             break
     return records
 
 
-def _with_nan(value: Any) -> Any:
+def with_nan(value: Any) -> Any:
+    """Records as they were before `json_line`: NaN for null."""
     if isinstance(value, dict):
-        return {name: _with_nan(item) for name, item in value.items()}
+        return {name: with_nan(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_with_nan(item) for item in value]
+        return [with_nan(item) for item in value]
     return math.nan if value is None else value
 
 
@@ -121,7 +121,7 @@ def drop_after(directory: Path, step: int) -> list[dict[str, Any]]:
     kept = keep_lines(directory / "metrics.jsonl", lambda record: record["step"] <= step)
     last_of = {"training": step, "sample": min(step, last_evaluation(kept))}
     keep_lines(directory / "rollouts.jsonl", lambda record: record["step"] <= last_of[record["kind"]])
-    return kept
+    return with_nan(kept)
 
 
 def last_evaluation(records: Iterable[dict[str, Any]]) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from distil_kernels.train.checkpoint import json_line, newest_whole, read_lines, write_text
+from distil_kernels.train.checkpoint import json_line, newest_whole, read_lines, with_nan, write_text
 from distil_kernels.train.config import Config
 from distil_kernels.train.options import Parser, from_file, option_parser, read_options
 
@@ -101,7 +101,7 @@ def inspect(arguments: list[str]) -> Work:
     directory = _run_directory(options.run)
     from distil_kernels.train import inspection
 
-    records = read_lines(directory / "rollouts.jsonl")
+    records = with_nan(read_lines(directory / "rollouts.jsonl"))
     record = inspection.choose(records, options.step, options.problem, options.rollout)
     return partial(inspection.show, record, options.color, _console())
 
@@ -114,7 +114,7 @@ def report(arguments: list[str]) -> Work:
     directory = _run_directory(options.run)
     from distil_kernels.train.page import page
 
-    metrics, rollouts = (read_lines(directory / name) for name in ("metrics.jsonl", "rollouts.jsonl"))
+    metrics, rollouts = (with_nan(read_lines(directory / name)) for name in ("metrics.jsonl", "rollouts.jsonl"))
     target = Path(options.output) if options.output else directory / "report.html"
     text = page(_config(directory), directory.resolve().name, metrics, rollouts)
 
@@ -133,8 +133,10 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
 
 def is_run(directory: Path) -> bool:
     """Whether this is a run's directory; a model's has a config.json too, of another kind."""
-    path = directory / "config.json"
-    return path.is_file() and "rollouts_per_prompt" in json.loads(path.read_text())
+    try:
+        return "rollouts_per_prompt" in json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
 
 
 def _run_directory(name: str) -> Path:

@@ -209,7 +209,7 @@ def test_a_run_that_diverges_stops_and_keeps_what_was_good(
     assert {path.name for path in directory.glob("checkpoint-*")} == names
     lines = [json.loads(line, parse_constant=pytest.fail) for line in (directory / "metrics.jsonl").open()]
     assert [line["not_finite"] for line in lines if line["kind"] == "step"] == [0, 0, 1, 1, 1, 1, 1]
-    assert lines[-1]["grad_norm"] is None and math.isnan(read_lines(directory / "metrics.jsonl")[-1]["grad_norm"])
+    assert lines[-1]["grad_norm"] is None
     assert main(["report", str(directory)]) == 0
     monkeypatch.undo()
     assert main(["--resume", str(directory), "--steps", "4"]) == 0
