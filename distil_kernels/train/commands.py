@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -85,7 +86,7 @@ def _evaluated(trainer: Trainer, target: str, console: Console) -> None:
     rows = [("greedy", result.greedy, result.greedy_se), ("sampled", result.sampled, result.sampled_se)]
     rows += [(f"pass@{k}", *value) for k, value in result.pass_at.items()]
     for label, mean, error in [*rows, ("sampled, having read the feedback", result.teacher, result.teacher_se)]:
-        table.add_row(label, f"{mean:.3f}", f"{error:.3f}")
+        table.add_row(label, f"{mean:.3f}", f"{error:.3f}" if math.isfinite(error) else "-")
     console.print(table)
     print(json_line({"target": target, "step": trainer.step, **dataclasses.asdict(result)}))
 

@@ -119,7 +119,7 @@ class Config:
     temperature: float = _option(1.0, POSITIVE)
     """Temperature of the student, in rollouts and loss."""
     teacher_temperature: float = _option(1.0, POSITIVE)
-    """Temperature of the teacher; of the draws of teacher samples."""
+    """Temperature of the teacher, also of its answers at evaluations; of the draws of teacher samples."""
     top_p: float = _option(1.0, (0.0, 1.0))
     """Nucleus of training rollouts; below 1 only with off_policy."""
     top_k: int = _option(0, AT_LEAST_0)

@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ from distil_kernels.train.rollout_server import RolloutServer
 from distil_kernels.train.samples import token_columns
 from distil_kernels.train.sharding import full, full_weights, shard, share_out_moments, take_apart, whole, whole_heads
 from distil_kernels.train.siblings import Say, as_verified, from_siblings
-from distil_kernels.train.tasks import Problem, Task, held_out_problems, make_task, problems
+from distil_kernels.train.tasks import answered_problems, held_out_problems, make_task
 from distil_kernels.train.teacher import Teacher, other_model
 from distil_kernels.train.tools import Python, Rollouts, roll_out
 
@@ -106,7 +105,7 @@ class Trainer:
         self.server = RolloutServer(config, longest, self.directory, self.processes) if config.rollout_url else None
         self.average = PositionAverage(longest, config.baseline_rate, head.device, self.processes)
 
-        worked = _answered_problems(self.task, config.num_examples)
+        worked = answered_problems(self.task, config.num_examples)
         examples = [(problem, self.verify(self.task, problem, problem.answer)) for problem in worked]
         self.prompts = Prompts(
             self.tokenizer, examples, config.layout, config.teacher_reads, config.max_prompt_tokens,
@@ -125,14 +124,15 @@ class Trainer:
         held_out = held_out_problems(held_out_task, config.eval_problems)
         self.evaluate = Evaluator(
             held_out_task, self.verify, self.say, self.prompts, held_out, own_distribution, config.eval_samples,
-            config.eval_seed, self.tool, self.processes,
+            config.eval_seed, self.tool, self.processes, config.teacher_temperature,
         )  # fmt: skip
         self.step = 0
         self.lost = 0  # last steps in a row with a gradient that was not finite
         self.evaluated = self.saved = -1  # step of the last evaluation, of the last checkpoint
         self.journal = Journal(config, self.directory, console, self.accelerator)
-        if config.num_examples and not worked:
-            self.journal.say("note: no worked examples, because no problem comes with an answer")
+        if len(worked) < config.num_examples:
+            shown = f"{len(worked)} of {config.num_examples} worked examples"
+            self.journal.say(f"note: {shown}: no other problem comes with an answer")
         if not self.processes.is_main:  # the model, with new adapters, is the same; what is sampled from it is not
             set_seed(self.processes.seed(config.seed))
 
@@ -158,6 +158,7 @@ class Trainer:
         """
         group = self.config.rollouts_per_prompt
         completions = [done for entry in batch for done in entry.completions]
+        counts = [row for entry in batch for row in entry.counts]
         rows = [row for row in range(len(batch)) for _ in range(group)]
         config, kept = self.config, kept or Kept()
         taught, is_fresh = kept.taught, kept.first is None
@@ -165,7 +166,7 @@ class Trainer:
             if config.objective != "policy_gradient" and taught is None:
                 texts, text_rows = unique([prompt for entry in batch for prompt in entry.teacher_prompts])
                 with _timed(seconds, "teacher"), whole(*self.teacher.models):
-                    taught = self.teacher.at_states(texts, text_rows, completions)
+                    taught = self.teacher.at_states(texts, text_rows, completions, counts)
                 kept.taught = taught if config.updates_per_batch > 1 and not self.teacher.moves else None
             with _timed(seconds, "student"):
                 hidden = self.student.states([entry.prompt for entry in batch], rows, completions)
@@ -178,7 +179,6 @@ class Trainer:
                         self.student, hidden, completions, scores, config, normalizer, written, kept
                     )
                 else:
-                    counts = [row for entry in batch for row in entry.counts]
                     loss, sums = distil_loss(
                         self.student, hidden, self.teacher, taught, completions, config, self.average, normalizer,
                         counts, kept,
@@ -433,12 +433,6 @@ class Trainer:
         self.teacher.load_state_dict(state["teacher"])
         self.step = state["step"]
         return state
-
-
-def _answered_problems(task: Task, count: int) -> list[Problem]:
-    """The first of a thousand problems whose answer is known, for worked examples."""
-    thousand = islice(problems(task, held_out=False), 1000)
-    return list(islice((problem for _, problem in thousand if problem.answer), count))
 
 
 @contextmanager

@@ -293,7 +293,7 @@ def test_worked_examples_have_an_answer(tiny_model: Path, tmp_path: Path) -> Non
         )  # fmt: skip
         shown = run.tokenizer.decode(run.next_batch()[0].prompt)
         assert shown.count("<assistant>") == num_examples + 1 and shown.count("return") == num_examples
-        assert ("no worked examples" in out.getvalue()) == (num_examples == 0)
+        assert ("0 of 2 worked examples" in out.getvalue()) == (num_examples == 0)
 
 
 def test_the_settings_that_a_run_prints_make_another_run(

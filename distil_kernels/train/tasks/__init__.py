@@ -7,7 +7,6 @@ problems are disjoint whatever seeds or tasks are used.
 from __future__ import annotations
 
 import difflib
-import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -90,8 +89,9 @@ def held_out_problems(task: Task, count: int) -> list[Problem]:
     """Different held-out problems: `count` of them, or as many as a file has."""
     found: dict[str, Problem] = {}
     for _, problem in islice(problems(task, held_out=True), 4 * count):
-        if len(found) < count:
-            found.setdefault(problem.key, problem)
+        found.setdefault(problem.key, problem)
+        if len(found) == count:
+            break
     return list(found.values())
 
 
@@ -103,8 +103,6 @@ def answered_problems(task: Task, count: int) -> list[Problem]:
             found.setdefault(problem.key, problem)
         if len(found) == count:
             break
-    if len(found) < count:
-        warnings.warn(f"{len(found)} of {count} worked examples: no other problem has an answer to show", stacklevel=2)
     return list(found.values())
 
 
