@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from distil_kernels.train import report
-from distil_kernels.train.checkpoint import append_lines, read_lines
+from distil_kernels.train.checkpoint import append_lines, read_lines, with_nan
 from distil_kernels.train.config import Config
 from distil_kernels.train.evaluate import Evaluation
 from distil_kernels.train.health import WINDOW, warnings
@@ -55,7 +55,7 @@ def test_records_without_numbers(value: float, tmp_path: Path) -> None:
         "kl": [value, 0.5], "credit": [value, 0.5], "top": [[["1", value, value]], []],
     }  # fmt: skip
     append_lines(tmp_path / "records.jsonl", [*metrics, sample])
-    *metrics, sample = read_lines(tmp_path / "records.jsonl")
+    *metrics, sample = with_nan(read_lines(tmp_path / "records.jsonl"))
     document = page(Config(), "run", metrics, [sample])
     assert "± nan" not in document and "0.500" in document
     report.plot(metrics, tmp_path / "plot.png", "run")
