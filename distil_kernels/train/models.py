@@ -71,7 +71,7 @@ def check_positions(model: PreTrainedModel, max_prompt_tokens: int, longest: int
     """
     limit, words = getattr(model.config, "max_position_embeddings", None) or 0, model.get_input_embeddings()
     tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding) and m is not words]
-    is_learnt = any(limit <= rows <= limit + 2 for rows in tables)  # OPT's has two more
+    is_learnt = limit > 0 and any(limit <= rows <= limit + 2 for rows in tables)  # OPT's has two more
     if is_learnt and max_prompt_tokens + longest > limit:
         raise ValueError(
             f"[max_prompt_tokens] {type(model).__name__} has {limit} positions, of which completions may take "
