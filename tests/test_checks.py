@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
 from distil_kernels import fused_distil_loss, fused_forward_ce, token_stats
+from distil_kernels.functional import LossOptions
 
 N, V, D = 6, 11, 4
 
@@ -82,6 +85,12 @@ def arguments(**changes):
 def test_forward_ce(changes, error, message):
     with pytest.raises(error, match=message):
         fused_forward_ce(**arguments(**changes))
+
+
+def test_typed_options_are_those_of_the_forward_cross_entropy():
+    parameters = inspect.signature(fused_forward_ce).parameters.values()
+    keywords = [parameter.name for parameter in parameters if parameter.kind == inspect.Parameter.KEYWORD_ONLY]
+    assert list(LossOptions.__annotations__) == keywords
 
 
 def test_messages_begin_with_the_function():
