@@ -83,16 +83,17 @@ class Trainer:
         # evaluation_mode: placed and set for autocast, not wrapped in DistributedDataParallel.
         self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
-        with whole(model):
-            with self.accelerator.autocast():  # as the prepared model's own forward runs, with which it is compared
-                parts = take_apart(self.accelerator.unwrap_model(self.model))
+        # autocast: the prepared model's own forward has it, and flash-attn's kernels need it.
+        with whole(model), self.accelerator.autocast():
+            parts = take_apart(self.accelerator.unwrap_model(self.model))
             self.student = reader(parts, config.reading, config.gradient_checkpointing, is_sharded)
         head = self.student.weight
         self.teacher: Teacher | RemoteTeacher
         if config.teacher_url:
             self.teacher = RemoteTeacher(config, self.tokenizer, head.shape[0], head.device)
         else:
-            self.teacher = Teacher(self.student, config.teacher, config.ema_rate, other, config.reading)
+            with self.accelerator.autocast():
+                self.teacher = Teacher(self.student, config.teacher, config.ema_rate, other, config.reading)
         if config.gradient_checkpointing:
             models.checkpoint_layers(self.student.model)
         self.tool = None

@@ -164,8 +164,10 @@ def _able(lm: CausalLM) -> list[str]:
 
     def agrees(found: Tensor, whole: Sequence[list[int]], lengths: Sequence[int]) -> bool:
         alone = torch.cat([_padded(lm, [row], [length]) for row, length in zip(whole, lengths, strict=True)])
-        return bool((found - alone).abs().max() <= 1e-3 * alone.abs().max())
+        return bool((found - alone).abs().max() <= limit * alone.abs().max())
 
+    # bfloat16 moves shared states of SmolLM2 by .006 of the largest; what a wrong way moves is .09 and more.
+    limit = 0.03 if torch.is_autocast_enabled(lm.weight.device.type) else 1e-3
     able = ["padded"]
     training = [module for module in lm.model.modules() if module.training]
     lm.model.eval()

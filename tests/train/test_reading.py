@@ -158,6 +158,8 @@ def test_states_and_rollouts_behind_prompts_longer_than_a_window(kind: str) -> N
     torch.manual_seed(1)
     lm = reader(split(AutoModelForCausalLM.from_config(config).eval()))
     assert set(lm.ways) == {"padded", *able}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert reader(lm).ways == lm.ways
     tokens = torch.randint(1, 260, (300,), generator=torch.Generator().manual_seed(0)).tolist()
     prompts = [tokens, [*tokens[:270], 5, 6], tokens[:7]]
     done = sample(lm, prompts, [0, 1, 2], Sampling(4, [0], temperature=0.0)).completions
