@@ -16,10 +16,11 @@ def scaled_gradients(ctx: Any, grad_loss: Tensor | None, *_: Tensor) -> tuple:
     """Backward of an op that formed its gradients in the forward pass."""
     if grad_loss is None:
         return (None,) * ctx.num_inputs
-    if torch.is_grad_enabled() and not _is_traced():  # create_graph=True: the gradients may be differentiated
+    is_traced = _is_traced()
+    if torch.is_grad_enabled() and not is_traced:  # create_graph=True: the gradients may be differentiated
         scaled = scale_gradients(*ctx.saved_tensors, grad_loss.detach(), ctx.weight_dtype)
         gradients = _Once.apply(*(each.requires_grad_() for each in scaled))
-    elif _is_traced() or _keeps_graph():
+    elif is_traced or _keeps_graph():
         gradients = scale_gradients(*ctx.saved_tensors, grad_loss, ctx.weight_dtype)
     else:
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
