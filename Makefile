@@ -23,10 +23,10 @@ bench: $(VENV)/train
 	$(BIN)/python bench/run.py $(ARGS)
 
 theory: $(VENV)/train
-	$(BIN)/python -m distil_kernels.theory $(ARGS)
+	$(BIN)/python -m studies.theory $(ARGS)
 
 compare: $(VENV)/train
-	$(BIN)/python -m distil_kernels.compare $(ARGS)
+	$(BIN)/python -m studies.compare $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

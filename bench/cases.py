@@ -163,7 +163,7 @@ def _random_inputs(case: Case, regime: str, generator: torch.Generator) -> Input
 def _smollm2_inputs(case: Case, regime: str, generator: torch.Generator) -> Inputs:
     from pydoc_data.topics import topics
 
-    from distil_kernels.train.models import SMOLLM2, load
+    from distil_kernels.train.models.loading import SMOLLM2, load
 
     model, tokenizer = load(SMOLLM2)
     parts = split(model, check=False)

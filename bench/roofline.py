@@ -23,8 +23,8 @@ from cases import SMOLLM2_SHAPE, Case, make_problem
 from timing import forward_backward, interleaved, keep_freed_memory
 
 import distil_kernels as dk
-from distil_kernels import gemm
 from distil_kernels.backends import FORWARD_CE, LogitPair, LogitTransform, cpu
+from distil_kernels.engine import gemm
 
 ROW_STATS_OPERATIONS, ROW_GRAD_OPERATIONS = 46, 36
 """Per logit pair: two exponentials of 15, and what is summed or subtracted around them (csrc/row_math.h)."""

@@ -29,7 +29,7 @@ import torch
 from cases import NUM_PRODUCTS, Case, Problem
 from torch import Tensor
 
-from distil_kernels import gemm
+from distil_kernels.engine import gemm
 
 Call = Callable[[], object]
 

@@ -20,9 +20,9 @@ import torch
 from rich.console import Console
 from timing import reset_high_water, resident_bytes
 
-from distil_kernels.train import models
 from distil_kernels.train.config import Config
-from distil_kernels.train.loop import Trainer
+from distil_kernels.train.models import loading
+from distil_kernels.train.trainer import Trainer
 
 TRAINERS: dict[str, dict[str, Any]] = {
     "ours": {},
@@ -167,7 +167,7 @@ def _trl(options: dict[str, Any], work: Work, gate: Gate, folder: Path) -> None:
         disable_tqdm=True,
         diagnostics_warning_interval=0,
     )
-    model, tokenizer = models.load(config.model)
+    model, tokenizer = loading.load(config.model)
     columns = {
         "prompt": [_as_text(tokenizer, ids) for ids in work.prompts],
         "privileged_context": [_as_text(tokenizer, ids) for ids in work.teacher_prompts],

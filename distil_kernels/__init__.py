@@ -11,21 +11,17 @@ token_stats          cross-entropy, KL, log-probs, entropies per token
 token_logprobs       log-probs and entropies per token, without a teacher
 """
 
-from distil_kernels.functional import (
-    DistilLoss,
-    TokenStats,
-    fused_distil_loss,
-    fused_forward_ce,
-    token_stats,
-)
-from distil_kernels.losses import fused_jsd, fused_reverse_kl
-from distil_kernels.policy import PolicyLoss, TokenLogprobs, fused_policy_loss, token_logprobs
+from distil_kernels.distil import DistilLoss, fused_distil_loss
+from distil_kernels.losses import ForwardCE, fused_forward_ce, fused_jsd, fused_reverse_kl
+from distil_kernels.policy import PolicyLoss, fused_policy_loss
+from distil_kernels.token_statistics import TokenLogprobs, TokenStats, token_logprobs, token_stats
 from distil_kernels.topk import fused_topk_ce, fused_topk_distil_loss
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DistilLoss",
+    "ForwardCE",
     "PolicyLoss",
     "TokenLogprobs",
     "TokenStats",

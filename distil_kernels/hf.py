@@ -8,7 +8,7 @@ says so: `split` compares its logits with the model's own on a few tokens, so an
 silently.
 
 Left out: a head with adapters of its own, prompt tuning (it adds positions), encoder-decoder models, weights that are
-sharded while they are read (`train/sharding.py` gathers them).
+sharded while they are read (`train/models/sharding.py` gathers them).
 """
 
 from __future__ import annotations

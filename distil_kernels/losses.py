@@ -1,21 +1,123 @@
-"""Costs beside the forward cross-entropy, over the same rows and plans: what SDPO and OPSD minimise.
+"""Losses per token between a teacher's and a student's whole distribution, without [tokens, vocab] logits.
 
-    fused_reverse_kl   KL(S || T)
-    fused_jsd          b KL(T || M) + (1 - b) KL(S || M),  M = b T + (1 - b) S
+    fused_forward_ce   H(T, S) = logsumexp(s) - sum_v T_v s_v      what DistIL minimises
+    fused_reverse_kl   KL(S || T)                                  SDPO
+    fused_jsd          b KL(T || M) + (1 - b) KL(S || M),  M = b T + (1 - b) S          OPSD
 
-The sequence-level forms are `fused_distil_loss` with cost "reverse_kl" and "jsd".
+s, t are the logits (hidden @ weight^T + bias, softcapped, over temperature), T = softmax(t), S = softmax(s). A reduced
+loss has its gradient formed in the forward pass; a loss per token keeps it, or forms the logits again (`plan`). The
+sequence-level forms are in `distil`, the formulas in docs/mathematics.md.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypedDict, overload
 
 from torch import Tensor
 from typing_extensions import Unpack  # comes with torch
 
-from distil_kernels.backends import Cost, Statistic
-from distil_kernels.checks import Door
-from distil_kernels.functional import LossOptions, token_loss
+from distil_kernels.backends import FORWARD_CE, Cost, Statistic
+from distil_kernels.engine.call import Call
+from distil_kernels.engine.checks import Door
+from distil_kernels.engine.credit import Credit
+from distil_kernels.engine.plan import Plan
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class ForwardCE(NamedTuple):
+    """What `fused_forward_ce` returns where it is asked for `return_dropped`."""
+
+    loss: Tensor
+    """Scalar."""
+    dropped: Tensor
+    """[...], detached: share of the sum of magnitudes of the row's logit gradient that `gradient_threshold` left out.
+    """
+
+
+class LossOptions(TypedDict, total=False):
+    """Options of a loss per token, as `fused_forward_ce` has them."""
+
+    student_bias: Tensor | None
+    teacher_bias: Tensor | None
+    token_mask: Tensor | None
+    token_weight: Tensor | None
+    temperature: float
+    teacher_temperature: float | None
+    logit_softcap: float | None
+    reduction: str
+    normalizer: float | Tensor | None
+    gradient_threshold: float
+    return_dropped: bool
+    backend: str
+    plan: str | Plan
+
+
+@overload
+def fused_forward_ce(*args: Any, return_dropped: Literal[True], **options: Any) -> ForwardCE: ...
+@overload
+def fused_forward_ce(*args: Any, return_dropped: Literal[False] = False, **options: Any) -> Tensor: ...
+def fused_forward_ce(  # type: ignore[misc]  # the overloads leave the other arguments to this signature
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    logit_softcap: float | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    gradient_threshold: float = 0.0,
+    return_dropped: bool = False,
+    backend: str = "auto",
+    plan: str | Plan = "auto",
+) -> Tensor | ForwardCE:
+    """Forward cross-entropy H(T, S) between teacher and student, without [tokens, vocab] logits for all tokens.
+
+    Args:
+        student_hidden: [..., D] last hidden states; float32, bfloat16, float16 or float64.
+        student_weight: [V, D] lm_head of the student, same dtype.
+        teacher_hidden: [..., D_T]; D_T and the dtype may differ from the student's.
+        teacher_weight: [V, D_T]; None shares the student's head (and, without `teacher_bias`, its bias).
+        student_bias, teacher_bias: [V].
+        token_mask: [...] bool, True counts. Other rows are not read: they may hold anything.
+        token_weight: [...] float, multiplies each token's cross-entropy. It gets no gradient.
+        temperature: divides both models' logits, after bias and softcap. There is no temperature-squared factor.
+        teacher_temperature: the teacher's own temperature; default `temperature`.
+        logit_softcap: logits become softcap * tanh(logits / softcap) first, in both models.
+        reduction: "none" gives [...]; "sum" the weighted sum; "mean" the weighted sum over `normalizer`.
+        normalizer: denominator of "mean"; default the sum of counted weights (1 where that is 0). Pass one global
+            value when accumulating gradients over micro-batches.
+        gradient_threshold: entries of a row's logit gradient below this share of its largest magnitude, from 0 (off)
+            to 1 (excluded), are left out of the gradients of hidden states and weight; the value and the gradient of
+            the bias stay exact. The error is bounded in docs/mathematics.md. For float32 and bfloat16 on the CPU
+            back end, with a scalar loss whose gradient is formed in the forward pass. It saves time where the model is
+            sure of most tokens, and may take more memory than it saves (docs/performance.md).
+        return_dropped: also return how much each row lost; for reductions "mean" and "sum".
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+        plan: "auto", a name of `distil_kernels.plan.PLANS`, or a `distil_kernels.plan.Plan` with sizes of its own.
+
+    Returns:
+        The loss, or ForwardCE with `return_dropped`.
+        float32 (float64 for float64 inputs). Student tensors get gradients, teacher tensors never do. Without a
+        counted token the value and the gradients are 0; without any token "none" is empty and the others are 0.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it.
+        RuntimeError: `backend` was asked for by name and cannot run on these tensors.
+    """
+    return _token_loss(
+        "fused_forward_ce", FORWARD_CE, student_hidden, student_weight, teacher_hidden, teacher_weight,
+        student_bias=student_bias, teacher_bias=teacher_bias, token_mask=token_mask, token_weight=token_weight,
+        temperature=temperature, teacher_temperature=teacher_temperature, logit_softcap=logit_softcap,
+        reduction=reduction, normalizer=normalizer, gradient_threshold=gradient_threshold,
+        return_dropped=return_dropped, backend=backend, plan=plan,
+    )  # fmt: skip
 
 
 def fused_reverse_kl(
@@ -33,7 +135,7 @@ def fused_reverse_kl(
     Arguments, options, what is returned and raised: as `fused_forward_ce`.
     """
     heads = student_hidden, student_weight, teacher_hidden, teacher_weight
-    return token_loss("fused_reverse_kl", Cost(Statistic.REVERSE_KL), *heads, **options)
+    return _token_loss("fused_reverse_kl", Cost(Statistic.REVERSE_KL), *heads, **options)
 
 
 def fused_jsd(
@@ -54,4 +156,48 @@ def fused_jsd(
     """
     Door("fused_jsd").share("jsd_weight", jsd_weight)
     heads = student_hidden, student_weight, teacher_hidden, teacher_weight
-    return token_loss("fused_jsd", Cost(Statistic.JSD, jsd_weight), *heads, **options)
+    return _token_loss("fused_jsd", Cost(Statistic.JSD, jsd_weight), *heads, **options)
+
+
+def _token_loss(
+    function: str,
+    cost: Cost,
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    logit_softcap: float | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    gradient_threshold: float = 0.0,
+    return_dropped: bool = False,
+    backend: str = "auto",
+    plan: str | Plan = "auto",
+) -> Any:
+    """`fused_forward_ce` for any cost; `function` begins the messages of what is wrong."""
+    door = Door(function)
+    door.one_of("reduction", reduction, REDUCTIONS)
+    if normalizer is not None and reduction != "mean":
+        door.value_error(f"normalizer is given with reduction={reduction!r}, expected reduction='mean'")
+    door.threshold("gradient_threshold", gradient_threshold)
+    if reduction == "none" and (gradient_threshold or return_dropped):
+        door.value_error(
+            f"gradient_threshold is {gradient_threshold} and return_dropped {return_dropped} with reduction='none', "
+            "expected 'mean' or 'sum': the gradient of a row must be formed in the forward pass"
+        )
+    call = Call(door, student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias,
+                 token_mask, token_weight, temperature, teacher_temperature, logit_softcap, backend)  # fmt: skip
+    if reduction == "none":
+        costs = call.differentiable_statistics(None, cost, plan, logprob_grad=False)[cost.statistic]
+        weights = call.row_weight()
+        return (costs if weights is None else costs * weights).reshape(student_hidden.shape[:-1])
+    denominator = None if reduction == "sum" else call.denominator(door.normalizer(normalizer, student_hidden))
+    found = call.scalar_loss(None, None, cost, Credit(span="none"), plan, gradient_threshold, denominator)
+    return ForwardCE(found.total, found.dropped.reshape(student_hidden.shape[:-1])) if return_dropped else found.total

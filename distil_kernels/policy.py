@@ -1,10 +1,9 @@
-"""Reinforcement learning without a teacher: log-probs of sampled tokens, and the policy-gradient loss over them.
+"""The policy-gradient loss: reinforcement learning without a teacher, straight from hidden states and the head.
 
-    token_logprobs      log S[y] and H(S), both differentiable               4 products, 1 without gradients
     fused_policy_loss   -min(r A, clip(r) A) - entropy_weight H(S)           3 products (2 with a frozen head)
 
 r = S[y] / S_old[y]. The weight of grad log S[y] follows from the row itself, so the gradient is formed in the forward
-pass, as in `fused_forward_ce`. Source of the clipped loss: PPO (arXiv 1707.06347); two bounds as in DAPO (arXiv
+pass, as in `losses`. Source of the clipped loss: PPO (arXiv 1707.06347); two bounds as in DAPO (arXiv
 2503.14476). Left out: ratios of whole sequences, and a penalty to a reference model.
 """
 
@@ -14,22 +13,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from distil_kernels.backends import Cost, Statistic
-from distil_kernels.call import Call
-from distil_kernels.checks import Door
-from distil_kernels.driver import Policy
-from distil_kernels.plan import Plan
-
-
-class TokenLogprobs(NamedTuple):
-    """Per token [...], in nats; float32 (float64 for float64 inputs). Masked rows hold 0."""
-
-    logprob: Tensor
-    """log S[y], differentiable."""
-    entropy: Tensor
-    """H(S), differentiable."""
-    lse: Tensor
-    """logsumexp of the logits, detached."""
+from distil_kernels.backends import Statistic
+from distil_kernels.engine.call import Call
+from distil_kernels.engine.checks import Door
+from distil_kernels.engine.driver import Policy
+from distil_kernels.engine.plan import Plan
 
 
 class PolicyLoss(NamedTuple):
@@ -43,36 +31,6 @@ class PolicyLoss(NamedTuple):
     """[...], detached: H(S)."""
     clipped: Tensor
     """[...] bool: the ratio is where the token gets no gradient."""
-
-
-def token_logprobs(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    *,
-    tokens: Tensor,
-    student_bias: Tensor | None = None,
-    token_mask: Tensor | None = None,
-    temperature: float = 1.0,
-    logit_softcap: float | None = None,
-    backend: str = "auto",
-    plan: str | Plan = "auto",
-) -> TokenLogprobs:
-    """Log-prob of each sampled token and entropy of its distribution, without [tokens, vocab] logits for all tokens.
-
-    Args:
-        student_hidden: [..., D] last hidden states.
-        student_weight: [V, D] lm_head.
-        tokens: [...] int64, the tokens that the rows predict.
-        Others, and what is raised: as in `fused_forward_ce`.
-    """
-    door = Door("token_logprobs")
-    call = Call(door, student_hidden, student_weight, None, None, student_bias, None, token_mask, None, temperature,
-                None, logit_softcap, backend, has_teacher=False)  # fmt: skip
-    door.rows("tokens", tokens, student_hidden, "int64")
-    found = call.differentiable_statistics(tokens.reshape(-1), Cost(Statistic.ENTROPY), plan, logprob_grad=True)
-    logprob, entropy = found[Statistic.LOGPROB], found[Statistic.ENTROPY]
-    lse = (found[Statistic.MAX_LOGIT] + found[Statistic.LOG_NORMALIZER]).detach()
-    return TokenLogprobs(*(row.reshape(student_hidden.shape[:-1]) for row in (logprob, entropy, lse)))
 
 
 def fused_policy_loss(

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distil_kernels.gemm import accumulation_dtype
+from distil_kernels.engine.gemm import accumulation_dtype
 
 KINDS = ("ordinary", "peaked", "flat", "offset", "near")
 """ordinary: logits of unit scale. peaked: scale 12, most of the mass on one token. flat: scale 1e-3. offset: every

@@ -26,17 +26,18 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from distil_kernels import memory, ops
 from distil_kernels.backends import reference
-from distil_kernels.call import as_autocast
-from distil_kernels.checks import Door, check_tokens, sequence_lengths
-from distil_kernels.credit import Credit, CreditScan, reverse_chunks
-from distil_kernels.driver import plain_chunks
-from distil_kernels.functional import DistilLoss, TokenStats
-from distil_kernels.gemm import accumulation_dtype, lm_head
-from distil_kernels.gradients import GradientSums, Needs, Rows
-from distil_kernels.plan import Shape, choose_chunk_rows, choose_ring_rows
-from distil_kernels.scaling import scaled_gradients
+from distil_kernels.distil import DistilLoss
+from distil_kernels.engine import custom_ops, memory
+from distil_kernels.engine.backward import scaled_gradients
+from distil_kernels.engine.call import as_autocast
+from distil_kernels.engine.checks import Door, check_tokens, sequence_lengths
+from distil_kernels.engine.credit import Credit, CreditScan, reverse_chunks
+from distil_kernels.engine.driver import plain_chunks
+from distil_kernels.engine.gemm import accumulation_dtype, lm_head
+from distil_kernels.engine.gradients import GradientSums, Needs, Rows
+from distil_kernels.engine.plan import Shape, choose_chunk_rows, choose_ring_rows
+from distil_kernels.token_statistics import TokenStats
 
 # ruff: noqa: UP045  (torch reads the annotations of a custom op and knows Optional[Tensor])
 
@@ -416,7 +417,7 @@ class _Buckets:
 def _(student_hidden: Tensor, student_weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     dtype = accumulation_dtype(student_hidden.dtype)
     loss = student_hidden.new_empty((), dtype=dtype)
-    return loss, *ops.fake_gradients(student_hidden, student_weight, rest[-1], rest[-2])
+    return loss, *custom_ops.fake_gradients(student_hidden, student_weight, rest[-1], rest[-2])
 
 
 def _context(ctx: Any, inputs: tuple, output: tuple) -> None:

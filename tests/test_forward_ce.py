@@ -7,9 +7,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import distil_kernels.driver
-import distil_kernels.functional
-import distil_kernels.plan
+import distil_kernels.engine.driver
+import distil_kernels.engine.plan
+import distil_kernels.losses
 from distil_kernels import fused_forward_ce, token_stats
 from distil_kernels.testing import (
     KINDS,
@@ -29,7 +29,7 @@ CASES = [("reference", dtype) for dtype in (torch.float64, *CPU_DTYPES)] + [("cp
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of a few rows, so that small inputs cross many borders."""
-    monkeypatch.setitem(distil_kernels.plan.LOGITS_CHUNK_BYTES, "cpu", 64 * 1024)
+    monkeypatch.setitem(distil_kernels.engine.plan.LOGITS_CHUNK_BYTES, "cpu", 64 * 1024)
 
 
 def row_weight(inputs: Inputs) -> torch.Tensor:
@@ -131,9 +131,9 @@ def test_default_plans_run(generator, monkeypatch):
     """The plan that `plan` chooses is the one that runs."""
     ran = []
     for name in ("scalar_loss", "rows_statistics"):
-        original = getattr(distil_kernels.ops.driver, name)
+        original = getattr(distil_kernels.engine.custom_ops.driver, name)
         monkeypatch.setattr(
-            distil_kernels.ops.driver,
+            distil_kernels.engine.custom_ops.driver,
             name,
             lambda problem, plan, *rest, original=original: ran.append(plan.name) or original(problem, plan, *rest),
         )
@@ -257,8 +257,8 @@ def test_a_mean_in_float16_is_divided_last(dtype, generator, monkeypatch):
         seen.append(problem.denominator)
         return compute(problem, *arguments)
 
-    compute = distil_kernels.driver.scalar_loss
-    monkeypatch.setattr(distil_kernels.driver, "scalar_loss", spy)
+    compute = distil_kernels.engine.driver.scalar_loss
+    monkeypatch.setattr(distil_kernels.engine.driver, "scalar_loss", spy)
     mean, total = (fused_forward_ce(*inputs.heads, reduction=reduction) for reduction in ("mean", "sum"))
     assert [known is None for known in seen] == [dtype == torch.float16, True]
     torch.testing.assert_close(mean, total / 7)
@@ -288,7 +288,9 @@ def test_global_normalizer_makes_accumulation_exact(generator):
 def test_shapes_strides_and_masks(data, monkeypatch):
     """Leading dimensions, transposed and sliced tensors, masks, chunk sizes."""
     monkeypatch.setitem(
-        distil_kernels.plan.LOGITS_CHUNK_BYTES, "cpu", data.draw(st.sampled_from([1, 5000, 40_000]), "chunk bytes")
+        distil_kernels.engine.plan.LOGITS_CHUNK_BYTES,
+        "cpu",
+        data.draw(st.sampled_from([1, 5000, 40_000]), "chunk bytes"),
     )
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31), "seed"))
     leading = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3), "leading")

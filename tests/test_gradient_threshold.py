@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distil_kernels import fused_distil_loss, fused_forward_ce, sparse
-from distil_kernels import gradients as gradient_sums
-from distil_kernels import plan as plans
-from distil_kernels.sparse import large_entries
+from distil_kernels import fused_distil_loss, fused_forward_ce
+from distil_kernels.engine import gradients as gradient_sums
+from distil_kernels.engine import plan as plans
+from distil_kernels.engine import sparse
+from distil_kernels.engine.sparse import large_entries
 from distil_kernels.testing import assert_within_budget, baselines, make_inputs, oracle
 
 # Vocabularies and hidden sizes that leave remainders in every panel of columns: 12, 4 and 1 vectors (of bfloat16 6 and

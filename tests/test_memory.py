@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from distil_kernels import plan
+from distil_kernels.engine import plan
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory from /proc")
 
@@ -21,7 +21,7 @@ CHUNK_BYTES = 8 * 2**20  # 128 rows of both models' logits
 MEASURE = f"""
 import sys, torch
 import distil_kernels
-from distil_kernels import plan
+from distil_kernels.engine import plan
 plan.LOGITS_CHUNK_BYTES["cpu"] = {CHUNK_BYTES}
 torch.set_num_threads(1)
 

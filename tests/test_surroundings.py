@@ -22,10 +22,9 @@ from distil_kernels import (
     token_logprobs,
     token_stats,
 )
-from distil_kernels.functional import TokenStats
-from distil_kernels.plan import PLANS, Plan
-from distil_kernels.policy import TokenLogprobs
+from distil_kernels.engine.plan import PLANS, Plan
 from distil_kernels.testing import Inputs, make_inputs
+from distil_kernels.token_statistics import TokenLogprobs, TokenStats
 
 N, V, D = 12, 3000, 16  # V: more than one block of every product
 BORDERS = torch.tensor([0, 5, 6, 12])

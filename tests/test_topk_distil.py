@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_topk_ce import dense, teacher_topk
+from topk_reference import dense, teacher_topk
 
 from distil_kernels import fused_distil_loss, fused_topk_distil_loss
 from distil_kernels.testing import credit_by_definition, make_inputs

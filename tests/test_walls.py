@@ -13,23 +13,26 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "distil_kernels"
 
-# A module may import modules of its own level or of levels below it.
-LEVELS = [
+# A module may import modules of its own floor or of floors below it. A name is a module or a package.
+LIBRARY = [
     {"_C"},
     {"backends"},
-    {"gemm", "memory", "sparse"},
-    {"credit", "gradients", "plan"},
-    {"kept", "scaling"},
-    {"driver"},
-    {"checks"},
-    {"ops"},
-    {"call"},
-    {"functional", "policy", "topk"},
-    {"losses"},
+    {"engine"},
+    {"token_statistics", "losses", "policy", "plan"},
+    {"distil"},
+    {"topk"},
     {"testing"},
     {"hf"},
-    {"theory", "train"},
-    {"compare"},
+    {"train"},
+]
+ENGINE = [
+    {"gemm", "memory", "sparse"},
+    {"credit", "gradients", "plan"},
+    {"kept_gradient", "backward"},
+    {"driver"},
+    {"checks"},
+    {"custom_ops"},
+    {"call"},
 ]
 
 
@@ -37,22 +40,21 @@ def sources(folder: str, *patterns: str) -> list[Path]:
     return sorted(path for pattern in patterns for path in (ROOT / folder).rglob(pattern))
 
 
-def level(module: str) -> int:
-    return next(i for i, names in enumerate(LEVELS) if module in names)
+def floor(floors: list[set[str]], module: str) -> int:
+    return next(index for index, names in enumerate(floors) if module in names)
 
 
-def imports(path: Path) -> set[str]:
-    """First name below distil_kernels of everything that a file imports, wherever the import stands."""
+def imports(path: Path, package: str) -> set[str]:
+    """First name below `package` of everything that a file imports from it, wherever the import stands."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            names = [f"{base}.{alias.name}" for alias in node.names] if base == "distil_kernels" else [base]
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
-        found |= {name.split(".")[1] for name in names if name.startswith("distil_kernels.")}
+        found |= {name.removeprefix(f"{package}.").split(".")[0] for name in names if name.startswith(f"{package}.")}
     return found
 
 
@@ -70,23 +72,33 @@ def test_bindings_know_only_pybind11_and_the_public_header(path):
     }
 
 
-@pytest.mark.parametrize("path", sources("distil_kernels", "*.py"), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_flow_one_way(path):
-    if path.name == "__init__.py" and path.parent == PACKAGE:
-        assert imports(path) <= {"functional", "losses", "policy", "topk"}
-        return
-    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    known = {name for names in LEVELS for name in names}
-    for imported in imports(path):
-        if imported in known:  # a name of distil_kernels itself otherwise: its public functions
-            assert level(imported) <= level(own), f"{own} imports {imported}"
+FLOORS = [("distil_kernels", LIBRARY), ("distil_kernels.engine", ENGINE)]
 
 
-@pytest.mark.parametrize("folder", ["train", "compare"])
+@pytest.mark.parametrize(("package", "floors"), FLOORS, ids=[package for package, _ in FLOORS])
+def test_imports_flow_one_way(package, floors):
+    folder = ROOT / package.replace(".", "/")
+    known = set().union(*floors)
+    for path in folder.rglob("*.py"):
+        module = path.relative_to(folder).parts[0].removesuffix(".py")
+        if module == "__init__":  # the package's public names
+            continue
+        assert module in known, f"{path.relative_to(ROOT)} is on no floor: add it to this file"
+        for imported in imports(path, package) & known:  # another name is a public function of the package itself
+            assert floor(floors, imported) <= floor(floors, module), f"{path.relative_to(ROOT)} imports {imported}"
+
+
+@pytest.mark.parametrize("folder", ["distil_kernels/train", "studies"])
 def test_trainers_use_the_public_ops(folder):
-    below = {name for names in LEVELS[: level("functional")] for name in names}
-    for path in sources(f"distil_kernels/{folder}", "*.py"):
-        assert not imports(path) & below, path
+    below = {"_C", "backends", "engine"}
+    for path in sources(folder, "*.py"):
+        assert not imports(path, "distil_kernels") & below, path
+
+
+def test_the_package_does_not_know_what_stands_outside():
+    outside = re.compile(r"^\s*(from|import) (studies|bench|examples|tests)\b", re.MULTILINE)
+    for path in sources("distil_kernels", "*.py"):
+        assert not outside.search(path.read_text()), path
 
 
 def test_kernel_library_needs_only_torch():
@@ -97,10 +109,3 @@ def test_kernel_library_needs_only_torch():
         "assert not loaded, loaded"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-
-
-@pytest.mark.parametrize("folder", ["csrc", "python", "distil_kernels", "bench", "tests"])
-def test_a_file_has_one_subject(folder):
-    for path in sources(folder, "*.py", "*.cpp", "*.cu", "*.cuh", "*.h"):
-        lines = len(path.read_text().splitlines())
-        assert lines <= 450, f"{path.relative_to(ROOT)} has {lines} lines"

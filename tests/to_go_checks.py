@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from distil_kernels.credit import Credit, CreditScan, reverse_chunks
+from distil_kernels.engine.credit import Credit, CreditScan, reverse_chunks
 from distil_kernels.testing import credit_by_definition
 
 DISCOUNTS = (0.0, 0.5, 0.9, 1.0)

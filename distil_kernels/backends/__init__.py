@@ -28,7 +28,7 @@ Three more kernels are optional. Without the first two of them the driver finds 
         all. slots [P, B] int64 says which of costs [R] lies there, -1 for none (a cost of 0). `later` is what the call
         for the positions behind these returned, opaque to others; None where nothing is behind them
 
-Nothing else of a back end is called; all other matrix products belong to `distil_kernels.gemm`.
+Nothing else of a back end is called; all other matrix products belong to `distil_kernels.engine.gemm`.
 """
 
 from __future__ import annotations

@@ -9,9 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-from distil_kernels.train import checkpoint, commands
+from distil_kernels.train import commands
+from distil_kernels.train.command_line import from_file, parse, resolved
 from distil_kernels.train.config import Config
-from distil_kernels.train.options import from_file, parse, resolved
+from distil_kernels.train.run import checkpoint
 
 
 def main(arguments: list[str]) -> int:
@@ -56,7 +57,7 @@ def _train(arguments: list[str]) -> commands.Work:
     # Late, so that wrong options are reported before seconds of imports.
     from rich.console import Console
 
-    from distil_kernels.train.loop import Trainer
+    from distil_kernels.train.trainer import Trainer
 
     console = Console(width=None if sys.stdout.isatty() else 160, quiet=not _is_main())
     console.print(resolved(config), highlight=False, markup=False)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distil_kernels.train.processes import ALONE, Processes
+from distil_kernels.train.run.distributed import ALONE, Processes
 
 
 class PositionAverage:

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from distil_kernels.train.checkpoint import json_line, newest_whole, read_lines, with_nan, write_text
+from distil_kernels.train.command_line import Parser, from_file, option_parser, read_options
 from distil_kernels.train.config import Config
-from distil_kernels.train.options import Parser, from_file, option_parser, read_options
+from distil_kernels.train.run.checkpoint import json_line, newest_whole, read_lines, with_nan, write_text
 
 if TYPE_CHECKING:
-    from distil_kernels.train.loop import Trainer
+    from distil_kernels.train.trainer import Trainer
 
 Work = Callable[[], int | None]
 """What a command does once its options have been checked: returns the exit status, None for 0."""
@@ -43,7 +43,7 @@ def evaluate(arguments: list[str]) -> Work:
     config, given, own = read_options(parser, arguments)
     target = own["target"]
     console = _console()
-    from distil_kernels.train.loop import Trainer
+    from distil_kernels.train.trainer import Trainer
 
     if is_run(Path(target)):
         extra = sorted(given - EVAL_OPTIONS)
@@ -100,11 +100,11 @@ def inspect(arguments: list[str]) -> Work:
     parser.add_argument("--color", choices=("ce", "kl", "credit"), default="ce", help="what colours the tokens [ce]")
     options = parser.parse_args(arguments)
     directory = _run_directory(options.run)
-    from distil_kernels.train import inspection
+    from distil_kernels.train.report import inspect
 
     records = with_nan(read_lines(directory / "rollouts.jsonl"))
-    record = inspection.choose(records, options.step, options.problem, options.rollout)
-    return partial(inspection.show, record, options.color, _console())
+    record = inspect.choose(records, options.step, options.problem, options.rollout)
+    return partial(inspect.show, record, options.color, _console())
 
 
 def report(arguments: list[str]) -> Work:
@@ -113,7 +113,7 @@ def report(arguments: list[str]) -> Work:
     parser.add_argument("--output", help="the file [RUN/report.html]")
     options = parser.parse_args(arguments)
     directory = _run_directory(options.run)
-    from distil_kernels.train.page import page
+    from distil_kernels.train.report.html import page
 
     metrics, rollouts = (with_nan(read_lines(directory / name)) for name in ("metrics.jsonl", "rollouts.jsonl"))
     target = Path(options.output) if options.output else directory / "report.html"

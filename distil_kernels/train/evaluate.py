@@ -16,16 +16,16 @@ from typing import NamedTuple
 
 import torch
 
-from distil_kernels.train.batch import fits
-from distil_kernels.train.feedback import Prompts, Verifier
-from distil_kernels.train.processes import ALONE, Processes
-from distil_kernels.train.reading import Reader
-from distil_kernels.train.remote import RemoteTeacher
-from distil_kernels.train.rollout import Sampling, sample
-from distil_kernels.train.siblings import Said, Say
+from distil_kernels.train.batches import fits
+from distil_kernels.train.feedback.kinds import Prompts, Verifier
+from distil_kernels.train.feedback.siblings import Said, Say
+from distil_kernels.train.models.reading import Reader
+from distil_kernels.train.rollouts.python_tool import Python, Rollouts, roll_out
+from distil_kernels.train.rollouts.sampling import Sampling, sample
+from distil_kernels.train.run.distributed import ALONE, Processes
 from distil_kernels.train.tasks import Problem, Task
-from distil_kernels.train.teacher import Teacher
-from distil_kernels.train.tools import Python, Rollouts, roll_out
+from distil_kernels.train.teachers.local import Teacher
+from distil_kernels.train.teachers.remote import RemoteTeacher
 
 BATCH_ROWS = 128
 

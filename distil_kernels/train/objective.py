@@ -23,8 +23,8 @@ from distil_kernels import DistilLoss, fused_distil_loss, fused_policy_loss, fus
 from distil_kernels.hf import CausalLM
 from distil_kernels.train.baseline import PositionAverage
 from distil_kernels.train.config import Config
-from distil_kernels.train.remote import RemoteTeacher, TopK
-from distil_kernels.train.teacher import Teacher
+from distil_kernels.train.teachers.local import Teacher
+from distil_kernels.train.teachers.remote import RemoteTeacher, TopK
 
 
 class Sums(NamedTuple):

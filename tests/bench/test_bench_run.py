@@ -20,8 +20,8 @@ import torch
 from cases import Case, exact_answer, make_problem, relative_errors
 from check import wrong
 
-from distil_kernels import gemm
 from distil_kernels.backends import cpu
+from distil_kernels.engine import gemm
 
 ROOT = Path(__file__).parents[2]
 CASE = Case("ce", 64, 700, 16, "fp32", "cpu", 1)

@@ -1,4 +1,4 @@
-"""bench/gpu_check.py without a GPU: its stages run on the CPU, its record is whole after each."""
+"""bench/gpu/check.py without a GPU: its stages run on the CPU, its record is whole after each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent.parent / "bench" / "gpu_check.py"
+SCRIPT = Path(__file__).parent.parent.parent / "bench" / "gpu" / "check.py"
 
 
 def check(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -1,6 +1,6 @@
 """On a GPU; where there is none, on an emulated one (tests/emulated/gpu.py): the kernels of back end `cuda` by their
 emulator, or with TRITON_INTERPRET=1 those of `triton` in its interpreter (tests/test_triton.py sees to it). There they
-show the way to the kernels, not the hardware. `bench/gpu_check.py` runs them on a GPU, and more."""
+show the way to the kernels, not the hardware. `bench/gpu/check.py` runs them on a GPU, and more."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from distil_kernels import (
 )
 from distil_kernels.backends import LogitPair, LogitTransform
 from distil_kernels.backends.dispatch import BACKENDS, choose_backend
-from distil_kernels.plan import Plan, Shape, extra_bytes
+from distil_kernels.engine.plan import Plan, Shape, extra_bytes
 from distil_kernels.testing import (
     KINDS,
     Inputs,

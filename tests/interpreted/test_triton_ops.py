@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distil_kernels import driver, fused_distil_loss, fused_forward_ce, token_stats
+from distil_kernels import fused_distil_loss, fused_forward_ce, token_stats
 from distil_kernels.backends import triton
-from distil_kernels.plan import Plan
+from distil_kernels.engine import driver
+from distil_kernels.engine.plan import Plan
 from distil_kernels.testing import (
     KINDS,
     Inputs,

@@ -16,12 +16,12 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distil_kernels.train.__main__ import main
-from distil_kernels.train.chart import Series, line_chart
-from distil_kernels.train.checkpoint import read_lines
 from distil_kernels.train.config import Config
 from distil_kernels.train.evaluate import mean_and_error, pass_at
-from distil_kernels.train.inspection import show
-from distil_kernels.train.page import page
+from distil_kernels.train.report.chart import Series, line_chart
+from distil_kernels.train.report.html import page
+from distil_kernels.train.report.inspect import show
+from distil_kernels.train.run.checkpoint import read_lines
 
 VOID = {"meta", "line", "circle", "input", "br", "i", "link", "img"}
 

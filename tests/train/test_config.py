@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from distil_kernels.train.command_line import descriptions, parse, resolved
 from distil_kernels.train.config import Config
-from distil_kernels.train.options import descriptions, parse, resolved
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

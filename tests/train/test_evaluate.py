@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from distil_kernels.hf import split
-from distil_kernels.train import models
 from distil_kernels.train.evaluate import Evaluator, mean_and_error
-from distil_kernels.train.feedback import Prompts, correct
-from distil_kernels.train.reading import Reader, reader
-from distil_kernels.train.rollout import Sampling
-from distil_kernels.train.siblings import as_verified
+from distil_kernels.train.feedback.kinds import Prompts, correct
+from distil_kernels.train.feedback.siblings import as_verified
+from distil_kernels.train.models import loading
+from distil_kernels.train.models.reading import Reader, reader
+from distil_kernels.train.rollouts.python_tool import Rollouts
+from distil_kernels.train.rollouts.sampling import Sampling
 from distil_kernels.train.tasks import Problem, make_task, problems
-from distil_kernels.train.teacher import Teacher
-from distil_kernels.train.tools import Rollouts
+from distil_kernels.train.teachers.local import Teacher
 
 
 def test_mean_and_standard_error() -> None:
@@ -44,7 +44,7 @@ class Vowels:
 
 
 def parts(tiny_model: Path) -> tuple[Reader, Prompts]:
-    model, tokenizer = models.load(str(tiny_model))
+    model, tokenizer = loading.load(str(tiny_model))
     return reader(split(model)), Prompts(tokenizer, [], end_ids=[0])
 
 
@@ -100,7 +100,7 @@ def test_the_teacher_answers_at_its_own_temperature(tiny_model: Path) -> None:
 
 
 def test_problems_that_do_not_fit_are_an_error_when_none_does(tiny_model: Path) -> None:
-    _, tokenizer = models.load(str(tiny_model))
+    _, tokenizer = loading.load(str(tiny_model))
     prompts = Prompts(tokenizer, [], max_tokens=3, end_ids=[0])
     with pytest.raises(ValueError, match="max_prompt_tokens"):
         Evaluator(Vowels([]), correct, as_verified, prompts, [Vowels([]).problem(0)], Sampling(5, [0]), 1, 1)

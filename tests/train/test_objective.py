@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_run import metrics, train, trainer
+from runs import metrics, train, trainer
 
+from distil_kernels.train.command_line import parse
 from distil_kernels.train.config import PRESETS
 from distil_kernels.train.objective import distil_loss, group_advantages, means
-from distil_kernels.train.options import parse
-from distil_kernels.train.remote import TopK
+from distil_kernels.train.teachers.remote import TopK
 
 
 def logprobs(run, prompt: list[int], completion: list[int]) -> torch.Tensor:

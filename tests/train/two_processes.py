@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["distil_kernels.train.loop"])
+PROCESSES.set_forkserver_preload(["distil_kernels.train.trainer"])
 
 
 def together(function: Callable[..., int | None], *arguments: Any) -> list[int | None]:

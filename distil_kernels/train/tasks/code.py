@@ -18,9 +18,9 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-from distil_kernels.train.sandbox import Limits, run_python
 from distil_kernels.train.tasks.problem import Problem
 from distil_kernels.train.tasks.records import Record, Records, text_field
+from distil_kernels.train.tasks.sandbox import Limits, run_python
 
 _SHOWN = 200
 """Characters of an input or output in a trace."""

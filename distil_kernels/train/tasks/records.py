@@ -10,7 +10,7 @@ from typing import Any
 
 from distil_kernels.train.tasks.problem import Problem
 
-DATA = Path(__file__).parent.parent / "data"
+DATA = Path(__file__).parent / "data"
 
 Record = dict[str, Any]
 

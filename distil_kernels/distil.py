@@ -1,0 +1,144 @@
+"""DistIL's sequence-level loss: packed rollouts, with credit of early tokens for later disagreement.
+
+    sum_t [ w_t grad cost_t + a_t grad log S[y_t] ] / normalizer,     a_t = scale * (G_t - b_t)
+
+The gradient is formed in the forward pass, in chunks of rows in reverse time, so that G_t is known when row t comes up.
+The costs are those of `losses`; credit is defined in `engine.credit`; the formulas are in docs/mathematics.md.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from distil_kernels.backends import Cost, Statistic
+from distil_kernels.engine.call import Call
+from distil_kernels.engine.checks import Door
+from distil_kernels.engine.plan import Plan
+from distil_kernels.token_statistics import TokenStats, from_statistics
+
+COSTS = {
+    "ce": Statistic.FORWARD_CE,
+    "kl": Statistic.FORWARD_KL,
+    "reverse_kl": Statistic.REVERSE_KL,
+    "jsd": Statistic.JSD,
+}
+
+
+class DistilLoss(NamedTuple):
+    """What `fused_distil_loss` returns."""
+
+    loss: Tensor
+    """Scalar; its gradient is the sequence-level gradient."""
+    stats: TokenStats
+    """Per token [N], detached."""
+    cost: Tensor
+    """[N], detached: what each token costs, without its weight."""
+    credit: Tensor
+    """[N], detached: the weight a_t that grad log S[y_t] got (before the division by `normalizer`)."""
+    cost_to_go: Tensor
+    """[N], detached: G_t, from which baselines for later batches can be made; 0 with span "none"."""
+    dropped: Tensor
+    """[N], detached: share of the sum of magnitudes of the row's logit gradient that `gradient_threshold` left out."""
+
+
+def fused_distil_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor | None = None,
+    *,
+    tokens: Tensor,
+    cu_seqlens: Tensor,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    logit_softcap: float | None = None,
+    cost: str = "ce",
+    jsd_weight: float = 0.5,
+    credit_span: str = "future",
+    discount: float = 1.0,
+    horizon: int | None = None,
+    normalize_by_remaining: bool = False,
+    baseline: str | Tensor | None = None,
+    group_size: int | None = None,
+    credit_clip: float | None = None,
+    credit_scale: float = 1.0,
+    behaviour_logprobs: Tensor | None = None,
+    importance_clip: float | None = None,
+    normalizer: float | Tensor | None = None,
+    gradient_threshold: float = 0.0,
+    backend: str = "auto",
+    plan: str | Plan = "auto",
+) -> DistilLoss:
+    """DistIL's sequence-level loss on sampled sequences: sum of token costs, credited back to earlier tokens.
+
+    The gradient is sum_t [ w_t grad cost_t + a_t grad log S[y_t] ] / normalizer with
+    a_t = credit_scale * (G_t - b_t) and G_t the discounted cost-to-go (`engine.credit`). With the
+    defaults it is the unbiased gradient of E_{y ~ S}[sum_t cost_t] when the teacher's feedback does not depend on y.
+
+    Args:
+        student_hidden: [N, D] packed rows, the hidden states that predict `tokens`; others as in `fused_forward_ce`.
+        tokens: [N] int64, sampled from the student at `temperature` with nothing cut off.
+        cu_seqlens: [B + 1] int32 or int64, borders of the sequences. Keep it on the CPU.
+        token_mask: [N] bool. Other rows (a tool's output) have neither cost nor credit, but keep their position.
+        token_weight: [N] float, w_t: multiplies the token's cost, in the sum and in the credit of earlier tokens.
+        cost: "ce" for H(T, S) (the paper) or "kl" for KL(T || S): the same local gradient, another credit; "reverse_kl"
+            for KL(S || T); "jsd" for b KL(T || M) + (1 - b) KL(S || M) with M = b T + (1 - b) S.
+        jsd_weight: b, between 0 and 1; its ends are the costs "kl" and "reverse_kl" and not limits of "jsd".
+        credit_span: "none" (token-wise gradient), "future" (i > t), or "sequence": the whole sequence's cost for
+            every token, exact when the feedback was computed from the rollout itself.
+        discount: of the cost-to-go per token, 0 to 1; below 1 is biased. "sequence" takes 1 only.
+        horizon: costs more than this many tokens on do not count, at least 1; biased. Not with "sequence".
+        normalize_by_remaining: divides the cost-to-go by the number of counted tokens that it sums over, discounted
+            alike: a mean cost per token, which does not grow with the length; biased. Not with "sequence".
+        baseline: None; "leave_one_out": mean over the group's other sequences at the same position (0 after their
+            end), unbiased; "position_mean": mean over all sequences alive there, its own included (with n of
+            them the expected credit is (n - 1) / n of what it should be); or [N] values, unbiased where they do not
+            depend on the row's own rollout.
+        group_size: rollouts per prompt, consecutive in the packing; needed by "leave_one_out" (at least 2).
+        credit_clip: bound of |a_t|, after baseline and scale; biased.
+        credit_scale: multiplies the credit; 1 is the exact gradient.
+        behaviour_logprobs: [N] float, for rollouts older than the student: log-probs of `tokens` under the policy that
+            sampled them, at its temperature. Both terms of row t in the gradient (and `credit`) are multiplied by
+            rho_t = S[y_t] / behaviour[y_t], itself without gradient; costs inside G_t and the loss's value are not.
+            That is exact for sequences of one token and, with "future", where the policies differ at the last token
+            only. Otherwise it is biased: states are met as often as the older policy met them, and with "sequence"
+            later tokens are drawn as it drew them. An exact weight is a product over the tokens up to each cost (the
+            whole sequence with "sequence"), whose variance grows with the length.
+        importance_clip: bound of rho_t; biased. Without `behaviour_logprobs` an error.
+        normalizer: denominator of loss and gradient; default B.
+        gradient_threshold: as in `fused_forward_ce`.
+
+    Returns:
+        DistilLoss. Only `loss` is differentiable; its value is sum_t w_t cost_t / normalizer.
+
+    Raises:
+        As `fused_forward_ce`; ValueError for token ids outside the vocabulary (checked on the CPU) or borders that
+        do not cover the rows.
+    """
+    door = Door("fused_distil_loss")
+    call = Call(door, student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias,
+                 token_mask, token_weight, temperature, teacher_temperature, logit_softcap, backend)  # fmt: skip
+    door.packed(student_hidden, cu_seqlens)
+    door.rows("tokens", tokens, student_hidden, "int64")
+    door.one_of("cost", cost, tuple(COSTS))
+    door.share("jsd_weight", jsd_weight)
+    normalizer = door.normalizer(normalizer, student_hidden)
+    door.threshold("gradient_threshold", gradient_threshold)
+    credit = door.credit(
+        student_hidden, credit_span, baseline, group_size, discount, horizon, normalize_by_remaining, credit_clip,
+        credit_scale, importance_clip, behaviour_logprobs,
+    )  # fmt: skip
+    denominator = cu_seqlens.numel() - 1 if normalizer is None else normalizer
+    found = call.scalar_loss(
+        tokens, cu_seqlens, Cost(COSTS[cost], jsd_weight), credit, plan, gradient_threshold, denominator
+    )
+    stats = from_statistics(found.statistics.detach(), student_hidden.shape[:-1])
+    costs = found.statistics.detach()[COSTS[cost]]
+    weights, cost_to_go = found.credit.detach().unbind()
+    return DistilLoss(found.total, stats, costs, weights, cost_to_go, found.dropped)

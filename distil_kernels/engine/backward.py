@@ -1,0 +1,96 @@
+"""Backward of an op that formed its gradients in the forward pass: they are scaled by the gradient of its loss, which
+has no derivative of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from distil_kernels.engine import memory
+
+
+def scaled_gradients(ctx: Any, grad_loss: Tensor | None, *_: Tensor) -> tuple:
+    """Backward of an op that formed its gradients in the forward pass."""
+    if grad_loss is None:
+        return (None,) * ctx.num_inputs
+    is_traced = _is_traced()
+    if torch.is_grad_enabled() and not is_traced:  # create_graph=True: the gradients may be differentiated
+        scaled = scale_gradients(*ctx.saved_tensors, grad_loss.detach(), ctx.weight_dtype)
+        gradients = _Once.apply(*(each.requires_grad_() for each in scaled))
+    elif is_traced or _keeps_graph():
+        gradients = scale_gradients(*ctx.saved_tensors, grad_loss, ctx.weight_dtype)
+    else:
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        gradients = _scale_in_place(grad_hidden, grad_weight, grad_bias, grad_loss, ctx.weight_dtype)
+    return input_gradients(gradients, ctx.needs, ctx.num_inputs)
+
+
+def input_gradients(gradients: tuple[Tensor, ...], needs: list[bool], num_inputs: int) -> tuple:
+    """One entry per input of the op: the three gradients, then None."""
+    wanted = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+    return (*wanted, *[None] * (num_inputs - 3))
+
+
+class _Once(torch.autograd.Function):
+    """Tensors as they are, whose derivative is an error: gradients made in forward would be constants in silence."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError("[distil_kernels] the gradients of a fused loss have no derivative of their own")
+
+
+def _is_traced() -> bool:
+    """Whether torch.compile or a dispatch mode looks on, for which an op's outputs must be new tensors."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+
+
+def _keeps_graph() -> bool:
+    """Whether this backward may run again, with the same saved tensors; assumed where torch cannot tell."""
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if keeps is None else keeps()
+
+
+def _scale_in_place(
+    grad_hidden: Tensor, grad_weight: Tensor, grad_bias: Tensor, scale: Tensor, weight_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As scale_gradients, without a second dW: the forward pass's own tensors become the gradients."""
+    one = scale.device.type == "cpu" and scale.item() == 1.0  # on a GPU asking would wait for it
+    if grad_weight.dtype != weight_dtype:
+        narrow = memory.empty(*grad_weight.shape, like=grad_weight, dtype=weight_dtype)
+        grad_weight = narrow.copy_(grad_weight) if one else torch.mul(grad_weight, scale, out=narrow)
+    elif not one:
+        grad_weight.mul_(scale)
+    if not one:
+        grad_hidden.mul_(scale)
+        grad_bias.mul_(scale)
+    return grad_hidden, grad_weight, grad_bias
+
+
+@torch.library.custom_op("distil_kernels::scale_gradients", mutates_args=())
+def scale_gradients(
+    grad_hidden: Tensor, grad_weight: Tensor, grad_bias: Tensor, scale: Tensor, weight_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each gradient times a scalar [], in the dtype of its input; new tensors, so backward can run again."""
+    return (
+        torch.mul(grad_hidden, scale, out=torch.empty_like(grad_hidden)),
+        torch.mul(grad_weight, scale, out=memory.empty(*grad_weight.shape, like=grad_weight, dtype=weight_dtype)),
+        grad_bias * scale,
+    )
+
+
+@scale_gradients.register_fake
+def _(
+    grad_hidden: Tensor, grad_weight: Tensor, grad_bias: Tensor, scale: Tensor, weight_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(grad_hidden),
+        torch.empty_like(grad_weight, dtype=weight_dtype),
+        torch.empty_like(grad_bias),
+    )

@@ -1,0 +1,293 @@
+"""The door: every argument is checked here, once, before any work starts. Messages name the argument, what came
+and what was expected. What depends on values in memory (token ids, cu_seqlens) is checked where the op runs, on the
+CPU only: on a GPU it would cost a synchronisation.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from distil_kernels.engine.credit import BASELINES, SPANS, Credit
+from distil_kernels.engine.gemm import accumulation_dtype
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_MAX_SIZE = 2**31 - 1
+
+
+class Door:
+    """Checks for one public function, whose name begins their messages."""
+
+    def __init__(self, function: str) -> None:
+        self._function = function
+
+    def value_error(self, message: str) -> NoReturn:
+        raise ValueError(f"[{self._function}] {message}")
+
+    def type_error(self, message: str) -> NoReturn:
+        raise TypeError(f"[{self._function}] {message}")
+
+    def heads(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor | None,
+        student_bias: Tensor | None,
+        teacher_bias: Tensor | None,
+    ) -> None:
+        """Hidden states [..., D] and heads [V, D] that belong together."""
+        tensors = {
+            "student_hidden": student_hidden,
+            "student_weight": student_weight,
+            "teacher_hidden": teacher_hidden,
+            "teacher_weight": teacher_weight,
+            "student_bias": student_bias,
+            "teacher_bias": teacher_bias,
+        }
+        optional = ("teacher_weight", "student_bias", "teacher_bias")
+        for name, tensor in tensors.items():
+            if tensor is None and name in optional:
+                continue
+            checked = self._tensor(name, tensor)
+            if checked.dtype not in _DTYPES:
+                self.type_error(f"{name} has dtype {checked.dtype}, expected float64, float32, bfloat16 or float16")
+            self._same_device(name, checked, student_hidden)
+        self._head("student", student_hidden, student_weight, student_bias)
+        if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
+            self.value_error(
+                f"student_hidden has rows {list(student_hidden.shape[:-1])}, teacher_hidden "
+                f"{list(teacher_hidden.shape[:-1])}: both need one hidden state for the same tokens"
+            )
+        if teacher_weight is None:
+            if teacher_hidden.shape[-1] != student_hidden.shape[-1]:
+                self.value_error(
+                    f"teacher_hidden has size {teacher_hidden.shape[-1]}, student_hidden "
+                    f"{student_hidden.shape[-1]}: without teacher_weight both share student_weight"
+                )
+            if teacher_hidden.dtype != student_hidden.dtype:
+                self.type_error(
+                    f"teacher_hidden is {teacher_hidden.dtype}, student_hidden {student_hidden.dtype}: "
+                    "without teacher_weight both share student_weight and its dtype"
+                )
+        else:
+            self._head("teacher", teacher_hidden, teacher_weight, teacher_bias)
+            if teacher_weight.shape[0] != student_weight.shape[0]:
+                self.value_error(
+                    f"student_weight has {student_weight.shape[0]} rows, teacher_weight "
+                    f"{teacher_weight.shape[0]}: both models need the same vocabulary (slice off padding rows)"
+                )
+        if teacher_bias is not None and teacher_bias.shape != (student_weight.shape[0],):
+            self.value_error(f"teacher_bias has shape {list(teacher_bias.shape)}, expected [{student_weight.shape[0]}]")
+        if (teacher_hidden.dtype == torch.float64) != (student_hidden.dtype == torch.float64):
+            self.type_error(
+                f"student_hidden is {student_hidden.dtype}, teacher_hidden {teacher_hidden.dtype}: "
+                "float64 does not mix with other dtypes"
+            )
+
+    def rows(self, name: str, tensor: Tensor | None, student_hidden: Tensor, kind: str) -> None:
+        """An optional tensor with one entry per token; `kind` is "bool", "float" or "int64"."""
+        if tensor is None:
+            return
+        self._tensor(name, tensor)
+        accepted = {
+            "bool": tensor.dtype == torch.bool,
+            "float": tensor.dtype.is_floating_point,
+            "int64": tensor.dtype == torch.int64,
+        }
+        if not accepted[kind]:
+            meaning = " (True counts)" if kind == "bool" else ""
+            self.type_error(f"{name} has dtype {tensor.dtype}, expected {kind}{meaning}")
+        if tensor.shape != student_hidden.shape[:-1]:
+            self.value_error(
+                f"{name} has shape {list(tensor.shape)}, expected {list(student_hidden.shape[:-1])} "
+                "as in student_hidden without its last dimension"
+            )
+        self._same_device(name, tensor, student_hidden)
+
+    def packed(self, student_hidden: Tensor, cu_seqlens: Tensor) -> None:
+        """Packed rows [N, D] with sequence borders [B + 1]."""
+        if student_hidden.dim() != 2:
+            self.value_error(f"student_hidden has shape {list(student_hidden.shape)}, expected packed rows [N, D]")
+        self._tensor("cu_seqlens", cu_seqlens)
+        if cu_seqlens.dtype not in (torch.int32, torch.int64):
+            self.type_error(f"cu_seqlens has dtype {cu_seqlens.dtype}, expected int32 or int64")
+        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+            self.value_error(
+                f"cu_seqlens has shape {list(cu_seqlens.shape)}, expected [B + 1] with at least one sequence"
+            )
+
+    def credit(
+        self,
+        student_hidden: Tensor,
+        credit_span: str,
+        baseline: str | Tensor | None,
+        group_size: int | None,
+        discount: float,
+        horizon: int | None,
+        normalize_by_remaining: bool,
+        credit_clip: float | None,
+        credit_scale: float,
+        importance_clip: float | None,
+        behaviour_logprobs: Tensor | None,
+    ) -> Credit:
+        """Settings of the credit that go together; None is no limit."""
+        self.one_of("credit_span", credit_span, SPANS)
+        self.between("discount", discount, 0.0, 1.0)
+        self.count("horizon", horizon)
+        self.positive("credit_clip", credit_clip)
+        self.between("credit_scale", credit_scale, 0.0, math.inf)
+        for name, value, exact in (
+            ("discount", discount, 1.0),
+            ("horizon", horizon, None),
+            ("normalize_by_remaining", normalize_by_remaining, False),
+        ):
+            if credit_span == "sequence" and value != exact:
+                self.value_error(f"{name} is {value} with credit_span='sequence', expected {exact}")
+        if isinstance(baseline, Tensor):
+            self.rows("baseline", baseline, student_hidden, "float")
+        elif baseline is not None:
+            self.one_of("baseline", baseline, BASELINES)
+        self.count("group_size", group_size)
+        if isinstance(baseline, str) and baseline == "leave_one_out" and (group_size or 1) < 2:
+            self.value_error(f"group_size is {group_size} with baseline='leave_one_out', expected at least 2")
+        self.rows("behaviour_logprobs", behaviour_logprobs, student_hidden, "float")
+        self.positive("importance_clip", importance_clip)
+        if importance_clip is not None and behaviour_logprobs is None:
+            self.value_error(f"importance_clip is {importance_clip} without behaviour_logprobs, expected both")
+        return Credit(
+            credit_span, baseline, group_size or 1, behaviour_logprobs, discount, horizon or math.inf,
+            normalize_by_remaining, credit_clip or math.inf, credit_scale, importance_clip or math.inf,
+        )  # fmt: skip
+
+    def positive(self, name: str, value: float | None, *, optional: bool = True) -> None:
+        """A finite number above 0."""
+        if value is None and optional:
+            return
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            self.type_error(f"{name} is {type(value).__name__}, expected a number")
+        if not (math.isfinite(value) and value > 0):
+            self.value_error(f"{name} is {value}, expected a finite number above 0")
+
+    def count(self, name: str, value: int | None, *, optional: bool = True) -> None:
+        """An integer of at least 1."""
+        if value is None and optional:
+            return
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            self.value_error(f"{name} is {value!r}, expected a positive integer")
+
+    def between(self, name: str, value: float, low: float, high: float) -> None:
+        """A finite number in [low, high]."""
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            self.type_error(f"{name} is {type(value).__name__}, expected a number")
+        if not (math.isfinite(value) and low <= value <= high):
+            span = f" from {low} to {high}" if math.isfinite(high) else f" of at least {low}"
+            self.value_error(f"{name} is {value}, expected a finite number{span if math.isfinite(low) else ''}")
+
+    def share(self, name: str, value: float) -> None:
+        """A number above 0 and below 1."""
+        self.between(name, value, 0.0, 1.0)
+        if value in (0.0, 1.0):
+            self.value_error(f"{name} is {value}, expected a number above 0 and below 1")
+
+    def threshold(self, name: str, value: float) -> None:
+        """A number from 0 to 1, 1 excluded: a row's largest entry is never below it."""
+        self.between(name, value, 0.0, 1.0)
+        if value == 1.0:
+            self.value_error(f"{name} is {value}, expected a number below 1")
+
+    def sparse_gradient(self, threshold: float, backend: str, dtype: torch.dtype, plan: str) -> None:
+        """Where entries of the logits' gradient may be left out."""
+        given = f"gradient_threshold is {threshold}"
+        if backend != "cpu":
+            self.value_error(f"{given} with backend={backend!r}, expected 'cpu': only its products leave entries out")
+        if dtype == torch.float16:
+            self.type_error(f"{given} with float16 hidden states, expected float32 or bfloat16")
+        if plan == "recompute":
+            self.value_error(
+                f"{given} with plan 'recompute', expected 'gradient_in_forward' or 'frozen_head' (row weights known "
+                "in order): with six products there is little to gain"
+            )
+
+    def normalizer(self, normalizer: float | Tensor | None, student_hidden: Tensor) -> float | Tensor | None:
+        """A number above 0, or a tensor with one element (its value is not read), here of shape [] and of the loss's
+        dtype, without gradient."""
+        if not isinstance(normalizer, Tensor):
+            self.positive("normalizer", normalizer)
+            return normalizer
+        if normalizer.numel() != 1:
+            self.value_error(f"normalizer has shape {list(normalizer.shape)}, expected one element")
+        self._same_device("normalizer", normalizer, student_hidden)
+        return normalizer.detach().reshape(()).to(accumulation_dtype(student_hidden.dtype))
+
+    def one_of(self, name: str, value: object, choices: tuple[str, ...]) -> None:
+        if value not in choices:
+            self.value_error(f"{name} is {value!r}, expected one of {list(choices)}")
+
+    def _tensor(self, name: str, tensor: object) -> Tensor:
+        if not isinstance(tensor, Tensor):
+            self.type_error(f"{name} is {type(tensor).__name__}, expected a torch.Tensor")
+        if tensor.layout != torch.strided:
+            self.type_error(f"{name} has layout {tensor.layout}, expected a dense (strided) tensor")
+        if hasattr(tensor, "device_mesh"):
+            self.type_error(
+                f"{name} is a DTensor, expected a plain tensor: gather it first (full_tensor()), or call the op inside "
+                "the sharded module's forward"
+            )
+        return tensor
+
+    def _same_device(self, name: str, tensor: Tensor, student_hidden: Tensor) -> None:
+        if tensor.device != student_hidden.device:
+            self.value_error(f"{name} is on {tensor.device}, student_hidden on {student_hidden.device}")
+
+    def _head(self, model: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        if hidden.dim() < 1 or weight.dim() != 2:
+            self.value_error(
+                f"{model}_hidden has shape {list(hidden.shape)}, {model}_weight {list(weight.shape)}, "
+                "expected [..., D] and [V, D]"
+            )
+        if hidden.shape[-1] != weight.shape[1]:
+            self.value_error(
+                f"{model}_hidden has size {hidden.shape[-1]}, {model}_weight is [{weight.shape[0]}, "
+                f"{weight.shape[1]}]: the last dimensions must be equal"
+            )
+        if weight.shape[0] < 1 or weight.shape[1] < 1:
+            self.value_error(f"{model}_weight has shape {list(weight.shape)}, expected at least one row and column")
+        for name, size in ((f"{model}_weight", weight.shape[0]), (f"{model}_hidden", math.prod(hidden.shape[:-1]))):
+            if size > _MAX_SIZE:
+                self.value_error(f"{name} has {size} rows, expected at most {_MAX_SIZE}")
+        if hidden.dtype != weight.dtype:
+            self.type_error(
+                f"{model}_hidden is {hidden.dtype}, {model}_weight {weight.dtype}: cast one, or use autocast"
+            )
+        if bias is not None and bias.shape != (weight.shape[0],):
+            self.value_error(f"{model}_bias has shape {list(bias.shape)}, expected [{weight.shape[0]}]")
+
+
+def check_tokens(tokens: Tensor | None, counted: Tensor | None, vocab_size: int) -> None:
+    """Token ids of rows that count lie in the vocabulary (looked at on the CPU only)."""
+    if tokens is None or tokens.device.type != "cpu":
+        return
+    ids = tokens if counted is None else tokens[counted]
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
+        raise ValueError(
+            f"tokens holds ids from {int(ids.min())} to {int(ids.max())}, expected 0 to {vocab_size - 1} "
+            "(mask rows without a token by token_mask)"
+        )
+
+
+def sequence_lengths(cu_seqlens: Tensor, num_rows: int, group_size: int) -> Tensor:
+    """[B] int64 lengths on the CPU; a `cu_seqlens` on a GPU is read once, before any work."""
+    borders = cu_seqlens.to("cpu", torch.int64)
+    lengths = borders.diff()
+    if int(borders[0]) != 0 or int(borders[-1]) != num_rows or bool((lengths < 0).any()):
+        raise ValueError(
+            f"cu_seqlens goes from {int(borders[0])} to {int(borders[-1])}"
+            f"{', and falls' if bool((lengths < 0).any()) else ''}; expected to rise from 0 to the {num_rows} rows"
+        )
+    if lengths.numel() % group_size:
+        raise ValueError(f"cu_seqlens has {lengths.numel()} sequences, expected a multiple of group_size {group_size}")
+    return lengths

@@ -1,0 +1,145 @@
+"""What a language model knows of each token, from hidden states and heads, without [tokens, vocab] logits.
+
+    token_stats      against a teacher: costs, log-probs, entropies; ce and log-prob are differentiable
+    token_logprobs   without a teacher: log-prob and entropy, both differentiable
+
+Each is one pass over the vocabulary. Gradients wait in memory for their upstream, or the logits are formed again in the
+backward pass (`plan`). The formulas are in docs/mathematics.md.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distil_kernels.backends import FORWARD_CE, Cost, Statistic
+from distil_kernels.engine.call import Call
+from distil_kernels.engine.checks import Door
+from distil_kernels.engine.plan import Plan
+
+
+class TokenStats(NamedTuple):
+    """Per token, in nats; float32 (float64 for float64 inputs). S is the student, T the teacher, y the token.
+
+    Rows that a mask leaves out hold 0 (False in `agree`).
+    """
+
+    ce: Tensor
+    """H(T, S)."""
+    kl: Tensor
+    """KL(T || S), summed as a difference of logits: exact to rounding of its own size."""
+    reverse_kl: Tensor
+    """KL(S || T)."""
+    logprob: Tensor
+    """log S[y]."""
+    teacher_logprob: Tensor
+    """log T[y]."""
+    entropy: Tensor
+    """H(S)."""
+    teacher_entropy: Tensor
+    """H(T)."""
+    lse: Tensor
+    """logsumexp of the student's logits."""
+    teacher_lse: Tensor
+    """logsumexp of the teacher's logits."""
+    agree: Tensor
+    """bool: both have their largest logit at the same index."""
+
+
+class TokenLogprobs(NamedTuple):
+    """Per token [...], in nats; float32 (float64 for float64 inputs). Masked rows hold 0."""
+
+    logprob: Tensor
+    """log S[y], differentiable."""
+    entropy: Tensor
+    """H(S), differentiable."""
+    lse: Tensor
+    """logsumexp of the logits, detached."""
+
+
+def token_stats(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor | None = None,
+    *,
+    tokens: Tensor,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    logit_softcap: float | None = None,
+    backend: str = "auto",
+    plan: str | Plan = "auto",
+) -> TokenStats:
+    """Everything that reinforcement learning by distillation needs per token, from one pass over the vocabulary.
+
+    Args:
+        tokens: [...] int64, the sampled tokens that the rows predict.
+        Others as in `fused_forward_ce`.
+
+    Returns:
+        TokenStats, each field [...]. `ce` and `logprob` are differentiable with independent upstream gradients
+        (plan "kept_gradient", or "recompute" where that would keep too much); the other fields are detached.
+
+    Raises:
+        As `fused_forward_ce`; ValueError for token ids outside the vocabulary (checked on the CPU).
+    """
+    door = Door("token_stats")
+    call = Call(door, student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias,
+                 token_mask, None, temperature, teacher_temperature, logit_softcap, backend)  # fmt: skip
+    door.rows("tokens", tokens, student_hidden, "int64")
+    statistics = call.differentiable_statistics(tokens.reshape(-1), FORWARD_CE, plan, logprob_grad=True)
+    return from_statistics(statistics, student_hidden.shape[:-1])
+
+
+def token_logprobs(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    *,
+    tokens: Tensor,
+    student_bias: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    backend: str = "auto",
+    plan: str | Plan = "auto",
+) -> TokenLogprobs:
+    """Log-prob of each sampled token and entropy of its distribution, without [tokens, vocab] logits for all tokens.
+
+    Args:
+        student_hidden: [..., D] last hidden states.
+        student_weight: [V, D] lm_head.
+        tokens: [...] int64, the tokens that the rows predict.
+        Others, and what is raised: as in `fused_forward_ce`.
+    """
+    door = Door("token_logprobs")
+    call = Call(door, student_hidden, student_weight, None, None, student_bias, None, token_mask, None, temperature,
+                None, logit_softcap, backend, has_teacher=False)  # fmt: skip
+    door.rows("tokens", tokens, student_hidden, "int64")
+    found = call.differentiable_statistics(tokens.reshape(-1), Cost(Statistic.ENTROPY), plan, logprob_grad=True)
+    logprob, entropy = found[Statistic.LOGPROB], found[Statistic.ENTROPY]
+    lse = (found[Statistic.MAX_LOGIT] + found[Statistic.LOG_NORMALIZER]).detach()
+    return TokenLogprobs(*(row.reshape(student_hidden.shape[:-1]) for row in (logprob, entropy, lse)))
+
+
+def from_statistics(statistics: Tensor, shape: torch.Size) -> TokenStats:
+    def row(statistic: Statistic, source: Tensor) -> Tensor:
+        return source[statistic].reshape(shape)
+
+    detached = statistics.detach()
+    return TokenStats(
+        ce=row(Statistic.FORWARD_CE, statistics),
+        kl=row(Statistic.FORWARD_KL, detached),
+        reverse_kl=row(Statistic.REVERSE_KL, detached),
+        logprob=row(Statistic.LOGPROB, statistics),
+        teacher_logprob=row(Statistic.TEACHER_LOGPROB, detached),
+        entropy=row(Statistic.ENTROPY, detached),
+        teacher_entropy=row(Statistic.TEACHER_ENTROPY, detached),
+        lse=row(Statistic.MAX_LOGIT, detached) + row(Statistic.LOG_NORMALIZER, detached),
+        teacher_lse=row(Statistic.TEACHER_MAX_LOGIT, detached) + row(Statistic.TEACHER_LOG_NORMALIZER, detached),
+        agree=row(Statistic.AGREE, detached) != 0,
+    )

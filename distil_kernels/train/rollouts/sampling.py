@@ -1,0 +1,110 @@
+"""Rollouts: completions sampled with transformers' generate, as token ids that are never decoded and encoded again.
+
+The score term of the loss needs the true sampling distribution: the model's softmax at the loss's temperature, no
+top-k, no top-p, no penalties. A model's own generation defaults are set aside while sampling. The stop token is part
+of a completion; a completion cut by the length limit has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from distil_kernels.train.models.reading import Reader
+from distil_kernels.train.models.shared_prompts import pad, read
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn."""
+
+    max_new_tokens: int
+    stop_ids: Sequence[int]
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps the whole vocabulary."""
+
+
+Ends = Callable[[Sequence[int]], bool]
+"""Whether sampling stops after these tokens of a completion."""
+
+
+class Drawn(NamedTuple):
+    """B completions as token ids, each with its stop token unless it was cut."""
+
+    completions: list[list[int]]
+    logprobs: list[list[float]] | None = None
+    """Of each token under the distribution that it was drawn from; None where that is the student's own, now."""
+
+
+Draw = Callable[[Sequence[list[int]], Sequence[int], Sampling, Ends | None], Drawn]
+"""Prompts, the prompt of each completion, how, and where to stop beside that: `sample` of a model, or a server's."""
+
+
+@torch.no_grad()
+def sample(
+    lm: Reader,
+    prompts: Sequence[list[int]],
+    rows: Sequence[int],
+    sampling: Sampling,
+    ends: Ends | None = None,
+) -> Drawn:
+    """One completion per entry of `rows`, which names its prompt; draws from torch's global generator.
+
+    Stops at a stop token, at the length limit, and where `ends` says so.
+    """
+    greedy = sampling.temperature == 0.0
+    draw = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    stops = list(sampling.stop_ids)
+    generation = GenerationConfig(
+        do_sample=not greedy,
+        max_new_tokens=sampling.max_new_tokens,
+        eos_token_id=stops,
+        pad_token_id=stops[0],
+        **draw,
+    )
+    if lm.shares_prompts:
+        ids, mask, cache = read(lm, prompts, rows)
+    else:
+        ids, mask = pad([prompts[row] for row in rows], lm.weight.device, left=True)
+        cache = None
+    own_defaults, lm.model.generation_config = lm.model.generation_config, GenerationConfig()
+    try:
+        out = lm.model.generate(
+            ids,
+            attention_mask=mask,
+            generation_config=generation,
+            stopping_criteria=StoppingCriteriaList([_Ending(ends, ids.shape[1])] if ends else []),
+            synced_gpus=False,  # a sharded model is whole here, and waits for nobody
+            **lm.cached(cache),
+        )
+    finally:
+        lm.model.generation_config = own_defaults
+    stopping = set(stops)
+    return Drawn([until_stop(tokens, stopping, ends) for tokens in out[:, ids.shape[1] :].tolist()])
+
+
+class _Ending(StoppingCriteria):
+    """Asks of each row's tokens from `start` on."""
+
+    def __init__(self, ends: Ends, start: int) -> None:
+        self._ends, self._start = ends, start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        rows = input_ids[:, self._start :].tolist()
+        return torch.tensor([self._ends(tokens) for tokens in rows], device=input_ids.device)
+
+
+def until_stop(tokens: list[int], stops: set[int], ends: Ends | None = None) -> list[int]:
+    """Tokens to the first stop or end, which is one of them."""
+    for end, token in enumerate(tokens, 1):
+        if token in stops or (ends and ends(tokens[:end])):
+            return tokens[:end]
+    return tokens

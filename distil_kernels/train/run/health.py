@@ -1,0 +1,111 @@
+"""What is wrong with a run, in words, from its records: said once each, while there is time to stop it.
+
+    no signal          every group's rollouts scored alike (policy_gradient), no rollout has feedback, or the teacher
+                       agrees with the student
+    entropy            the student has become sure of everything
+    length             most answers run into the limit, or they shrank to half: a sum of future cost pays for stopping
+                       early
+    teacher            it answers no better than its student, or much worse than at the start
+    server             the rollout server samples from other weights than the student's
+
+Means over the last WINDOW steps against the first WINDOW; nothing but of the server is said before there are twice as
+many.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from distil_kernels.train.config import Config
+
+Record = dict[str, Any]
+
+WINDOW = 5
+_OTHER_WEIGHTS = 0.1
+"""Nats a token that rounding does not explain."""
+_NO_DISAGREEMENT = 1e-4
+"""Nats of KL per token below which there is nothing left to learn."""
+
+
+def warnings(records: Sequence[Record], config: Config) -> Iterator[tuple[str, str]]:
+    """(kind, what to say) for everything that is wrong now; `records` are those of metrics.jsonl so far."""
+    steps = [record for record in records if record["kind"] == "step"]
+    evaluations = [record for record in records if record["kind"] == "evaluation"]
+    if evaluations:
+        yield from _teacher(evaluations[0], evaluations[-1], config)
+    if steps and "mismatch" in steps[-1]:
+        yield from _server(steps[0]["mismatch"], steps[-1]["mismatch"])
+    if len(steps) < 2 * WINDOW:
+        return
+    first, last = steps[:WINDOW], steps[-WINDOW:]
+
+    def mean(records: Sequence[Record], key: str) -> float:
+        return statistics.fmean(record.get(key, math.nan) for record in records)
+
+    has_teacher = config.objective != "policy_gradient"
+    if has_teacher and mean(last, "left_out") == config.prompts_per_step * config.rollouts_per_prompt:
+        text = f"no signal: in the last {WINDOW} steps the teacher had nothing to read of any rollout (left_out)"
+        yield "signal", text
+        return
+    if not has_teacher and mean(last, "equal_groups") == 1.0:
+        text = (
+            f"no signal: in the last {WINDOW} steps all rollouts of each problem scored the same, so no advantage is "
+            "left; an easier or harder task, more rollouts, or an objective with a teacher"
+        )
+        yield "signal", text
+    if has_teacher and mean(last, "kl") < _NO_DISAGREEMENT:
+        text = (
+            f"no signal: teacher and student differ by {mean(last, 'kl'):.1e} nats a token; the feedback says nothing "
+            "that the student does not know, or the teacher has followed it"
+        )
+        yield "signal", text
+    if mean(last, "entropy") < 0.05 * mean(first, "entropy"):
+        text = (
+            f"collapsed entropy: {mean(last, 'entropy'):.2g} nats a token, {mean(first, 'entropy'):.2g} at the start; "
+            "rollouts of a problem are all the same"
+        )
+        yield "entropy", text
+    if mean(last, "truncated") > 0.5:
+        text = (
+            f"answers run into the limit: {mean(last, 'truncated'):.0%} of the last {WINDOW} steps' have "
+            f"{config.max_new_tokens} tokens and no end, {mean(first, 'truncated'):.0%} at the start; a larger "
+            "max_new_tokens, or a cost that does not pay for length"
+        )
+        yield "length", text
+    if mean(last, "length") < 0.5 * mean(first, "length"):
+        advice = "; a discount below 1 or a baseline cures it" if config.credit_span == "future" else ""
+        text = (
+            f"shrinking answers: {mean(last, 'length'):.1f} tokens, {mean(first, 'length'):.1f} at the start: a cost "
+            f"that is summed over tokens pays for stopping early{advice}"
+        )
+        yield "length", text
+
+
+def _teacher(first: Record, last: Record, config: Config) -> Iterator[tuple[str, str]]:
+    if config.objective == "policy_gradient":
+        return
+    if last["step"] == 0 and last["teacher"] <= last["sampled"]:
+        text = (
+            f"the teacher is no better than the student: {last['teacher']:.2f} of the held-out problems, the student "
+            f"{last['sampled']:.2f}; look at what it reads (teacher_reads, layout)"
+        )
+        yield "teacher", text
+    if last["teacher"] < first["teacher"] - 3.0 * max(first["teacher_se"], last["teacher_se"]) - 0.05:
+        text = (
+            f"the teacher itself has become worse: {last['teacher']:.2f} of the held-out problems, "
+            f"{first['teacher']:.2f} at the start; a frozen teacher or a slower ema does not follow its student down"
+        )
+        yield "teacher", text
+
+
+def _server(first: float, last: float) -> Iterator[tuple[str, str]]:
+    if last > min(_OTHER_WEIGHTS, 5.0 * first + 0.01):
+        text = (
+            f"the rollout server's log-probs differ by {last:.2g} nats a token from the student's, {first:.2g} in the "
+            "first step: it does not have the student's weights (a tied head on vLLM's CPU back end needs a copy, see "
+            "train/rollouts/vllm_server.py), or another temperature"
+        )
+        yield "server", text

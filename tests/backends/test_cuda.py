@@ -1,0 +1,170 @@
+"""Back end `cuda` without a GPU: its choices, what it says, and csrc/cuda run by an emulator (tests/emulated).
+
+The emulator shows the kernels' logic: indices, tails, reductions, clusters. Races, ordering and speed need a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+
+import pytest
+import row_checks
+import to_go_checks
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distil_kernels.backends import FORWARD_CE, NUM_STATISTICS, LogitTransform, cuda
+from distil_kernels.backends.dispatch import choose_backend
+from distil_kernels.engine.credit import Credit, CreditScan, reverse_chunks
+
+
+def test_unavailable_says_why(monkeypatch):
+    gpu, dtype = torch.device("cuda"), torch.bfloat16
+    assert "these tensors are on cpu" in cuda.unavailable(torch.device("cpu"), dtype)
+    assert "float64 needs backend='reference'" in cuda.unavailable(gpu, torch.float64)
+    no_driver = types.SimpleNamespace(
+        cuda_row_stats=None, cuda_device_error=lambda: 35, cuda_error_text=lambda error: f"error {error}"
+    )
+    monkeypatch.setattr(cuda, "_C", no_driver)
+    assert cuda.unavailable(gpu, dtype) == "the CUDA runtime finds no GPU: error 35"
+    monkeypatch.setattr(cuda, "_C", types.SimpleNamespace())
+    assert "built without nvcc" in cuda.unavailable(gpu, dtype)
+    with pytest.raises(RuntimeError, match="backend='cuda' cannot run here: it runs on NVIDIA GPUs"):
+        choose_backend("cuda", torch.device("cpu"), dtype)
+
+
+def test_the_built_extension_asks_the_driver():
+    if not hasattr(cuda._C, "cuda_device_error"):
+        pytest.skip("built without nvcc")
+    error = cuda._C.cuda_device_error()
+    assert (error == 0) == torch.cuda.is_available() or not torch.version.cuda
+    assert cuda._C.cuda_error_text(35) == "CUDA driver version is insufficient for CUDA runtime version"
+
+
+def test_choose_row_kernel():
+    h100 = 227 * 1024
+    assert cuda.choose_row_kernel((9, 0), h100, 32_000, True).cluster_size == 4
+    assert cuda.choose_row_kernel((9, 0), h100, 151_936, True) == (8, "one block to a multiprocessor")
+    assert cuda.choose_row_kernel((8, 0), h100, 32_000, True) == (0, "compute capability 8.0 has no clusters")
+    assert "multiples of 16 bytes" in cuda.choose_row_kernel((9, 0), h100, 32_000, False).reason
+    assert "in each of 8 blocks" in cuda.choose_row_kernel((9, 0), h100, 262_144, True).reason
+
+
+@pytest.fixture
+def kernels(emulated_extension, monkeypatch):
+    monkeypatch.setattr(cuda, "_C", emulated_extension)
+    monkeypatch.setattr(cuda, "_stream", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    return cuda
+
+
+# padding 1 makes rows of 131 and 7 begin at vectors, 5 does not.
+@pytest.mark.slow
+@pytest.mark.parametrize("padding", [1, 5])
+@pytest.mark.parametrize("kind", ["ordinary", "peaked", "near", "offset"])
+@pytest.mark.parametrize("vocab_size", [1, 7, 131])
+def test_statistics_and_gradient(kernels, vocab_size, kind, padding, generator):
+    row_checks.check_kinds(kernels, vocab_size, kind, generator, padding)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ordinary", "peaked", "near"])
+@pytest.mark.parametrize("cost", ["reverse_kl", "jsd", "entropy"])
+def test_other_costs(kernels, cost, kind, generator):
+    row_checks.check_kinds(kernels, 131, kind, generator, padding=1, cost=cost)
+
+
+@pytest.mark.slow
+def test_corners(kernels, generator):
+    row_checks.check_softcap_and_minus_infinity(kernels, generator)
+    row_checks.check_blocks(kernels, generator)
+    row_checks.check_first_of_equal_maxima(kernels)
+    row_checks.check_unused_rows_and_nan(kernels, generator)
+    row_checks.check_tokens_outside(kernels, generator)
+    row_checks.check_no_rows(kernels)
+    column = torch.arange(16384)  # 64 vectors of 4 for each of 64 threads, which has both its maxima in the first one
+    first, place = column < 256, column % 4
+    row_checks.check_small_terms_after_large_ones(kernels, first & (place == 0), first & (place == 1))
+
+
+@pytest.mark.slow
+def test_cost_to_go(kernels, generator):
+    to_go_checks.check_random_layouts(kernels, generator, 64)
+    to_go_checks.check_long_sequences(kernels, generator)
+
+
+class Operations(TorchDispatchMode):
+    """Names of what torch computes: no views, no uninitialised memory."""
+
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        if not name.startswith(("select", "slice", "view", "empty", "new_empty")):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.slow
+def test_credit_of_a_chunk_takes_few_launches(kernels):
+    credit, lengths = Credit(discount=0.9), torch.tensor([64] * 8)
+    scan = CreditScan(credit, lengths, kernels)
+    statistics, ones = torch.rand(NUM_STATISTICS, 128), torch.ones(128)
+    for number, chunk in enumerate(reverse_chunks(lengths, None, credit, 128)):
+        with Operations() as launched:
+            scan.row_weights(statistics, 0, ones, chunk.rows, chunk)
+        assert launched.names == ["mul", *(["new_zeros"] if number == 0 else []), "index", "mul", "clamp", "stack"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "softcap"), [(torch.float32, None), (torch.bfloat16, 5.0), (torch.float16, None)], ids=str
+)
+@pytest.mark.parametrize(("vocab_size", "cluster_size"), [(3, 1), (131, 1), (131, 2), (131, 8), (4099, 4), (9, 8)])
+def test_cluster_equals_two_passes(kernels, vocab_size, cluster_size, softcap, dtype, generator, monkeypatch):
+    # 131 over 8: the last block holds 12 of 20; 9 over 8: most blocks hold nothing.
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(shared_memory_per_block_optin=0)
+    )
+    logits = row_checks.make_logits(3, vocab_size, generator, "near", padding=-vocab_size % 4)
+    logits.student[2] = float("nan")
+    bias = torch.randn(vocab_size, generator=generator)
+    student, teacher = LogitTransform(bias, softcap, 0.7), LogitTransform(None, None, 1.3)
+    tokens, ce_weight = torch.tensor([0, vocab_size - 1, 1]), torch.tensor([0.3, 1.7, 0.0])
+    arguments = logits, student, teacher, tokens, FORWARD_CE, ce_weight
+    kernel = cuda.RowKernel(0, "two passes")
+    monkeypatch.setattr(cuda, "choose_row_kernel", lambda *_: kernel)
+    expected = torch.full_like(logits.student, float("nan"), dtype=dtype)
+    statistics, _ = kernels.row_stats_grad(*arguments, expected)
+    kernel = cuda.RowKernel(cluster_size, "cluster")
+    exact = torch.full_like(logits.student, float("nan"))
+    assert kernels.row_stats_grad(*arguments, exact)[1] is None
+    in_place = dtype == torch.float32
+    out = logits.student if in_place else torch.full_like(expected, float("nan"))
+    found, lost = kernels.row_stats_grad(*arguments, out)
+    if not in_place:
+        exact_lost = (exact.double() - out.double()).sum(-1)
+        torch.testing.assert_close(lost.double(), exact_lost, rtol=1e-4, atol=1e-6 * float(exact.abs().sum(-1).max()))
+    torch.testing.assert_close(found, statistics, rtol=2e-6, atol=2e-6, equal_nan=True)
+    ulp = torch.finfo(dtype).eps
+    torch.testing.assert_close(out, expected, rtol=2 * ulp, atol=2e-7 + ulp * float(expected.abs().max()))
+
+
+@pytest.mark.slow
+def test_a_cluster_is_not_asked_for_a_cost_that_it_has_not(kernels, generator, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(shared_memory_per_block_optin=0)
+    )
+    monkeypatch.setattr(cuda, "choose_row_kernel", lambda *_: cuda.RowKernel(2, "cluster"))
+    logits, plain = row_checks.make_logits(3, 131, generator), LogitTransform(None, None, 1.0)
+    weights, cost = torch.tensor([0.3, 1.7, 0.0]), row_checks.COSTS["reverse_kl"]
+    statistics = kernels.row_stats(logits, plain, plain, None, cost)
+    expected, out = torch.empty_like(logits.student), torch.empty_like(logits.student)
+    kernels.row_grad(logits, plain, plain, None, statistics, cost, weights, None, expected)
+    found, _ = kernels.row_stats_grad(logits, plain, plain, None, cost, weights, out)
+    assert torch.equal(found, statistics) and torch.equal(out, expected)

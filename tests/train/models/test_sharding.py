@@ -1,0 +1,245 @@
+"""Two processes with a share of the model each: gradients, runs and checkpoints of whole models, in half the memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from peft import AutoPeftModelForCausalLM
+from runs import EXTRA, assert_same, metrics, refused, run_interrupted, run_main, start, trainer, two_steps
+from tiny import byte_tokenizer, llama_config
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+from two_processes import together
+
+from distil_kernels.train import trainer as loop
+from distil_kernels.train.__main__ import main
+from distil_kernels.train.models.sharding import local, shard
+from distil_kernels.train.run.checkpoint import load_state, read_lines, restore_generators
+
+METHODS: dict[str, dict[str, Any]] = {
+    "frozen teacher": {"teacher": "frozen"},
+    "ema teacher, micro-batches of 1": {"teacher": "ema", "micro_batch_prompts": 1},
+    "live teacher, two updates": {"teacher": "live", "updates_per_batch": 2, "micro_batch_prompts": 1},
+    "frozen teacher, two updates": {"teacher": "frozen", "updates_per_batch": 2},
+    "recomputed layers": {"teacher": "frozen", "gradient_checkpointing": True},
+    "recomputed loss": {"teacher": "frozen", "plan": "recompute"},
+    "another model as teacher": {"teacher": "local"},
+    "no teacher": {"teacher": "live", "objective": "policy_gradient"},
+    "adapters, start as teacher": {"teacher": "frozen", "lora_rank": 2},
+    "adapters, ema teacher": {"teacher": "ema", "lora_rank": 2},
+}
+RUN = [*EXTRA, "--prompts_per_step", "4", "--micro_batch_prompts", "1", "--held_out_every", "2"]
+
+
+@pytest.fixture(scope="module")
+def untied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a head of its own, and sizes that two processes cannot halve."""
+    torch.manual_seed(0)
+    directory = tmp_path_factory.mktemp("untied")
+    config = llama_config(tie_word_embeddings=False, vocab_size=261, intermediate_size=47)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def gradients(rank: int, models: Sequence[Path], directory: Path, names: Sequence[str], is_sharded: bool) -> None:
+    for name in names:
+        settings = {"prompts_per_step": 4, "shard": is_sharded, **METHODS[name]}
+        if settings["teacher"] == "local":
+            settings["teacher_model"] = str(models[1])
+        torch.save(two_steps(models[0], directory / f"{name} {rank}", **settings), directory / f"{name} {rank}.pt")
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_gradients_are_those_of_one_process(
+    tiny_model: Path, untied_model: Path, tmp_path: Path, is_tied: bool
+) -> None:
+    alone, two = tmp_path / "alone", tmp_path / "two"
+    alone.mkdir()
+    two.mkdir()
+    models = [tiny_model, untied_model] if is_tied else [untied_model, tiny_model]
+    names = list(METHODS) if is_tied else ["frozen teacher", "another model as teacher", "adapters, ema teacher"]
+    gradients(0, models, alone, names, False)
+    assert together(gradients, models, two, names, True) == [0, 0]
+    for name in names:
+        expected, *found = (torch.load(path / f"{name} {rank}.pt") for path, rank in ((alone, 0), (two, 0), (two, 1)))
+        assert len(expected) == len(found[0]) and expected[0]["gradient"].abs().max() > 0
+        for step, wanted in enumerate(expected):
+            gradient = wanted.pop("gradient")
+            scale = float(gradient.abs().max())
+            for steps in found:
+                own = steps[step].pop("gradient")
+                torch.testing.assert_close(own, gradient, rtol=1e-3, atol=1e-5 * scale, msg=name)
+                assert steps[step] == {key: pytest.approx(wanted[key], rel=1e-4, abs=1e-6) for key in wanted}, name
+
+
+def bfloat16_gradient(rank: int, model: Path, directory: Path, is_sharded: bool) -> None:
+    AcceleratorState._reset_state()  # a process has one precision
+    try:
+        settings = {"prompts_per_step": 4, "precision": "bfloat16", "teacher": "ema", "shard": is_sharded}
+        first, _ = two_steps(model, directory / f"bfloat16 {rank}", **settings)
+    finally:
+        AcceleratorState._reset_state()
+    torch.save(first["gradient"], directory / f"bfloat16 {rank}.pt")
+
+
+def test_products_in_bfloat16_are_as_exact(tiny_model: Path, tmp_path: Path) -> None:
+    alone, two = tmp_path / "alone", tmp_path / "two"
+    alone.mkdir()
+    two.mkdir()
+    exact, _ = two_steps(tiny_model, tmp_path / "exact", prompts_per_step=4, teacher="ema")
+    bfloat16_gradient(0, tiny_model, alone, False)
+    assert together(bfloat16_gradient, tiny_model, two, True) == [0, 0]
+    ours, theirs = ((torch.load(path / "bfloat16 0.pt") - exact["gradient"]).abs().max() for path in (two, alone))
+    assert 0 < ours <= 2 * theirs
+
+
+def run_unevenly(rank: int, arguments: list[str]) -> int:
+    """The second process samples everything twice."""
+    roll_out = loop.roll_out
+
+    def sample(*arguments: Any) -> Any:
+        with torch.random.fork_rng([]):
+            roll_out(*arguments)
+        return roll_out(*arguments)
+
+    if rank == 1:
+        loop.roll_out = sample  # type: ignore[assignment]
+    return main(arguments)
+
+
+@pytest.fixture(scope="module")
+def sharded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps."""
+    runs = tmp_path_factory.mktemp("sharded")
+    assert together(run_unevenly, [*start(tiny_model, runs, "run", 4), *RUN, "--shard"]) == [0, 0]
+    return runs / "run"
+
+
+def test_a_run_and_its_checkpoint_are_those_of_whole_models(sharded: Path, tiny_model: Path, tmp_path: Path) -> None:
+    assert together(run_main, [*start(tiny_model, tmp_path, "run", 4), *RUN]) == [0, 0]
+    whole = tmp_path / "run"
+    rollouts = [read_lines(run / "rollouts.jsonl") for run in (sharded, whole)]
+    assert [record["tokens"] for record in rollouts[0]] == [record["tokens"] for record in rollouts[1]]
+    for found, wanted in zip(metrics(sharded), metrics(whole), strict=True):
+        assert found == {
+            name: pytest.approx(value, rel=1e-3, abs=1e-5) if isinstance(value, float) else value
+            for name, value in wanted.items()
+        }
+    ours, theirs = sharded / "checkpoint", whole / "checkpoint"
+    assert sorted(path.name for path in ours.iterdir()) == sorted(path.name for path in theirs.iterdir())
+    assert (ours / "config.json").read_text() == (theirs / "config.json").read_text()
+    weights = [AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (ours, theirs)]
+    before = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
+    assert all(not torch.equal(value, before[name]) for name, value in weights[0].items())
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
+    states = [load_state(path) for path in (ours, theirs)]
+    for name in ("optimizer", "teacher", "baseline"):
+        torch.testing.assert_close(states[0][name], states[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_an_interrupted_run_resumes_to_the_last_bit(sharded: Path, tiny_model: Path, tmp_path: Path) -> None:
+    arguments = [*start(tiny_model, tmp_path, "run", 4), *RUN, "--shard"]
+    assert together(run_interrupted, arguments, 1) == [130, 130]
+    assert (tmp_path / "run" / "checkpoint").resolve().name == "checkpoint-000002"
+    assert together(run_main, ["--resume", str(tmp_path / "run")]) == [0, 0]
+    assert_same(tmp_path / "run", sharded)
+
+
+def test_one_process_evaluates_it(sharded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(sharded)]) == 0
+    assert '"step": 4' in capsys.readouterr().out
+
+
+def resumed_adapters(rank: int, model: Path, directory: Path) -> None:
+    """One more step after a checkpoint, by who wrote it and by who takes it up."""
+    settings = {"shard": True, "lora_rank": 2, "teacher": "ema", "ema_rate": 0.5, "learning_rate": 1e-2}
+    first, second = (trainer(model, directory / f"{name} {rank}", **settings) for name in ("first", "second"))
+    first.train_step()
+    first.save()
+    step = first.train_step()
+    generators = second.load(directory / "first 0" / "checkpoint")
+    restore_generators(generators[rank])
+    again = second.train_step()
+    assert all(torch.equal(local(a), local(b)) for a, b in zip(first.trained, second.trained, strict=True))
+    states = [run.teacher.state_dict() for run in (first, second)]
+    assert states[0] and all(torch.equal(local(states[0][name]), local(states[1][name])) for name in states[0])
+    assert (step["loss"], step["grad_norm"]) == (again["loss"], again["grad_norm"])
+
+
+def test_adapters_resume_to_the_last_bit(tiny_model: Path, tmp_path: Path) -> None:
+    assert together(resumed_adapters, tiny_model, tmp_path) == [0, 0]
+    saved = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "first 0" / "checkpoint").state_dict()
+    assert any(value.abs().max() > 0 for name, value in saved.items() if "lora_B" in name)
+
+
+def memory(rank: int, model: Path, directory: Path) -> None:
+    """What a process holds: between steps of what kind how much, and in the backward pass which weights."""
+    run = trainer(model, directory / f"{rank}", shard=True, teacher="ema", baseline="none")
+    named = dict(run.student.model.named_parameters())
+    backward, in_backward = run.accelerator.backward, []
+
+    def note(loss: torch.Tensor) -> None:
+        now = dict(run.student.model.named_parameters())
+        in_backward.append({name for name, weight in now.items() if not isinstance(weight, DTensor)})
+        backward(loss)
+
+    run.accelerator.backward = note  # type: ignore[method-assign]
+    gradient_sizes: list[int] = []
+    run.optimizer.optimizer.register_step_pre_hook(
+        lambda *_: gradient_sizes.append(sum(local(weight.grad).numel() for weight in run.trained))
+    )
+    run.train_step()
+    moments = [value for state in run.optimizer.optimizer.state.values() for value in state.values() if value.ndim]
+    held = {
+        "weights": sum(local(weight).numel() for weight in named.values()),
+        "moments": sum(local(value).numel() for value in moments),
+        "teacher": sum(local(value).numel() for value in run.teacher.state_dict().values()),
+        "gradients": gradient_sizes[0],
+        "whole": sum(weight.numel() for weight in named.values()),
+    }
+    gc.collect()
+    alive = {
+        item.untyped_storage().data_ptr(): item.untyped_storage().nbytes()
+        for item in gc.get_objects()
+        if type(item) in (torch.Tensor, torch.nn.Parameter) and item.dtype == torch.float32
+    }
+    torch.save((held, in_backward, sum(alive.values())), directory / f"{rank}.pt")
+
+
+def test_each_holds_half(tiny_model: Path, tmp_path: Path) -> None:
+    assert together(memory, tiny_model, tmp_path) == [0, 0]
+    for rank in range(2):
+        held, in_backward, alive = torch.load(tmp_path / f"{rank}.pt")
+        half = held["whole"] / 2
+        assert [held[name] for name in ("weights", "moments", "teacher", "gradients")] == [half, 2 * half, half, half]
+        # All but what is no layer's: embeddings (the head, here) and the last norm.
+        assert in_backward == [{"model.embed_tokens.weight", "model.norm.weight"}]
+        # No gathered weights are left, of student or teacher.
+        assert 16 * half <= alive < 1.1 * 16 * half
+
+
+def test_unequal_shares_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    main_status, other = together(refused, [*start(tiny_model, tmp_path, "run", 1), "--shard"], tmp_path)
+    assert main_status == 2 and other != 0
+    said = (tmp_path / "0.txt").read_text()
+    assert "[prompts_per_step] with shard all processes take as many: expected a multiple of 2, got 3" in said
+
+
+@pytest.mark.parametrize("reading", ["shared", "packed"])
+def test_several_forwards_are_refused(reading: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--shard", "--reading", reading, "--model", "nowhere"])
+    assert f"expected auto or padded, got {reading}" in capsys.readouterr().err
+
+
+def test_a_model_without_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"\[shard\] Linear has no layers of transformers'"):
+        shard([torch.nn.Linear(2, 2)], Accelerator(cpu=True))

@@ -1,0 +1,59 @@
+"""Rollouts come from the model's own distribution and keep the token that stopped them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import llama_config
+from transformers import AutoModelForCausalLM
+
+from distil_kernels.hf import split
+from distil_kernels.train.models.reading import Reader, reader
+from distil_kernels.train.rollouts.sampling import Sampling, sample
+
+
+@pytest.fixture(scope="module")
+def lm() -> Reader:
+    torch.manual_seed(0)
+    return reader(split(AutoModelForCausalLM.from_config(llama_config(vocab_size=12, eos_token_id=0)).eval()))
+
+
+@pytest.mark.parametrize("reading", ["shared", "padded"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_first_tokens_follow_the_softmax(lm: Reader, reading: str, temperature: float) -> None:
+    # Defaults that a model may bring along, each of which would bend the distribution.
+    lm.model.generation_config.top_k = 2
+    lm.model.generation_config.top_p = 0.5
+    lm.model.generation_config.min_p = 0.3
+    lm.model.generation_config.repetition_penalty = 5.0
+    before = lm.model.generation_config
+    prompts = [[1, 2, 3], [1, 4]]
+    count = 4000
+    torch.manual_seed(1)
+    done = sample(reader(lm, reading), prompts, [0] * count + [1] * count, Sampling(1, [0], temperature)).completions
+    assert lm.model.generation_config is before
+    for index, prompt in enumerate(prompts):
+        drawn = torch.tensor([tokens[0] for tokens in done[index * count : (index + 1) * count]])
+        frequency = torch.bincount(drawn, minlength=12) / count
+        with torch.no_grad():
+            probs = (lm.model(torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1)
+        # Five standard errors of a frequency, plus one draw.
+        assert ((frequency - probs).abs() < 5 * (probs * (1 - probs) / count).sqrt() + 1 / count).all()
+
+
+def test_the_stop_token_is_kept_and_a_cut_rollout_has_none(lm: Reader) -> None:
+    torch.manual_seed(0)
+    stops = {0, 5, 7}
+    done = sample(lm, [[1, 2, 3]], [0] * 200, Sampling(6, sorted(stops))).completions
+    assert any(tokens[-1] not in stops for tokens in done) and any(tokens[-1] in stops for tokens in done)
+    for tokens in done:
+        assert not stops & set(tokens[:-1])
+        assert tokens[-1] in stops or len(tokens) == 6
+    assert {tokens[-1] for tokens in done} >= stops  # not the padding token alone
+
+
+def test_temperature_zero_is_greedy(lm: Reader) -> None:
+    done = sample(lm, [[1, 2, 3]], [0, 0], Sampling(1, [0], temperature=0.0)).completions
+    with torch.no_grad():
+        best = int(lm.model(torch.tensor([[1, 2, 3]])).logits[0, -1].argmax())
+    assert done == [[best], [best]]

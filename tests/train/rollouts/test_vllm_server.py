@@ -1,0 +1,319 @@
+"""Rollouts by a vLLM server: requests, answers and importance weights here; the server itself where there is one.
+
+VLLM_PYTHON names the Python of an environment with vLLM (its own: vLLM pins other versions than ours), which the tests
+then start on a copy of the default model. The answer below is one of vLLM 0.32's, without what is not read.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+import torch
+from runs import metrics, states, train, trainer
+from safetensors.torch import load_file
+from tool_model import STOP, TOKENIZER, caller, ids, lm  # noqa: F401
+from transformers import AutoModelForCausalLM
+
+from distil_kernels.train.__main__ import main
+from distil_kernels.train.batches import sampled_logprobs
+from distil_kernels.train.config import Config
+from distil_kernels.train.models import loading
+from distil_kernels.train.objective import Kept, means
+from distil_kernels.train.rollouts.python_tool import Python, roll_out
+from distil_kernels.train.rollouts.sampling import Draw, Drawn, Sampling, sample
+from distil_kernels.train.rollouts.vllm_server import (
+    RolloutServer,
+    completion,
+    completion_options,
+    write_served,
+    write_weights,
+)
+from distil_kernels.train.run.distributed import ALONE
+from distil_kernels.train.run.health import warnings
+
+LOGPROBS = [
+    -0.38569584488868713, -3.158146619796753, -0.7642336487770081, -0.04155159369111061, -2.5760645866394043,
+    -3.9213552474975586, -2.58018159866333, -1.4139666557312012, -0.9080087542533875, -1.1703078746795654,
+    -0.9893901944160461, -7.0545783042907715,
+]  # fmt: skip
+TOKENS = [216, 40, 28, 216, 41, 41, 41, 41, 41, 41, 28, 933]
+ANSWER = {
+    "id": "cmpl-93fe6498e96c34c2",
+    "object": "text_completion",
+    "choices": [
+        {
+            "index": 0,
+            "text": " 8, 999999, [",
+            "logprobs": {
+                "text_offset": [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11],
+                "token_logprobs": LOGPROBS,
+                "tokens": [" ", "8", ",", " ", "9", "9", "9", "9", "9", "9", ",", " ["],
+            },
+            "finish_reason": "length",
+            "stop_reason": None,
+            "token_ids": TOKENS,
+            "prompt_logprobs": None,
+        }
+    ],
+    "usage": {"prompt_tokens": 20, "total_tokens": 32, "completion_tokens": 12},
+}
+
+
+def test_what_is_asked_for() -> None:
+    """Our distribution and stops, whatever the served model's generation config says."""
+    assert completion_options(Sampling(12, [2, 198], 0.7)) == {
+        "max_tokens": 12, "temperature": 0.7, "stop_token_ids": [2, 198], "ignore_eos": True, "top_p": 1.0, "top_k": 0,
+        "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "logprobs": 0,
+        "return_token_ids": True,
+    }  # fmt: skip
+
+
+def test_what_is_read_of_an_answer() -> None:
+    (choice,) = ANSWER["choices"]  # type: ignore[misc]
+    logprobs = choice["logprobs"]
+    assert completion(ANSWER) == (TOKENS, LOGPROBS)
+    for changed in (
+        {"token_ids": None},
+        {"token_ids": TOKENS[:-1]},
+        {"token_ids": [], "logprobs": {**logprobs, "token_logprobs": []}},
+        {"logprobs": None},
+        {"logprobs": {**logprobs, "token_logprobs": [None] * 12}},
+        {"finish_reason": "abort"},
+    ):
+        assert completion({"choices": [{**choice, **changed}]}) is None
+    assert completion({"choices": [choice, choice]}) is None and completion({"error": "?"}) is None
+
+
+def test_weights_have_the_head_on_its_own(tiny_model: Path, tmp_path: Path) -> None:
+    model, _ = loading.load(str(tiny_model))
+    assert model.config.tie_word_embeddings
+    write_weights(model, tmp_path / "weights")
+    files = load_file(tmp_path / "weights" / "model.safetensors")
+    expected = model.state_dict()
+    assert files.keys() == expected.keys() and "lm_head.weight" in files
+    assert all(torch.equal(files[name], value) for name, value in expected.items())
+    write_served(str(tiny_model), tmp_path / "served")
+    served, tokenizer = loading.load(str(tmp_path / "served"))
+    tokens = torch.tensor([tokenizer("12, 45").input_ids])
+    assert not served.config.tie_word_embeddings
+    assert served.lm_head.weight.data_ptr() != served.model.embed_tokens.weight.data_ptr()
+    torch.testing.assert_close(served(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("objective", ["forward_ce", "policy_gradient"])
+def test_the_gradient_by_definition(tiny_model: Path, tmp_path: Path, objective: str) -> None:
+    """Weighted by the ratio to where the tokens were sampled, from the first update on."""
+    run = trainer(
+        tiny_model, tmp_path / "run", objective=objective, credit_span="none", teacher="frozen", temperature=0.8,
+        importance_clip=1.05, normalize_advantages=False,
+    )  # fmt: skip
+    batch = run.next_batch()
+    run.roll_out(batch)
+    run.seen = batch  # type: ignore[attr-defined]
+    torch.manual_seed(3)
+    apart, weighted, total = [], [], torch.zeros((), dtype=torch.float64)
+    students = iter(states(run))
+    for index, entry in enumerate(batch):
+        entry.feedback = [f._replace(score=float(index + i)) for i, f in enumerate(entry.feedback)]
+        entry.logprobs = []
+        for i, done in enumerate(entry.completions):
+            s = next(students)
+            own = s.gather(1, torch.tensor(done)[:, None])[:, 0]
+            said = own.detach() + 0.2 * torch.randn(len(done))
+            entry.logprobs.append(said.tolist())
+            ratio = (own - said).exp()
+            apart += (own.detach() - said).abs().tolist()
+            weighted += ratio.tolist()
+            if objective == "policy_gradient":
+                advantage = 0.5 if i else -0.5
+                total = total - torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).sum()
+                continue
+            prompt = entry.teacher_prompts[i]
+            with torch.no_grad():
+                t = run.teacher.lm.model(torch.tensor([prompt + done])).logits[0, len(prompt) - 1 : -1]
+                t = t.double().log_softmax(-1)
+            total = total - (ratio.detach().clamp(max=1.05)[:, None] * t.exp() * s).sum()
+    (total / 8).backward()
+    expected = {name: parameter.grad.clone() for name, parameter in run.student.model.named_parameters()}
+    run.student.model.zero_grad()
+    kept = Kept(sampled_logprobs(batch, torch.device("cpu")))
+    _, sums = run.micro_batch(batch, 8.0, {}, kept)
+    assert min(weighted) < 0.8 and max(weighted) > 1.2
+    for name, parameter in run.student.model.named_parameters():
+        scale = float(expected[name].abs().max())
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=2e-3, atol=2e-4 * scale)
+    figures = means([sums, sums])
+    assert figures["mismatch"] == pytest.approx(sum(apart) / len(apart), rel=1e-3)
+    assert figures["mismatch_max"] == pytest.approx(max(apart), rel=1e-3) and "drift" not in figures
+    _, later = run.micro_batch(batch, 8.0, {}, kept)
+    assert "mismatch" not in means([later]) and "drift" in means([later])
+
+
+def test_tokens_that_do_not_count_are_in_no_mismatch(tiny_model: Path, tmp_path: Path) -> None:
+    run = trainer(tiny_model, tmp_path / "run")
+    batch = run.next_batch()
+    run.roll_out(batch)
+    run.seen = batch  # type: ignore[attr-defined]
+    own = iter([s.gather(1, torch.tensor(done)[:, None])[:, 0] for s, done in zip(
+        states(run), [done for entry in batch for done in entry.completions], strict=True)])  # fmt: skip
+    for entry in batch:
+        entry.logprobs = [next(own).tolist() for _ in entry.completions]
+    batch[0].taught[0] = False
+    batch[0].logprobs[0] = [-99.0] * len(batch[0].completions[0])  # type: ignore[index]
+    _, sums = run.micro_batch(batch, 8.0, {}, Kept(sampled_logprobs(batch, torch.device("cpu"))))
+    assert means([sums])["mismatch_max"] < 1e-4
+
+
+def test_log_probs_go_with_their_tokens_through_tool_calls(lm: Any) -> None:  # noqa: F811
+    def draw(*arguments: Any) -> Drawn:
+        """The log-prob of a token is minus its id."""
+        done = sample(lm, *arguments).completions
+        return Drawn(done, [[-float(token) for token in row] for row in done])
+
+    prompts = [ids(f"{letter}:") for letter in "abca"]
+    done = roll_out(draw, prompts, range(4), Sampling(20, STOP, temperature=0.0), Python(TOKENIZER, 2, 3))
+    assert done.logprobs is not None and not all(map(all, done.written))
+    for row in range(4):
+        expected = [-float(t) if own else 0.0 for t, own in zip(done.completions[row], done.written[row], strict=True)]
+        assert done.logprobs[row] == expected
+    assert done.part(slice(1, 3)).logprobs == done.logprobs[1:3]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rollout_url": "localhost:8000"}, r"\[rollout_url\] expected http://HOST:PORT, got 'localhost:8000'"),
+        ({"lora_rank": 4}, r"\[lora_rank\] rollout_url takes 0, got 4"),
+        ({"shard": True}, r"\[shard\] rollout_url takes False, got True"),
+        ({"top_p": 0.9, "off_policy": True}, r"\[top_p\] rollout_url takes 1.0, got 0.9"),
+        ({"top_k": 5, "off_policy": True}, r"\[top_k\] rollout_url takes 0, got 5"),
+    ],
+)
+def test_options_that_do_not_go_together(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config(**{"rollout_url": "http://localhost:8000", **options}).check()
+
+
+@pytest.mark.parametrize(("mismatches", "warned"), [((1e-5, 0.02), True), ((0.02, 0.05), False), ((0.2, 0.2), True)])
+def test_other_weights_are_named(mismatches: tuple[float, float], warned: bool) -> None:
+    records = [{"kind": "step", "mismatch": value} for value in mismatches]
+    found = dict(warnings(records, Config()))
+    assert ("does not have the student's weights" in found.get("server", "")) == warned
+
+
+def test_nobody_answers(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    arguments = ["--model", str(tiny_model), "--runs_dir", str(tmp_path), "--name", "run", "--rollout_url", url]
+    assert main(arguments) == 2
+    assert f"[rollout_url] {url}/v1/models" in capsys.readouterr().err
+
+
+# The server itself.
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    python = os.environ.get("VLLM_PYTHON")
+    if not python:
+        pytest.skip("VLLM_PYTHON names no Python with vLLM")
+    directory = tmp_path_factory.mktemp("served")
+    write_served(loading.SMOLLM2, directory / "model")
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    options = {
+        "model": str(directory / "model"), "port": str(port), "dtype": "float32", "max-model-len": "1100",
+        "logprobs-mode": "processed_logprobs",
+    }  # fmt: skip
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
+    command += [word for name, value in options.items() for word in (f"--{name}", value)]
+    kind = {
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    with (directory / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **kind})
+    url = f"http://127.0.0.1:{port}"
+    while not answers(url):
+        assert process.poll() is None, (directory / "log").read_text()[-3000:]
+        time.sleep(1)
+    yield url
+    process.terminate()
+    process.wait()
+
+
+def answers(url: str) -> bool:
+    try:
+        return urlopen(f"{url}/health", timeout=5).status == 200
+    except (URLError, OSError):
+        return False
+
+
+def draws(server: str, directory: Path, model: Any, **settings: Any) -> Draw:
+    config = Config(rollout_url=server, **settings)
+    config.check()
+    return RolloutServer(config, config.max_new_tokens, directory, ALONE).with_weights(model)
+
+
+@torch.no_grad()
+def apart(model: Any, prompt: list[int], drawn: Drawn, temperature: float) -> float:
+    """The largest |log-prob difference| between the server and the model."""
+    largest = 0.0
+    for done, said in zip(drawn.completions, drawn.logprobs or [], strict=True):
+        logits = model(torch.tensor([prompt + done])).logits[0, len(prompt) - 1 : -1] / temperature
+        own = logits.log_softmax(-1).gather(1, torch.tensor(done)[:, None])[:, 0]
+        largest = max(largest, float((own - torch.tensor(said)).abs().max()))
+    return largest
+
+
+def test_what_the_server_samples(server: str, tmp_path: Path) -> None:
+    """From the weights that it was given last, every one of them; its log-probs are those of the temperature."""
+    model, tokenizer = loading.load(loading.SMOLLM2)
+    prompt, stops = tokenizer("Q: 12, 45, 78, 33\nA:").input_ids, [tokenizer.eos_token_id, 198]
+    sampling = Sampling(12, stops, 0.7)
+    draw = draws(server, tmp_path, model, temperature=0.7)
+    torch.manual_seed(0)
+    first = draw([[1], prompt], [1] * 6, sampling, None)
+    assert apart(model, prompt, first, 0.7) < 1e-3 and len(set(map(tuple, first.completions))) > 2
+    for done in first.completions:
+        assert done[-1] in stops or len(done) == 12
+        assert not set(done[:-1]) & set(stops)
+    torch.manual_seed(0)
+    assert draw([prompt], [0] * 6, sampling, None).completions == first.completions
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01).add_(0.05 * parameter.std() * torch.randn_like(parameter))
+    assert apart(model, prompt, draw([prompt], [0] * 6, sampling, None), 0.7) > 0.1
+    draw = draws(server, tmp_path, model, temperature=0.7)
+    assert apart(model, prompt, draw([prompt], [0] * 6, sampling, None), 0.7) < 1e-3
+    assert not list(tmp_path.iterdir())
+    short = draw([prompt], [0] * 6, sampling, lambda tokens: len(tokens) == 2)
+    assert all(len(done) <= 2 for done in short.completions)
+    with pytest.raises(ValueError, match=r"\[rollout_url\] .* takes 1100 tokens, expected .* 1112"):
+        draws(server, tmp_path, model, max_prompt_tokens=1100)
+
+
+@pytest.mark.parametrize("objective", ["forward_ce", "policy_gradient"])
+def test_two_steps(server: str, tmp_path: Path, objective: str) -> None:
+    extra = ["--rollout_url", server, "--objective", objective, "--learning_rate", "1e-4", "--eval_problems", "2"]
+    directory = train(Path(loading.SMOLLM2), tmp_path, "run", *extra, steps=2)
+    steps = [record for record in metrics(directory) if record["kind"] == "step"]
+    assert len(steps) == 2 and all(0 < record["mismatch"] <= record["mismatch_max"] < 1e-3 for record in steps)
+    assert all(math.isfinite(record["loss"]) for record in steps)
+    assert main(["--resume", str(directory), "--steps", "3"]) == 0
+    assert [r["mismatch"] < 1e-3 for r in metrics(directory) if r["kind"] == "step"] == [True] * 3
+    assert AutoModelForCausalLM.from_pretrained(directory / "checkpoint").config.tie_word_embeddings

@@ -1,0 +1,144 @@
+"""Runs of a tiny model, whole and step by step, which many tests begin with."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from distil_kernels.train.__main__ import main
+from distil_kernels.train.config import Config
+from distil_kernels.train.models.sharding import full
+from distil_kernels.train.rollouts.python_tool import Rollouts
+from distil_kernels.train.run.checkpoint import load_state, read_lines
+from distil_kernels.train.trainer import Trainer
+
+QUICK = [
+    "--prompts_per_step", "3", "--rollouts_per_prompt", "2", "--max_new_tokens", "4", "--num_examples", "1",
+    "--eval_problems", "4", "--eval_every", "2", "--learning_rate", "1e-3", "--warmup_steps", "1", "--cost", "ce",
+]  # fmt: skip
+
+
+TIMES = ("seconds", "tokens_per_second")
+
+
+def train(model: Path, runs: Path, name: str, *extra: str, steps: int = 3) -> Path:
+    status = main(
+        ["--model", str(model), "--runs_dir", str(runs), "--name", name, "--steps", str(steps), *QUICK, *extra]
+    )
+    assert status == 0
+    return runs / name
+
+
+def metrics(directory: Path) -> list[dict[str, object]]:
+    """Records without what the clock says."""
+    records = read_lines(directory / "metrics.jsonl")
+    return [{key: value for key, value in record.items() if not key.startswith(TIMES)} for record in records]
+
+
+def trainer(model: Path, directory: Path, **changes: object) -> Trainer:
+    directory.mkdir()
+    settings = {
+        "model": str(model), "prompts_per_step": 4, "rollouts_per_prompt": 2, "max_new_tokens": 4, "num_examples": 1,
+        "eval_problems": 2, "cost": "ce", **changes,
+    }  # fmt: skip
+    return Trainer(Config(**settings), directory, Console(quiet=True))
+
+
+def written(*completions: list[int]) -> Rollouts:
+    """Without a tool."""
+    return Rollouts(list(completions), [[True] * len(tokens) for tokens in completions])
+
+
+def assert_equal(ours: Any, theirs: Any) -> None:
+    """Of nested states, tensors to the last bit."""
+    assert type(ours) is type(theirs)
+    if isinstance(theirs, torch.Tensor):
+        assert torch.equal(ours, theirs)
+    elif isinstance(theirs, dict):
+        assert_equal(list(ours), list(theirs))
+        assert_equal(list(ours.values()), list(theirs.values()))
+    elif isinstance(theirs, (list, tuple)):
+        assert len(ours) == len(theirs)
+        for our, their in zip(ours, theirs, strict=True):
+            assert_equal(our, their)
+    else:
+        assert ours == theirs
+
+
+EXTRA = ["--teacher", "ema", "--ema_rate", "0.3", "--baseline", "moving_average", "--eval_problems", "3"]
+
+
+def start(model: Path, runs: Path, name: str, steps: int) -> list[str]:
+    return ["--model", str(model), "--runs_dir", str(runs), "--name", name, "--steps", str(steps), *QUICK, *EXTRA]
+
+
+def run_main(rank: int, arguments: list[str]) -> int:
+    return main(arguments)
+
+
+def refused(rank: int, arguments: list[str], directory: Path) -> int:
+    with (directory / f"{rank}.txt").open("w") as file, redirect_stderr(file):
+        return main(arguments)
+
+
+def run_interrupted(rank: int, arguments: list[str], interrupted: int) -> int:
+    """Ctrl-C reaches one of the processes, in its second step."""
+    take_step = Trainer.train_step
+
+    def step(self: Trainer) -> dict[str, object]:
+        if self.step == 1 and rank == interrupted:
+            os.kill(os.getpid(), signal.SIGINT)
+        return take_step(self)
+
+    Trainer.train_step = step  # type: ignore[method-assign]
+    return main(arguments)
+
+
+def assert_same(ours: Path, theirs: Path) -> None:
+    assert metrics(ours) == metrics(theirs)
+    assert read_lines(ours / "rollouts.jsonl") == read_lines(theirs / "rollouts.jsonl")
+    files = [run / "checkpoint" / "model.safetensors" for run in (ours, theirs)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert_equal(load_state(ours / "checkpoint"), load_state(theirs / "checkpoint"))
+
+
+def two_steps(model: Path, directory: Path, prompts_per_step: int = 5, **settings: Any) -> list[dict[str, Any]]:
+    """Records of two steps that leave the weights alone, each with its last gradient."""
+    settings |= {"prompts_per_step": prompts_per_step, "learning_rate": 0.0, "weight_decay": 0.0, "max_grad_norm": 1e9}
+    run = trainer(model, directory, **settings)
+
+    def roll_out(batch: Any, *_: Any) -> None:
+        for entry in batch:
+            a, b, c = entry.prompt[-9:-6]
+            run.answered([entry], [written([a, b, c, 40][: 1 + a % 4], [21, c])])
+            first, second = entry.feedback
+            entry.feedback = [first._replace(score=a / 300), second._replace(score=b / 300)]
+
+    run.roll_out = roll_out  # type: ignore[method-assign]
+    gradients: list[torch.Tensor] = []
+    run.optimizer.optimizer.register_step_pre_hook(
+        lambda *_: gradients.append(torch.cat([full(parameter.grad).flatten() for parameter in run.trained]))
+    )
+    records = [run.train_step() for _ in range(2)]
+    updates = run.config.updates_per_batch
+    names = ("loss", "accuracy", "ce", "kl", "entropy", "length", "grad_norm", "equal_groups", "teacher_prefers_right")
+    return [
+        {**{name: record[name] for name in names if record.get(name) is not None}, "gradient": gradient}
+        for record, gradient in zip(records, gradients[updates - 1 :: updates], strict=True)
+    ]
+
+
+def states(run: Trainer) -> list[torch.Tensor]:
+    """Log-probs [T, V] of the student for each completion of the last batch, by the model's own head."""
+    found = []
+    for entry in run.seen:  # type: ignore[attr-defined]
+        for done in entry.completions:
+            logits = run.student.model(torch.tensor([entry.prompt + done])).logits[0, len(entry.prompt) - 1 : -1]
+            found.append((logits / run.config.temperature).double().log_softmax(-1))
+    return found
