@@ -1,5 +1,5 @@
 # make train   set everything up and run the main job
-# make test    set everything up and run the tests
+# make test    set everything up and run the tests that one runs all day; make test-all runs every test
 #
 # PYTHON is the interpreter that a virtual environment is made from. If it has torch (a CUDA build, say), the
 # environment uses that torch and never replaces it; else it gets TORCH from the package index.
@@ -11,13 +11,17 @@ ARGS ?=
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc python -type f)
 
-.PHONY: train test bench theory compare lint format clean
+.PHONY: train test test-all bench theory compare lint format clean
 
 train: $(VENV)/train
 	$(BIN)/python -m distil_kernels.train $(ARGS)
 
 test: $(VENV)/dev
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(VENV)/dev
 	$(BIN)/python -m pytest $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted tests/gpu $(ARGS)
 
 bench: $(VENV)/train
 	$(BIN)/python bench/run.py $(ARGS)

@@ -1,11 +1,12 @@
-"""Back end `triton` without a GPU: its tests in Triton's interpreter, its choices, and what it says elsewhere."""
+"""Back end `triton` without a GPU: what it compiles, its choices, and what it says elsewhere.
+
+Its kernels run in Triton's interpreter, in a session of their own: tests/interpreted.
+"""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,19 +14,6 @@ import torch
 from distil_kernels.backends import Cost, LogitPair, LogitTransform, Statistic
 from distil_kernels.backends import triton as backend
 from distil_kernels.backends.dispatch import choose_backend
-
-TESTS = Path(__file__).parents[1]
-
-
-@pytest.mark.slow
-def test_in_the_interpreter(request):
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", str(TESTS / "interpreted"), str(TESTS / "gpu"),
-               "--seed", str(request.config.option.seed)]  # fmt: skip
-    run = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
 """On a GPU; where there is none, on an emulated one (tests/emulated/gpu.py): the kernels of back end `cuda` by their
-emulator, or with TRITON_INTERPRET=1 those of `triton` in its interpreter (tests/test_triton.py sees to it). There they
+emulator, or with TRITON_INTERPRET=1 those of `triton` in its interpreter (`make test-all` runs both). There they
 show the way to the kernels, not the hardware. `bench/gpu/check.py` runs them on a GPU, and more."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""These tests need Triton's interpreter, which Triton turns on when it is imported: tests/test_triton.py runs this
-folder in a process of its own. By hand: TRITON_INTERPRET=1 pytest tests/interpreted"""
+"""These tests need Triton's interpreter, which Triton turns on when it is imported. They are a session of their own, the
+second part of `make test-all`: TRITON_INTERPRET=1 pytest tests/interpreted tests/gpu"""
 
 from __future__ import annotations
 
