@@ -184,7 +184,7 @@ def main(name: str = "HuggingFaceTB/SmolLM2-135M-Instruct") -> None:
         ]
         print(f"step {step:2d}  loss {float(loss.loss.detach()):.3f}  accuracy {sum(right) / len(right):.2f}")
 
-    print(f"after: {accuracy(model, tokenizer, held_out, examples, stop_ids):.2f} of {len(held_out)} held-out problems")
+    print(f"held-out accuracy after: {accuracy(model, tokenizer, held_out, examples, stop_ids):.2f}")
 
 
 if __name__ == "__main__":
