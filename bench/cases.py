@@ -163,9 +163,10 @@ def _random_inputs(case: Case, regime: str, generator: torch.Generator) -> Input
 def _smollm2_inputs(case: Case, regime: str, generator: torch.Generator) -> Inputs:
     from pydoc_data.topics import topics
 
-    from distil_kernels.train.models.loading import SMOLLM2, load
+    from distil_kernels.train.models import smollm2
+    from distil_kernels.train.models.loading import load
 
-    model, tokenizer = load(SMOLLM2)
+    model, tokenizer = load(smollm2.NAME)
     parts = split(model, check=False)
     num_windows = -(-case.num_rows // SEQUENCE_ROWS)
     text = "\n\n".join(topics[name] for name in sorted(topics))[: 12 * SEQUENCE_ROWS * num_windows]

@@ -12,7 +12,7 @@ from pathlib import Path
 from distil_kernels.train import commands
 from distil_kernels.train.command_line import from_file, parse, resolved
 from distil_kernels.train.config import Config
-from distil_kernels.train.run import checkpoint
+from distil_kernels.train.run import directory as run_directory
 
 
 def main(arguments: list[str]) -> int:
@@ -65,9 +65,9 @@ def _train(arguments: list[str]) -> commands.Work:
     if resumes:
         trainer.resume()
         if "steps" in given and _is_main():
-            checkpoint.write_text(directory / "config.json", config.to_json())
+            run_directory.write_text(directory / "config.json", config.to_json())
     elif _is_main():
-        checkpoint.make(directory, config.to_json(), config.overwrite)
+        run_directory.make(directory, config.to_json(), config.overwrite)
     return lambda: 0 if trainer.run() else 130
 
 
@@ -82,7 +82,7 @@ def _new_directory(config: Config) -> Path:
     directory = Path(config.runs_dir) / name
     if directory.exists() and not config.overwrite:
         raise ValueError(f"[name] {directory} exists: choose another --name, --resume {directory}, or --overwrite")
-    if directory.exists() and not commands.is_run(directory):
+    if directory.exists() and not run_directory.is_run(directory):
         raise ValueError(f"[overwrite] {directory} is no run directory: remove it, or choose another --name")
     return directory
 

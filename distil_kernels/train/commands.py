@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -17,7 +16,8 @@ from rich.table import Table
 
 from distil_kernels.train.command_line import Parser, from_file, option_parser, read_options
 from distil_kernels.train.config import Config
-from distil_kernels.train.run.checkpoint import json_line, newest_whole, read_lines, with_nan, write_text
+from distil_kernels.train.run.checkpoint import newest_undamaged
+from distil_kernels.train.run.directory import is_run, json_line, read_lines, with_nan, write_text
 
 if TYPE_CHECKING:
     from distil_kernels.train.trainer import Trainer
@@ -49,7 +49,7 @@ def evaluate(arguments: list[str]) -> Work:
         extra = sorted(given - EVAL_OPTIONS)
         if extra:
             raise ValueError(f"[eval] a run keeps its settings: expected {sorted(EVAL_OPTIONS)}, got --{extra[0]}")
-        path = newest_whole(Path(target), lambda text: print(text, file=sys.stderr))
+        path = newest_undamaged(Path(target), lambda text: print(text, file=sys.stderr))
         if path is None:
             raise ValueError(f"[eval] {target} has no checkpoint yet")
         trained = dataclasses.replace(_config(Path(target)), **{name: getattr(config, name) for name in given})
@@ -130,14 +130,6 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
     parser = Parser(prog=f"{PROG} {command}", description=description, allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", help="run directory")
     return parser
-
-
-def is_run(directory: Path) -> bool:
-    """Whether this is a run's directory; a model's has a config.json too, of another kind."""
-    try:
-        return "rollouts_per_prompt" in json.loads((directory / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
 
 
 def _run_directory(name: str) -> Path:

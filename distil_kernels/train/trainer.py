@@ -38,15 +38,17 @@ from distil_kernels.train.feedback.kinds import Prompts, verifier
 from distil_kernels.train.feedback.self_evaluation import Critic
 from distil_kernels.train.feedback.siblings import Say, as_verified, from_siblings
 from distil_kernels.train.models import loading
+from distil_kernels.train.models.activation_checkpointing import checkpoint_layers
+from distil_kernels.train.models.lora import with_adapters
 from distil_kernels.train.models.reading import reader
 from distil_kernels.train.models.sharding import (
-    full,
     full_weights,
+    gather_full,
     shard,
     share_out_moments,
-    take_apart,
-    whole,
-    whole_heads,
+    split_sharded,
+    unsharded,
+    unsharded_heads,
 )
 from distil_kernels.train.objective import Kept, Sums, distil_loss, means, policy_loss
 from distil_kernels.train.report import console
@@ -54,9 +56,11 @@ from distil_kernels.train.rollouts.python_tool import Python, Rollouts, roll_out
 from distil_kernels.train.rollouts.sampling import Draw, Sampling, sample
 from distil_kernels.train.rollouts.vllm_server import RolloutServer
 from distil_kernels.train.run import checkpoint, trackers
+from distil_kernels.train.run.accelerator import check_backend, make_accelerator
+from distil_kernels.train.run.directory import drop_after, last_evaluation, remove_leftovers
 from distil_kernels.train.run.distributed import Processes
 from distil_kernels.train.run.interrupt import Interrupt
-from distil_kernels.train.run.log import Journal
+from distil_kernels.train.run.log import RunLog
 from distil_kernels.train.tasks import answered_problems, held_out_problems, make_task
 from distil_kernels.train.teachers.local import Teacher, other_model
 from distil_kernels.train.teachers.remote import RemoteTeacher
@@ -70,18 +74,18 @@ class Trainer:
 
     def __init__(self, config: Config, directory: Path, console: Console) -> None:
         self.config, self.console = config, console
-        self.accelerator = trackers.accelerator(config, directory)
+        self.accelerator = make_accelerator(config, directory)
         self.processes = Processes.of(self.accelerator, config)
         self.directory = self.processes.from_main(directory)
         self.task, self.verify = make_task(config.task, config.seed), verifier(config.feedback)
-        loading.check_backend(config.backend, self.accelerator)
+        check_backend(config.backend, self.accelerator)
         set_seed(config.seed)
         model, self.tokenizer = loading.load(config.model)
         loading.use_flash_attention(model, self.accelerator.device, self.accelerator.mixed_precision)
         # A checkpoint of adapters, and one without its frozen teacher, says nothing of the weights it started from.
         self.start = checkpoint.fingerprint(model) if config.teacher == "frozen" or config.lora_rank else []
         if config.lora_rank:
-            model = loading.with_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets)
+            model = with_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets)
         is_sharded = config.shard and self.processes.count > 1
         other = other_model(config, model, self.tokenizer, self.accelerator, is_sharded)
         self.start += checkpoint.fingerprint(other) if config.teacher == "local" else []
@@ -95,8 +99,8 @@ class Trainer:
         self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         # autocast: the prepared model's own forward has it, and flash-attn's kernels need it.
-        with whole(model), self.accelerator.autocast():
-            parts = take_apart(self.accelerator.unwrap_model(self.model))
+        with unsharded(model), self.accelerator.autocast():
+            parts = split_sharded(self.accelerator.unwrap_model(self.model))
             self.student = reader(parts, config.reading, config.gradient_checkpointing, is_sharded)
         head = self.student.weight
         self.teacher: Teacher | RemoteTeacher
@@ -106,7 +110,7 @@ class Trainer:
             with self.accelerator.autocast():
                 self.teacher = Teacher(self.student, config.teacher, config.ema_rate, other, config.reading)
         if config.gradient_checkpointing:
-            loading.checkpoint_layers(self.student.model)
+            checkpoint_layers(self.student.model)
         self.tool = None
         if config.tools == "python":
             self.tool = Python(self.tokenizer, config.max_tool_calls, config.max_tool_tokens)
@@ -141,10 +145,10 @@ class Trainer:
         self.step = 0
         self.lost = 0  # last steps in a row with a gradient that was not finite
         self.evaluated = self.saved = -1  # step of the last evaluation, of the last checkpoint
-        self.journal = Journal(config, self.directory, console, self.accelerator)
+        self.log = RunLog(config, self.directory, console, self.accelerator)
         if len(worked) < config.num_examples:
             shown = f"{len(worked)} of {config.num_examples} worked examples"
-            self.journal.say(f"note: {shown}: no other problem comes with an answer")
+            self.log.print(f"note: {shown}: no other problem comes with an answer")
         if not self.processes.is_main:  # the model, with new adapters, is the same; what is sampled from it is not
             set_seed(self.processes.seed(config.seed))
 
@@ -177,7 +181,7 @@ class Trainer:
         with self.accelerator.autocast():
             if config.objective != "policy_gradient" and taught is None:
                 texts, text_rows = unique([prompt for entry in batch for prompt in entry.teacher_prompts])
-                with _timed(seconds, "teacher"), whole(*self.teacher.models):
+                with _timed(seconds, "teacher"), unsharded(*self.teacher.models):
                     taught = self.teacher.at_states(texts, text_rows, completions, counts)
                 kept.taught = taught if config.updates_per_batch > 1 and not self.teacher.moves else None
             with _timed(seconds, "student"):
@@ -213,12 +217,12 @@ class Trainer:
 
         Where that is not finite, in all processes alike, no step is taken.
         """
-        with whole_heads(*self.teacher.models):
+        with unsharded_heads(*self.teacher.models):
             found = [self.micro_batch(batch, normalizer, seconds, kept) for batch, kept in parts]
         with _timed(seconds, "exchange"):  # and waiting for the others
             self.processes.sum_gradients(self.trained)
         with _timed(seconds, "optimizer"):
-            grad_norm = float(full(self.accelerator.clip_grad_norm_(self.trained, self.config.max_grad_norm)))
+            grad_norm = float(gather_full(self.accelerator.clip_grad_norm_(self.trained, self.config.max_grad_norm)))
             if math.isfinite(grad_norm):
                 self.optimizer.step()
                 self.teacher.follow()
@@ -238,7 +242,7 @@ class Trainer:
         if self.server:
             with _timed(seconds, "weights"):
                 draw = self.server.with_weights(self.student.model)
-        with _timed(seconds, "rollout"), self.accelerator.autocast(), whole(self.student.model):
+        with _timed(seconds, "rollout"), self.accelerator.autocast(), unsharded(self.student.model):
             self.roll_out(own, draw)
         normalizer = float(len(batch) * self.config.rollouts_per_prompt)
         size = self.config.micro_batch_prompts or len(own)
@@ -281,9 +285,9 @@ class Trainer:
             "seconds": elapsed,
             **{f"seconds_{phase}": spent for phase, spent in seconds.items()},
         }
-        if num_lost and not any(record.get("not_finite") for record in self.journal.records):
-            self.journal.say(f"warning: the gradient of step {self.step} is not finite: it is left out (not_finite)")
-        self.journal.add(record, rollout_records("training", self.step, batch, self.prompts))
+        if num_lost and not any(record.get("not_finite") for record in self.log.records):
+            self.log.print(f"warning: the gradient of step {self.step} is not finite: it is left out (not_finite)")
+        self.log.add(record, rollout_records("training", self.step, batch, self.prompts))
         if self.lost == MOST_LOST:
             raise self._diverged(f"the gradient of {MOST_LOST} steps in a row was not finite")
         return record
@@ -298,7 +302,7 @@ class Trainer:
         """Of held-out problems' right answers, now; None where this step's change is not asked for."""
         if not self.config.held_out_every or (self.step + 1) % self.config.held_out_every:
             return None
-        with _timed(seconds, "held_out"), self.accelerator.autocast(), whole(self.student.model):
+        with _timed(seconds, "held_out"), self.accelerator.autocast(), unsharded(self.student.model):
             return held_out_logprob.right_logprob(
                 self.student, self.evaluate.student_prompts, self.prompts, self.config
             )
@@ -309,7 +313,7 @@ class Trainer:
         """Trains to `config.steps`. Returns whether it got there; the directory is complete either way."""
         config = self.config
         for remark in config.remarks():
-            self.journal.say(f"note: {remark}")
+            self.log.print(f"note: {remark}")
         trackers.start(self.accelerator, config, self.directory)
         with Interrupt(self.console) as interrupt, console.progress_bar(self.console) as bar:
             shown = bar.add_task(config.task, total=config.steps, completed=self.step, rate="")
@@ -327,9 +331,9 @@ class Trainer:
                 self.console.print(console.step_line(record), highlight=False)
             if self.processes.is_main:
                 about = f"{config.task}, {config.objective}, {config.teacher} teacher"
-                console.plot(self.journal.records, self.directory / "plot.png", about)
+                console.plot(self.log.records, self.directory / "plot.png", about)
         self.accelerator.end_training()
-        evaluations = [record for record in self.journal.records if record["kind"] == "evaluation"]
+        evaluations = [record for record in self.log.records if record["kind"] == "evaluation"]
         if evaluations:
             self.console.print(console.final_table(evaluations))
         self.console.print(f"run directory: {self.directory}", highlight=False)
@@ -342,12 +346,12 @@ class Trainer:
 
     def _evaluate(self, interrupt: Interrupt) -> None:
         began = time.perf_counter()
-        with self.accelerator.autocast(), whole(self.student.model, *self.teacher.models):
+        with self.accelerator.autocast(), unsharded(self.student.model, *self.teacher.models):
             result: Evaluation | None = self.evaluate(self.student, self.teacher, lambda: interrupt.requested)
             seconds = time.perf_counter() - began
             shown = self._samples() if result is not None and self.processes.is_main else []
         if result is not None:
-            self.journal.add({"kind": "evaluation", "step": self.step, **asdict(result), "seconds": seconds}, shown)
+            self.log.add({"kind": "evaluation", "step": self.step, **asdict(result), "seconds": seconds}, shown)
             self.evaluated = self.step
             self.console.print(console.evaluation_line(self.step, result), style="bold", highlight=False)
 
@@ -383,7 +387,7 @@ class Trainer:
         main, model = self.processes.is_main, self.student.model
         state = {
             "step": self.step, "start": self.start,
-            **full({name: part.state_dict() for name, part in self._stateful.items()}, main),
+            **gather_full({name: part.state_dict() for name, part in self._stateful.items()}, main),
             "generators": self.processes.gather([checkpoint.generator_states()]),
         }  # fmt: skip
         weights = full_weights(model, main)
@@ -400,10 +404,10 @@ class Trainer:
         """
         main = self.processes.is_main
         if main:
-            checkpoint.remove_leftovers(self.directory)
-        path = self.processes.from_main(checkpoint.newest_whole(self.directory, self.journal.say) if main else None)
+            remove_leftovers(self.directory)
+        path = self.processes.from_main(checkpoint.newest_undamaged(self.directory, self.log.print) if main else None)
         if path is None:
-            self.journal.say(f"{self.directory} has no checkpoint yet: starting from step 0")
+            self.log.print(f"{self.directory} has no checkpoint yet: starting from step 0")
         else:
             generators = self.load(path)
             if len(generators) != self.processes.count:
@@ -413,12 +417,12 @@ class Trainer:
                 )
             checkpoint.restore_generators(generators[self.processes.index])
             if main:
-                checkpoint.point_to(path)
-            self.journal.say(f"resuming from {path}")
+                checkpoint.link_to(path)
+            self.log.print(f"resuming from {path}")
         # Without a checkpoint `saved` is -1 and nothing is kept.
-        kept = checkpoint.drop_after(self.directory, self.saved) if main else []
-        self.journal.records = self.processes.from_main(kept)
-        self.evaluated = checkpoint.last_evaluation(self.journal.records)
+        kept = drop_after(self.directory, self.saved) if main else []
+        self.log.records = self.processes.from_main(kept)
+        self.evaluated = last_evaluation(self.log.records)
 
     def load(self, path: Path) -> list[dict[str, Any]]:
         """Takes up a checkpoint directory but for its generators' states, which it returns, and changes no file."""

@@ -65,7 +65,7 @@ def shard(models: Sequence[Any], accelerator: Accelerator) -> None:
 
 
 @contextmanager
-def whole(*models: nn.Module) -> Iterator[None]:
+def unsharded(*models: nn.Module) -> Iterator[None]:
     """In it, this process has all weights of these models, and reads them without the others; not for gradients.
 
     For an unsharded model, and for parts that are whole already, it does nothing.
@@ -85,7 +85,7 @@ def whole(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def whole_heads(*models: nn.Module) -> Iterator[None]:
+def unsharded_heads(*models: nn.Module) -> Iterator[None]:
     """In it, this process has all of the heads' weights, and the embeddings'."""
     opened = [model for model in models if isinstance(model, FSDPModule)]
     for model in opened:
@@ -97,7 +97,7 @@ def whole_heads(*models: nn.Module) -> Iterator[None]:
             model.reset_iter_state()
 
 
-def take_apart(model: nn.Module, check: bool = True) -> CausalLM:
+def split_sharded(model: nn.Module, check: bool = True) -> CausalLM:
     """`split`, to be called in `whole`.
 
     A sharded model's `weight` and `bias` have their values there, in `whole_heads`, and from a forward to its backward.
@@ -119,16 +119,16 @@ class _Body:
 
 
 @torch.no_grad()
-def full(value: Any, keeps: bool = True) -> Any:
+def gather_full(value: Any, keeps: bool = True) -> Any:
     """Whole tensors on the CPU in the place of shared ones, in nested dicts and lists; to be called by all processes.
 
     Args:
         keeps: else None takes a tensor's place: for processes that help but do not need them.
     """
     if isinstance(value, dict):
-        return {name: full(item, keeps) for name, item in value.items()}
+        return {name: gather_full(item, keeps) for name, item in value.items()}
     if isinstance(value, list):
-        return [full(item, keeps) for item in value]
+        return [gather_full(item, keeps) for item in value]
     if not isinstance(value, DTensor):
         return value
     tensor: Tensor = value.full_tensor()
@@ -140,11 +140,11 @@ def full_weights(model: nn.Module, keeps: bool = True) -> dict[str, Any] | None:
     if not isinstance(model, FSDPModule):
         return None
     named = model.state_dict(keep_vars=True)
-    values = full({id(weight): weight for weight in named.values()}, keeps)  # a tied one once
+    values = gather_full({id(weight): weight for weight in named.values()}, keeps)  # a tied one once
     return {name: values[id(weight)] for name, weight in named.items()}
 
 
-def like(shared: Tensor, value: Tensor) -> Tensor:
+def shard_like(shared: Tensor, value: Tensor) -> Tensor:
     """The whole tensor `value` shared out as `shared` is."""
     if not isinstance(shared, DTensor):
         return value
@@ -155,13 +155,13 @@ def like(shared: Tensor, value: Tensor) -> Tensor:
 def share_out_moments(state: dict[str, Any], trained: Sequence[nn.Parameter]) -> dict[str, Any]:
     """An optimiser's whole state for its shared parameters."""
     shared = {
-        index: {name: like(trained[index], value) if value.ndim else value for name, value in own.items()}
+        index: {name: shard_like(trained[index], value) if value.ndim else value for name, value in own.items()}
         for index, own in state["state"].items()
     }
     return {**state, "state": shared}
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """This process's share."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -170,7 +170,7 @@ def _share_out(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any
     """Before a module loads whole tensors."""
     for name, parameter in module.named_parameters(prefix.removesuffix("."), recurse=False):
         if name in state:
-            state[name] = like(parameter, state[name])
+            state[name] = shard_like(parameter, state[name])
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

@@ -39,7 +39,7 @@ from distil_kernels.train.config import Config
 from distil_kernels.train.models import loading
 from distil_kernels.train.rollouts.http_endpoint import Endpoint
 from distil_kernels.train.rollouts.sampling import Draw, Drawn, Ends, Sampling, until_stop
-from distil_kernels.train.run.checkpoint import WriteError
+from distil_kernels.train.run.directory import WriteError
 from distil_kernels.train.run.distributed import Processes
 from distil_kernels.train.teachers.remote import seeds
 

@@ -8,18 +8,18 @@ from rich.console import Console
 
 
 class Interrupt:
-    """Turns the first Ctrl-C into a request; the second one is Python's own."""
+    """A context in which the first Ctrl-C sets `requested`; the second one raises KeyboardInterrupt as usual."""
 
     def __init__(self, console: Console) -> None:
         self.requested = False
         self._console = console
 
     def __enter__(self) -> Interrupt:
-        self._before = signal.signal(signal.SIGINT, self._on_signal)
+        self._previous_handler = signal.signal(signal.SIGINT, self._on_signal)
         return self
 
     def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        signal.signal(signal.SIGINT, self._previous_handler)
 
     def _on_signal(self, number: int, frame: object) -> None:
         self.requested = True

@@ -28,7 +28,7 @@ from distil_kernels.hf import CausalLM
 from distil_kernels.train.config import Config
 from distil_kernels.train.models import loading
 from distil_kernels.train.models.reading import Reader, reader
-from distil_kernels.train.models.sharding import like, local, take_apart, whole
+from distil_kernels.train.models.sharding import local_shard, shard_like, split_sharded, unsharded
 from distil_kernels.train.rollouts.python_tool import Python, Rollouts, roll_out
 from distil_kernels.train.rollouts.sampling import Sampling, sample
 
@@ -60,12 +60,12 @@ class Teacher:
         elif kind == "local":
             assert other is not None
             other = other.requires_grad_(False).eval().to(student.weight.device)
-            with whole(other):
-                self.lm = reader(_with_head_like(take_apart(other), student), reading)
+            with unsharded(other):
+                self.lm = reader(_with_head_like(split_sharded(other), student), reading)
         else:
             start = other or copied(student.model)
-            with whole(start):
-                self.lm = reader(take_apart(start, check=False), reading)
+            with unsharded(start):
+                self.lm = reader(split_sharded(start, check=False), reading)
         self._average: dict[str, tuple[Tensor, Tensor]] = {}
         """Each parameter of an ema teacher that moves, with the student's that it follows."""
         if kind == "ema":
@@ -119,8 +119,8 @@ class Teacher:
         """Moves the average after an optimiser step."""
         if self._average:
             mine, theirs = zip(*self._average.values(), strict=True)
-            shares = [local(parameter).to(torch.float32) for parameter in theirs]
-            torch._foreach_lerp_([local(parameter) for parameter in mine], shares, self._rate)
+            shares = [local_shard(parameter).to(torch.float32) for parameter in theirs]
+            torch._foreach_lerp_([local_shard(parameter) for parameter in mine], shares, self._rate)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Empty unless the teacher has a state that the start and the student do not give."""
@@ -129,7 +129,7 @@ class Teacher:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, (mine, _) in self._average.items():
-            mine.copy_(like(mine, state[name]))
+            mine.copy_(shard_like(mine, state[name]))
 
 
 def copied(student: nn.Module, apart: bool = False) -> nn.Module:

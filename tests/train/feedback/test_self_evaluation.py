@@ -14,7 +14,7 @@ from distil_kernels.train.command_line import parse
 from distil_kernels.train.config import Config
 from distil_kernels.train.feedback.kinds import JUDGE, Prompts, affirmed
 from distil_kernels.train.feedback.self_evaluation import Critic
-from distil_kernels.train.run.checkpoint import read_lines
+from distil_kernels.train.run.directory import read_lines
 from distil_kernels.train.tasks import Feedback, Problem, make_task
 from distil_kernels.train.trainer import Trainer
 

@@ -16,7 +16,7 @@ from distil_kernels.train.command_line import parse
 from distil_kernels.train.config import Config
 from distil_kernels.train.feedback.kinds import shown
 from distil_kernels.train.feedback.siblings import from_siblings
-from distil_kernels.train.run.checkpoint import read_lines
+from distil_kernels.train.run.directory import read_lines
 from distil_kernels.train.tasks import Feedback, Problem, make_task
 from distil_kernels.train.tasks.numbers import LargestNumber
 

@@ -20,8 +20,9 @@ from two_processes import together
 
 from distil_kernels.train import trainer as loop
 from distil_kernels.train.__main__ import main
-from distil_kernels.train.models.sharding import local, shard
-from distil_kernels.train.run.checkpoint import load_state, read_lines, restore_generators
+from distil_kernels.train.models.sharding import local_shard, shard
+from distil_kernels.train.run.checkpoint import load_state, restore_generators
+from distil_kernels.train.run.directory import read_lines
 
 METHODS: dict[str, dict[str, Any]] = {
     "frozen teacher": {"teacher": "frozen"},
@@ -168,9 +169,11 @@ def resumed_adapters(rank: int, model: Path, directory: Path) -> None:
     generators = second.load(directory / "first 0" / "checkpoint")
     restore_generators(generators[rank])
     again = second.train_step()
-    assert all(torch.equal(local(a), local(b)) for a, b in zip(first.trained, second.trained, strict=True))
+    assert all(torch.equal(local_shard(a), local_shard(b)) for a, b in zip(first.trained, second.trained, strict=True))
     states = [run.teacher.state_dict() for run in (first, second)]
-    assert states[0] and all(torch.equal(local(states[0][name]), local(states[1][name])) for name in states[0])
+    assert states[0] and all(
+        torch.equal(local_shard(states[0][name]), local_shard(states[1][name])) for name in states[0]
+    )
     assert (step["loss"], step["grad_norm"]) == (again["loss"], again["grad_norm"])
 
 
@@ -194,14 +197,14 @@ def memory(rank: int, model: Path, directory: Path) -> None:
     run.accelerator.backward = note  # type: ignore[method-assign]
     gradient_sizes: list[int] = []
     run.optimizer.optimizer.register_step_pre_hook(
-        lambda *_: gradient_sizes.append(sum(local(weight.grad).numel() for weight in run.trained))
+        lambda *_: gradient_sizes.append(sum(local_shard(weight.grad).numel() for weight in run.trained))
     )
     run.train_step()
     moments = [value for state in run.optimizer.optimizer.state.values() for value in state.values() if value.ndim]
     held = {
-        "weights": sum(local(weight).numel() for weight in named.values()),
-        "moments": sum(local(value).numel() for value in moments),
-        "teacher": sum(local(value).numel() for value in run.teacher.state_dict().values()),
+        "weights": sum(local_shard(weight).numel() for weight in named.values()),
+        "moments": sum(local_shard(value).numel() for value in moments),
+        "teacher": sum(local_shard(value).numel() for value in run.teacher.state_dict().values()),
         "gradients": gradient_sizes[0],
         "whole": sum(weight.numel() for weight in named.values()),
     }

@@ -18,7 +18,7 @@ from distil_kernels.train.models.reading import Reader, reader
 from distil_kernels.train.objective import distil_loss, means, policy_loss, token_mask
 from distil_kernels.train.rollouts.python_tool import CLOSE, Python, Rollouts, roll_out
 from distil_kernels.train.rollouts.sampling import Sampling, sample
-from distil_kernels.train.run.checkpoint import read_lines
+from distil_kernels.train.run.directory import read_lines
 from distil_kernels.train.tasks import Problem
 
 

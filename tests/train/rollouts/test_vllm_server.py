@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 from distil_kernels.train.__main__ import main
 from distil_kernels.train.batches import sampled_logprobs
 from distil_kernels.train.config import Config
-from distil_kernels.train.models import loading
+from distil_kernels.train.models import loading, smollm2
 from distil_kernels.train.objective import Kept, means
 from distil_kernels.train.rollouts.python_tool import Python, roll_out
 from distil_kernels.train.rollouts.sampling import Draw, Drawn, Sampling, sample
@@ -229,7 +229,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if not python:
         pytest.skip("VLLM_PYTHON names no Python with vLLM")
     directory = tmp_path_factory.mktemp("served")
-    write_served(loading.SMOLLM2, directory / "model")
+    write_served(smollm2.NAME, directory / "model")
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -282,7 +282,7 @@ def apart(model: Any, prompt: list[int], drawn: Drawn, temperature: float) -> fl
 
 def test_what_the_server_samples(server: str, tmp_path: Path) -> None:
     """From the weights that it was given last, every one of them; its log-probs are those of the temperature."""
-    model, tokenizer = loading.load(loading.SMOLLM2)
+    model, tokenizer = loading.load(smollm2.NAME)
     prompt, stops = tokenizer("Q: 12, 45, 78, 33\nA:").input_ids, [tokenizer.eos_token_id, 198]
     sampling = Sampling(12, stops, 0.7)
     draw = draws(server, tmp_path, model, temperature=0.7)
@@ -310,7 +310,7 @@ def test_what_the_server_samples(server: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("objective", ["forward_ce", "policy_gradient"])
 def test_two_steps(server: str, tmp_path: Path, objective: str) -> None:
     extra = ["--rollout_url", server, "--objective", objective, "--learning_rate", "1e-4", "--eval_problems", "2"]
-    directory = train(Path(loading.SMOLLM2), tmp_path, "run", *extra, steps=2)
+    directory = train(Path(smollm2.NAME), tmp_path, "run", *extra, steps=2)
     steps = [record for record in metrics(directory) if record["kind"] == "step"]
     assert len(steps) == 2 and all(0 < record["mismatch"] <= record["mismatch_max"] < 1e-3 for record in steps)
     assert all(math.isfinite(record["loss"]) for record in steps)

@@ -19,7 +19,7 @@ from runs import QUICK, train, trainer, written
 
 from distil_kernels.train.__main__ import main
 from distil_kernels.train.feedback.kinds import verifier
-from distil_kernels.train.run.checkpoint import read_lines
+from distil_kernels.train.run.directory import read_lines
 from distil_kernels.train.tasks import (
     Feedback,
     answered_problems,

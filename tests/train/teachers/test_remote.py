@@ -28,12 +28,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from distil_kernels.train.__main__ import main
 from distil_kernels.train.config import Config
-from distil_kernels.train.models import loading
+from distil_kernels.train.models import loading, smollm2
 from distil_kernels.train.objective import fused_loss
 from distil_kernels.train.rollouts import http_endpoint as client
 from distil_kernels.train.rollouts.sampling import Sampling
 from distil_kernels.train.rollouts.vllm_server import RolloutServer, completion, completion_options
-from distil_kernels.train.run.checkpoint import read_lines
+from distil_kernels.train.run.directory import read_lines
 from distil_kernels.train.run.distributed import ALONE
 from distil_kernels.train.teachers.remote import RemoteTeacher, TopK
 
@@ -63,7 +63,7 @@ def endpoint() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def expert() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    return loading.load(loading.SMOLLM2)
+    return loading.load(smollm2.NAME)
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +335,7 @@ def test_two_steps(endpoint: str, small: Path, tmp_path: Path, options: tuple[st
 def test_the_expert_answers_better_than_chance(endpoint: str, expert: tuple[Any, Any], tmp_path: Path) -> None:
     """The teacher's accuracy is of what the endpoint says when it has read the correction."""
     run = trainer(
-        Path(loading.SMOLLM2), tmp_path / "run", teacher="remote", teacher_url=endpoint, eval_problems=8,
+        Path(smollm2.NAME), tmp_path / "run", teacher="remote", teacher_url=endpoint, eval_problems=8,
         eval_samples=1, num_examples=2,
     )  # fmt: skip
     result = run.evaluate(run.student, run.teacher)

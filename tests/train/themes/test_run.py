@@ -23,7 +23,7 @@ from distil_kernels.testing import credit_by_definition
 from distil_kernels.train.__main__ import main
 from distil_kernels.train.config import Config
 from distil_kernels.train.objective import fused_loss
-from distil_kernels.train.run.checkpoint import read_lines
+from distil_kernels.train.run.directory import read_lines
 from distil_kernels.train.trainer import Trainer
 
 

@@ -15,8 +15,8 @@ from runs import metrics, states, train, trainer
 from two_processes import together
 
 from distil_kernels.train.__main__ import main
-from distil_kernels.train.models.sharding import local
-from distil_kernels.train.run.checkpoint import read_lines
+from distil_kernels.train.models.sharding import local_shard
+from distil_kernels.train.run.directory import read_lines
 from distil_kernels.train.teachers.local import Teacher
 from distil_kernels.train.trainer import Trainer
 
@@ -156,7 +156,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(tiny_model: Path, tmp_path:
     run = trainer(
         tiny_model, tmp_path / "run", teacher="ema", ema_rate=0.5, baseline="moving_average", learning_rate=1e-2
     )
-    run.journal.say = said = Mock()  # type: ignore[method-assign]
+    run.log.print = said = Mock()  # type: ignore[method-assign]
     harmed(run, bad, {1, 3})
     parts = run.student.model, run.teacher.lm.model  # type: ignore[union-attr]
     for step in range(4):
@@ -221,14 +221,14 @@ def harmed_in_one(rank: int, model: Path, directory: Path, is_sharded: bool) -> 
 
     def sum_gradients(parameters: Any) -> None:
         if rank == 1:
-            local(run.trained[0].grad).view(-1)[0] = math.nan
+            local_shard(run.trained[0].grad).view(-1)[0] = math.nan
         summed(parameters)
 
     object.__setattr__(run.processes, "sum_gradients", sum_gradients)
-    before = [local(weight).clone() for weight in run.trained]
+    before = [local_shard(weight).clone() for weight in run.trained]
     record = run.train_step()
     assert record["not_finite"] == 1 and math.isnan(record["grad_norm"])
-    assert all(torch.equal(local(weight), old) for weight, old in zip(run.trained, before, strict=True))
+    assert all(torch.equal(local_shard(weight), old) for weight, old in zip(run.trained, before, strict=True))
     run.trained[0].data.fill_(math.nan if rank == 0 else 0.0)
     with pytest.raises(FloatingPointError):
         run.save()
