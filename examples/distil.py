@@ -9,8 +9,8 @@
 
     python examples/distil.py [MODEL]       a path or hub name of any causal language model of transformers
 
-SmolLM2-135M-Instruct takes a few minutes on a plain CPU. `python -m distil_kernels.train` is the same loop with tasks,
-verifiers, other teachers and objectives, evaluation, checkpoints and several processes.
+`python -m distil_kernels.train` is the same loop with tasks, verifiers, other teachers and objectives, evaluation,
+checkpoints and several processes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from distil_kernels import DistilLoss, fused_distil_loss
 from distil_kernels.hf import CausalLM, split
@@ -56,13 +56,13 @@ def make_problem(generator: random.Random) -> Problem:
     return Problem(", ".join(map(str, numbers)), str(max(numbers)))
 
 
-def prompt(problems: list[Problem], with_corrections: bool) -> str:
-    """All problems but the last are worked examples. Their corrections show a small model what corrections are for."""
+def prompt(examples: list[Problem], problem: Problem, with_corrections: bool) -> str:
+    """Worked examples, then the problem. The examples' corrections show a small model what corrections are for."""
     blocks = []
-    for problem in problems:
-        correction = f"Feedback: The correct answer is {problem.answer}.\n" if with_corrections else ""
-        blocks.append(f"Q: {problem.question}\n{correction}A: {problem.answer}")
-    return "\n\n".join(blocks).removesuffix(f" {problems[-1].answer}")
+    for each in [*examples, problem]:
+        correction = f"Feedback: The correct answer is {each.answer}.\n" if with_corrections else ""
+        blocks.append(f"Q: {each.question}\n{correction}A:")
+    return "".join(f"{block} {each.answer}\n\n" for block, each in zip(blocks, examples, strict=False)) + blocks[-1]
 
 
 @torch.no_grad()
@@ -73,10 +73,10 @@ def generate(model: PreTrainedModel, prompts: list[list[int]], stop_ids: list[in
     ids = torch.tensor([[stop_ids[0]] * (width - len(tokens)) + tokens for tokens in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in prompts], device=model.device)
     # The credit needs rollouts from the model's own distribution: temperature 1, nothing cut off.
-    how = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} if sample else {}
+    sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} if sample else {}
     sequences = model.generate(
         ids, attention_mask=mask, do_sample=sample, max_new_tokens=MAX_NEW_TOKENS, eos_token_id=stop_ids,
-        pad_token_id=stop_ids[0], **how,
+        pad_token_id=stop_ids[0], **sampling,
     )  # fmt: skip
     completions = []
     for tokens in sequences[:, width:].tolist():
@@ -91,47 +91,24 @@ def completion_states(lm: CausalLM, prompts: list[list[int]], completions: list[
     ids = pad_sequence(rows, batch_first=True).to(lm.weight.device)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(lm.weight.device)
     hidden = lm.hidden(ids, attention_mask=mask)
-    starts = [len(before) - 1 for before in prompts]
-    return torch.cat(
-        [row[start : start + len(tokens)] for row, start, tokens in zip(hidden, starts, completions, strict=True)]
-    )
+    spans = [(len(before) - 1, len(tokens)) for before, tokens in zip(prompts, completions, strict=True)]
+    return torch.cat([row[start : start + length] for row, (start, length) in zip(hidden, spans, strict=True)])
 
 
 def distil_loss(student: CausalLM, teacher: CausalLM, rollouts: list[Rollout], rollouts_per_problem: int) -> DistilLoss:
-    """The loss of a batch, whose rollouts of one problem follow each other.
-
-    No logits of all tokens exist: the op takes hidden states and the weights of both heads.
-    """
+    """The loss of a batch, whose rollouts of one problem follow each other."""
     completions = [rollout.completion for rollout in rollouts]
     hidden = completion_states(student, [rollout.prompt for rollout in rollouts], completions)
     with torch.no_grad():
         teacher_hidden = completion_states(teacher, [rollout.teacher_prompt for rollout in rollouts], completions)
-    lengths = [len(completion) for completion in completions]
+    # No logits of all tokens exist: the op takes hidden states and the weights of both heads.
     return fused_distil_loss(
-        hidden,
-        student.weight,
-        teacher_hidden,
-        teacher.weight,
-        student_bias=student.bias,
-        teacher_bias=teacher.bias,
-        logit_softcap=student.softcap,
+        hidden, student.weight, teacher_hidden, teacher.weight,
+        student_bias=student.bias, teacher_bias=teacher.bias, logit_softcap=student.softcap,
         tokens=torch.tensor([token for completion in completions for token in completion], device=hidden.device),
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
-        cost="kl",
-        discount=0.9,
-        baseline="leave_one_out",
-        group_size=rollouts_per_problem,
-    )
-
-
-def accuracy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: list[Problem], examples: list[Problem],
-    stop_ids: list[int],
-) -> float:  # fmt: skip
-    """Share of problems that the model answers right, greedily and without corrections."""
-    prompts = [tokenizer(prompt([*examples, problem], with_corrections=False)).input_ids for problem in problems]
-    answers = [tokenizer.decode(tokens).strip() for tokens in generate(model, prompts, stop_ids, sample=False)]
-    return sum(answer == problem.answer for answer, problem in zip(answers, problems, strict=True)) / len(problems)
+        cu_seqlens=torch.tensor([0, *map(len, completions)]).cumsum(0),
+        cost="kl", discount=0.9, baseline="leave_one_out", group_size=rollouts_per_problem,
+    )  # fmt: skip
 
 
 def main(name: str = "HuggingFaceTB/SmolLM2-135M-Instruct") -> None:
@@ -145,46 +122,42 @@ def main(name: str = "HuggingFaceTB/SmolLM2-135M-Instruct") -> None:
     student, teacher = split(model), split(copy.deepcopy(model).requires_grad_(False))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
 
-    # An answer ends with its line.
+    # An answer ends with its line. Worked examples are the same in all prompts.
     stop_ids = [token for token in range(len(tokenizer)) if "\n" in tokenizer.decode([token])]
-
-    # Worked examples are the same in all prompts; held-out problems show whether anything was learnt.
     examples = [make_problem(generator) for _ in range(2)]
-    held_out = [make_problem(generator) for _ in range(48)]
-    print(
-        f"before: {accuracy(model, tokenizer, held_out, examples, stop_ids):.2f} of {len(held_out)} held-out problems"
-    )
 
+    def prompts_of(problems: list[Problem], with_corrections: bool) -> list[list[int]]:
+        return [tokenizer(prompt(examples, problem, with_corrections)).input_ids for problem in problems]
+
+    def accuracy(problems: list[Problem], completions: list[list[int]]) -> float:
+        answers = [tokenizer.decode(completion).strip() for completion in completions]
+        return sum(answer == problem.answer for answer, problem in zip(answers, problems, strict=True)) / len(problems)
+
+    held_out = [make_problem(generator) for _ in range(48)]
+    before = accuracy(held_out, generate(model, prompts_of(held_out, False), stop_ids, sample=False))
     for step in range(1, STEPS + 1):
         # Every problem has a prompt without and one with the correction.
         problems = [make_problem(generator) for _ in range(PROBLEMS_PER_STEP)]
-        prompts, teacher_prompts = (
-            [tokenizer(prompt([*examples, problem], with_corrections)).input_ids for problem in problems]
-            for with_corrections in (False, True)
-        )
+        problems = [problem for problem in problems for _ in range(ROLLOUTS_PER_PROBLEM)]
+        prompts, teacher_prompts = prompts_of(problems, False), prompts_of(problems, True)
 
-        # The student samples several completions of each prompt.
-        indices = [index for index in range(PROBLEMS_PER_STEP) for _ in range(ROLLOUTS_PER_PROBLEM)]
-        completions = generate(model, [prompts[index] for index in indices], stop_ids, sample=True)
-        rollouts = [
-            Rollout(prompts[index], teacher_prompts[index], completion)
-            for index, completion in zip(indices, completions, strict=True)
-        ]
+        # The student samples several completions for each problem.
+        completions = generate(model, prompts, stop_ids, sample=True)
+        rollouts = [Rollout(*fields) for fields in zip(prompts, teacher_prompts, completions, strict=True)]
 
-        # The gradient is that of the expected loss over the student's own rollouts, early tokens' part included.
-        loss = distil_loss(student, teacher, rollouts, ROLLOUTS_PER_PROBLEM)
-        loss.loss.backward()
+        # The gradient is that of the expected cost of whole rollouts: early tokens answer for later disagreement.
+        loss = distil_loss(student, teacher, rollouts, ROLLOUTS_PER_PROBLEM).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        print(
+            f"step {step:2d}  loss {float(loss.detach()):.3f}  accuracy {accuracy(problems, completions):.2f}",
+            flush=True,
+        )
 
-        right = [
-            tokenizer.decode(completion).strip() == problems[index].answer
-            for index, completion in zip(indices, completions, strict=True)
-        ]
-        print(f"step {step:2d}  loss {float(loss.loss.detach()):.3f}  accuracy {sum(right) / len(right):.2f}")
-
-    print(f"held-out accuracy after: {accuracy(model, tokenizer, held_out, examples, stop_ids):.2f}")
+    after = accuracy(held_out, generate(model, prompts_of(held_out, False), stop_ids, sample=False))
+    print(f"accuracy on {len(held_out)} held-out problems, greedy: {before:.2f} before, {after:.2f} after")
 
 
 if __name__ == "__main__":
