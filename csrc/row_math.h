@@ -7,7 +7,7 @@
 //     student_gap  = sum e^s (s - t)    teacher_gap  = sum e^t (t - s)
 //
 // from which every statistic follows (`finish`). The gaps are summed as gaps: KL(T||S) of two nearly equal models
-// is a small number, and ce - entropy would leave only rounding of it.
+// is a small number, and ce - entropy would leave only its rounding errors.
 //
 // Functions are static: translation units built for different instruction sets must never share a definition.
 #pragma once
@@ -32,12 +32,12 @@ constexpr float kFloor = -1e30f;
 // Smallest finite float: where a running maximum starts.
 constexpr float kLowest = -3.402823466e38f;
 
-// Written so that NaN passes through.
+// The comparison is written so that NaN passes through.
 DISTIL_INLINE float at_least_floor(float x) { return x < kFloor ? kFloor : x; }
 
 // e^x for x <= 0 (and a little above), within 1 ulp of a normal result; 0 below -87.3.
 // 2^n * p(r) with n = round(x / ln 2), r = x - n ln 2, p of degree 6 fitted on |r| <= ln 2 / 2. The polynomial's
-// two halves do not wait for each other: in these loops the chain of dependent operations is what takes the time.
+// two halves do not depend on each other: the chain of dependent operations bounds the time of these loops.
 DISTIL_INLINE float exp_shifted(float x) {
 #if defined(__CUDA_ARCH__)
   return __expf(x);
@@ -113,7 +113,8 @@ DISTIL_INLINE Logit transform_logit(float raw_plus_bias, float softcap, float in
   return {softcap * y * inverse_temperature, (1.0f - y * y) * inverse_temperature};
 }
 
-// The six sums relative to a pair of maxima. Real is double where sums of many blocks meet, float inside a block.
+// The six sums relative to a pair of maxima. Real is double where the sums of many blocks are added, float inside a
+// block.
 template <typename Real>
 struct RowSums {
   Real student = 0, teacher = 0;
@@ -121,7 +122,7 @@ struct RowSums {
   Real student_gap = 0, teacher_gap = 0;
 };
 
-// One vocabulary entry's share, its logits already relative to the maxima.
+// Returns one vocabulary entry's terms of the six sums; s and t are relative to the maxima.
 DISTIL_INLINE RowSums<float> row_term(float s, float t) {
   const float p = exp_shifted(s);
   const float q = exp_shifted(t);
@@ -159,7 +160,7 @@ DISTIL_INLINE void add_sums(RowSums<Real>& sums, const RowSums<Other>& other) {
   sums.teacher_gap += other.teacher_gap;
 }
 
-// The statistics that need no token and no maximum.
+// The statistics that depend on neither the token nor the maxima.
 template <typename Real>
 struct RowResult {
   Real forward_ce, forward_kl, reverse_kl, entropy, teacher_entropy, log_normalizer, teacher_log_normalizer;
@@ -179,41 +180,41 @@ DISTIL_INLINE RowResult<Real> finish(const RowSums<Real>& sums) {
   return result;
 }
 
-// Below this a probability is 0 in what divides by it.
+// A smaller probability counts as 0 where it is divided by.
 constexpr float kTiny = 1e-37f;
 
-// p - m over p with m the mixture, less 1: log(M / S) is log1p of it. 0 where p is 0.
+// Returns m / p - 1 with m the mixture, of which log1p is log(M / S); 0 where p is 0.
 DISTIL_INLINE float mixture_excess(float p, float q, float weight) {
   return p < kTiny ? 0.0f : weight * (q - p) / p;
 }
 
-// One entry's share of KL(S || M) and KL(T || M). Neither can be negative: what is added, b (q - p) and
-// (1 - b) (p - q), sums to 0 over the vocabulary and takes the terms' first order away, which would cancel.
+// One entry's terms of KL(S || M) and KL(T || M). Neither term can be negative: the summands b (q - p) and
+// (1 - b) (p - q), which add up to 0 over the vocabulary, remove the first order, which would cancel.
 struct MixtureTerm {
   float student, teacher;
 };
 
 DISTIL_INLINE MixtureTerm mixture_term(float p, float q, float jsd_weight) {
-  const float own = 1.0f - jsd_weight;
+  const float student_weight = 1.0f - jsd_weight;
   return {jsd_weight * (q - p) - p * log1p_accurate(mixture_excess(p, q, jsd_weight)),
-          own * (p - q) - q * log1p_accurate(mixture_excess(q, p, own))};
+          student_weight * (p - q) - q * log1p_accurate(mixture_excess(q, p, student_weight))};
 }
 
-// What the gradient of one row needs beside its logits.
+// The numbers that the gradient of a row takes besides its logits.
 struct RowGradient {
   float log_normalizer, teacher_log_normalizer;
   float cost_weight, logprob_weight;
-  float mean;  // of what the cost weighs probabilities with: KL(S || T), KL(S || M) or H(S)
+  float mean;  // the mean that the cost subtracts: KL(S || T), KL(S || M) or H(S)
   float jsd_weight;
 };
 
-// Which statistic `mean` is.
+// Returns the statistic that RowGradient::mean is.
 DISTIL_INLINE Statistic mean_statistic(Statistic cost) {
   return cost == kJsd ? kStudentMixtureKl : (cost == kEntropy ? kEntropy : kReverseKl);
 }
 
-// d(cost_weight * cost + logprob_weight * log S[token]) / d s for an entry that is not the token; the token's own
-// entry gets logprob_weight on top. s, t are relative to the maxima.
+// Returns d(cost_weight * cost + logprob_weight * log S[token]) / d s for an entry other than the token; the entry
+// of the token gets logprob_weight on top. s and t are relative to the maxima.
 //
 //     cross-entropy, forward KL   S - T
 //     reverse KL                  S (log S/T - KL(S || T))

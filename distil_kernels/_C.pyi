@@ -27,14 +27,28 @@ class FloatType(Enum):
     bfloat16 = 1
     float16 = 2
 
+class RowTask:
+    def __init__(
+        self,
+        student: LogitRows,
+        teacher: LogitRows,
+        tokens: int,
+        cost: Cost,
+        num_rows: int,
+        vocab_size: int,
+        statistics: int,
+    ) -> None: ...
+
 class GradRows:
-    def __init__(self, data: int, row_stride: int, type: FloatType) -> None: ...
+    def __init__(
+        self, cost_weight: int, logprob_weight: int, data: int, row_stride: int, type: FloatType, residual: int
+    ) -> None: ...
 
 class Matrix:
     def __init__(self, data: int, row_stride: int, column_stride: int, is_bf16: bool) -> None: ...
 
 class Product:
-    def __init__(self, data: int, row_stride: int, is_bf16: bool, rest: int) -> None: ...
+    def __init__(self, data: int, row_stride: int, is_bf16: bool, residual: int) -> None: ...
 
 def cpu_is_intel() -> bool: ...
 def cpu_supports_gemm(unit: GemmUnit) -> bool: ...
@@ -53,46 +67,9 @@ def cpu_rounding_residual(
     a: int, row_stride: int, num_rows: int, num_columns: int, residual: int, num_threads: int
 ) -> None: ...
 def cpu_supports(instruction_set: InstructionSet) -> bool: ...
-def cpu_row_stats(
-    student: LogitRows,
-    teacher: LogitRows,
-    tokens: int,
-    cost: Cost,
-    num_rows: int,
-    vocab_size: int,
-    statistics: int,
-    num_threads: int,
-    instruction_set: InstructionSet,
-) -> None: ...
-def cpu_row_grad(
-    student: LogitRows,
-    teacher: LogitRows,
-    tokens: int,
-    statistics: int,
-    cost: Cost,
-    cost_weight: int,
-    logprob_weight: int,
-    num_rows: int,
-    vocab_size: int,
-    grad: GradRows,
-    rounding: int,
-    num_threads: int,
-    instruction_set: InstructionSet,
-) -> None: ...
-def cpu_row_stats_grad(
-    student: LogitRows,
-    teacher: LogitRows,
-    tokens: int,
-    cost: Cost,
-    cost_weight: int,
-    num_rows: int,
-    vocab_size: int,
-    statistics: int,
-    grad: GradRows,
-    rounding: int,
-    num_threads: int,
-    instruction_set: InstructionSet,
-) -> None: ...
+def cpu_row_stats(task: RowTask, num_threads: int, instruction_set: InstructionSet) -> None: ...
+def cpu_row_grad(task: RowTask, grad: GradRows, num_threads: int, instruction_set: InstructionSet) -> None: ...
+def cpu_row_stats_grad(task: RowTask, grad: GradRows, num_threads: int, instruction_set: InstructionSet) -> None: ...
 
 class SparseRows:
     def __init__(self, offsets: int, index: int, value: int, num_rows: int) -> None: ...
@@ -128,47 +105,13 @@ def cpu_sparse_product(
     rows: SparseRows, dense: DenseRows, out: int, position: int, num_threads: int, instruction_set: InstructionSet
 ) -> None: ...
 
-# Where the extension was built with nvcc; the four row kernels return a cudaError_t.
+# Present if the extension was built with nvcc; the four kernels return a cudaError_t.
 
 def cuda_device_error() -> int: ...
 def cuda_error_text(error: int) -> str: ...
-def cuda_row_stats(
-    student: LogitRows,
-    teacher: LogitRows,
-    tokens: int,
-    cost: Cost,
-    num_rows: int,
-    vocab_size: int,
-    statistics: int,
-    stream: int,
-) -> int: ...
-def cuda_row_grad(
-    student: LogitRows,
-    teacher: LogitRows,
-    tokens: int,
-    statistics: int,
-    cost: Cost,
-    cost_weight: int,
-    logprob_weight: int,
-    num_rows: int,
-    vocab_size: int,
-    grad: GradRows,
-    rounding: int,
-    stream: int,
-) -> int: ...
-def cuda_row_stats_grad(
-    student: LogitRows,
-    teacher: LogitRows,
-    tokens: int,
-    ce_weight: int,
-    num_rows: int,
-    vocab_size: int,
-    cluster_size: int,
-    statistics: int,
-    grad: GradRows,
-    rounding: int,
-    stream: int,
-) -> int: ...
+def cuda_row_stats(task: RowTask, stream: int) -> int: ...
+def cuda_row_grad(task: RowTask, grad: GradRows, stream: int) -> int: ...
+def cuda_row_stats_grad(task: RowTask, grad: GradRows, cluster_size: int, stream: int) -> int: ...
 
 class CostGrid:
     def __init__(

@@ -1,5 +1,6 @@
-// Names and casts: the C++ functions of csrc/distil_kernels.h for Python. Addresses and sizes are integers, so the
-// extension depends on no tensor library. No checks, no mathematics; callers are distil_kernels/backends/.
+// The C++ functions of csrc/distil_kernels.h for Python: this file names and casts, it checks and computes nothing.
+// Addresses and sizes are integers, so the extension depends on no tensor library. distil_kernels/backends/ calls
+// it.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -28,8 +29,8 @@ dk::Matrix matrix(Address data, std::int64_t row_stride, std::int64_t column_str
   return {pointer<const void>(data), row_stride, column_stride, is_bf16};
 }
 
-dk::Product product(Address data, std::int64_t row_stride, bool is_bf16, Address rest) {
-  return {pointer<void>(data), row_stride, is_bf16, pointer<std::uint16_t>(rest)};
+dk::Product product(Address data, std::int64_t row_stride, bool is_bf16, Address residual) {
+  return {pointer<void>(data), row_stride, is_bf16, pointer<std::uint16_t>(residual)};
 }
 
 dk::SparseRows sparse_rows(Address offsets, Address index, Address value, std::int64_t num_rows) {
@@ -41,8 +42,20 @@ dk::DenseRows dense_rows(Address data, std::int64_t row_stride, std::int64_t num
   return {pointer<const void>(data), row_stride, num_rows, num_columns, is_bfloat16};
 }
 
-dk::GradRows grad_rows(Address data, std::int64_t row_stride, dk::FloatType type) {
-  return {pointer<void>(data), row_stride, type};
+dk::RowTask row_task(const dk::LogitRows& student, const dk::LogitRows& teacher, Address tokens,
+                     const dk::Cost& cost, std::int64_t num_rows, std::int64_t vocab_size, Address statistics) {
+  return {student,  teacher,    pointer<const std::int64_t>(tokens), cost,
+          num_rows, vocab_size, pointer<float>(statistics)};
+}
+
+dk::GradRows grad_rows(Address cost_weight, Address logprob_weight, Address data, std::int64_t row_stride,
+                       dk::FloatType type, Address residual) {
+  return {pointer<const float>(cost_weight),
+          pointer<const float>(logprob_weight),
+          pointer<void>(data),
+          row_stride,
+          type,
+          pointer<float>(residual)};
 }
 
 dk::CostGrid cost_grid(Address costs, Address slots, Address later, std::int64_t num_positions,
@@ -100,54 +113,26 @@ PYBIND11_MODULE(_C, m) {
       .value("bfloat16", dk::FloatType::kBFloat16)
       .value("float16", dk::FloatType::kFloat16);
 
+  py::class_<dk::RowTask>(m, "RowTask")
+      .def(py::init(&row_task), py::arg("student"), py::arg("teacher"), py::arg("tokens"), py::arg("cost"),
+           py::arg("num_rows"), py::arg("vocab_size"), py::arg("statistics"));
+
   py::class_<dk::GradRows>(m, "GradRows")
-      .def(py::init(&grad_rows), py::arg("data"), py::arg("row_stride"), py::arg("type"));
+      .def(py::init(&grad_rows), py::arg("cost_weight"), py::arg("logprob_weight"), py::arg("data"),
+           py::arg("row_stride"), py::arg("type"), py::arg("residual"));
 
-  m.def(
-      "cpu_row_stats",
-      [](const dk::LogitRows& student, const dk::LogitRows& teacher, Address tokens, const dk::Cost& cost,
-         std::int64_t num_rows, std::int64_t vocab_size, Address statistics, int num_threads,
-         dk::InstructionSet instruction_set) {
-        dk::cpu_row_stats(student, teacher, pointer<const std::int64_t>(tokens), cost, num_rows, vocab_size,
-                          pointer<float>(statistics), num_threads, instruction_set);
-      },
-      py::arg("student"), py::arg("teacher"), py::arg("tokens"), py::arg("cost"), py::arg("num_rows"),
-      py::arg("vocab_size"), py::arg("statistics"), py::arg("num_threads"), py::arg("instruction_set"),
-      py::call_guard<py::gil_scoped_release>());
-
-  m.def(
-      "cpu_row_grad",
-      [](const dk::LogitRows& student, const dk::LogitRows& teacher, Address tokens, Address statistics,
-         const dk::Cost& cost, Address cost_weight, Address logprob_weight, std::int64_t num_rows,
-         std::int64_t vocab_size, const dk::GradRows& grad, Address rounding, int num_threads,
-         dk::InstructionSet instruction_set) {
-        dk::cpu_row_grad(student, teacher, pointer<const std::int64_t>(tokens), pointer<const float>(statistics),
-                         cost, pointer<const float>(cost_weight), pointer<const float>(logprob_weight), num_rows,
-                         vocab_size, grad, pointer<float>(rounding), num_threads, instruction_set);
-      },
-      py::arg("student"), py::arg("teacher"), py::arg("tokens"), py::arg("statistics"), py::arg("cost"),
-      py::arg("cost_weight"), py::arg("logprob_weight"), py::arg("num_rows"), py::arg("vocab_size"),
-      py::arg("grad"), py::arg("rounding"), py::arg("num_threads"), py::arg("instruction_set"),
-      py::call_guard<py::gil_scoped_release>());
-
-  m.def(
-      "cpu_row_stats_grad",
-      [](const dk::LogitRows& student, const dk::LogitRows& teacher, Address tokens, const dk::Cost& cost,
-         Address cost_weight, std::int64_t num_rows, std::int64_t vocab_size, Address statistics,
-         const dk::GradRows& grad, Address rounding, int num_threads, dk::InstructionSet instruction_set) {
-        dk::cpu_row_stats_grad(student, teacher, pointer<const std::int64_t>(tokens), cost,
-                               pointer<const float>(cost_weight), num_rows, vocab_size, pointer<float>(statistics),
-                               grad, pointer<float>(rounding), num_threads, instruction_set);
-      },
-      py::arg("student"), py::arg("teacher"), py::arg("tokens"), py::arg("cost"), py::arg("cost_weight"),
-      py::arg("num_rows"), py::arg("vocab_size"), py::arg("statistics"), py::arg("grad"), py::arg("rounding"),
-      py::arg("num_threads"), py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_row_stats", &dk::cpu_row_stats, py::arg("task"), py::arg("num_threads"), py::arg("instruction_set"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_row_grad", &dk::cpu_row_grad, py::arg("task"), py::arg("grad"), py::arg("num_threads"),
+        py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_row_stats_grad", &dk::cpu_row_stats_grad, py::arg("task"), py::arg("grad"), py::arg("num_threads"),
+        py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
 
   py::class_<dk::Matrix>(m, "Matrix")
       .def(py::init(&matrix), py::arg("data"), py::arg("row_stride"), py::arg("column_stride"), py::arg("is_bf16"));
 
   py::class_<dk::Product>(m, "Product")
-      .def(py::init(&product), py::arg("data"), py::arg("row_stride"), py::arg("is_bf16"), py::arg("rest"));
+      .def(py::init(&product), py::arg("data"), py::arg("row_stride"), py::arg("is_bf16"), py::arg("residual"));
 
   m.def("cpu_is_intel", &dk::cpu_is_intel);
   m.def("cpu_supports_gemm", &dk::cpu_supports_gemm, py::arg("unit"));
@@ -219,41 +204,22 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "cuda_row_stats",
-      [](const dk::LogitRows& student, const dk::LogitRows& teacher, Address tokens, const dk::Cost& cost,
-         std::int64_t num_rows, std::int64_t vocab_size, Address statistics, Address stream) {
-        return dk::cuda_row_stats(student, teacher, pointer<const std::int64_t>(tokens), cost, num_rows, vocab_size,
-                                  pointer<float>(statistics), pointer<void>(stream));
-      },
-      py::arg("student"), py::arg("teacher"), py::arg("tokens"), py::arg("cost"), py::arg("num_rows"),
-      py::arg("vocab_size"), py::arg("statistics"), py::arg("stream"));
+      [](const dk::RowTask& task, Address stream) { return dk::cuda_row_stats(task, pointer<void>(stream)); },
+      py::arg("task"), py::arg("stream"));
 
   m.def(
       "cuda_row_grad",
-      [](const dk::LogitRows& student, const dk::LogitRows& teacher, Address tokens, Address statistics,
-         const dk::Cost& cost, Address cost_weight, Address logprob_weight, std::int64_t num_rows,
-         std::int64_t vocab_size, const dk::GradRows& grad, Address rounding, Address stream) {
-        return dk::cuda_row_grad(student, teacher, pointer<const std::int64_t>(tokens),
-                                 pointer<const float>(statistics), cost, pointer<const float>(cost_weight),
-                                 pointer<const float>(logprob_weight), num_rows, vocab_size, grad,
-                                 pointer<float>(rounding), pointer<void>(stream));
+      [](const dk::RowTask& task, const dk::GradRows& grad, Address stream) {
+        return dk::cuda_row_grad(task, grad, pointer<void>(stream));
       },
-      py::arg("student"), py::arg("teacher"), py::arg("tokens"), py::arg("statistics"), py::arg("cost"),
-      py::arg("cost_weight"), py::arg("logprob_weight"), py::arg("num_rows"), py::arg("vocab_size"),
-      py::arg("grad"), py::arg("rounding"), py::arg("stream"));
+      py::arg("task"), py::arg("grad"), py::arg("stream"));
 
   m.def(
       "cuda_row_stats_grad",
-      [](const dk::LogitRows& student, const dk::LogitRows& teacher, Address tokens, Address ce_weight,
-         std::int64_t num_rows, std::int64_t vocab_size, int cluster_size, Address statistics,
-         const dk::GradRows& grad, Address rounding, Address stream) {
-        return dk::cuda_row_stats_grad(student, teacher, pointer<const std::int64_t>(tokens),
-                                       pointer<const float>(ce_weight), num_rows, vocab_size, cluster_size,
-                                       pointer<float>(statistics), grad, pointer<float>(rounding),
-                                       pointer<void>(stream));
+      [](const dk::RowTask& task, const dk::GradRows& grad, int cluster_size, Address stream) {
+        return dk::cuda_row_stats_grad(task, grad, cluster_size, pointer<void>(stream));
       },
-      py::arg("student"), py::arg("teacher"), py::arg("tokens"), py::arg("ce_weight"), py::arg("num_rows"),
-      py::arg("vocab_size"), py::arg("cluster_size"), py::arg("statistics"), py::arg("grad"), py::arg("rounding"),
-      py::arg("stream"));
+      py::arg("task"), py::arg("grad"), py::arg("cluster_size"), py::arg("stream"));
 
   py::class_<dk::CostGrid>(m, "CostGrid")
       .def(py::init(&cost_grid), py::arg("costs"), py::arg("slots"), py::arg("later"), py::arg("num_positions"),

@@ -1,7 +1,6 @@
-// Chooses the compiled copy of the row kernels: the widest that this processor runs, or the one asked for.
+// Chooses the compiled copy of the kernels: the widest that this processor runs, or the one asked for.
 #include "gemm.h"
-#include "row_kernels.h"
-#include "sparse_kernels.h"
+#include "kernels.h"
 
 namespace distil_kernels {
 namespace {
@@ -28,6 +27,21 @@ InstructionSet resolve(InstructionSet requested) {
   return InstructionSet::kPortable;
 }
 
+// Calls run(kernels) with the `Kernels` of an instruction set.
+template <typename Run>
+void dispatch(InstructionSet requested, const Run& run) {
+  switch (resolve(requested)) {
+#if defined(DISTIL_X86_64)
+    case InstructionSet::kAvx512:
+      return run(avx512::Kernels{});
+    case InstructionSet::kAvx2:
+      return run(avx2::Kernels{});
+#endif
+    default:
+      return run(portable::Kernels{});
+  }
+}
+
 }  // namespace
 
 bool cpu_supports(InstructionSet instruction_set) {
@@ -41,62 +55,17 @@ bool cpu_supports(InstructionSet instruction_set) {
   }
 }
 
-void cpu_row_stats(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens, const Cost& cost,
-                   std::int64_t num_rows, std::int64_t vocab_size, float* statistics, int num_threads,
-                   InstructionSet instruction_set) {
-  const auto run = [&](auto row_stats) {
-    row_stats(student, teacher, tokens, cost, num_rows, vocab_size, statistics, num_threads);
-  };
-  switch (resolve(instruction_set)) {
-#if defined(DISTIL_X86_64)
-    case InstructionSet::kAvx512:
-      return run(avx512::row_stats);
-    case InstructionSet::kAvx2:
-      return run(avx2::row_stats);
-#endif
-    default:
-      return run(portable::row_stats);
-  }
+void cpu_row_stats(const RowTask& task, int num_threads, InstructionSet instruction_set) {
+  dispatch(instruction_set, [&](auto kernels) { kernels.row_stats(task, num_threads); });
 }
 
-void cpu_row_grad(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
-                  const float* statistics, const Cost& cost, const float* cost_weight, const float* logprob_weight,
-                  std::int64_t num_rows, std::int64_t vocab_size, const GradRows& grad, float* rounding,
-                  int num_threads, InstructionSet instruction_set) {
-  const auto run = [&](auto row_grad) {
-    row_grad(student, teacher, tokens, statistics, cost, cost_weight, logprob_weight, num_rows, vocab_size, grad,
-             rounding, num_threads);
-  };
-  switch (resolve(instruction_set)) {
-#if defined(DISTIL_X86_64)
-    case InstructionSet::kAvx512:
-      return run(avx512::row_grad);
-    case InstructionSet::kAvx2:
-      return run(avx2::row_grad);
-#endif
-    default:
-      return run(portable::row_grad);
-  }
+void cpu_row_grad(const RowTask& task, const GradRows& grad, int num_threads, InstructionSet instruction_set) {
+  dispatch(instruction_set, [&](auto kernels) { kernels.row_grad(task, grad, num_threads); });
 }
 
-void cpu_row_stats_grad(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
-                        const Cost& cost, const float* cost_weight, std::int64_t num_rows, std::int64_t vocab_size,
-                        float* statistics, const GradRows& grad, float* rounding, int num_threads,
+void cpu_row_stats_grad(const RowTask& task, const GradRows& grad, int num_threads,
                         InstructionSet instruction_set) {
-  const auto run = [&](auto row_stats_grad) {
-    row_stats_grad(student, teacher, tokens, cost, cost_weight, num_rows, vocab_size, statistics, grad, rounding,
-                   num_threads);
-  };
-  switch (resolve(instruction_set)) {
-#if defined(DISTIL_X86_64)
-    case InstructionSet::kAvx512:
-      return run(avx512::row_stats_grad);
-    case InstructionSet::kAvx2:
-      return run(avx2::row_stats_grad);
-#endif
-    default:
-      return run(portable::row_stats_grad);
-  }
+  dispatch(instruction_set, [&](auto kernels) { kernels.row_stats_grad(task, grad, num_threads); });
 }
 
 bool cpu_supports_gemm(GemmUnit unit) {
@@ -137,66 +106,25 @@ void cpu_rounding_residual(const float* a, std::int64_t row_stride, std::int64_t
 void cpu_sparse_count(const float* dense, std::int64_t row_stride, std::int64_t num_rows, std::int64_t num_columns,
                       float threshold, float* cutoff, std::int64_t* counts, float* dropped, int num_threads,
                       InstructionSet instruction_set) {
-  const auto run = [&](auto sparse_count) {
-    sparse_count(dense, row_stride, num_rows, num_columns, threshold, cutoff, counts, dropped, num_threads);
-  };
-  switch (resolve(instruction_set)) {
-#if defined(DISTIL_X86_64)
-    case InstructionSet::kAvx512:
-      return run(avx512::sparse_count);
-    case InstructionSet::kAvx2:
-      return run(avx2::sparse_count);
-#endif
-    default:
-      return run(portable::sparse_count);
-  }
+  dispatch(instruction_set, [&](auto kernels) {
+    kernels.sparse_count(dense, row_stride, num_rows, num_columns, threshold, cutoff, counts, dropped, num_threads);
+  });
 }
 
 void cpu_sparse_select(const float* dense, std::int64_t row_stride, std::int64_t num_columns, const float* cutoff,
                        const SparseRows& out, int num_threads, InstructionSet instruction_set) {
-  const auto run = [&](auto sparse_select) {
-    sparse_select(dense, row_stride, num_columns, cutoff, out, num_threads);
-  };
-  switch (resolve(instruction_set)) {
-#if defined(DISTIL_X86_64)
-    case InstructionSet::kAvx512:
-      return run(avx512::sparse_select);
-    case InstructionSet::kAvx2:
-      return run(avx2::sparse_select);
-#endif
-    default:
-      return run(portable::sparse_select);
-  }
+  dispatch(instruction_set,
+           [&](auto kernels) { kernels.sparse_select(dense, row_stride, num_columns, cutoff, out, num_threads); });
 }
 
 void cpu_sparse_transpose(const SparseRows& rows, const SparseRows& out, std::int64_t* position, int num_threads,
                           InstructionSet instruction_set) {
-  const auto run = [&](auto sparse_transpose) { sparse_transpose(rows, out, position, num_threads); };
-  switch (resolve(instruction_set)) {
-#if defined(DISTIL_X86_64)
-    case InstructionSet::kAvx512:
-      return run(avx512::sparse_transpose);
-    case InstructionSet::kAvx2:
-      return run(avx2::sparse_transpose);
-#endif
-    default:
-      return run(portable::sparse_transpose);
-  }
+  dispatch(instruction_set, [&](auto kernels) { kernels.sparse_transpose(rows, out, position, num_threads); });
 }
 
 void cpu_sparse_product(const SparseRows& rows, const DenseRows& dense, float* out, std::int64_t* position,
                         int num_threads, InstructionSet instruction_set) {
-  const auto run = [&](auto sparse_product) { sparse_product(rows, dense, out, position, num_threads); };
-  switch (resolve(instruction_set)) {
-#if defined(DISTIL_X86_64)
-    case InstructionSet::kAvx512:
-      return run(avx512::sparse_product);
-    case InstructionSet::kAvx2:
-      return run(avx2::sparse_product);
-#endif
-    default:
-      return run(portable::sparse_product);
-  }
+  dispatch(instruction_set, [&](auto kernels) { kernels.sparse_product(rows, dense, out, position, num_threads); });
 }
 
 }  // namespace distil_kernels

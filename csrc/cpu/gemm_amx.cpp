@@ -13,10 +13,10 @@
 namespace distil_kernels {
 namespace {
 
-constexpr int kSide = 2 * kVector;                      // of the square of C that one call of the kernel makes
+constexpr int kSide = 2 * kVector;  // side of the square of C that one call of the kernel computes
 constexpr std::int64_t kTilePairs = kVector * kVector;  // 1 KiB
-// A block of B is as wide as fits beside a block of A. C is met once where the whole depth is a block (logits of D
-// up to kDeepest); else blocks are shallow enough for a whole row of dh or dW.
+// A block of B is as wide as fits in the cache with a block of A. Where the whole depth is one block (logits of D
+// up to kDeepest), C is read and written once; else blocks are shallow enough for a whole row of dh or dW.
 constexpr std::int64_t kRows = 128, kColumns = 1024, kDepth = 576, kDeepest = 1024;
 constexpr std::int64_t kPackedColumns = kColumns * kDepth;  // elements of B
 
@@ -27,8 +27,7 @@ struct alignas(64) TileShapes {
   std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// The thread's tile registers, ours for as long as this lives. Other libraries of the process find their shapes
-// again.
+// Configures the thread's tile registers for its lifetime, and then restores the shapes of other libraries.
 class Tiles {
  public:
   Tiles() {
@@ -50,7 +49,8 @@ class Tiles {
 
 enum class Operand { kLeft, kRight };
 
-// 16 lanes by 32 depths as 16 lines: a lane each where depths are neighbours in memory, else a pair of depths each.
+// Packs 16 lanes by 32 depths as 16 lines: a line is a lane where depths are neighbours in memory, else a pair of
+// depths.
 inline void load_tile(const Lanes& in, std::int64_t lane, std::int64_t num_lanes, std::int64_t depth,
                       std::int64_t num_depths, __m512i (&lines)[kVector]) {
   for (int i = 0; i < kVector; ++i) {
@@ -65,8 +65,8 @@ inline void load_tile(const Lanes& in, std::int64_t lane, std::int64_t num_lanes
   }
 }
 
-// Lanes [lane, lane + num_lanes) and depths [depth, depth + num_depths), filled with zeros to whole tiles: tiles
-// along the depth of 16 lanes after another. Memory is read along its rows.
+// Packs lanes [lane, lane + num_lanes) and depths [depth, depth + num_depths), filled with zeros to whole tiles:
+// for 16 lanes after another the tiles along the depth. It reads memory along its rows.
 template <Operand kOperand>
 void pack(const Lanes& in, std::int64_t lane, std::int64_t num_lanes, std::int64_t depth, std::int64_t num_depths,
           Pair* out) {
@@ -85,7 +85,7 @@ void pack(const Lanes& in, std::int64_t lane, std::int64_t num_lanes, std::int64
   }
 }
 
-// 32 lanes of A times 32 of B to c[0:rows, 0:columns].
+// Multiplies 32 lanes of A by 32 of B into c[0:rows, 0:columns].
 void multiply_square(const Pair* a, const Pair* b, std::int64_t num_tiles, float* c, std::int64_t c_stride,
                      int rows, int columns, Store store) {
   constexpr int kLine = kVector * sizeof(Pair);
@@ -127,10 +127,10 @@ void multiply_square(const Pair* a, const Pair* b, std::int64_t num_tiles, float
   }
 }
 
-// One thread's part: rows [row, row_end), columns [column, column_end).
+// Computes one thread's part: rows [row, row_end), columns [column, column_end).
 void multiply_part(const Lanes& a, const Lanes& b, std::int64_t row, std::int64_t row_end, std::int64_t column,
                    std::int64_t column_end, std::int64_t depth, float* c, std::int64_t c_stride, bool accumulate) {
-  Pair* const packed_a = packing_room((kRows * kDeepest + kPackedColumns) / 2);
+  Pair* const packed_a = packing_buffer((kRows * kDeepest + kPackedColumns) / 2);
   Pair* const packed_b = packed_a + kRows * kDeepest / 2;
   const std::int64_t num_blocks = depth <= kDeepest ? 1 : (depth + kDepth - 1) / kDepth;
   const std::int64_t block = round_up((depth + num_blocks - 1) / num_blocks, kTransposed);

@@ -71,7 +71,7 @@ struct BFloat16 {
   }
 };
 
-// Lanes [lane, lane_end) to panels of [num_words][width], `width` a multiple of 16; the last panel is as many
+// Packs lanes [lane, lane_end) to panels of [num_words][width], `width` a multiple of 16; the last panel is as many
 // vectors wide as it has lanes for. Memory is read along its rows.
 template <class Word>
 void pack(const Lanes& in, std::int64_t lane, std::int64_t lane_end, std::int64_t depth, std::int64_t num_depths,
@@ -220,19 +220,20 @@ void store_bf16(std::uint16_t* to, __mmask16 mask, __m256i values) {
   }
 }
 
-// C as the kernels see it.
+// C, as the kernels write it.
 struct Target {
   Product product;
   bool transposed;  // the spread operand is B
   Store store;
 
-  // What `count` consecutive places of a row hold.
+  // Returns `count` consecutive elements of a row.
   __m512 held(std::int64_t row, std::int64_t column, std::int64_t count) const {
     const std::int64_t at = row * product.row_stride + column;
     const __mmask16 mask = first(count);
     if (!product.is_bf16) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(product.data) + at);
     const __m512 values = widen(load_bf16(static_cast<const std::uint16_t*>(product.data) + at, mask));
-    return product.rest == nullptr ? values : _mm512_add_ps(widen(load_bf16(product.rest + at, mask)), values);
+    return product.residual == nullptr ? values
+                                       : _mm512_add_ps(widen(load_bf16(product.residual + at, mask)), values);
   }
 
   void put(__m512 sums, std::int64_t row, std::int64_t column, std::int64_t count) const {
@@ -250,8 +251,8 @@ struct Target {
   void put_rounded(__m512 sums, std::int64_t at, __mmask16 mask) const {
     const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(sums);
     store_bf16(static_cast<std::uint16_t*>(product.data) + at, mask, rounded);
-    if (product.rest == nullptr) return;
-    store_bf16(product.rest + at, mask, (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(sums, widen(rounded))));
+    if (product.residual == nullptr) return;
+    store_bf16(product.residual + at, mask, (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(sums, widen(rounded))));
   }
 
   // Asks for the places of such a tile: nothing foresees them, since each row of C holds a line or two of it.
@@ -269,7 +270,7 @@ struct Target {
       }
     };
     fetch(product.data);
-    if (product.rest != nullptr) fetch(product.rest);
+    if (product.residual != nullptr) fetch(product.residual);
   }
 
   // The group's tile: `num_spread` lanes from `spread` on by `num_panel` from `panel` on.
@@ -299,7 +300,7 @@ std::int64_t depth_blocks(std::int64_t words, const Product& c) {
   return words <= 2 * kDeep || c.is_bf16 ? 1 : (words + kDeep - 1) / kDeep;
 }
 
-// One thread's part.
+// Computes one thread's part.
 template <class Word>
 void multiply_part(const Lanes& spread, Range spread_lanes, const Lanes& panels, Range panel_lanes,
                    std::int64_t depth, Target target) {
@@ -311,7 +312,7 @@ void multiply_part(const Lanes& spread, Range spread_lanes, const Lanes& panels,
       std::max<std::int64_t>(kSpreadWords / block / kLanesOfLine, 1) * kLanesOfLine;
   const bool in_place =
       spread.depth_stride == 1 && spread.is_bf16 == (Word::kDepth == 2) && depth % Word::kDepth == 0;
-  Pair* const packed_spread = packing_room((most_spread_lanes + most_panel_lanes) * block);
+  Pair* const packed_spread = packing_buffer((most_spread_lanes + most_panel_lanes) * block);
   Pair* const packed_panels = packed_spread + most_spread_lanes * block;
   alignas(64) float tiles[kGroup][kPanel] = {};
   for (std::int64_t b = 0; b < num_blocks; ++b) {

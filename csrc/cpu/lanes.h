@@ -13,8 +13,8 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;  // SSE, NEON
 #endif
 
-// Terms summed in float before they join a double: 64 of each lane, since the rounding of a lane that begins with
-// the row's one large term grows with how many follow.
+// Number of terms summed in float before they are added to a double: 64 in each lane. The rounding error of a lane
+// that begins with the row's one large term grows with the number of terms after it.
 constexpr std::int64_t kSumBlock = 64 * kLanes;
 
 }  // namespace distil_kernels::DISTIL_ISA

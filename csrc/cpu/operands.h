@@ -1,5 +1,5 @@
-// Reading operands in either layout, sharing out threads and storing results, for the products of this folder: code
-// for processors with AVX-512 and its bfloat16 instructions.
+// Helpers of the products in this folder: they read operands in either layout, divide the work among threads and
+// store results. For processors with AVX-512 and its bfloat16 instructions.
 #pragma once
 
 #include <immintrin.h>
@@ -31,7 +31,7 @@ struct Lanes {
   const T* at(std::int64_t lane, std::int64_t depth) const {
     return static_cast<const T*>(data) + lane * lane_stride + depth * depth_stride;
   }
-  // Where the depth is consecutive.
+  // Returns the words along the depth, which is consecutive.
   const Pair* words(std::int64_t lane, std::int64_t depth) const {
     return is_bf16 ? reinterpret_cast<const Pair*>(at<std::uint16_t>(lane, depth)) : at<Pair>(lane, depth);
   }
@@ -41,20 +41,20 @@ __mmask16 first(std::int64_t count) {
   return count >= kVector ? __mmask16(0xffff) : count <= 0 ? __mmask16(0) : __mmask16((1u << count) - 1);
 }
 
-// 16 elements of bfloat16. A masked access of 16-bit elements takes many cycles.
+// Loads 16 elements of bfloat16. A masked access of 16-bit elements takes many cycles.
 __m256i load_bf16(const std::uint16_t* from, __mmask16 mask) {
   return mask == 0xffff ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
                         : _mm256_maskz_loadu_epi16(mask, from);
 }
 
-// 16 consecutive elements as 32-bit integers, bfloat16 in the low half; `count` of them exist.
+// Loads 16 consecutive elements as 32-bit integers, bfloat16 in the low half; `count` of them exist.
 __m512i load_lanes(const Lanes& in, std::int64_t lane, std::int64_t depth, std::int64_t count) {
   if (in.is_bf16) return _mm512_cvtepu16_epi32(load_bf16(in.at<std::uint16_t>(lane, depth), first(count)));
   const __m512 values = _mm512_maskz_loadu_ps(first(count), in.at<float>(lane, depth));
   return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(values));
 }
 
-// 32 consecutive elements as 16 pairs; `count` of them exist.
+// Loads 32 consecutive elements as 16 pairs; `count` of them exist.
 __m512i load_pairs(const Lanes& in, std::int64_t lane, std::int64_t depth, std::int64_t count) {
   if (in.is_bf16) {
     const auto* const from = in.at<std::uint16_t>(lane, depth);
@@ -91,13 +91,13 @@ void transpose(__m512i (&rows)[kVector]) {
   }
 }
 
-// Where a thread's part of the columns or rows begins when `tiles` are shared out evenly.
+// Returns where part `at` of the columns or rows begins if `tiles` are divided evenly.
 inline std::int64_t border(std::int64_t tiles, std::int64_t parts, std::int64_t at, int tile, std::int64_t size) {
   return std::min(tiles * at / parts * tile, size);
 }
 
-// How many parts of C's rows and columns the threads take: the longer side first, then what is left of them the
-// other; the depth never, so that the order of every sum is the same for any number of threads.
+// The numbers of parts that C's rows and columns are divided into: the longer side first, the other side among the
+// threads that remain. The depth is never divided, so the order of every sum is the same for any number of threads.
 struct Parts {
   std::int64_t rows = 1, columns = 1;
 };
@@ -114,24 +114,24 @@ inline Parts share_out(std::int64_t row_tiles, std::int64_t column_tiles, bool w
   return parts;
 }
 
-// What becomes of a tile: added to C, written, or written past the caches. The last is for a C that is larger than
-// they are and complete: fetching 50 MB of lines only to overwrite them costs a tenth of the product.
+// A tile is added to C, written, or written past the caches. The last is for a complete C that is larger than the
+// caches: fetching 50 MB of lines only to overwrite them costs a tenth of the product.
 enum class Store { kAdd, kWrite, kStream };
 
 struct Free {
   void operator()(Pair* block) const { std::free(block); }
 };
 
-// Room for packed operands, kept by each thread for its next product. `size` is a multiple of 16.
-inline Pair* packing_room(std::int64_t size) {
-  thread_local std::unique_ptr<Pair, Free> room;
-  thread_local std::int64_t room_size = 0;
-  if (size > room_size) {
-    room.reset();
-    room.reset(static_cast<Pair*>(std::aligned_alloc(64, size * sizeof(Pair))));
-    room_size = size;
+// Returns memory for packed operands, which each thread reuses for its next product. `size` is a multiple of 16.
+inline Pair* packing_buffer(std::int64_t size) {
+  thread_local std::unique_ptr<Pair, Free> buffer;
+  thread_local std::int64_t buffer_size = 0;
+  if (size > buffer_size) {
+    buffer.reset();
+    buffer.reset(static_cast<Pair*>(std::aligned_alloc(64, size * sizeof(Pair))));
+    buffer_size = size;
   }
-  return room.get();
+  return buffer.get();
 }
 
 }  // namespace

@@ -1,15 +1,14 @@
 // Row statistics and row gradient on the CPU: one source, compiled once per instruction set (DISTIL_ISA).
 //
-// A row is walked in blocks that stay in the first-level cache. Each block is transformed (bias, softcap,
-// temperature), its maxima are found, and its six sums are taken in vector lanes of float; blocks meet in double,
-// so the error does not grow with the vocabulary. Rows are shared out among OpenMP threads. Loops are plain C++
-// that the compiler vectorises: about a twentieth of an operation that is otherwise matrix products, so
-// intrinsics would buy nothing that shows.
-#include "row_kernels.h"
-
+// A kernel walks a row in blocks that stay in the first-level cache. It transforms a block (bias, softcap,
+// temperature), finds its maxima, and takes its six sums in vector lanes of float; it adds blocks in double, so the
+// error does not grow with the vocabulary. OpenMP threads share the rows. The loops are plain C++ that the compiler
+// vectorises: they are about a twentieth of an operation that is otherwise matrix products, so intrinsics would
+// gain nothing that one can measure.
 #include <cstring>
 
 #include "../row_math.h"
+#include "kernels.h"
 #include "lanes.h"
 
 namespace distil_kernels::DISTIL_ISA {
@@ -35,7 +34,8 @@ inline void transform(const LogitRows& rows, std::int64_t row, std::int64_t begi
   }
 }
 
-// A block's logits: in their own place where nothing is to be applied to them, else in `buffer`.
+// Returns a block's logits: the raw ones where there is nothing to apply to them, else those that it writes to
+// `buffer`.
 inline const float* load(const LogitRows& rows, std::int64_t row, std::int64_t begin, std::int64_t size,
                          float* buffer, float* derivative) {
   if (rows.softcap == 0.0f && !rows.bias && rows.inverse_temperature == 1.0f) {
@@ -51,7 +51,7 @@ struct Maximum {
   float value = kLowest;
   std::int64_t index = 0;  // of its first occurrence
 
-  // True where the block holds a larger value than everything before it.
+  // Takes a block in; true where it has a larger value than every block before it.
   inline bool raise(const float* logits, std::int64_t begin, std::int64_t size) {
     float block = kLowest;
 #pragma omp simd reduction(max : block)
@@ -101,9 +101,11 @@ inline float token_logprob(const LogitRows& rows, std::int64_t row, std::int64_t
 }
 
 // The sums of `mixture_term` over a row whose normalisers are known.
-inline MixtureSums mixture_of_row(const LogitRows& student, const LogitRows& teacher, std::int64_t row,
-                                  std::int64_t vocab_size, float student_max, float log_normalizer,
-                                  float teacher_max, float teacher_log_normalizer, float jsd_weight) {
+inline MixtureSums mixture_of_row(const RowTask& task, std::int64_t row, float student_max, float log_normalizer,
+                                  float teacher_max, float teacher_log_normalizer) {
+  const LogitRows &student = task.student, &teacher = task.teacher;
+  const std::int64_t vocab_size = task.vocab_size;
+  const float jsd_weight = task.cost.jsd_weight;
   Block block;
   MixtureSums sums;
   for (std::int64_t begin = 0; begin < vocab_size; begin += kSumBlock) {
@@ -125,8 +127,9 @@ inline MixtureSums mixture_of_row(const LogitRows& student, const LogitRows& tea
   return sums;
 }
 
-void stats_of_row(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens, const Cost& cost,
-                  std::int64_t row, std::int64_t num_rows, std::int64_t vocab_size, float* statistics) {
+void stats_of_row(const RowTask& task, std::int64_t row) {
+  const LogitRows &student = task.student, &teacher = task.teacher;
+  const std::int64_t vocab_size = task.vocab_size;
   Block block;
   Maximum student_max, teacher_max;
   RowSums<double> sums;
@@ -147,7 +150,7 @@ void stats_of_row(const LogitRows& student, const LogitRows& teacher, const std:
   }
   const RowResult<double> result = finish(sums);
   const auto store = [&](Statistic statistic, double value) {
-    statistics[statistic * num_rows + row] = static_cast<float>(value);
+    task.statistics[statistic * task.num_rows + row] = static_cast<float>(value);
   };
   store(kForwardCe, result.forward_ce);
   store(kForwardKl, result.forward_kl);
@@ -160,12 +163,13 @@ void stats_of_row(const LogitRows& student, const LogitRows& teacher, const std:
   store(kTeacherMaxLogit, teacher_max.value);
   store(kTeacherLogNormalizer, result.teacher_log_normalizer);
   MixtureSums mixture;
-  if (cost.statistic == kJsd) {
-    mixture = mixture_of_row(student, teacher, row, vocab_size, student_max.value, result.log_normalizer,
-                             teacher_max.value, result.teacher_log_normalizer, cost.jsd_weight);
+  if (task.cost.statistic == kJsd) {
+    mixture = mixture_of_row(task, row, student_max.value, result.log_normalizer, teacher_max.value,
+                             result.teacher_log_normalizer);
   }
-  store(kJsd, cost.jsd_weight * mixture.teacher + (1.0 - cost.jsd_weight) * mixture.student);
+  store(kJsd, task.cost.jsd_weight * mixture.teacher + (1.0 - task.cost.jsd_weight) * mixture.student);
   store(kStudentMixtureKl, mixture.student);
+  const std::int64_t* tokens = task.tokens;
   store(kLogprob,
         tokens ? token_logprob(student, row, tokens[row], student_max.value, result.log_normalizer) : 0.0);
   store(kTeacherLogprob,
@@ -194,44 +198,46 @@ inline auto grad_block_of(Statistic cost) {
   }
 }
 
-// Rounds to the nearest bfloat16, ties to even; returns what the sum loses. NaN stays NaN. Inlined by GCC 12 the
-// whole gradient takes 1.6 times as long.
+// Rounds to the nearest bfloat16, ties to even; returns what the sum loses. NaN stays NaN. If GCC 12 inlines this
+// function, the whole gradient takes 1.6 times as long.
 [[gnu::noinline]] float round_block(const float* exact, std::int64_t size, std::uint16_t* out) {
-  float lost = 0;
-#pragma omp simd reduction(+ : lost)
+  float residual = 0;
+#pragma omp simd reduction(+ : residual)
   for (std::int64_t v = 0; v < size; ++v) {
     std::uint32_t bits;
     std::memcpy(&bits, &exact[v], sizeof bits);
     const std::uint32_t nearest = bits + 0x7fff + ((bits >> 16) & 1), quiet_nan = bits | 0x400000;
-    const std::uint32_t kept = (exact[v] == exact[v] ? nearest : quiet_nan) & 0xffff0000;
+    const std::uint32_t rounded_bits = (exact[v] == exact[v] ? nearest : quiet_nan) & 0xffff0000;
     float rounded;
-    std::memcpy(&rounded, &kept, sizeof rounded);
-    lost += exact[v] - rounded;
-    out[v] = static_cast<std::uint16_t>(kept >> 16);
+    std::memcpy(&rounded, &rounded_bits, sizeof rounded);
+    residual += exact[v] - rounded;
+    out[v] = static_cast<std::uint16_t>(rounded_bits >> 16);
   }
-  return lost;
+  return residual;
 }
 
-// Returns what the row's sum lost to rounding.
-float grad_of_row(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
-                  const float* statistics, const Cost& cost, float cost_weight, float logprob_weight,
-                  std::int64_t row, std::int64_t num_rows, std::int64_t vocab_size, const GradRows& grad) {
+// Writes a row's gradient, and what its sum lost to rounding.
+void grad_of_row(const RowTask& task, const GradRows& grad, std::int64_t row) {
+  const LogitRows &student = task.student, &teacher = task.teacher;
+  const std::int64_t vocab_size = task.vocab_size;
+  float cost_weight = grad.cost_weight[row], logprob_weight = grad.logprob_weight ? grad.logprob_weight[row] : 0.0f;
   const bool is_bf16 = grad.type == FloatType::kBFloat16;
   char* const row_of_grad = static_cast<char*>(grad.data) + row * grad.row_stride * (is_bf16 ? 2 : 4);
   float* const exact = reinterpret_cast<float*>(row_of_grad);
   auto* const rounded = reinterpret_cast<std::uint16_t*>(row_of_grad);
   if (cost_weight == 0.0f && logprob_weight == 0.0f) {
     std::memset(row_of_grad, 0, vocab_size * (is_bf16 ? 2 : 4));
-    return 0.0f;
+    if (grad.residual) grad.residual[row] = 0.0f;
+    return;
   }
   Block block;
   alignas(64) float buffer[kSumBlock];
-  double lost = 0;
-  const auto statistic = [&](Statistic which) { return statistics[which * num_rows + row]; };
+  double residual = 0;
+  const auto statistic = [&](Statistic which) { return task.statistics[which * task.num_rows + row]; };
   const float student_max = statistic(kMaxLogit), teacher_max = statistic(kTeacherMaxLogit);
-  const std::int64_t token = logprob_weight != 0.0f ? tokens[row] : -1;
+  const std::int64_t token = logprob_weight != 0.0f ? task.tokens[row] : -1;
   const bool softcap = student.softcap != 0.0f;
-  if (!softcap) {  // then d logit / d raw is one number
+  if (!softcap) {  // d logit / d raw is the same number for the whole row
     cost_weight *= student.inverse_temperature;
     logprob_weight *= student.inverse_temperature;
   }
@@ -239,9 +245,9 @@ float grad_of_row(const LogitRows& student, const LogitRows& teacher, const std:
                              statistic(kTeacherLogNormalizer),
                              cost_weight,
                              logprob_weight,
-                             statistic(mean_statistic(cost.statistic)),
-                             cost.jsd_weight};
-  const auto grad_block = grad_block_of(cost.statistic);
+                             statistic(mean_statistic(task.cost.statistic)),
+                             task.cost.jsd_weight};
+  const auto grad_block = grad_block_of(task.cost.statistic);
   for (std::int64_t begin = 0; begin < vocab_size; begin += kSumBlock) {
     const std::int64_t size = vocab_size - begin < kSumBlock ? vocab_size - begin : kSumBlock;
     const float* teacher_logits = load(teacher, row, begin, size, block.teacher, block.derivative);
@@ -253,43 +259,29 @@ float grad_of_row(const LogitRows& student, const LogitRows& teacher, const std:
 #pragma omp simd
       for (std::int64_t v = 0; v < size; ++v) out[v] *= block.derivative[v];
     }
-    // In place this writes where logits have been read: half as far into the row.
-    if (is_bf16) lost += round_block(buffer, size, rounded + begin);
+    // In place, this overwrites only logits that were read before: it is half as far into the row.
+    if (is_bf16) residual += round_block(buffer, size, rounded + begin);
   }
-  return static_cast<float>(lost);
+  if (grad.residual) grad.residual[row] = static_cast<float>(residual);
 }
 
 }  // namespace
 
-void row_stats(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens, const Cost& cost,
-               std::int64_t num_rows, std::int64_t vocab_size, float* statistics, int num_threads) {
+void Kernels::row_stats(const RowTask& task, int num_threads) {
 #pragma omp parallel for num_threads(num_threads) schedule(static)
-  for (std::int64_t row = 0; row < num_rows; ++row) {
-    stats_of_row(student, teacher, tokens, cost, row, num_rows, vocab_size, statistics);
-  }
+  for (std::int64_t row = 0; row < task.num_rows; ++row) stats_of_row(task, row);
 }
 
-void row_grad(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
-              const float* statistics, const Cost& cost, const float* cost_weight, const float* logprob_weight,
-              std::int64_t num_rows, std::int64_t vocab_size, const GradRows& grad, float* rounding,
-              int num_threads) {
+void Kernels::row_grad(const RowTask& task, const GradRows& grad, int num_threads) {
 #pragma omp parallel for num_threads(num_threads) schedule(static)
-  for (std::int64_t row = 0; row < num_rows; ++row) {
-    const float lost = grad_of_row(student, teacher, tokens, statistics, cost, cost_weight[row],
-                                   logprob_weight ? logprob_weight[row] : 0.0f, row, num_rows, vocab_size, grad);
-    if (rounding) rounding[row] = lost;
-  }
+  for (std::int64_t row = 0; row < task.num_rows; ++row) grad_of_row(task, grad, row);
 }
 
-void row_stats_grad(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
-                    const Cost& cost, const float* cost_weight, std::int64_t num_rows, std::int64_t vocab_size,
-                    float* statistics, const GradRows& grad, float* rounding, int num_threads) {
+void Kernels::row_stats_grad(const RowTask& task, const GradRows& grad, int num_threads) {
 #pragma omp parallel for num_threads(num_threads) schedule(static)
-  for (std::int64_t row = 0; row < num_rows; ++row) {
-    stats_of_row(student, teacher, tokens, cost, row, num_rows, vocab_size, statistics);
-    const float lost = grad_of_row(student, teacher, tokens, statistics, cost, cost_weight[row], 0.0f, row,
-                                   num_rows, vocab_size, grad);
-    if (rounding) rounding[row] = lost;
+  for (std::int64_t row = 0; row < task.num_rows; ++row) {
+    stats_of_row(task, row);
+    grad_of_row(task, grad, row);
   }
 }
 

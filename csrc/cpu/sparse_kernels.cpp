@@ -6,13 +6,13 @@
 //     out[r] += sum over entries of value * dense[index]
 //
 // It walks panels of columns that fit the registers, and blocks of dense rows whose panel stays in the second-level
-// cache while every list passes over it. A thread owns output rows with its share of the entries, so nothing is
-// shared. No templates of the standard library: copies built for different instruction sets must not be merged.
-#include "sparse_kernels.h"
-
+// cache while every list passes over it. Each thread writes its output rows alone; the rows are divided so that
+// every thread has about as many entries. The file uses no templates of the standard library: the linker must not
+// merge copies built for different instruction sets.
 #include <cmath>
 #include <cstring>
 
+#include "kernels.h"
 #include "lanes.h"
 
 #if defined(__AVX512F__)
@@ -25,7 +25,7 @@ namespace {
 constexpr int kPanel = 12;  // vectors; with the broadcast value they fit 16 registers
 
 constexpr std::int64_t kBlockBytes = 512 * 1024;  // half of a usual second-level cache
-constexpr float kSmallest = 1.401298464e-45f;     // above 0: zeros are never kept
+constexpr float kSmallest = 1.401298464e-45f;     // above 0: a zero is never large
 
 typedef float Vector __attribute__((vector_size(4 * kLanes)));
 typedef std::uint32_t Bits __attribute__((vector_size(4 * kLanes)));
@@ -34,7 +34,7 @@ typedef std::uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 inline void read(const float* from, float& to) { to = *from; }
 inline void read(const float* from, Vector& to) { std::memcpy(&to, from, sizeof to); }
 
-// bfloat16: the upper half of a float.
+// A bfloat16 is the upper half of a float.
 inline void read(const std::uint16_t* from, float& to) {
   const std::uint32_t bits = static_cast<std::uint32_t>(*from) << 16;
   std::memcpy(&to, &bits, sizeof to);
@@ -65,7 +65,7 @@ struct Sums {
 };
 
 #if defined(__AVX512F__)
-// The same of bfloat16, even and odd columns apart: a shift and a mask widen 32 neighbours where they are.
+// Sums of bfloat16 rows, even and odd columns apart: a shift and a mask widen 32 neighbours in place.
 template <int kPairs>
 struct PairedSums {
   static constexpr std::int64_t kWidth = kPairs * 32;
@@ -170,7 +170,7 @@ inline float largest(const float* row, std::int64_t size) {
   return largest;
 }
 
-// Entries to keep; the share of the row's absolute sum that is not kept.
+// Returns the number of large entries, and in `dropped` the share of the row's absolute sum in the small ones.
 inline std::int64_t count_row(const float* row, std::int64_t size, float cutoff, float* dropped) {
   std::int64_t total_count = 0;
   double total = 0.0, total_small = 0.0;
@@ -202,7 +202,7 @@ inline void select_row(const float* row, std::int64_t size, float cutoff, std::i
     const __m512 entries = _mm512_loadu_ps(row + v);
     const __mmask16 keep = _mm512_cmp_ps_mask(_mm512_abs_ps(entries), _mm512_set1_ps(cutoff), _CMP_NLT_UQ);
     if (keep == 0) continue;
-    // Compressed in a register: the form that compresses to memory takes some 140 cycles on Zen 4.
+    // This compresses in a register: the instruction that compresses to memory takes some 140 cycles on Zen 4.
     const int count = __builtin_popcount(keep);
     const __mmask16 front = static_cast<__mmask16>((1u << count) - 1u);
     const __m512i indices = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(v)));
@@ -221,8 +221,9 @@ inline void select_row(const float* row, std::int64_t size, float cutoff, std::i
 
 }  // namespace
 
-void sparse_count(const float* dense, std::int64_t row_stride, std::int64_t num_rows, std::int64_t num_columns,
-                  float threshold, float* cutoff, std::int64_t* counts, float* dropped, int num_threads) {
+void Kernels::sparse_count(const float* dense, std::int64_t row_stride, std::int64_t num_rows,
+                           std::int64_t num_columns, float threshold, float* cutoff, std::int64_t* counts,
+                           float* dropped, int num_threads) {
 #pragma omp parallel for num_threads(num_threads) schedule(static)
   for (std::int64_t r = 0; r < num_rows; ++r) {
     const float* row = dense + r * row_stride;
@@ -232,8 +233,8 @@ void sparse_count(const float* dense, std::int64_t row_stride, std::int64_t num_
   }
 }
 
-void sparse_select(const float* dense, std::int64_t row_stride, std::int64_t num_columns, const float* cutoff,
-                   const SparseRows& out, int num_threads) {
+void Kernels::sparse_select(const float* dense, std::int64_t row_stride, std::int64_t num_columns,
+                            const float* cutoff, const SparseRows& out, int num_threads) {
 #pragma omp parallel for num_threads(num_threads) schedule(static)
   for (std::int64_t r = 0; r < out.num_rows; ++r) {
     select_row(dense + r * row_stride, num_columns, cutoff[r], out.index + out.offsets[r],
@@ -241,9 +242,10 @@ void sparse_select(const float* dense, std::int64_t row_stride, std::int64_t num
   }
 }
 
-void sparse_transpose(const SparseRows& rows, const SparseRows& out, std::int64_t* position, int num_threads) {
-  // Each part owns a range of columns, for which it looks through every row.
-  const auto for_own_entries = [&](int part, auto visit) {
+void Kernels::sparse_transpose(const SparseRows& rows, const SparseRows& out, std::int64_t* position,
+                               int num_threads) {
+  // Each part has a range of columns, and searches every row for them.
+  const auto for_entries_of = [&](int part, auto visit) {
     const std::int64_t first = out.num_rows * part / num_threads, last = out.num_rows * (part + 1) / num_threads;
     for (std::int64_t r = 0; r < rows.num_rows; ++r) {
       const std::int64_t stop = rows.offsets[r + 1];
@@ -254,7 +256,7 @@ void sparse_transpose(const SparseRows& rows, const SparseRows& out, std::int64_
   for (std::int64_t c = 0; c < out.num_rows; ++c) position[c] = 0;
 #pragma omp parallel for num_threads(num_threads) schedule(static, 1)
   for (int part = 0; part < num_threads; ++part) {
-    for_own_entries(part, [&](std::int64_t, std::int64_t entry) { ++position[rows.index[entry]]; });
+    for_entries_of(part, [&](std::int64_t, std::int64_t entry) { ++position[rows.index[entry]]; });
   }
   std::int64_t begin = 0;
   for (std::int64_t c = 0; c < out.num_rows; ++c) {
@@ -265,7 +267,7 @@ void sparse_transpose(const SparseRows& rows, const SparseRows& out, std::int64_
   out.offsets[out.num_rows] = begin;
 #pragma omp parallel for num_threads(num_threads) schedule(static, 1)
   for (int part = 0; part < num_threads; ++part) {
-    for_own_entries(part, [&](std::int64_t r, std::int64_t entry) {
+    for_entries_of(part, [&](std::int64_t r, std::int64_t entry) {
       const std::int64_t to = position[rows.index[entry]]++;
       out.index[to] = static_cast<std::int32_t>(r);
       out.value[to] = rows.value[entry];
@@ -273,8 +275,8 @@ void sparse_transpose(const SparseRows& rows, const SparseRows& out, std::int64_
   }
 }
 
-void sparse_product(const SparseRows& rows, const DenseRows& dense, float* out, std::int64_t* position,
-                    int num_threads) {
+void Kernels::sparse_product(const SparseRows& rows, const DenseRows& dense, float* out, std::int64_t* position,
+                             int num_threads) {
   const std::int64_t num_entries = rows.offsets[rows.num_rows];
   const auto border = [&](int part) {
     return part == num_threads ? rows.num_rows

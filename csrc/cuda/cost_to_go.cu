@@ -2,12 +2,12 @@
 //
 //     total[p] = sum_{p <= i < p + horizon} discount^(i - p) cost_i          to_go[p] = discount total[p + 1]
 //
-// A thread takes one position of one sequence and goes through the costs from the farthest to its own by Horner's
-// scheme, total = cost + discount total, in double; a block, kThreads positions, passes them through shared memory.
-// Nothing is subtracted, and the order of additions is fixed.
+// A thread has one position of one sequence. It adds the costs from the farthest to that of its position by
+// Horner's scheme, total = cost + discount total, in double; the kThreads positions of a block load the costs
+// together into shared memory. Nothing is subtracted, and the order of the additions is fixed.
 //
-// Left out: a scan that passes totals from thread to thread. It would need one addition per cost in place of the
-// window's length, which a chunk's few hundred positions do not repay (expected, not yet timed).
+// Left out: a scan that passes totals from thread to thread. It would need one addition per cost and not one per
+// cost of the window, which does not pay for the few hundred positions of a chunk (expected, not yet timed).
 #include <cuda_runtime.h>
 
 #include "reduce.cuh"

@@ -1,10 +1,10 @@
 // Sums and maxima of a row across the threads of a block. Not yet run on a GPU.
 //
-//     thread   RowSums<float> about its own maxima
-//     block    maxima first, then every thread moves its sums to them once, then plain additions:
+//     thread   has RowSums<float> about the maxima of its entries
+//     block    finds its maxima first; every thread then moves its sums to them once; the rest is plain additions:
 //              shuffles in float within a warp, double across warps
 //
-// so no exponential is in the tree, and double appears only a few times per row.
+// so the tree of additions has no exponential, and a row takes only a few operations in double.
 #pragma once
 
 #include "../row_math.h"
@@ -67,7 +67,7 @@ __device__ inline RowSums<Real> warp_sums(const RowSums<Real>& sums) {
   return total;
 }
 
-// The sum over a block's threads, in thread 0. `scratch` is of no other sum.
+// Returns the sum over a block's threads, in thread 0. Every sum of a kernel has scratch of its own.
 __device__ inline double block_sum(float value, double (&scratch)[kWarps]) {
   const float warp_total = warp_sum(value);
   if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = warp_total;
@@ -77,7 +77,7 @@ __device__ inline double block_sum(float value, double (&scratch)[kWarps]) {
   return total;
 }
 
-// What is known of a row, or of a part of it.
+// The sums and maxima of a row, or of a part of it.
 template <typename Real>
 struct RowState {
   RowSums<Real> sums;
@@ -94,7 +94,7 @@ __device__ inline void move_to(RowState<Real>& state, const Peak& student, const
   state.teacher = teacher;
 }
 
-// Merges the states of a warp's lanes; the result is in every lane.
+// Merges the states of a warp's lanes. Every lane gets the result.
 template <typename Real>
 __device__ inline RowState<Real> warp_state(RowState<Real> state) {
   move_to(state, warp_peak(state.student), warp_peak(state.teacher));
@@ -107,7 +107,7 @@ struct BlockScratch {
   RowSums<float> sums[kWarps];
 };
 
-// Merges the states of a block's threads. The result is in every lane of warp 0.
+// Merges the states of a block's threads. Every lane of warp 0 gets the result.
 __device__ inline RowState<double> block_state(RowState<float> state, BlockScratch& scratch) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   Peak student = warp_peak(state.student), teacher = warp_peak(state.teacher);

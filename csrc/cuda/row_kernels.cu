@@ -14,16 +14,15 @@
 namespace distil_kernels {
 namespace {
 
-// Vectors of both rows that a thread has under way at once, and before which it raises its maxima but once: some
-// thread of a warp raises them nearly every time, for all.
+// Vectors of both rows that a thread loads before it uses the first. It raises its maxima once for all of them: in
+// nearly every step some thread of a warp raises its maxima, and the other threads of the warp then wait for it.
 constexpr int kGroup = 2;
 
 template <int kWidth, bool kSoftcap>
-__global__ void __launch_bounds__(kThreads, 2)
-    row_stats(LogitRows student, LogitRows teacher, const std::int64_t* tokens, std::int64_t num_rows,
-              std::int64_t vocab_size, float* statistics) {
+__global__ void __launch_bounds__(kThreads, 2) row_stats(RowTask task) {
   __shared__ BlockScratch scratch;
-  const std::int64_t row = blockIdx.x;
+  const LogitRows &student = task.student, &teacher = task.teacher;
+  const std::int64_t row = blockIdx.x, vocab_size = task.vocab_size;
   constexpr std::int64_t kStep = kThreads * kWidth;
   RowState<float> state;
   for (std::int64_t first = threadIdx.x * kWidth; first < vocab_size; first += kGroup * kStep) {
@@ -50,20 +49,20 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   const RowState<double> total = block_state(state, scratch);
   if (threadIdx.x == 0) {
-    const std::int64_t token = tokens != nullptr ? tokens[row] : -1;
-    store_statistics(total, tokens != nullptr, token_logit(student, row, token, vocab_size),
-                     token_logit(teacher, row, token, vocab_size), row, num_rows, statistics);
+    const std::int64_t token = task.tokens != nullptr ? task.tokens[row] : -1;
+    store_statistics(task, row, total, token_logit(student, row, token, vocab_size),
+                     token_logit(teacher, row, token, vocab_size));
   }
 }
 
-// What is a JSD in `statistics`, from the maxima and normalisers that are there.
+// Writes kJsd and kStudentMixtureKl, from the maxima and normalisers that row_stats wrote.
 template <int kWidth, bool kSoftcap>
-__global__ void __launch_bounds__(kThreads)
-    row_mixture(LogitRows student, LogitRows teacher, float jsd_weight, std::int64_t num_rows,
-                std::int64_t vocab_size, float* statistics) {
+__global__ void __launch_bounds__(kThreads) row_mixture(RowTask task) {
   __shared__ double scratch[2][kWarps];
-  const std::int64_t row = blockIdx.x;
-  const auto statistic = [&](Statistic which) -> float& { return statistics[which * num_rows + row]; };
+  const LogitRows &student = task.student, &teacher = task.teacher;
+  const std::int64_t row = blockIdx.x, vocab_size = task.vocab_size;
+  const float jsd_weight = task.cost.jsd_weight;
+  const auto statistic = [&](Statistic which) -> float& { return task.statistics[which * task.num_rows + row]; };
   const float student_max = statistic(kMaxLogit), teacher_max = statistic(kTeacherMaxLogit);
   const float log_normalizer = statistic(kLogNormalizer), teacher_log_normalizer = statistic(kTeacherLogNormalizer);
   MixtureTerm sums{0.0f, 0.0f};
@@ -71,7 +70,7 @@ __global__ void __launch_bounds__(kThreads)
     float s[kWidth], t[kWidth];
     load_logits<kWidth, kSoftcap>(student, row, column, vocab_size - column, s);
     load_logits<kWidth, kSoftcap>(teacher, row, column, vocab_size - column, t);
-    MixtureTerm of_vector{0.0f, 0.0f};  // added to each other first, as in `accumulate`
+    MixtureTerm of_vector{0.0f, 0.0f};  // sums a vector's terms before the thread's, as `accumulate` does
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       const MixtureTerm term =
@@ -91,24 +90,23 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <int kWidth, bool kSoftcap>
-__global__ void __launch_bounds__(kThreads)
-    row_grad(LogitRows student, LogitRows teacher, const std::int64_t* tokens, const float* statistics, Cost cost,
-             const float* cost_weights, const float* logprob_weights, std::int64_t num_rows,
-             std::int64_t vocab_size, GradRows grad, float* rounding) {
+__global__ void __launch_bounds__(kThreads) row_grad(RowTask task, GradRows grad) {
   __shared__ double scratch[kWarps];
-  float lost = 0.0f;
-  const std::int64_t row = blockIdx.x;
-  const float cost_weight = cost_weights[row], logprob_weight = logprob_weights ? logprob_weights[row] : 0.0f;
+  float residual = 0.0f;
+  const LogitRows &student = task.student, &teacher = task.teacher;
+  const std::int64_t row = blockIdx.x, vocab_size = task.vocab_size;
+  const float cost_weight = grad.cost_weight[row];
+  const float logprob_weight = grad.logprob_weight ? grad.logprob_weight[row] : 0.0f;
   const bool used = cost_weight != 0.0f || logprob_weight != 0.0f;
-  const std::int64_t token = logprob_weight != 0.0f ? tokens[row] : -1;
-  const auto statistic = [&](Statistic which) { return statistics[which * num_rows + row]; };
+  const std::int64_t token = logprob_weight != 0.0f ? task.tokens[row] : -1;
+  const auto statistic = [&](Statistic which) { return task.statistics[which * task.num_rows + row]; };
   const float student_max = statistic(kMaxLogit), teacher_max = statistic(kTeacherMaxLogit);
   const RowGradient gradient{statistic(kLogNormalizer),
                              statistic(kTeacherLogNormalizer),
                              cost_weight,
                              logprob_weight,
-                             statistic(mean_statistic(cost.statistic)),
-                             cost.jsd_weight};
+                             statistic(mean_statistic(task.cost.statistic)),
+                             task.cost.jsd_weight};
   constexpr std::int64_t kStep = kThreads * kWidth;
   for (std::int64_t first = threadIdx.x * kWidth; first < vocab_size; first += kGroup * kStep) {
     float s[kGroup][kWidth], t[kGroup][kWidth];
@@ -129,23 +127,24 @@ __global__ void __launch_bounds__(kThreads)
         transform<kWidth, kSoftcap>(teacher, column, vocab_size - column, t[g]);
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
-          out[i] = grad_logit_of(cost.statistic, at_least_floor(s[g][i] - student_max),
+          out[i] = grad_logit_of(task.cost.statistic, at_least_floor(s[g][i] - student_max),
                                  at_least_floor(t[g][i] - teacher_max), gradient);
           if (column + i == token) out[i] += logprob_weight;
           out[i] *= derivative_at<kSoftcap>(student, s[g][i]);
         }
       }
-      lost += store_grad<kWidth>(grad, row, column, vocab_size - column, out);
+      residual += store_grad<kWidth>(grad, row, column, vocab_size - column, out);
     }
   }
-  if (rounding == nullptr) return;
-  const double total = block_sum(lost, scratch);
-  if (threadIdx.x == 0) rounding[row] = static_cast<float>(total);
+  if (grad.residual == nullptr) return;
+  const double total = block_sum(residual, scratch);
+  if (threadIdx.x == 0) grad.residual[row] = static_cast<float>(total);
 }
 
 // Calls launch(width, softcap) with both as compile-time constants.
 template <typename Launch>
-int with_variant(bool vectors, bool softcap, const Launch& launch) {
+int with_variant(const RowTask& task, bool vectors, const Launch& launch) {
+  const bool softcap = task.student.softcap != 0.0f || task.teacher.softcap != 0.0f;
   using One = std::integral_constant<int, 1>;
   using Four = std::integral_constant<int, kVector>;
   if (vectors) return softcap ? launch(Four{}, std::true_type{}) : launch(Four{}, std::false_type{});
@@ -161,28 +160,22 @@ int cuda_device_error() {
 
 const char* cuda_error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
-int cuda_row_stats(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens, const Cost& cost,
-                   std::int64_t num_rows, std::int64_t vocab_size, float* statistics, void* stream) {
-  if (num_rows == 0) return cudaSuccess;
-  const bool vectors = starts_at_vectors(student) && starts_at_vectors(teacher);
-  return with_variant(vectors, student.softcap != 0.0f || teacher.softcap != 0.0f, [&](auto width, auto softcap) {
-    const int error = launch(row_stats<width, softcap>, num_rows, stream, student, teacher, tokens, num_rows,
-                             vocab_size, statistics);
-    if (error != cudaSuccess || cost.statistic != kJsd) return error;
-    return launch(row_mixture<width, softcap>, num_rows, stream, student, teacher, cost.jsd_weight, num_rows,
-                  vocab_size, statistics);
+int cuda_row_stats(const RowTask& task, void* stream) {
+  if (task.num_rows == 0) return cudaSuccess;
+  const bool vectors = starts_at_vectors(task.student) && starts_at_vectors(task.teacher);
+  return with_variant(task, vectors, [&](auto width, auto softcap) {
+    const int error = launch(row_stats<width, softcap>, task.num_rows, stream, task);
+    if (error != cudaSuccess || task.cost.statistic != kJsd) return error;
+    return launch(row_mixture<width, softcap>, task.num_rows, stream, task);
   });
 }
 
-int cuda_row_grad(const LogitRows& student, const LogitRows& teacher, const std::int64_t* tokens,
-                  const float* statistics, const Cost& cost, const float* cost_weight, const float* logprob_weight,
-                  std::int64_t num_rows, std::int64_t vocab_size, const GradRows& grad, float* rounding,
-                  void* stream) {
-  if (num_rows == 0) return cudaSuccess;
-  const bool vectors = starts_at_vectors(student) && starts_at_vectors(teacher) && starts_at_vectors(grad);
-  return with_variant(vectors, student.softcap != 0.0f || teacher.softcap != 0.0f, [&](auto width, auto softcap) {
-    return launch(row_grad<width, softcap>, num_rows, stream, student, teacher, tokens, statistics, cost,
-                  cost_weight, logprob_weight, num_rows, vocab_size, grad, rounding);
+int cuda_row_grad(const RowTask& task, const GradRows& grad, void* stream) {
+  if (task.num_rows == 0) return cudaSuccess;
+  const bool vectors =
+      starts_at_vectors(task.student) && starts_at_vectors(task.teacher) && starts_at_vectors(grad);
+  return with_variant(task, vectors, [&](auto width, auto softcap) {
+    return launch(row_grad<width, softcap>, task.num_rows, stream, task, grad);
   });
 }
 

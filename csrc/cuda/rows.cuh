@@ -1,7 +1,7 @@
 // Reading logits and writing gradients, 16 bytes at a time where every row allows it. Not yet run on a GPU.
 //
-// kWidth is 4 where all rows and the bias begin at multiples of 16 bytes, else 1; `vector_width` decides for a
-// launch. The last entries of a row that do not fill a vector are taken one by one.
+// kWidth is 4 where all rows and the bias begin at multiples of 16 bytes (`starts_at_vectors`), else 1. The last
+// entries of a row, which do not fill a vector, are read and written one by one.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -27,7 +27,7 @@ inline bool starts_at_vectors(const GradRows& grad) {
   return starts_at_vectors(grad.data, grad.row_stride, grad.type == FloatType::kFloat32 ? 4 : 2);
 }
 
-// count < kWidth only at the end of a row.
+// Reads a vector of which `count` entries exist: fewer than kWidth only at the end of a row.
 template <int kWidth>
 __device__ inline void load_floats(const float* from, std::int64_t count, float fill, float (&to)[kWidth]) {
   if (kWidth == kVector && count >= kWidth) {
@@ -39,7 +39,7 @@ __device__ inline void load_floats(const float* from, std::int64_t count, float 
   for (int i = 0; i < kWidth; ++i) to[i] = i < count ? from[i] : fill;
 }
 
-// Either model may be without a softcap in the kSoftcap version.
+// In the kSoftcap version, one of the two models may have no softcap.
 template <bool kSoftcap>
 __device__ inline Logit logit_of(const LogitRows& rows, float raw_plus_bias) {
   if (kSoftcap && rows.softcap != 0.0f) {
@@ -48,7 +48,7 @@ __device__ inline Logit logit_of(const LogitRows& rows, float raw_plus_bias) {
   return transform_logit<false>(raw_plus_bias, rows.softcap, rows.inverse_temperature);
 }
 
-// raw -> logits in place; entries from `count` on become minus infinity.
+// Turns raw outputs into logits, in place; entries from `count` on become minus infinity.
 template <int kWidth, bool kSoftcap>
 __device__ inline void transform(const LogitRows& rows, std::int64_t column, std::int64_t count,
                                  float (&logits)[kWidth]) {
@@ -75,7 +75,7 @@ __device__ inline void load_logits(const LogitRows& rows, std::int64_t row, std:
   transform<kWidth, kSoftcap>(rows, column, count, logits);
 }
 
-// d logit / d raw from the logit itself.
+// Returns d logit / d raw from the logit itself.
 template <bool kSoftcap>
 __device__ inline float derivative_at(const LogitRows& rows, float logit) {
   if (!kSoftcap || rows.softcap == 0.0f) return rows.inverse_temperature;
@@ -83,7 +83,7 @@ __device__ inline float derivative_at(const LogitRows& rows, float logit) {
   return (1.0f - y * y) * rows.inverse_temperature;
 }
 
-// The logit of a row's token; NaN where it is outside the vocabulary.
+// Returns the logit of a row's token; NaN where the token is outside the vocabulary.
 __device__ inline float token_logit(const LogitRows& rows, std::int64_t row, std::int64_t token,
                                     std::int64_t vocab_size) {
   if (token < 0 || token >= vocab_size) return NAN;
@@ -92,7 +92,7 @@ __device__ inline float token_logit(const LogitRows& rows, std::int64_t row, std
   return logit[0];
 }
 
-// Whether some entries of a row are higher than a thread's peak, which then is theirs.
+// Raises a thread's peak to the highest of some entries of a row; true where one of them was higher.
 template <int kWidth>
 __device__ inline bool raise(Peak& peak, const float (&logits)[kWidth], std::int64_t column) {
   const float before = peak.value;
@@ -103,8 +103,8 @@ __device__ inline bool raise(Peak& peak, const float (&logits)[kWidth], std::int
   return peak.value > before;
 }
 
-// Adds some entries of both rows to a thread's sums; its maxima are not below them. They are added to each other
-// first: what is rounded at the size of a thread's whole sum is then a quarter as many additions.
+// Adds some entries of both rows, none above the thread's maxima, to its sums. It sums the entries themselves
+// first: a quarter as many additions are then rounded at the magnitude of the thread's sum.
 template <int kWidth>
 __device__ inline void accumulate(RowState<float>& state, const float (&s)[kWidth], const float (&t)[kWidth]) {
   const auto term = [&](int i) {
@@ -116,7 +116,7 @@ __device__ inline void accumulate(RowState<float>& state, const float (&s)[kWidt
   add_sums(state.sums, sums);
 }
 
-// grad_logit of a cost that is known when the kernel runs: the same for all threads, so no branch diverges.
+// grad_logit of a cost that is known when the kernel runs. All threads have the same cost, so no branch diverges.
 __device__ inline float grad_logit_of(Statistic cost, float s, float t, const RowGradient& row) {
   switch (cost) {
     case kReverseKl:
@@ -130,7 +130,7 @@ __device__ inline float grad_logit_of(Statistic cost, float s, float t, const Ro
   }
 }
 
-// Returns what the sum of the values loses where they are rounded.
+// Writes some entries of a gradient row. Returns what their sum loses to rounding.
 template <int kWidth>
 __device__ inline float store_grad(const GradRows& grad, std::int64_t row, std::int64_t column, std::int64_t count,
                                    const float (&values)[kWidth]) {
@@ -145,7 +145,7 @@ __device__ inline float store_grad(const GradRows& grad, std::int64_t row, std::
     return 0.0f;
   }
   alignas(8) unsigned short bits[kWidth];
-  float lost = 0.0f;
+  float residual = 0.0f;
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
     float rounded;
@@ -156,7 +156,7 @@ __device__ inline float store_grad(const GradRows& grad, std::int64_t row, std::
       const __half narrow = __float2half_rn(values[i]);
       bits[i] = __half_as_ushort(narrow), rounded = __half2float(narrow);
     }
-    if (i < count) lost += values[i] - rounded;
+    if (i < count) residual += values[i] - rounded;
   }
   unsigned short* out = static_cast<unsigned short*>(grad.data) + offset;
   if (kWidth == kVector && count >= kWidth) {
@@ -164,15 +164,16 @@ __device__ inline float store_grad(const GradRows& grad, std::int64_t row, std::
   } else {
     for (int i = 0; i < kWidth && i < count; ++i) out[i] = bits[i];
   }
-  return lost;
+  return residual;
 }
 
-__device__ inline void store_statistics(const RowState<double>& state, bool has_tokens, float student_token,
-                                        float teacher_token, std::int64_t row, std::int64_t num_rows,
-                                        float* statistics) {
+// Writes a row's statistics from its merged state and the logits of its token.
+__device__ inline void store_statistics(const RowTask& task, std::int64_t row, const RowState<double>& state,
+                                        float student_token, float teacher_token) {
   const RowResult<double> result = finish(state.sums);
+  const bool has_tokens = task.tokens != nullptr;
   const auto store = [&](Statistic statistic, double value) {
-    statistics[statistic * num_rows + row] = static_cast<float>(value);
+    task.statistics[statistic * task.num_rows + row] = static_cast<float>(value);
   };
   store(kForwardCe, result.forward_ce);
   store(kForwardKl, result.forward_kl);
@@ -184,7 +185,7 @@ __device__ inline void store_statistics(const RowState<double>& state, bool has_
   store(kLogNormalizer, result.log_normalizer);
   store(kTeacherMaxLogit, state.teacher.value);
   store(kTeacherLogNormalizer, result.teacher_log_normalizer);
-  store(kJsd, 0.0);  // `row_mixture` has it
+  store(kJsd, 0.0);  // `row_mixture` writes it
   store(kStudentMixtureKl, 0.0);
   const double logprob = static_cast<double>(student_token) - state.student.value - result.log_normalizer;
   const double teacher_logprob =

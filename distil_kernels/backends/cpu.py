@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from distil_kernels.backends import NUM_STATISTICS, Cost, LogitPair, LogitTransform
+from distil_kernels.backends.row_task import grad_rows, row_task
 
 try:
     from distil_kernels import _C
@@ -30,7 +31,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def supported_instruction_sets() -> list[str]:
-    """Names that the row kernels take as `instruction_set` on this processor."""
+    """Returns the names that the row kernels take as `instruction_set` on this processor."""
     return [name for name in INSTRUCTION_SETS if _C.cpu_supports(getattr(_C.InstructionSet, name))]
 
 
@@ -43,19 +44,9 @@ def row_stats(
     *,
     instruction_set: str = "best",
 ) -> Tensor:
-    num_rows, vocab_size = logits.student.shape
-    statistics = torch.empty(NUM_STATISTICS, num_rows, dtype=torch.float32)  # whatever the default is: C++ writes it
-    _C.cpu_row_stats(
-        _rows(logits.student, student),
-        _rows(logits.teacher, teacher),
-        _address(tokens),
-        _C.Cost(*cost),
-        num_rows,
-        vocab_size,
-        _address(statistics),
-        torch.get_num_threads(),
-        getattr(_C.InstructionSet, instruction_set),
-    )
+    statistics = _new_statistics(logits)
+    task = row_task(_C, logits, student, teacher, tokens, cost, statistics)
+    _C.cpu_row_stats(task, torch.get_num_threads(), getattr(_C.InstructionSet, instruction_set))
     return statistics
 
 
@@ -72,24 +63,11 @@ def row_grad(
     *,
     instruction_set: str = "best",
 ) -> Tensor | None:
-    num_rows, vocab_size = logits.student.shape
-    rounding = _room_for_rounding(out)
-    _C.cpu_row_grad(
-        _rows(logits.student, student),
-        _rows(logits.teacher, teacher),
-        _address(tokens),
-        _address(statistics),
-        _C.Cost(*cost),
-        _address(cost_weight),
-        _address(logprob_weight),
-        num_rows,
-        vocab_size,
-        _grad_rows(out),
-        _address(rounding),
-        torch.get_num_threads(),
-        getattr(_C.InstructionSet, instruction_set),
-    )
-    return rounding
+    residual = _new_residual(out)
+    task = row_task(_C, logits, student, teacher, tokens, cost, statistics)
+    grad = grad_rows(_C, out, cost_weight, logprob_weight, residual)
+    _C.cpu_row_grad(task, grad, torch.get_num_threads(), getattr(_C.InstructionSet, instruction_set))
+    return residual
 
 
 def row_stats_grad(
@@ -103,43 +81,20 @@ def row_stats_grad(
     *,
     instruction_set: str = "best",
 ) -> tuple[Tensor, Tensor | None]:
-    num_rows, vocab_size = logits.student.shape
-    statistics = torch.empty(NUM_STATISTICS, num_rows, dtype=torch.float32)
-    rounding = _room_for_rounding(out)
-    _C.cpu_row_stats_grad(
-        _rows(logits.student, student),
-        _rows(logits.teacher, teacher),
-        _address(tokens),
-        _C.Cost(*cost),
-        _address(cost_weight),
-        num_rows,
-        vocab_size,
-        _address(statistics),
-        _grad_rows(out),
-        _address(rounding),
-        torch.get_num_threads(),
-        getattr(_C.InstructionSet, instruction_set),
-    )
-    return statistics, rounding
+    statistics, residual = _new_statistics(logits), _new_residual(out)
+    task = row_task(_C, logits, student, teacher, tokens, cost, statistics)
+    grad = grad_rows(_C, out, cost_weight, None, residual)
+    _C.cpu_row_stats_grad(task, grad, torch.get_num_threads(), getattr(_C.InstructionSet, instruction_set))
+    return statistics, residual
 
 
-def _room_for_rounding(out: Tensor) -> Tensor | None:
-    return torch.empty(out.shape[0], dtype=torch.float32) if out.dtype == torch.bfloat16 else None
+# The C++ kernels write float32 on the CPU: torch's default dtype and device must not change that.
 
 
-def _grad_rows(out: Tensor) -> _C.GradRows:
-    return _C.GradRows(out.data_ptr(), out.stride(0), getattr(_C.FloatType, str(out.dtype).removeprefix("torch.")))
+def _new_statistics(logits: LogitPair) -> Tensor:
+    return torch.empty(NUM_STATISTICS, logits.student.shape[0], dtype=torch.float32, device="cpu")
 
 
-def _rows(raw: Tensor, transform: LogitTransform) -> _C.LogitRows:
-    return _C.LogitRows(
-        raw.data_ptr(),
-        raw.stride(0),
-        _address(transform.bias),
-        transform.softcap or 0.0,
-        1.0 / transform.temperature,
-    )
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _new_residual(out: Tensor) -> Tensor | None:
+    """[R]: what the sum of each gradient row loses to rounding; None where `out` is float32."""
+    return torch.empty(out.shape[0], dtype=torch.float32, device="cpu") if out.dtype == torch.bfloat16 else None

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from distil_kernels.backends import NUM_STATISTICS, Cost, LogitPair, LogitTransform, Statistic
+from distil_kernels.backends.row_task import grad_rows, row_task
 
 try:
     from distil_kernels import _C
@@ -86,13 +87,9 @@ def choose_row_kernel(capability: tuple[int, int], block_bytes: int, vocab_size:
 def row_stats(
     logits: LogitPair, student: LogitTransform, teacher: LogitTransform, tokens: Tensor | None, cost: Cost
 ) -> Tensor:
-    num_rows, vocab_size = logits.student.shape
-    statistics = logits.student.new_empty(NUM_STATISTICS, num_rows)
+    statistics = _new_statistics(logits)
     with torch.cuda.device(logits.student.device):
-        _check(_C.cuda_row_stats(
-            _rows(logits.student, student), _rows(logits.teacher, teacher), _address(tokens), _C.Cost(*cost),
-            num_rows, vocab_size, _address(statistics), _stream(),
-        ))  # fmt: skip
+        _check(_C.cuda_row_stats(row_task(_C, logits, student, teacher, tokens, cost, statistics), _stream()))
     return statistics
 
 
@@ -107,15 +104,12 @@ def row_grad(
     logprob_weight: Tensor | None,
     out: Tensor,
 ) -> Tensor | None:
-    num_rows, vocab_size = logits.student.shape
-    rounding = _room_for_rounding(out, num_rows)
+    residual = _new_residual(out, out.shape[0])
+    task = row_task(_C, logits, student, teacher, tokens, cost, statistics)
+    grad = grad_rows(_C, out, cost_weight, logprob_weight, residual)
     with torch.cuda.device(logits.student.device):
-        _check(_C.cuda_row_grad(
-            _rows(logits.student, student), _rows(logits.teacher, teacher), _address(tokens), _address(statistics),
-            _C.Cost(*cost), _address(cost_weight), _address(logprob_weight), num_rows, vocab_size, _grad_rows(out),
-            _address(rounding), _stream(),
-        ))  # fmt: skip
-    return rounding
+        _check(_C.cuda_row_grad(task, grad, _stream()))
+    return residual
 
 
 def row_stats_grad(
@@ -136,15 +130,12 @@ def row_stats_grad(
     if kernel.cluster_size == 0 or cost.statistic not in (Statistic.FORWARD_CE, Statistic.FORWARD_KL):
         statistics = row_stats(logits, student, teacher, tokens, cost)
         return statistics, row_grad(logits, student, teacher, tokens, statistics, cost, cost_weight, None, out)
-    statistics = logits.student.new_empty(NUM_STATISTICS, num_rows)
-    rounding = _room_for_rounding(out, num_rows, kernel.cluster_size)
+    statistics, residual = _new_statistics(logits), _new_residual(out, num_rows, kernel.cluster_size)
+    task = row_task(_C, logits, student, teacher, tokens, cost, statistics)
+    grad = grad_rows(_C, out, cost_weight, None, residual)
     with torch.cuda.device(device):
-        _check(_C.cuda_row_stats_grad(
-            _rows(logits.student, student), _rows(logits.teacher, teacher), _address(tokens), _address(cost_weight),
-            num_rows, vocab_size, kernel.cluster_size, _address(statistics), _grad_rows(out), _address(rounding),
-            _stream(),
-        ))  # fmt: skip
-    return statistics, None if rounding is None else rounding.sum(-1)
+        _check(_C.cuda_row_stats_grad(task, grad, kernel.cluster_size, _stream()))
+    return statistics, None if residual is None else residual.sum(-1)
 
 
 def cost_to_go(
@@ -162,7 +153,12 @@ def cost_to_go(
     return to_go, next_later
 
 
-def _room_for_rounding(out: Tensor, *size: int) -> Tensor | None:
+def _new_statistics(logits: LogitPair) -> Tensor:
+    return logits.student.new_empty(NUM_STATISTICS, logits.student.shape[0])
+
+
+def _new_residual(out: Tensor, *size: int) -> Tensor | None:
+    """What the sum of each gradient row loses to rounding; None where `out` is float32."""
     return None if out.dtype == torch.float32 else out.new_empty(size, dtype=torch.float32)
 
 
@@ -180,21 +176,3 @@ def _aligned(tensor: Tensor | None) -> bool:
         return True
     stride = tensor.stride(0) * tensor.element_size() if tensor.dim() == 2 else 0
     return tensor.data_ptr() % 16 == 0 and stride % 16 == 0
-
-
-def _rows(raw: Tensor, transform: LogitTransform) -> _C.LogitRows:
-    return _C.LogitRows(
-        raw.data_ptr(),
-        raw.stride(0),
-        _address(transform.bias),
-        transform.softcap or 0.0,
-        1.0 / transform.temperature,
-    )
-
-
-def _grad_rows(out: Tensor) -> _C.GradRows:
-    return _C.GradRows(out.data_ptr(), out.stride(0), getattr(_C.FloatType, str(out.dtype).removeprefix("torch.")))
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
