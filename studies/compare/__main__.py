@@ -3,7 +3,7 @@
     small      four tasks, models of 0.1 M parameters from scratch: seconds a run
     language   SmolLM2-135M, or any other, with the trainer itself: a minute a run, tuning first
 
-Runs are kept in OUTPUT/runs.jsonl: a study that was stopped goes on, a finished one only shows its tables.
+OUTPUT/runs.jsonl stores every finished run: a stopped study resumes, a finished one only prints its tables.
 The tables and figures of the docs:
 
     python -m studies.compare --output bench/results/compare --docs docs/results.md
@@ -13,14 +13,14 @@ The tables and figures of the docs:
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from studies.compare import language, report, study
+from studies.compare import accuracy_tables, language, small
+from studies.presentation import require_packages
 
-STUDIES: dict[str, Any] = {"small": study, "language": language}
+STUDIES: dict[str, Any] = {"small": small, "language": language}
 COMMANDS = {"small": "python -m studies.compare", "language": "python -m studies.compare language"}
 
 
@@ -35,25 +35,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", help="study language: path or hub name of the model [smollm2]")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
     options = parser.parse_args(arguments)
-    missing = [name for name in ("matplotlib", "rich") if importlib.util.find_spec(name) is None]
-    if missing:
-        parser.exit(1, f"needs {' and '.join(missing)}: pip install 'distil-kernels[train]'\n")
-    for name, least in (("jobs", 1), ("seeds", 1 if options.study == "language" else 2)):
+    require_packages(parser)
+    for name, minimum in (("jobs", 1), ("seeds", 1 if options.study == "language" else 2)):
         value = getattr(options, name)
-        if value is not None and value < least:
-            parser.error(f"[{name}] got {value}, expected at least {least}")
-    chosen = STUDIES[options.study]
-    scale = chosen.QUICK if options.quick else chosen.Scale()
-    known = [budget.task for budget in scale.tasks]
-    unknown = [task for task in options.tasks or [] if task not in known]
+        if value is not None and value < minimum:
+            parser.error(f"[{name}] got {value}, expected at least {minimum}")
+    study = STUDIES[options.study]
+    scale = study.QUICK if options.quick else study.Scale()
+    task_names = [budget.task for budget in scale.tasks]
+    unknown = [task for task in options.tasks or [] if task not in task_names]
     if unknown:
-        parser.error(f"[tasks] got {unknown[0]}, expected some of {', '.join(known)}")
+        parser.error(f"[tasks] got {unknown[0]}, expected some of {', '.join(task_names)}")
     if options.model and options.study != "language":
         parser.error(f"[model] belongs to study language: got {options.model} with {options.study}")
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-    from studies.compare import figures
+    from studies.compare import learning_curves
 
     if options.seeds:
         scale = replace(scale, seeds=options.seeds)
@@ -69,25 +67,22 @@ def main(arguments: list[str] | None = None) -> None:
     with Progress(*columns, speed_estimate_period=600) as bars:
         phases: dict[str, TaskID] = {}
 
-        def progress(phase: str, done: int, total: int) -> None:
+        def progress(phase: str, completed: int, total: int) -> None:
             if phase not in phases:
-                phases[phase] = bars.add_task(phase, total=total, completed=done, rate="")
+                phases[phase] = bars.add_task(phase, total=total, completed=completed, rate="")
             bar = bars.tasks[phases[phase]]
-            bars.update(bar.id, completed=done, rate=f"{60 * bar.speed:.0f} a minute" if bar.speed else "")
+            bars.update(bar.id, completed=completed, rate=f"{60 * bar.speed:.0f} a minute" if bar.speed else "")
 
-        results = chosen.conduct(scale, output, options.jobs, progress)
+        results = study.conduct(scale, output, options.jobs, progress)
 
-    found = report.tables(scale, results)
-    first_line = report.headline(scale, results)
-    report.show(found, first_line)
+    tables = accuracy_tables.tables(scale, results)
+    headline = accuracy_tables.headline(scale, results)
+    accuracy_tables.print_tables(tables, headline)
     folder = options.docs.parent / "figures" if options.docs else output
-    paths = figures.draw(scale, results, folder)
+    paths = learning_curves.draw(scale, results, folder)
     if options.docs:
-        report.write_block(
-            options.docs,
-            COMMANDS[options.study],
-            "\n\n".join([first_line + ".", *(table.markdown() for table in found)]),
-        )
+        text = "\n\n".join([headline + ".", *(table.markdown() for table in tables)])
+        accuracy_tables.write_block(options.docs, COMMANDS[options.study], text)
         paths.append(options.docs)
     for path in [output / "runs.jsonl", *paths]:
         print(path)

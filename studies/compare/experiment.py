@@ -1,8 +1,8 @@
-"""One run: a pre-trained student learns from its own answers, with one objective and one teacher.
+"""One run of a small model: a pre-trained student learns from answers that it samples, with one objective and teacher.
 
-Each step samples `prompts` x `rollouts` answers; the teacher reads the correction and says, at every state of them,
-what it would have done. The losses are the public ops. Everything random follows from the seed, so that runs with the
-same seed see the same model, problems and, at the first step, the same answers.
+Each step samples `prompts` x `rollouts` answers. The teacher reads the correction and gives its distribution at every
+state of these answers. The losses are the public ops. Everything random follows from the seed: runs with the same seed
+have the same model and problems and, at the first step, the same answers.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ import torch
 from torch import Generator, Tensor
 
 from distil_kernels import fused_distil_loss, fused_policy_loss
+from studies.compare.decoder import Decoder
+from studies.compare.digit_tasks import TASKS, Task, one_sign, truncate
 from studies.compare.grid import Result
-from studies.compare.model import Decoder
-from studies.compare.tasks import TASKS, Task, cut, one_sign
 
 BACKEND = "reference"
-"""For 16 characters plain torch is as quick as any kernel, and it runs everywhere alike."""
+"""With a vocabulary of 15 characters plain torch is as fast as any kernel, and it gives the same results everywhere."""
 
 
 class Objective(NamedTuple):
+    """A row of the tables: its label, and the options of `fused_distil_loss` (None for the policy gradient)."""
+
     label: str
     options: dict[str, Any] | None
-    """Of `fused_distil_loss`; None is the policy gradient."""
 
 
 _CREDIT = {"cost": "ce", "credit_span": "future", "discount": 0.9, "baseline": "leave_one_out"}
@@ -42,7 +43,7 @@ OBJECTIVES = {
     "jsd": Objective("JSD (OPSD)", {"cost": "jsd"} | _NO_CREDIT),
     "policy_gradient": Objective("policy gradient (GRPO)", None),
 }
-"""The competitors. `distil_undiscounted` is DistIL's own gradient, without a bias but for variance."""
+"""The objectives that compete. `distil_undiscounted` is DistIL's gradient; the discount of `distil` biases it."""
 
 CREDITS = {
     "undiscounted_no_baseline": Objective("discount 1, no baseline", _CREDIT | {"discount": 1.0, "baseline": None}),
@@ -52,12 +53,12 @@ CREDITS = {
     "by_remaining": Objective("discount 1, by remaining", _CREDIT | {"discount": 1.0, "normalize_by_remaining": True}),
     "kl_undiscounted": Objective("cost KL, discount 1", _CREDIT | {"cost": "kl", "discount": 1.0}),
 }
-"""Variants of `distil` that explain what becomes of the length; no competitors."""
+"""Variants of `distil` that explain the length of answers; they do not compete."""
 
 
 @dataclass(frozen=True)
-class Run:
-    """Everything that decides the result of a run."""
+class SmallRun:
+    """Everything that decides the result of a run; the field names are keys of runs.jsonl."""
 
     task: str
     objective: str
@@ -77,7 +78,8 @@ class Run:
     final_samples: int = 16
 
 
-def execute(run: Run, pretrained: Decoder) -> Result:
+def execute(run: SmallRun, pretrained: Decoder) -> Result:
+    """Trains a copy of the pre-trained model and evaluates it on held-out problems on the way and at the end."""
     begin = time.process_time()
     task, student = TASKS[run.task], copy.deepcopy(pretrained)
     objective = (OBJECTIVES | CREDITS)[run.objective]
@@ -101,8 +103,8 @@ def execute(run: Run, pretrained: Decoder) -> Result:
             with torch.no_grad():
                 torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), run.ema_rate)
     answers = _sample(task, student, held_out, run.final_samples, run.seed)
-    right = _right(task, held_out, answers).view(-1, run.final_samples)
-    result.correct = right.long().sum(1).tolist()
+    scores = _scores(task, held_out, answers).view(-1, run.final_samples)
+    result.correct = scores.long().sum(1).tolist()
     result.seconds = time.process_time() - begin
     return result
 
@@ -118,38 +120,38 @@ def _loss(
 ) -> Tensor:
     prompts = task.prompts(problems)
     answers = student.answers(prompts, task.answer_width, rollouts, generator)
-    _, belongs = cut(answers)
-    hidden, tokens, lengths = student.answer_hidden(prompts, answers)[belongs], answers[belongs], belongs.sum(1)
+    _, mask = truncate(answers)
+    hidden, tokens, lengths = student.answer_hidden(prompts, answers)[mask], answers[mask], mask.sum(1)
     if objective.options is None:
-        scores = _right(task, problems, answers).view(-1, rollouts)
+        scores = _scores(task, problems, answers).view(-1, rollouts)
         centred = scores - scores.mean(1, keepdim=True)
         advantages = (centred / scores.std(1, keepdim=True).clamp(min=1e-6)).flatten().repeat_interleave(lengths)
         return fused_policy_loss(
             hidden, student.head.weight, tokens=tokens, advantages=advantages, normalizer=len(answers), backend=BACKEND
         ).loss
     with torch.no_grad():
-        advised = teacher.answer_hidden(task.prompts(problems, task.answer(problems)), answers)[belongs]
-    borders = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        teacher_hidden = teacher.answer_hidden(task.prompts(problems, task.answer(problems)), answers)[mask]
+    cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     return fused_distil_loss(
-        hidden, student.head.weight, advised, None if teacher is student else teacher.head.weight,
-        tokens=tokens, cu_seqlens=borders, group_size=rollouts, backend=BACKEND, **objective.options,
+        hidden, student.head.weight, teacher_hidden, None if teacher is student else teacher.head.weight,
+        tokens=tokens, cu_seqlens=cu_seqlens, group_size=rollouts, backend=BACKEND, **objective.options,
     ).loss  # fmt: skip
 
 
 def _evaluate(
-    result: Result, step: int, run: Run, task: Task, student: Decoder, teacher: Decoder | None, problems: Tensor
+    result: Result, step: int, run: SmallRun, task: Task, student: Decoder, teacher: Decoder | None, problems: Tensor
 ) -> None:
     sampled = _sample(task, student, problems, run.eval_samples, run.seed + step)
     greedy = student.answers(task.prompts(problems), task.answer_width)
     result.steps.append(step)
-    result.sampled.append(_right(task, problems, sampled).mean().item())
-    result.greedy.append(_right(task, problems, greedy).mean().item())
-    result.length.append(cut(sampled)[1].sum(1).double().mean().item())
+    result.sampled.append(_scores(task, problems, sampled).mean().item())
+    result.greedy.append(_scores(task, problems, greedy).mean().item())
+    result.length.append(truncate(sampled)[1].sum(1).double().mean().item())
     if teacher is not None:
         generator = torch.Generator().manual_seed(run.seed + step)
         prompts = task.prompts(problems, task.answer(problems))
-        advised = teacher.answers(prompts, task.answer_width, 1, generator)
-        result.teacher.append(_right(task, problems, advised).mean().item())
+        teacher_answers = teacher.answers(prompts, task.answer_width, 1, generator)
+        result.teacher.append(_scores(task, problems, teacher_answers).mean().item())
 
 
 def _sample(task: Task, model: Decoder, problems: Tensor, count: int, seed: int) -> Tensor:
@@ -157,7 +159,7 @@ def _sample(task: Task, model: Decoder, problems: Tensor, count: int, seed: int)
     return model.answers(task.prompts(problems), task.answer_width, count, generator)
 
 
-def _right(task: Task, problems: Tensor, answers: Tensor) -> Tensor:
-    """[B * copies] float: 1 where the whole answer is right."""
+def _scores(task: Task, problems: Tensor, answers: Tensor) -> Tensor:
+    """The scores [B * copies] of answers, as float: 1 where all characters are right, else 0."""
     expected = task.answer(problems).repeat_interleave(len(answers) // len(problems), 0)
     return (one_sign(answers) == expected).all(1).float()

@@ -1,11 +1,11 @@
-"""A grid of runs: tuning, then the reported seeds; finished runs are kept in one file and never repeated.
+"""A grid of runs: tuning, then the reported seeds; finished runs are stored in one file and never repeated.
 
-    tuning     every setting at every learning rate of one grid, on seeds of their own; the rate with the highest
-               accuracy averaged over training is chosen
+    tuning     every setting at every learning rate of one grid, on seeds that are not reported; the rate with the
+               highest accuracy averaged over training is chosen
     reported   every setting at its rate
 
 Seeds are the outer loop, so that a study that is stopped early has the same seeds for every setting. A run is a frozen
-dataclass of all that decides its result; a line of the file is {"run": ..., "result": ...}.
+dataclass of everything that decides its result; a line of the file is {"run": ..., "result": ...}.
 """
 
 from __future__ import annotations
@@ -23,34 +23,39 @@ from typing import Any, Protocol
 import torch
 
 Setting = tuple[str, str]
-"""Objective and teacher."""
+"""The names of an objective and of a teacher."""
 REFERENCE: Setting = ("distil", "frozen")
+"""The setting to which the tables compare every other one."""
 
 
 @dataclass
 class Result:
+    """The curves and final scores of one run; the field names are keys of runs.jsonl."""
+
     steps: list[int]
+    """Numbers of updates after which the lists below were measured."""
     sampled: list[float]
-    """Accuracy of answers sampled at temperature 1 after each of these steps."""
+    """Accuracy of answers sampled at temperature 1."""
     greedy: list[float]
+    """Accuracy of greedy answers."""
     teacher: list[float]
     """Sampled accuracy of the teacher that reads corrections, on held-out problems; empty without a teacher."""
     length: list[float]
-    """Mean length of a sampled answer, its end included, after each of the steps."""
+    """Mean length of a sampled answer, its end included."""
     correct: list[int]
-    """Of each held-out problem, how many of the last `final_samples` answers are right."""
+    """Number of right answers among the last `final_samples` ones, for each held-out problem."""
     seconds: float
-    """Of the processor."""
+    """Processor time of the run."""
     teacher_entropy: list[float] = field(default_factory=list)
-    """Nats per token of the students' answers, at each of the steps; empty where it is not asked for."""
+    """The teacher's entropy in nats per token of the student's answers; empty where it was not measured."""
 
 
 Results = dict[Any, Result]
-"""By run."""
+"""Results by run."""
 
 
 class Budget(Protocol):
-    """What is the same for every objective of a task."""
+    """A task and the training that every objective gets on it."""
 
     @property
     def task(self) -> str: ...
@@ -67,11 +72,11 @@ class Budget(Protocol):
 
 
 class Scale(Protocol):
-    """How large a study is."""
+    """The size of a study: tasks, learning rates, seeds and samples."""
 
     @property
     def tasks(self) -> Sequence[Any]:
-        """Budgets."""
+        """The budget of each task."""
 
     @property
     def rates(self) -> tuple[float, ...]: ...
@@ -81,26 +86,27 @@ class Scale(Protocol):
     def final_samples(self) -> int: ...
 
     def run(self, budget: Any, setting: Setting, rate: float, seed: int) -> Any:
-        """A reported run."""
+        """The run of a setting that is reported for a seed."""
 
     def tuning(self, budget: Any, setting: Setting, rate: float) -> list[Any]:
-        """The runs that decide about a rate, on seeds that are never reported."""
+        """The runs that score a rate, on seeds that are never reported."""
 
     def others(self, results: Results, seed: int) -> list[Any]:
-        """What is reported beside every setting at its rate."""
+        """The reported runs other than every setting at its rate."""
 
 
 def area(result: Result) -> float:
-    """Mean sampled accuracy over the course of training, without the start."""
+    """The sampled accuracy averaged over training, without the start."""
     return fmean(result.sampled[1:])
 
 
 def chosen_rate(scale: Scale, results: Results, budget: Budget, setting: Setting) -> float:
-    """The grid's best on the tuning seeds; the lowest of equals."""
+    """The rate of the grid with the best tuning runs; the lowest one among equals."""
     return max(scale.rates, key=lambda rate: fmean(area(results[run]) for run in scale.tuning(budget, setting, rate)))
 
 
 def tuning_runs(scale: Scale) -> list[Any]:
+    """All tuning runs of a study, each once."""
     runs = [
         run
         for budget in scale.tasks
@@ -112,7 +118,7 @@ def tuning_runs(scale: Scale) -> list[Any]:
 
 
 def reported_runs(scale: Scale, results: Results) -> list[Any]:
-    """Without repetition, seed after seed; `results` holds the tuning runs."""
+    """All reported runs of a study, each once, seed after seed; `results` must hold the tuning runs."""
     rates = [
         (budget, setting, chosen_rate(scale, results, budget, setting))
         for budget in scale.tasks
@@ -126,7 +132,7 @@ def reported_runs(scale: Scale, results: Results) -> list[Any]:
 
 
 def load(path: Path, kind: type) -> Results:
-    """What a study's file holds, {} where there is none; `kind` is the class of its runs."""
+    """Reads the results in a study's file, {} if it does not exist; `kind` is the class of the runs."""
     if not path.exists():
         return {}
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -134,7 +140,7 @@ def load(path: Path, kind: type) -> Results:
 
 
 def save(path: Path, results: Results) -> None:
-    """One line per run; the file is replaced as a whole, so that a stopped study leaves a whole one."""
+    """Writes one line per run and replaces the file at once, so that a stopped study leaves a complete one."""
     lines = [json.dumps({"run": asdict(run), "result": asdict(result)}) for run, result in results.items()]
     part = path.with_suffix(".part")
     part.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -151,36 +157,35 @@ def conduct(
     needs: Callable[[Any], Hashable] | None = None,
     prepare: Callable[[Any], Any] | None = None,
 ) -> Results:
-    """All results of a study that is kept in a file: those there already, and the missing ones.
+    """Executes the runs that a study's file lacks, stores each as it ends, and returns all results.
 
     Args:
-        execute: from a run to itself and its result, in one of the processes.
-        jobs: processes, each on one thread.
-        progress: called with the phase, its runs done and their number.
-        needs: what a run needs first, made by `prepare` once for all runs that need the same.
+        execute: maps a run to the run and its result, in one of the processes.
+        jobs: number of processes, each on one thread.
+        progress: called with the name of the phase, its completed runs and all its runs.
+        needs: maps a run to what it needs first, which `prepare` makes once for all runs that need the same.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     results = load(path, kind)
     with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         for phase in ("tuning", "reported runs"):
-            wanted = tuning_runs(scale) if phase == "tuning" else reported_runs(scale, results)
-            missing = [run for run in wanted if run not in results]
+            runs = tuning_runs(scale) if phase == "tuning" else reported_runs(scale, results)
+            missing = [run for run in runs if run not in results]
             if needs and prepare:
-                first = list(dict.fromkeys(map(needs, missing)))
-                for done, _ in enumerate(_each(pool, prepare, first), 1):
-                    progress(f"models for {phase}", done, len(first))
-            done = len(wanted) - len(missing)
-            progress(phase, done, len(wanted))
-            for run, result in _each(pool, execute, missing):
+                requirements = list(dict.fromkeys(map(needs, missing)))
+                for completed, _ in enumerate(_each(pool, prepare, requirements), 1):
+                    progress(f"models for {phase}", completed, len(requirements))
+            num_stored = len(runs) - len(missing)
+            progress(phase, num_stored, len(runs))
+            for completed, (run, result) in enumerate(_each(pool, execute, missing), num_stored + 1):
                 results[run] = result
                 save(path, results)
-                done += 1
-                progress(phase, done, len(wanted))
+                progress(phase, completed, len(runs))
     return results
 
 
 def _each(pool: ProcessPoolExecutor, function: Callable[..., Any], inputs: Iterable[Any]) -> Iterator[Any]:
-    """Results as they come; what has not begun is dropped when the caller stops."""
+    """Yields results in the order in which they end; calls that have not begun are cancelled when the caller stops."""
     futures = [pool.submit(function, item) for item in inputs]
     try:
         for future in as_completed(futures):

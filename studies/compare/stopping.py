@@ -1,4 +1,4 @@
-"""Where credited cross-entropy pays for an early end, and the length that it asks for.
+"""The condition under which credited cross-entropy pays for an early end, and the length that it asks for.
 
 At a state whose teacher does not end, a student that ends with probability e and else agrees pays -log(1 - e) now, and
 the cost to come, c nats, only if it goes on:
@@ -17,24 +17,24 @@ from math import log
 
 
 def early_ends(entropies: Sequence[float], discount: float) -> list[float]:
-    """Probability e of an end at each position where the gradient with credit vanishes; the last position ends anyway.
+    """The probability e of an end at each position for which the credited gradient vanishes (0 at the last position).
 
     Args:
-        entropies: of the teacher at each position of a whole answer, in nats (0 at all of them for cost `kl`).
-        discount: of the cost to come, per token.
+        entropies: the teacher's entropy at each position of a complete answer, in nats; all 0 for cost `kl`.
+        discount: factor of the cost to come, per token.
     """
     ends, to_come = [0.0], entropies[-1]
     for entropy in reversed(entropies[:-1]):
-        worth = max(1.0, discount * to_come)
-        ends.append(1.0 - 1.0 / worth)
-        to_come = entropy + log(worth) + discount * to_come / worth
+        cost_of_going_on = max(1.0, discount * to_come)
+        ends.append(1.0 - 1.0 / cost_of_going_on)
+        to_come = entropy + log(cost_of_going_on) + discount * to_come / cost_of_going_on
     return ends[::-1]
 
 
 def expected_length(ends: Sequence[float]) -> float:
-    """Tokens of an answer, its end included, whose position t ends early with probability ends[t]."""
-    length, alive = 0.0, 1.0
+    """The expected tokens of an answer, its end included, whose position t ends early with probability ends[t]."""
+    length, survival_prob = 0.0, 1.0
     for end in ends:
-        length += alive
-        alive *= 1.0 - end
+        length += survival_prob
+        survival_prob *= 1.0 - end
     return length

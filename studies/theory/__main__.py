@@ -6,29 +6,27 @@ The figures of the docs:  python -m studies.theory --output docs/figures
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from pathlib import Path
 
-from studies.theory import report
+from studies.presentation import require_packages
+from studies.theory.results import findings, print_table, timed_measure, write_json
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m studies.theory", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/theory"), help="folder for theory.json and figures")
-    parser.add_argument("--seed", type=int, default=0, help="of the random pairs, worlds and starts")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random pairs, environments and starts")
     options = parser.parse_args(arguments)
-    missing = [name for name in ("matplotlib", "rich") if importlib.util.find_spec(name) is None]
-    if missing:
-        parser.exit(1, f"needs {' and '.join(missing)}: pip install 'distil-kernels[train]'\n")
+    require_packages(parser)
 
-    from studies.theory import figures
+    from studies.theory import plots
 
-    results, seconds = report.timed_measure(options.seed)
-    rows = report.findings(results)
-    report.print_table(rows, options.seed, seconds)
+    results, seconds = timed_measure(options.seed)
+    rows = findings(results)
+    print_table(rows, options.seed, seconds)
     options.output.mkdir(parents=True, exist_ok=True)
-    report.write_json(options.output / "theory.json", results, rows, options.seed)
-    for path in [options.output / "theory.json", *figures.draw(results, options.output)]:
+    write_json(options.output / "theory.json", results, rows, options.seed)
+    for path in [options.output / "theory.json", *plots.draw(results, options.output)]:
         print(path)
 
 

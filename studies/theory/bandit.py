@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from studies.theory.finding import Finding, held
+from studies.theory.finding import Finding, verdict
 
 TEACHER = (0.05, 0.65, 0.30)
 STUDENT = (0.35, 0.05, 0.60)
@@ -52,26 +52,27 @@ GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "reverse_kl": reverse_kl_gradient,
     "jsd": jsd_gradient,
 }
-"""With respect to the student's logits; distributions are [..., A]."""
+"""Gradients of the objectives in the student's logits, by name: (student, teacher), each [..., A], to [..., A]."""
 
 
 def _centred(student: Tensor, values: Tensor) -> Tensor:
+    """The gradient [..., A] of E_student[values] in the student's logits."""
     return student * (values - (student * values).sum(-1, keepdim=True))
 
 
 def plain_change(student: Tensor, reward: Tensor, gradient: Tensor) -> Tensor:
-    """First-order change of the expected reward per unit of a plain gradient step, [...]."""
+    """The first-order change [...] of the expected reward per unit of a plain gradient step."""
     return -(_centred(student, reward) * gradient).sum(-1)
 
 
 def natural_change(student: Tensor, reward: Tensor, gradient: Tensor) -> Tensor:
-    """The same for a natural-gradient step, [...]."""
+    """The first-order change [...] of the expected reward per unit of a natural-gradient step."""
     return plain_change(student, reward, gradient / student)
 
 
 @dataclass(frozen=True)
 class Share:
-    """Of pairs whose teacher is better, those in which the step lowers the student's reward."""
+    """The share of pairs with a better teacher in which a step lowers the student's reward."""
 
     value: float
     standard_error: float
@@ -82,14 +83,15 @@ class BanditResult:
     teacher_reward: float
     student_reward: float
     first_order: dict[str, float]
-    """Plain step, three actions."""
+    """First-order change of the reward by a plain step, three actions, by objective."""
     first_order_natural: dict[str, float]
+    """First-order change of the reward by a natural step."""
     rewards: dict[str, list[float]]
     """Expected reward after 0, 1, ... NUM_STEPS plain steps of STEP_SIZE."""
     num_pairs: dict[str, int]
     """Random pairs with a better teacher, by kind of pair."""
     hurts: dict[str, dict[str, dict[str, Share]]]
-    """kind of pair -> "plain" or "natural" -> objective."""
+    """Shares of hurt pairs: kind of pair -> "plain" or "natural" -> objective."""
     identity_error: float
     """Largest |natural change under forward CE - (J(teacher) - J(student))| over all NUM_PAIRS pairs."""
 
@@ -121,7 +123,7 @@ def _rewards(
 
 
 def random_pairs(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Student and teacher uniform on the simplex, reward uniform in [0, 1], and a teacher made from the student.
+    """Draws student and teacher uniformly on the simplex, rewards in [0, 1], and a teacher made from the student.
 
     Returns:
         Student, teacher, tilted teacher (softmax of student logits + 2 reward + normal noise), reward;
@@ -151,23 +153,23 @@ def _random_pairs(seed: int) -> tuple[dict[str, int], dict[str, dict[str, dict[s
         f"better by {MARGIN} or more": (teacher, advantage >= MARGIN),
         "student tilted to reward": (tilted, tilted_advantage > 0),
     }
-    num_pairs = {kind: int(chosen.sum()) for kind, (_, chosen) in kinds.items()}
+    num_pairs = {kind: int(is_better.sum()) for kind, (_, is_better) in kinds.items()}
     hurts = {
         kind: {
             step: {
-                name: _share(change(student, reward, gradient(student, expert))[chosen] < 0)
+                name: _share(change(student, reward, gradient(student, expert))[is_better] < 0)
                 for name, gradient in GRADIENTS.items()
             }
             for step, change in (("plain", plain_change), ("natural", natural_change))
         }
-        for kind, (expert, chosen) in kinds.items()
+        for kind, (expert, is_better) in kinds.items()
     }
     return num_pairs, hurts, identity_error
 
 
-def _share(hurt: Tensor) -> Share:
-    value = float(hurt.double().mean())
-    return Share(value, (value * (1 - value) / hurt.numel()) ** 0.5)
+def _share(is_hurt: Tensor) -> Share:
+    value = float(is_hurt.double().mean())
+    return Share(value, (value * (1 - value) / is_hurt.numel()) ** 0.5)
 
 
 LABELS = {"forward_ce": "forward CE", "reverse_kl": "reverse KL", "jsd": "JSD"}
@@ -180,20 +182,20 @@ def findings(result: BanditResult) -> list[Finding]:
         quantity = f"{LABELS[name]}: first-order change of reward"
         rows.append(
             Finding(
-                "bandit", quantity, f"{change:+.4f}", f"> 0: teacher {teacher - start:+.2f} better", held(change > 0)
+                "bandit", quantity, f"{change:+.4f}", f"> 0: teacher {teacher - start:+.2f} better", verdict(change > 0)
             )
         )
     for name, rewards in result.rewards.items():
         quantity = f"{LABELS[name]}: reward after 5 steps of {STEP_SIZE}"
         compared = f">= start {start:.3f}; {rewards[-1]:.3f} after {NUM_STEPS}"
-        rows.append(Finding("bandit", quantity, f"{rewards[5]:.3f}", compared, held(rewards[5] >= start)))
+        rows.append(Finding("bandit", quantity, f"{rewards[5]:.3f}", compared, verdict(rewards[5] >= start)))
     error = f"{result.identity_error:.1e}"
     quantity = "natural forward CE step gains J(T) - J(S): error"
-    rows.append(Finding("bandit", quantity, error, f"{NUM_PAIRS} random pairs", held(result.identity_error < 1e-14)))
+    rows.append(Finding("bandit", quantity, error, f"{NUM_PAIRS} random pairs", verdict(result.identity_error < 1e-14)))
     for kind, steps in result.hurts.items():
         for step, shares in steps.items():
             for name, share in shares.items():
                 measured = f"{100 * share.value:.2f} % ± {100 * share.standard_error:.2f}"
                 quantity = f"{LABELS[name]}: {step} step hurts"
-                rows.append(Finding("random pairs", quantity, measured, f"never: {kind}", held(share.value == 0)))
+                rows.append(Finding("random pairs", quantity, measured, f"never: {kind}", verdict(share.value == 0)))
     return rows

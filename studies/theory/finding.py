@@ -1,4 +1,4 @@
-"""One row of the table: what was claimed, what came out, and whether the claim held."""
+"""One row of the results table: a claim or a quantity, its measured value, and the verdict on the claim."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Verdict = Literal["holds", "FAILS", ""]
 
 
 class Finding(NamedTuple):
-    """`verdict` is "" for a number that no claim is made about."""
+    """A measured quantity and what it is compared with; `verdict` is "" where the number tests no claim."""
 
     subject: str
     quantity: str
@@ -17,5 +17,6 @@ class Finding(NamedTuple):
     verdict: Verdict
 
 
-def held(condition: bool) -> Verdict:
-    return "holds" if condition else "FAILS"
+def verdict(claim_holds: bool) -> Verdict:
+    """The word that the table prints for a claim."""
+    return "holds" if claim_holds else "FAILS"

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from distil_kernels import fused_forward_ce
-from studies.theory.finding import Finding, held
+from studies.theory.finding import Finding, verdict
 
 NUM_STATES, NUM_OBSERVATIONS, NUM_ACTIONS, HORIZON = 6, 3, 3, 8
 NUM_ROUNDS = 1000
@@ -43,16 +43,18 @@ GRADIENT_BOUND = math.sqrt(2.0)
 
 
 @dataclass(frozen=True)
-class World:
+class Environment:
+    """A Markov decision process seen through observations, and a teacher for each round."""
+
     transitions: Tensor  # [states, actions, states]
     teacher: Tensor  # [rounds, states, actions] probabilities
     observations: Tensor  # [states] int64
 
 
-def random_world(seed: int, num_rounds: int) -> World:
-    """Random transitions, two states an observation, a teacher whose feedback tilts it anew in every round.
+def random_environment(seed: int, num_rounds: int) -> Environment:
+    """Draws transitions, pairs of states that share an observation, and a teacher that feedback tilts anew each round.
 
-    It never rules an action out: .02 of its weight is uniform, which keeps the best student's logits finite.
+    The teacher never rules an action out: .02 of its weight is uniform, which keeps the best student's logits finite.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -60,16 +62,16 @@ def random_world(seed: int, num_rounds: int) -> World:
         return 2.0 * torch.randn(shape, generator=generator, dtype=torch.float64)
 
     teacher_logits = normal(NUM_STATES, NUM_ACTIONS) + normal(num_rounds, NUM_STATES, NUM_ACTIONS)
-    return World(
+    return Environment(
         transitions=normal(NUM_STATES, NUM_ACTIONS, NUM_STATES).softmax(-1),
         teacher=0.98 * teacher_logits.softmax(-1) + 0.02 / NUM_ACTIONS,
         observations=torch.arange(NUM_STATES) % NUM_OBSERVATIONS,
     )
 
 
-def visited(world: World, student: Tensor) -> Tensor:
-    """[states] share of time that student [observations, actions] spends in each state, starting in state 0."""
-    step = torch.einsum("sa,sat->st", student[world.observations], world.transitions)
+def state_distribution(environment: Environment, student: Tensor) -> Tensor:
+    """The share of time [states] that a student [observations, actions] spends in each state, starting in state 0."""
+    step = torch.einsum("sa,sat->st", student[environment.observations], environment.transitions)
     state = one_hot(torch.tensor(0), NUM_STATES).to(step.dtype)
     total = state
     for _ in range(HORIZON - 1):
@@ -80,21 +82,21 @@ def visited(world: World, student: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RegretResult:
-    """Lists: after each of `rounds`, by algorithm."""
+    """Curves by algorithm: a list has the values after each of `rounds`."""
 
     rounds: list[int]
-    """About evenly spaced in the logarithm."""
+    """Numbers of rounds, about evenly spaced in the logarithm."""
     regret: dict[str, list[float]]
     bound: dict[str, list[float]]
     average_loss: dict[str, list[float]]
     best_average_loss: dict[str, list[float]]
-    """Of the best fixed student in hindsight on the same rounds."""
+    """Average loss of the best fixed student in hindsight on the same rounds."""
     states_moved: dict[str, float]
-    """Total variation between the visited states of the first and the last round."""
+    """Total variation between the state distributions of the first and the last round."""
     comparator_norm: float
-    """Largest norm of the best logits in hindsight after any round; gradient descent's bound needs at most RADIUS."""
+    """Largest norm of the best logits in hindsight after any round; gradient descent's bound holds up to RADIUS."""
     library_error: float
-    """Largest |shipped op - closed form| over loss and gradient, every CHECK_EVERY rounds."""
+    """Largest |`fused_forward_ce` - closed form| over loss and gradient, every CHECK_EVERY rounds."""
 
 
 def follow_the_leader_bound(num_rounds: int) -> float:
@@ -111,73 +113,78 @@ BOUNDS = {"follow the leader": follow_the_leader_bound, "gradient descent": grad
 
 
 def measure(seed: int, num_rounds: int = NUM_ROUNDS) -> RegretResult:
-    world = random_world(seed, num_rounds)
+    environment = random_environment(seed, num_rounds)
     spaced = 10 ** torch.linspace(0, math.log10(num_rounds), 61, dtype=torch.float64)
     rounds = torch.cat([spaced.round().long(), torch.tensor([10, 100])]).clamp(max=num_rounds).unique()
-    regret, average, best_average, moved, norms, errors = {}, {}, {}, {}, [], []
+    regret, average, best_average, shift, norms, errors = {}, {}, {}, {}, [], []
     for name in BOUNDS:
-        run = _run(world, name)
-        regret[name] = (run.losses.cumsum(0) - run.best)[rounds - 1].tolist()
-        average[name] = (run.losses.cumsum(0)[rounds - 1] / rounds).tolist()
-        best_average[name] = (run.best[rounds - 1] / rounds).tolist()
-        moved[name] = float((run.states[-1] - run.states[0]).abs().sum() / 2)
-        norms.append(float(run.best_norms.max()))
-        errors.append(run.library_error)
-    bound = {name: [of(n) for n in rounds.tolist()] for name, of in BOUNDS.items()}
-    return RegretResult(rounds.tolist(), regret, bound, average, best_average, moved, max(norms), max(errors))
+        curves = _dagger_loop(environment, name)
+        regret[name] = (curves.losses.cumsum(0) - curves.best_losses)[rounds - 1].tolist()
+        average[name] = (curves.losses.cumsum(0)[rounds - 1] / rounds).tolist()
+        best_average[name] = (curves.best_losses[rounds - 1] / rounds).tolist()
+        shift[name] = float((curves.state_probs[-1] - curves.state_probs[0]).abs().sum() / 2)
+        norms.append(float(curves.best_norms.max()))
+        errors.append(curves.library_error)
+    bound = {name: [bound_of(n) for n in rounds.tolist()] for name, bound_of in BOUNDS.items()}
+    return RegretResult(rounds.tolist(), regret, bound, average, best_average, shift, max(norms), max(errors))
 
 
 def leader_logits(counts: Tensor) -> Tensor:
-    """Of follow the leader, one count added to each action."""
+    """The logits of follow the leader: one count is added to each action."""
     return (counts + 1).log()
 
 
-class _Run(NamedTuple):
+class _Curves(NamedTuple):
     losses: Tensor  # [rounds]
-    best: Tensor  # [rounds], cumulative loss of the best student so far
-    best_norms: Tensor  # [rounds], of its centred logits
-    states: Tensor  # [rounds, states]
+    best_losses: Tensor  # [rounds], cumulative loss of the best student so far
+    best_norms: Tensor  # [rounds], norm of the best student's centred logits
+    state_probs: Tensor  # [rounds, states]
     library_error: float
 
 
-def _run(world: World, algorithm: str) -> _Run:
+def _dagger_loop(environment: Environment, algorithm: str) -> _Curves:
+    """Runs every round of one algorithm of BOUNDS."""
     counts = torch.zeros(NUM_OBSERVATIONS, NUM_ACTIONS, dtype=torch.float64)
     logits = torch.zeros_like(counts)
-    losses, all_counts, states, error = [], [], [], 0.0
-    for n, teacher in enumerate(world.teacher, start=1):
+    losses, count_history, state_history, error = [], [], [], 0.0
+    for n, teacher in enumerate(environment.teacher, start=1):
         logprobs = logits.log_softmax(-1)
-        mass = visited(world, logprobs.exp())
-        answers = torch.zeros_like(counts).index_add(0, world.observations, mass[:, None] * teacher)
-        loss = -(answers * logprobs).sum()
-        gradient = answers.sum(-1, keepdim=True) * logprobs.exp() - answers
+        state_probs = state_distribution(environment, logprobs.exp())
+        labels = torch.zeros_like(counts).index_add(0, environment.observations, state_probs[:, None] * teacher)
+        loss = -(labels * logprobs).sum()
+        gradient = labels.sum(-1, keepdim=True) * logprobs.exp() - labels
         if n % CHECK_EVERY == 0:
-            shipped = library_loss_and_gradient(world, teacher, logits, mass)
-            error = max(error, float((shipped[0] - loss).abs()), float((shipped[1] - gradient).abs().max()))
-        counts = counts + answers
+            library_loss, library_gradient = library_loss_and_gradient(environment, teacher, logits, state_probs)
+            error = max(error, float((library_loss - loss).abs()), float((library_gradient - gradient).abs().max()))
+        counts = counts + labels
         losses.append(loss)
-        all_counts.append(counts)
-        states.append(mass)
+        count_history.append(counts)
+        state_history.append(state_probs)
         if algorithm == "follow the leader":
             logits = leader_logits(counts)
         else:
             logits = logits - 2 * RADIUS / (GRADIENT_BOUND * math.sqrt(n)) * gradient
             logits = logits * min(1.0, RADIUS / max(float(logits.norm()), 1e-30))
-    aggregated = torch.stack(all_counts)
+    aggregated = torch.stack(count_history)
     best_logprobs = (aggregated / aggregated.sum(-1, keepdim=True)).log()
     best_logits = best_logprobs - best_logprobs.mean(-1, keepdim=True)
-    best = -(aggregated * best_logprobs).sum((-2, -1))
-    return _Run(torch.stack(losses), best, best_logits.flatten(1).norm(dim=1), torch.stack(states), error)
+    best_losses = -(aggregated * best_logprobs).sum((-2, -1))
+    return _Curves(
+        torch.stack(losses), best_losses, best_logits.flatten(1).norm(dim=1), torch.stack(state_history), error
+    )
 
 
-def library_loss_and_gradient(world: World, teacher: Tensor, logits: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
-    """l_n and its gradient in the table [observations, actions], from the shipped op."""
+def library_loss_and_gradient(
+    environment: Environment, teacher: Tensor, logits: Tensor, state_probs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The loss l_n and its gradient in the table [observations, actions], from `fused_forward_ce`."""
     table = logits.clone().requires_grad_()
     loss = fused_forward_ce(
-        one_hot(world.observations, NUM_OBSERVATIONS).to(table.dtype),
+        one_hot(environment.observations, NUM_OBSERVATIONS).to(table.dtype),
         table.T,
         torch.eye(NUM_STATES, dtype=table.dtype),
         teacher.log().T,
-        token_weight=mass,
+        token_weight=state_probs,
         reduction="sum",
     )
     (gradient,) = torch.autograd.grad(loss, table)
@@ -191,16 +198,16 @@ def findings(result: RegretResult) -> list[Finding]:
         for n in (10, 100, result.rounds[-1]):
             i = result.rounds.index(n)
             compared = f"bound {result.bound[name][i]:.1f}"
-            rows.append(Finding("regret", f"{name}: after {n} rounds", f"{regret[i]:.3f}", compared, held(below)))
+            rows.append(Finding("regret", f"{name}: after {n} rounds", f"{regret[i]:.3f}", compared, verdict(below)))
         excess = result.average_loss[name][-1] - result.best_average_loss[name][-1]
         compared = f"best fixed student {result.best_average_loss[name][-1]:.4f}"
         quantity = f"{name}: average above the best, nats"
         rows.append(Finding("regret", quantity, f"{excess:.5f}", compared, ""))
     compared = f"its bound needs at most {RADIUS:g}"
     measured = f"{result.comparator_norm:.2f}"
-    good = held(result.comparator_norm <= RADIUS)
-    rows.append(Finding("regret", "gradient descent: norm of the best logits", measured, compared, good))
+    in_ball = verdict(result.comparator_norm <= RADIUS)
+    rows.append(Finding("regret", "gradient descent: norm of the best logits", measured, compared, in_ball))
     error = f"{result.library_error:.1e}"
     quantity = "fused_forward_ce on the visited states: error"
-    rows.append(Finding("shipped op", quantity, error, "closed form", held(result.library_error < 1e-12)))
+    rows.append(Finding("shipped op", quantity, error, "closed form", verdict(result.library_error < 1e-12)))
     return rows

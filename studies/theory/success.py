@@ -30,7 +30,7 @@ from math import comb
 import torch
 from torch import Tensor
 
-from studies.theory.finding import Finding, held
+from studies.theory.finding import Finding, verdict
 
 NUM_PAIRS = 100_000
 NUM_ANSWERS, NUM_SUCCESSES = 8, 3
@@ -39,7 +39,8 @@ STUDENT = (0.02, 0.03, 0.05, 0.30, 0.20, 0.15, 0.15, 0.10)
 PATH_STEP_SIZE, PATH_STEPS = 0.5, 100
 
 NUM_MODES = 4
-OWN_MODE = 0.70
+INSTANCE_PROB = 0.70
+"""The teacher's probability of the answer that solves the instance, floor aside."""
 FLOORS = (0.05, 0.002)
 NUM_STARTS, START_SCALE = 8, 0.3
 STEP_SIZE, MAX_STEPS, CONVERGED = 2.0, 2500, 1e-8
@@ -47,38 +48,42 @@ MAX_N = 64
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Unbiased estimate of the probability that one of k answers is correct, from n answers of which c are."""
+    """An unbiased estimate of the probability that one of k answers is correct, from n answers of which c are correct.
+
+    Raises:
+        ValueError: c is not within [0, n], or k not within [1, n].
+    """
     if not 0 <= num_correct <= num_samples or not 1 <= k <= num_samples:
         raise ValueError(f"[pass_at_k] needs 0 <= c <= n and 1 <= k <= n, got n={num_samples}, c={num_correct}, k={k}")
     return 1 - comb(num_samples - num_correct, k) / comb(num_samples, k)
 
 
 def success_bounds(student: Tensor, teacher: Tensor, success: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log J(pi), bound (1), bound (2), and KL(T_R || pi_R), each [...]; distributions and `success` are [..., A]."""
+    """Returns log J(pi), bound (1), bound (2) and KL(T_R || pi_R), each [...]; the arguments are [..., A]."""
     success = success.to(student.dtype)
     teacher_success = (teacher * success).sum(-1, keepdim=True)
-    teacher_right = teacher * success / teacher_success
-    entropy = -torch.special.xlogy(teacher_right, teacher_right).sum(-1)
+    teacher_successes = teacher * success / teacher_success
+    entropy = -torch.special.xlogy(teacher_successes, teacher_successes).sum(-1)
     log_success = (student * success).sum(-1).log()
-    likelihood = (teacher_right * student.log()).sum(-1)
-    whole = (teacher * student.log()).sum(-1) / teacher_success.squeeze(-1)
-    student_right = torch.where(success > 0, student, 1.0).log() - log_success[..., None]
-    gap = -entropy - (teacher_right * student_right).sum(-1)
-    return log_success, entropy + likelihood, entropy + whole, gap
+    likelihood = (teacher_successes * student.log()).sum(-1)
+    cross_entropy_term = (teacher * student.log()).sum(-1) / teacher_success.squeeze(-1)
+    student_success_logprobs = torch.where(success > 0, student, 1.0).log() - log_success[..., None]
+    gap = -entropy - (teacher_successes * student_success_logprobs).sum(-1)
+    return log_success, entropy + likelihood, entropy + cross_entropy_term, gap
 
 
 def instance_teachers(floor: float) -> Tensor:
-    """[instances, answers]: i is the slow index of an answer (i, j)."""
+    """The teacher's distributions [instances, answers]; i is the slow index of an answer (i, j)."""
     teachers = torch.full((NUM_MODES,) * 3, floor / NUM_MODES**2, dtype=torch.float64)
-    others = (1 - OWN_MODE - floor) / (NUM_MODES - 1)
+    other_mode_prob = (1 - INSTANCE_PROB - floor) / (NUM_MODES - 1)
     for i in range(NUM_MODES):
-        teachers[:, i, i] += others
-        teachers[i, i, i] += OWN_MODE - others
+        teachers[:, i, i] += other_mode_prob
+        teachers[i, i, i] += INSTANCE_PROB - other_mode_prob
     return teachers.flatten(1)
 
 
 def _answer_logprobs(logits: Tensor) -> Tensor:
-    """[K, 1, answers] of independent tokens with logits [K, 2, modes]."""
+    """The log-probs [K, 1, answers] of answers with independent tokens of logits [K, 2, modes]."""
     first, second = logits.log_softmax(-1).unbind(-2)
     return (first[:, :, None] + second[:, None, :]).flatten(1)[:, None]
 
@@ -99,7 +104,7 @@ def _jsd(logits: Tensor, teachers: Tensor) -> Tensor:
 
 
 def _on_policy(logits: Tensor, teachers: Tensor, credited: bool) -> Tensor:
-    """E over the student's first token of both tokens' cross-entropies."""
+    """The expectation, over the student's first token, of both tokens' cross-entropies."""
     pairs = teachers.unflatten(-1, (NUM_MODES, NUM_MODES))
     first_teacher = pairs.sum(-1)
     first, second = logits.log_softmax(-1).unbind(-2)
@@ -115,11 +120,12 @@ OBJECTIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "on-policy CE": partial(_on_policy, credited=False),
     "on-policy CE + credit": partial(_on_policy, credited=True),
 }
-"""(logits [K, 2, modes], teachers [K, instances, answers]) -> [K, instances]; the mean over instances is minimised."""
+"""Objectives (logits [K, 2, modes], teachers [K, instances, answers]) -> [K, instances]; training minimises their mean
+over instances."""
 
 
 def _train(objective: Callable[[Tensor, Tensor], Tensor], teachers: Tensor, start: Tensor) -> tuple[Tensor, float]:
-    """Probability [K, modes] of each diagonal answer at convergence, and the largest gradient entry left."""
+    """Trains to convergence; returns the probs [K, modes] of the diagonal answers and the largest gradient entry."""
     logits = start.clone()
     gradient = torch.zeros_like(logits)
     for _ in range(MAX_STEPS):
@@ -135,9 +141,9 @@ def _train(objective: Callable[[Tensor, Tensor], Tensor], teachers: Tensor, star
 @dataclass(frozen=True)
 class SuccessResult:
     bound_excess: dict[str, float]
-    """Largest bound minus log J over NUM_PAIRS random pairs; at most rounding."""
+    """Largest difference, bound minus log J, over NUM_PAIRS random pairs; at most rounding."""
     gap_error: float
-    """Largest |log J - bound (1) - KL(T_R || pi_R)| over them."""
+    """Largest |log J - bound (1) - KL(T_R || pi_R)| over the same pairs."""
     bound_path: dict[str, list[float]]
     """log J and both bounds after 0, 1, ... PATH_STEPS plain forward CE steps from STUDENT to TEACHER."""
     estimator_error: float
@@ -145,10 +151,11 @@ class SuccessResult:
     pass_at_n: dict[str, dict[str, list[float]]]
     """floor -> objective -> probability that one of N = 1 ... MAX_N answers solves the instance; mean over starts."""
     pass_any_at_n: dict[str, dict[str, list[float]]]
-    """The same where any diagonal answer counts."""
+    """floor -> objective -> probability that one of N answers is any diagonal answer."""
     spread: dict[str, dict[str, float]]
     """floor -> objective -> standard deviation over starts of pass@MAX_N."""
     gradient_left: dict[str, float]
+    """Largest entry of the gradient at the end of training, by objective."""
 
 
 def measure(seed: int) -> SuccessResult:
@@ -167,10 +174,10 @@ def measure(seed: int) -> SuccessResult:
         solved = 1 - (1 - diagonal[..., None]) ** counts  # [K, instances, N]
         any_solved = 1 - (1 - diagonal.sum(-1, keepdim=True)) ** counts  # [K, N]
         for i, floor in enumerate(pass_at_n):
-            runs = slice(i * NUM_STARTS, (i + 1) * NUM_STARTS)
-            pass_at_n[floor][name] = solved[runs].mean((0, 1)).tolist()
-            pass_any[floor][name] = any_solved[runs].mean(0).tolist()
-            spread[floor][name] = float(solved[runs, :, -1].mean(1).std())
+            starts = slice(i * NUM_STARTS, (i + 1) * NUM_STARTS)
+            pass_at_n[floor][name] = solved[starts].mean((0, 1)).tolist()
+            pass_any[floor][name] = any_solved[starts].mean(0).tolist()
+            spread[floor][name] = float(solved[starts, :, -1].mean(1).std())
     return SuccessResult(
         excess, gap_error, _bound_path(), _estimator_error(), pass_at_n, pass_any, spread, gradient_left
     )
@@ -211,17 +218,21 @@ def findings(result: SuccessResult) -> list[Finding]:
     rows = []
     for bound, excess in result.bound_excess.items():
         quantity = f"bound {bound} minus log success: largest"
-        rows.append(Finding("success", quantity, f"{excess:+.1e}", f"{NUM_PAIRS} random pairs", held(excess < 1e-12)))
+        rows.append(
+            Finding("success", quantity, f"{excess:+.1e}", f"{NUM_PAIRS} random pairs", verdict(excess < 1e-12))
+        )
     path = result.bound_path["bound (2)"]
     rising = all(a <= b + 1e-12 for a, b in pairwise(path))
     quantity = "bound (2) rises at every forward CE step"
-    rows.append(Finding("success", quantity, f"{path[0]:.2f} to {path[-1]:.2f}", f"{PATH_STEPS} steps", held(rising)))
+    rows.append(
+        Finding("success", quantity, f"{path[0]:.2f} to {path[-1]:.2f}", f"{PATH_STEPS} steps", verdict(rising))
+    )
     log_success = result.bound_path["log J"]
     measured = f"{log_success[0]:.2f} to {log_success[-1]:.2f}"
     rows.append(Finding("success", "log success on that path", measured, "teacher -0.22", ""))
     error = f"{result.estimator_error:.1e}"
     quantity = "1 - C(n-c, k) / C(n, k): largest bias, n = 16"
-    rows.append(Finding("Pass@N", quantity, error, "1 - (1 - p)^k", held(result.estimator_error < 1e-12)))
+    rows.append(Finding("Pass@N", quantity, error, "1 - (1 - p)^k", verdict(result.estimator_error < 1e-12)))
     for floor, curves in result.pass_at_n.items():
         for name, curve in curves.items():
             measured = f"{curve[0]:.4f}  {curve[7]:.4f}  {curve[-1]:.4f} ± {result.spread[floor][name]:.3f}"

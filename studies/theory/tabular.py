@@ -1,4 +1,4 @@
-"""Several decisions, every rollout enumerated: token-wise against sequence-level gradients, exactly.
+"""Problems of several decisions with every rollout enumerated: exact token-wise and sequence-level gradients.
 
 A tabular student S(. | o) = softmax(logits[o]) meets each rollout y with probability pi(y) = prod_t S(y_t | o_t). With
 C(y) the sum of the tokens' costs (forward cross-entropy, or KL), the two gradients of sum_y pi(y) C(y) are
@@ -31,61 +31,62 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from distil_kernels import fused_distil_loss
-from studies.theory.finding import Finding, held
+from studies.theory.finding import Finding, verdict
 
 NEVER = -1000.0
 """Logit of a token that cannot occur: exp(-1000) is 0 in float64, and 0 times -1000 is 0."""
 
 
 @dataclass(frozen=True)
-class Problem:
-    """Every rollout of length L; `M` of them."""
+class SequenceProblem:
+    """A student's table, a teacher's table, and all `M` rollouts of `L` tokens that the student can make."""
 
     tokens: Tensor  # [M, L] int64
     student_states: Tensor  # [M, L] int64, rows of the student's table
     teacher_states: Tensor  # [M, L] int64, rows of the teacher's table
     start_logits: Tensor  # [student states, V]
     teacher_logits: Tensor  # [teacher states, V]
-    context_probs: Tensor  # [M], probability of what the student does not choose
+    context_probs: Tensor  # [M], probability of the choices that are not the student's (the hidden instance)
 
     @cached_property
     def logprob_map(self) -> Tensor:
-        """[states * V, M]: flattened log-probs of the table times this are log pi(y)."""
+        """A matrix [states * V, M] that maps the flattened log-probs of a table to log pi(y)."""
         return self._map(one_hot(self.tokens, self.start_logits.shape[1]).double())
 
     @cached_property
     def cost_map(self) -> Tensor:
-        """[states * V, M]: flattened log-probs of the table times minus this are the summed cross-entropies."""
+        """A matrix [states * V, M] that maps the flattened log-probs of a table to minus the summed cross-entropies."""
         return self._map(self.teacher_logits.softmax(-1)[self.teacher_states])
 
     @cached_property
     def teacher_entropy(self) -> Tensor:
-        """[M] summed over each rollout's tokens."""
+        """The teacher's entropy summed over each rollout's tokens, [M]."""
         teacher = self.teacher_logits.softmax(-1)
         return -(teacher * self.teacher_logits.log_softmax(-1)).sum(-1)[self.teacher_states].sum(-1)
 
     def _map(self, rows: Tensor) -> Tensor:
-        """[M, L, V] rows, each put at its student state and summed over the rollout."""
+        """Adds up [M, L, V] rows by student state and rollout: [states * V, M]."""
         states = one_hot(self.student_states, self.start_logits.shape[0]).double()
         return torch.einsum("mls,mlv->svm", states, rows).flatten(0, 1)
 
 
 @dataclass(frozen=True)
 class Objective:
+    """A cost ("ce" or "kl"), and whether each token is credited with the costs to come."""
+
     cost: str
-    """"ce" or "kl"."""
     future_credit: bool
 
 
-def rollout_logprobs(problem: Problem, logits: Tensor) -> Tensor:
-    """[..., M] log pi(y) for tables [..., states, V]."""
+def rollout_logprobs(problem: SequenceProblem, logits: Tensor) -> Tensor:
+    """The log-probs log pi(y), [..., M], of all rollouts under tables [..., states, V]."""
     return logits.log_softmax(-1).flatten(-2) @ problem.logprob_map
 
 
-def exact_gradient(problem: Problem, logits: Tensor, objectives: Sequence[Objective]) -> Tensor:
-    """[K, states, V] of sum_y pi(y) C(y) for K tables [K, states, V], one objective each.
+def exact_gradient(problem: SequenceProblem, logits: Tensor, objectives: Sequence[Objective]) -> Tensor:
+    """The gradient [K, states, V] of sum_y pi(y) C(y) for K tables [K, states, V] with one objective each.
 
-    Every token of a rollout gets the whole C(y) as its credit; costs up to the token itself cancel on average.
+    Every token of a rollout is credited with all of C(y); costs up to the token itself cancel on average.
     """
     credited = torch.tensor([[float(objective.future_credit)] for objective in objectives], dtype=logits.dtype)
     is_kl = torch.tensor([[objective.cost == "kl"] for objective in objectives])
@@ -98,8 +99,8 @@ def exact_gradient(problem: Problem, logits: Tensor, objectives: Sequence[Object
     return upstream - logits.softmax(-1) * upstream.sum(-1, keepdim=True)
 
 
-def library_gradient(problem: Problem, logits: Tensor, objective: Objective) -> Tensor:
-    """The gradient of one table [states, V] from the shipped op, averaged over all rollouts."""
+def library_gradient(problem: SequenceProblem, logits: Tensor, objective: Objective) -> Tensor:
+    """The gradient [states, V] that `fused_distil_loss` gives one table, averaged over all rollouts."""
     num_rollouts, length = problem.tokens.shape
     table = logits.detach().clone().requires_grad_()
     probs = (rollout_logprobs(problem, table).exp() * problem.context_probs).detach()
@@ -120,9 +121,9 @@ def library_gradient(problem: Problem, logits: Tensor, objective: Objective) -> 
 
 
 def descend(
-    problem: Problem, objectives: Sequence[Objective], step_size: float, num_steps: int, record_every: int
+    problem: SequenceProblem, objectives: Sequence[Objective], step_size: float, num_steps: int, record_every: int
 ) -> Tensor:
-    """[1 + num_steps / record_every, K, states, V]: the tables on the way, by exact gradient steps."""
+    """The tables [1 + num_steps / record_every, K, states, V] along a descent by exact gradient steps."""
     logits = problem.start_logits.expand(len(objectives), -1, -1)
     recorded = [logits]
     for step in range(1, num_steps + 1):
@@ -132,10 +133,11 @@ def descend(
     return torch.stack(recorded)
 
 
-def aliased_problem() -> Problem:
+def aliased_problem() -> SequenceProblem:
+    """The problem whose later states do not show the student its first token."""
     tokens = torch.tensor(list(product((0, 1), repeat=3)))
     first = tokens[:, :1]
-    return Problem(
+    return SequenceProblem(
         tokens=tokens,
         student_states=torch.arange(3).expand(8, 3),
         teacher_states=torch.cat([torch.zeros_like(first), first + 1, first + 1], 1),
@@ -145,18 +147,19 @@ def aliased_problem() -> Problem:
     )
 
 
-def aliased_reward(problem: Problem, logits: Tensor) -> Tensor:
-    """[...] probability of L00 or R11: all three tokens equal."""
-    right = (problem.tokens == problem.tokens[:, :1]).all(1)
-    return rollout_logprobs(problem, logits).exp()[..., right].sum(-1)
+def aliased_reward(problem: SequenceProblem, logits: Tensor) -> Tensor:
+    """The probability [...] of L00 or R11, the rollouts whose three tokens are equal."""
+    is_rewarded = (problem.tokens == problem.tokens[:, :1]).all(1)
+    return rollout_logprobs(problem, logits).exp()[..., is_rewarded].sum(-1)
 
 
 def prob_left(logits: Tensor) -> Tensor:
-    """[...] pi(L) of tables [..., states, V]."""
+    """The probability pi(L), [...], of tables [..., states, V]."""
     return logits[..., 0, :].softmax(-1)[..., 0]
 
 
-def branch_problem(num_tokens: int = 10) -> Problem:
+def branch_problem(num_tokens: int = 10) -> SequenceProblem:
+    """The problem whose expert is certain after L and uniform over `num_tokens` tokens after R."""
     tokens = torch.tensor(list(product((0, 1), range(num_tokens))))
     states = torch.stack([torch.zeros_like(tokens[:, 0]), tokens[:, 0] + 1], 1)
     first = torch.full((num_tokens,), NEVER, dtype=torch.float64)
@@ -164,7 +167,7 @@ def branch_problem(num_tokens: int = 10) -> Problem:
     certain = torch.full_like(first, NEVER)
     certain[0] = 0.0
     uniform = torch.zeros_like(first)
-    return Problem(
+    return SequenceProblem(
         tokens=tokens,
         student_states=states,
         teacher_states=states,
@@ -186,13 +189,13 @@ RECORD_EVERY = 20
 
 @dataclass(frozen=True)
 class TabularResult:
-    """Lists: after 0, RECORD_EVERY, ... steps, by objective."""
+    """Curves by objective: a list has the values after 0, RECORD_EVERY, ... steps."""
 
     aliased_prob_left: dict[str, list[float]]
     aliased_reward: dict[str, list[float]]
     branch_prob_left: dict[str, list[float]]
     library_error: dict[str, float]
-    """Largest |shipped op's gradient - exact gradient| over the recorded tables of both problems."""
+    """Largest |gradient of `fused_distil_loss` - exact gradient| over the recorded tables of both problems."""
 
 
 def measure() -> TabularResult:
@@ -218,15 +221,15 @@ def measure() -> TabularResult:
     )
 
 
-def largest_library_error(problem: Problem, tables: Tensor, objective: Objective) -> float:
-    """Over tables [n, states, V]."""
+def largest_library_error(problem: SequenceProblem, tables: Tensor, objective: Objective) -> float:
+    """The largest |library gradient - exact gradient| over tables [n, states, V]."""
     exact = exact_gradient(problem, tables, [objective] * len(tables))
-    shipped = torch.stack([library_gradient(problem, table, objective) for table in tables])
-    return float((shipped - exact).abs().max())
+    library = torch.stack([library_gradient(problem, table, objective) for table in tables])
+    return float((library - exact).abs().max())
 
 
 def _by_name(names: list[str], values: Tensor) -> dict[str, list[float]]:
-    """[time, K] values to one list for each name."""
+    """Splits values [time, K] into one list for each of the K names."""
     return {name: values[:, i].tolist() for i, name in enumerate(names)}
 
 
@@ -234,28 +237,28 @@ def findings(result: TabularResult) -> list[Finding]:
     rows = []
     for name, rewards in result.aliased_reward.items():
         left = result.aliased_prob_left[name][-1]
-        good = rewards[-1] > rewards[0] + 0.1
+        improves = rewards[-1] > rewards[0] + 0.1
         rows.append(Finding("aliased", f"{name}: pi(L)", f"{left:.3f}", f"after {ALIASED_STEPS} steps", ""))
         compared = f"start {rewards[0]:.3f}, best possible 1"
-        rows.append(Finding("aliased", f"{name}: reward improves", f"{rewards[-1]:.3f}", compared, held(good)))
+        rows.append(Finding("aliased", f"{name}: reward improves", f"{rewards[-1]:.3f}", compared, verdict(improves)))
     solution = stationary_prob_left(math.log(10))
     for name, values in result.branch_prob_left.items():
         expected = solution if name == "sequence-level" else 0.5
         compared = f"after {BRANCH_STEPS} steps; stationary at {expected:.3f}"
-        good = abs(values[-1] - expected) < 5e-3
-        rows.append(Finding("branch", f"{name}: pi(L)", f"{values[-1]:.3f}", compared, held(good)))
+        is_stationary = abs(values[-1] - expected) < 5e-3
+        rows.append(Finding("branch", f"{name}: pi(L)", f"{values[-1]:.3f}", compared, verdict(is_stationary)))
     for name, error in result.library_error.items():
         quantity = f"fused_distil_loss, {name}: error"
         rows.append(
-            Finding("shipped op", quantity, f"{error:.1e}", "exact gradient, all rollouts", held(error < 1e-12))
+            Finding("shipped op", quantity, f"{error:.1e}", "exact gradient, all rollouts", verdict(error < 1e-12))
         )
     return rows
 
 
 def stationary_prob_left(cost_difference: float) -> float:
-    """Where H((1/2, 1/2), (a, 1 - a)) - a * cost_difference is smallest.
+    """The a at which H((1/2, 1/2), (a, 1 - a)) - a * cost_difference is smallest.
 
-    Its derivative (2 a - 1) / (2 a (1 - a)) - c vanishes where c a^2 + (1 - c) a - 1/2 = 0.
+    The derivative (2 a - 1) / (2 a (1 - a)) - c vanishes where c a^2 + (1 - c) a - 1/2 = 0.
     """
     c = cost_difference
     return ((c - 1) + math.sqrt((c - 1) ** 2 + 2 * c)) / (2 * c)

@@ -1,4 +1,4 @@
-"""`python -m studies.compare`: its tasks, its reader, its statistics, and that a study resumes."""
+"""`python -m studies.compare`: tasks, pre-trained models, statistics and tables, and that a stopped study resumes."""
 
 from itertools import combinations, pairwise
 from math import log
@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from studies.compare import __main__ as command
-from studies.compare import grid, report, stopping, study
-from studies.compare.experiment import Run
+from studies.compare import accuracy_tables, grid, small, stopping
+from studies.compare.digit_tasks import BLANK, CHARACTERS, END, TASKS, any_signs, one_sign
+from studies.compare.experiment import SmallRun
 from studies.compare.grid import Result
 from studies.compare.pretrain import Pretraining, pretrain
-from studies.compare.tasks import BLANK, CHARACTERS, END, TASKS, any_signs, one_sign
 from studies.theory.success import pass_at_k
 
 
@@ -45,24 +45,24 @@ def test_held_out_problems_are_never_trained_on(name, generator):
 
 def test_any_sign_is_right_and_others_are_not(generator):
     task = TASKS["list"]
-    right = task.answer(task.problems(200, generator))
-    written = any_signs(right, generator)
-    assert (written != right).any() and torch.equal(one_sign(written), right)
-    wrong = written.clone()
-    wrong[:, 0] = (wrong[:, 0] + 1) % 10
-    assert (one_sign(wrong) != right).any(1).all()
+    expected = task.answer(task.problems(200, generator))
+    answers = any_signs(expected, generator)
+    assert (answers != expected).any() and torch.equal(one_sign(answers), expected)
+    wrong_answers = answers.clone()
+    wrong_answers[:, 0] = (wrong_answers[:, 0] + 1) % 10
+    assert (one_sign(wrong_answers) != expected).any(1).all()
 
 
 def test_pretrained_reader_is_right_when_it_reads(generator):
     task = TASKS["descend"]
     model = pretrain(Pretraining("descend", 0, steps=220))
     problems = task.problems(200, generator, held_out=True)
-    right = task.answer(problems)
+    corrections = task.answer(problems)
 
     def accuracy(prompts: torch.Tensor) -> float:
-        return (model.answers(prompts, task.answer_width, 1, generator) == right).all(1).float().mean().item()
+        return (model.answers(prompts, task.answer_width, 1, generator) == corrections).all(1).float().mean().item()
 
-    assert accuracy(task.prompts(problems, right)) > 0.8
+    assert accuracy(task.prompts(problems, corrections)) > 0.8
     assert accuracy(task.prompts(problems)) < 0.4
 
 
@@ -80,9 +80,9 @@ def test_sampling_with_a_cache_follows_the_model(generator):
         states = model.answer_hidden(prompts, torch.stack([most_likely, most_likely])[None])
     torch.testing.assert_close(model.head(states[0]).softmax(-1), torch.stack([first, second]))
     assert most_likely != END
-    for probabilities, drawn in ((first, answers[:, 0]), (second, answers[answers[:, 0] == most_likely, 1])):
-        shares = torch.bincount(drawn, minlength=len(CHARACTERS)) / len(drawn)
-        assert ((shares - probabilities).abs() < 5 * (probabilities / len(drawn)).sqrt() + 1e-6).all()
+    for probs, samples in ((first, answers[:, 0]), (second, answers[answers[:, 0] == most_likely, 1])):
+        shares = torch.bincount(samples, minlength=len(CHARACTERS)) / len(samples)
+        assert ((shares - probs).abs() < 5 * (probs / len(samples)).sqrt() + 1e-6).all()
     assert (answers[answers[:, 0] == END, 1] == BLANK).all()
 
 
@@ -116,55 +116,55 @@ def test_early_ends_are_where_the_credited_gradient_vanishes(discount, generator
 
 def test_expected_length_is_that_of_enumeration():
     ends = [0.3, 0.0, 0.6, 0.0]
-    lasting = [1.0]
+    survival_probs = [1.0]
     for end in ends:
-        lasting.append(lasting[-1] * (1 - end))
-    stops = [before - after for before, after in pairwise(lasting)]
-    stops[-1] += lasting[-1]
+        survival_probs.append(survival_probs[-1] * (1 - end))
+    stops = [before - after for before, after in pairwise(survival_probs)]
+    stops[-1] += survival_probs[-1]
     assert stopping.expected_length(ends) == pytest.approx(sum((t + 1) * p for t, p in enumerate(stops)))
 
 
 @pytest.fixture
-def rounds(tmp_path, monkeypatch, capsys):
+def conduct(tmp_path, monkeypatch, capsys):
     """Runs the command; returns the runs that were executed, and what it printed."""
     monkeypatch.chdir(tmp_path)
-    begin, end = report.marks("python -m studies.compare")
+    begin, end = accuracy_tables.marks("python -m studies.compare")
     (tmp_path / "results.md").write_text(f"before\n{begin}\nold\n{end}\nafter\n")
 
-    def run() -> tuple[dict[Run, Result], str]:
+    def conduct_quick_study() -> tuple[dict[SmallRun, Result], str]:
         command.main(["--quick", "--jobs", "1", "--output", "out", "--docs", "results.md"])
-        return grid.load(tmp_path / "out" / "runs.jsonl", Run), capsys.readouterr().out
+        return grid.load(tmp_path / "out" / "runs.jsonl", SmallRun), capsys.readouterr().out
 
-    return run
+    return conduct_quick_study
 
 
 @pytest.mark.slow
-def test_quick_study_runs_and_resumes_without_repeating(rounds, tmp_path):
-    results, printed = rounds()
+def test_quick_study_runs_and_resumes_without_repeating(conduct, tmp_path):
+    results, printed = conduct()
     assert "Add three digits" in printed and (tmp_path / "figures" / "compare_objectives.svg").stat().st_size > 1000
-    written = (tmp_path / "results.md").read_text()
-    assert written.startswith("before\n") and written.endswith("after\n") and "old" not in written
-    for table in report.tables(study.QUICK, results):
-        assert table.markdown() in written
+    text = (tmp_path / "results.md").read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    for table in accuracy_tables.tables(small.QUICK, results):
+        assert table.markdown() in text
 
-    # A stopped study lacks some runs; each result says when it was made by the seconds that it took.
+    # A stopped study lacks some runs; the seconds of a result tell whether it was computed again.
     path = tmp_path / "out" / "runs.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-3]))
-    again, _ = rounds()
-    assert again.keys() == results.keys()
-    lost = list(results)[-3:]
+    resumed, _ = conduct()
+    assert resumed.keys() == results.keys()
+    removed = list(results)[-3:]
     for run, result in results.items():
-        if run in lost:
-            assert again[run].correct == result.correct and again[run].sampled == result.sampled
+        if run in removed:
+            assert resumed[run].correct == result.correct and resumed[run].sampled == result.sampled
         else:
-            assert again[run] == result
-    assert any(again[run].seconds != results[run].seconds for run in lost)
+            assert resumed[run] == result
+    assert any(resumed[run].seconds != results[run].seconds for run in removed)
 
 
-def test_tables_say_what_the_runs_hold():
+def test_tables_show_means_differences_and_the_chosen_rate():
     """Accuracies made up so that means, paired differences and the chosen rate are known."""
-    scale = study.Scale(tasks=(study.Budget("sort", 10, 4),), rates=(1e-3, 1e-2), seeds=3, tuning_seeds=1)
+    scale = small.Scale(tasks=(small.Budget("sort", 10, 4),), rates=(1e-3, 1e-2), seeds=3, tuning_seeds=1)
     budget, results = scale.tasks[0], {}
 
     def add(setting: grid.Setting, rate: float, seed: int, accuracy: float) -> None:
@@ -173,7 +173,7 @@ def test_tables_say_what_the_runs_hold():
             [0, 10], [0.0, accuracy], [0.0, 1.0], [1.0, 1.0], [6.0, 6.0], correct, 1.0
         )
 
-    for setting in study.SETTINGS:
+    for setting in small.SETTINGS:
         best = 1e-2 if setting == ("ce", "frozen") else 1e-3
         for rate in scale.rates:
             add(setting, rate, 1000, 0.5 if rate == best else 0.25)
@@ -181,7 +181,7 @@ def test_tables_say_what_the_runs_hold():
             # CE is better by .125, .125 and .25: mean .167, standard error of the difference .042.
             gain = (0.125, 0.125, 0.25)[seed] if setting[0] == "ce" else 0.0
             add(setting, best, seed, accuracy + gain)
-    objectives, teachers, tuning = report.tables(scale, results)
+    objectives, teachers, tuning = accuracy_tables.tables(scale, results)
     rows = {row[0]: row for row in objectives.rows}
     assert rows["CE"][1] == "1e-2" and rows["CE"][3] == ".667 ± .182" and rows["CE"][8] == "+.167 ± .042"
     assert rows["KL + credit"][8] == ".000 ± .000" and rows["CE + credit (DistIL)"][8] == ""
@@ -193,4 +193,4 @@ def test_a_file_without_marks_is_an_error(tmp_path):
     path = tmp_path / "results.md"
     path.write_text("nothing")
     with pytest.raises(ValueError, match=r"\[docs\].*no marked block"):
-        report.write_block(path, "command", "text")
+        accuracy_tables.write_block(path, "command", "text")

@@ -8,7 +8,7 @@ import pytest
 
 from distil_kernels.train.config import Config
 from studies.compare import __main__ as command
-from studies.compare import grid, language, report
+from studies.compare import accuracy_tables, grid, language
 from studies.compare.grid import REFERENCE, Result
 from studies.compare.language import Budget, Run, Scale, execute
 
@@ -45,7 +45,7 @@ def test_runs_of_a_seed_begin_alike_and_then_differ(tiny_model: Path) -> None:
 @pytest.mark.slow
 def test_a_stopped_study_goes_on(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     docs, path = tmp_path / "results.md", tmp_path / "out" / "runs.jsonl"
-    begin, end = report.marks(command.COMMANDS["language"])
+    begin, end = accuracy_tables.marks(command.COMMANDS["language"])
     docs.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     arguments = ["language", "--quick", "--jobs", "1", "--model", str(tiny_model), "--docs", str(docs)]
 
@@ -91,15 +91,15 @@ def made_up(seeds: int) -> tuple[Scale, dict[Run, Result]]:
 def test_tables_of_one_seed_speak_of_problems_and_of_three_of_seeds() -> None:
     rows = {}
     for seeds in (1, 3):
-        objectives, tuning = report.tables(*made_up(seeds))
+        objectives, tuning = accuracy_tables.tables(*made_up(seeds))
         assert objectives.title.endswith("the teacher .750")
         rows[seeds] = {row[0]: row for row in objectives.rows}
         assert [row[1:] for row in tuning.rows] == [(".25", "**.50**")] * len(language.OPTIONS)
     # CE has one more answer of four right: of one of two problems, or in two of three seeds on one of two problems.
-    label = report.label(("ce", "frozen"))
+    label = accuracy_tables.label(("ce", "frozen"))
     assert rows[1][label][8] == "+.125 ± .125" and rows[3][label][8] == "+.083 ± .042"
     assert rows[1][label][2] == ".500" and rows[1]["before training"][3] == ".125 ± .125"
-    assert rows[1][report.label(REFERENCE)][3] == ".375 ± .125"
+    assert rows[1][accuracy_tables.label(REFERENCE)][3] == ".375 ± .125"
     assert rows[1][label][7] == "4.00"
 
 

@@ -1,6 +1,7 @@
 """The numbers of docs/theory.md, and the mathematics behind them checked by other means: autograd, finite differences,
 plain loops, the Fisher matrix, an adversary."""
 
+import importlib.util
 import json
 import math
 from itertools import product
@@ -9,12 +10,13 @@ import pytest
 import torch
 
 from distil_kernels import fused_forward_ce
-from studies.theory import bandit, regret, report, success, tabular
+from studies.theory import bandit, regret, success, tabular
+from studies.theory import results as theory_results
 
 
 @pytest.fixture(scope="module")
-def results() -> report.Results:
-    return report.measure(seed=0)
+def results() -> theory_results.Results:
+    return theory_results.measure(seed=0)
 
 
 @pytest.fixture
@@ -59,8 +61,8 @@ def test_gradients_agree_with_autograd(name, generator):
 def test_shipped_forward_ce_takes_the_same_step(generator):
     teacher, student = simplex(generator, 2, 4)
     table = student.log()[None].requires_grad_()
-    one = torch.ones(1, 1, dtype=torch.float64)
-    fused_forward_ce(one, table.T, one, teacher.log()[:, None]).backward()
+    hidden = torch.ones(1, 1, dtype=torch.float64)
+    fused_forward_ce(hidden, table.T, hidden, teacher.log()[:, None]).backward()
     torch.testing.assert_close(table.grad[0], bandit.forward_ce_gradient(student, teacher), rtol=0, atol=1e-14)
 
 
@@ -121,18 +123,20 @@ def test_branch_numbers(results):
     assert left["sequence-level"] == pytest.approx(a, abs=1e-4)
 
 
-def expected_cost_by_loops(problem: tabular.Problem, table: torch.Tensor, cost: str, probs_of: torch.Tensor) -> float:
-    """sum_y pi(y) C(y) one rollout and one token at a time, pi from the table `probs_of`."""
+def expected_cost_by_loops(
+    problem: tabular.SequenceProblem, table: torch.Tensor, cost: str, rollout_table: torch.Tensor
+) -> float:
+    """The sum of pi(y) C(y), one rollout and one token at a time, with pi from `rollout_table`."""
     total = 0.0
     for m in range(problem.tokens.shape[0]):
         prob, rollout_cost = float(problem.context_probs[m]), 0.0
         for token, o, s in zip(problem.tokens[m], problem.student_states[m], problem.teacher_states[m], strict=True):
-            prob *= float(probs_of[o].softmax(-1)[token])
+            prob *= float(rollout_table[o].softmax(-1)[token])
             teacher, student = problem.teacher_logits[s].softmax(-1), table[o].softmax(-1)
-            seen = teacher > 0
-            rollout_cost -= float((teacher[seen] * student[seen].log()).sum())
+            possible = teacher > 0
+            rollout_cost -= float((teacher[possible] * student[possible].log()).sum())
             if cost == "kl":
-                rollout_cost += float((teacher[seen] * teacher[seen].log()).sum())
+                rollout_cost += float((teacher[possible] * teacher[possible].log()).sum())
         total += prob * rollout_cost
     return total
 
@@ -148,8 +152,8 @@ def test_exact_gradient_is_the_slope_of_the_expected_cost(make, name, generator)
     slope = float((tabular.exact_gradient(problem, table[None], [objective])[0] * direction).sum())
     ahead, behind = table + 1e-5 * direction, table - 1e-5 * direction
     costs = [
-        expected_cost_by_loops(problem, moved, objective.cost, moved if objective.future_credit else table)
-        for moved in (ahead, behind)
+        expected_cost_by_loops(problem, shifted, objective.cost, shifted if objective.future_credit else table)
+        for shifted in (ahead, behind)
     ]
     assert slope == pytest.approx((costs[0] - costs[1]) / 2e-5, rel=1e-6, abs=1e-8)
 
@@ -202,18 +206,18 @@ def test_leader_bound_against_an_adversary(num_rounds):
     assert 0 <= total - float(best) <= regret.follow_the_leader_bound(num_rounds)
 
 
-def test_visited_states_are_those_of_a_simulation():
-    world = regret.random_world(seed=3, num_rounds=1)
+def test_state_distribution_is_that_of_a_simulation():
+    environment = regret.random_environment(seed=3, num_rounds=1)
     student = torch.full((regret.NUM_OBSERVATIONS, regret.NUM_ACTIONS), 1 / regret.NUM_ACTIONS, dtype=torch.float64)
-    mass = torch.zeros(regret.NUM_STATES, dtype=torch.float64)
+    expected = torch.zeros(regret.NUM_STATES, dtype=torch.float64)
     state = torch.eye(regret.NUM_STATES, dtype=torch.float64)[0]
     for _ in range(regret.HORIZON):
-        mass += state / regret.HORIZON
+        expected += state / regret.HORIZON
         state = sum(
-            state[s] * student[world.observations[s], a] * world.transitions[s, a]
+            state[s] * student[environment.observations[s], a] * environment.transitions[s, a]
             for s, a in product(range(regret.NUM_STATES), range(regret.NUM_ACTIONS))
         )
-    torch.testing.assert_close(regret.visited(world, student), mass)
+    torch.testing.assert_close(regret.state_distribution(environment, student), expected)
 
 
 # Success
@@ -243,13 +247,13 @@ def test_pass_at_k_is_unbiased(results):
     assert success.pass_at_k(4, 1, 2) == 0.5
     assert success.pass_at_k(4, 0, 4) == 0.0
     assert success.pass_at_k(4, 3, 2) == 1.0
-    for wrong in ((4, 5, 1), (4, 1, 5), (4, 1, 0)):
+    for arguments in ((4, 5, 1), (4, 1, 5), (4, 1, 0)):
         with pytest.raises(ValueError, match=r"\[pass_at_k\] needs"):
-            success.pass_at_k(*wrong)
+            success.pass_at_k(*arguments)
 
 
 def test_pass_at_n_numbers(results):
-    """At N = 1, 8, 64; floors of the teacher."""
+    """Pass@N at N = 1, 8, 64 for both floors of the teacher."""
     expected = {
         "0.05": {
             "forward CE": (0.0625, 0.4033, 0.9839),
@@ -306,7 +310,7 @@ def test_shipped_op_trains_the_small_student(credited, generator):
     teachers = success.instance_teachers(0.01).view(4, 4, 4)
     conditionals = torch.cat([teachers.sum(-1)[:, None], teachers / teachers.sum(-1, keepdim=True)], 1)
     z, i, j = torch.tensor(list(product(range(4), repeat=3))).unbind(1)
-    problem = tabular.Problem(
+    problem = tabular.SequenceProblem(
         tokens=torch.stack([i, j], 1),
         student_states=torch.arange(2).expand(64, 2),
         teacher_states=torch.stack([5 * z, 5 * z + 1 + i], 1),
@@ -317,8 +321,8 @@ def test_shipped_op_trains_the_small_student(credited, generator):
     logits = problem.start_logits[None].clone().requires_grad_()
     name = "on-policy CE + credit" if credited else "on-policy CE"
     (expected,) = torch.autograd.grad(success.OBJECTIVES[name](logits, teachers.flatten(1)[None]).mean(), logits)
-    shipped = tabular.library_gradient(problem, problem.start_logits, tabular.Objective("ce", credited))
-    torch.testing.assert_close(shipped, expected[0], rtol=0, atol=1e-13)
+    library = tabular.library_gradient(problem, problem.start_logits, tabular.Objective("ce", credited))
+    torch.testing.assert_close(library, expected[0], rtol=0, atol=1e-13)
 
 
 # The command
@@ -329,7 +333,7 @@ def test_command_writes_table_numbers_and_figures(results, tmp_path, capsys, mon
     pytest.importorskip("rich")
     from studies.theory import __main__ as command
 
-    monkeypatch.setattr(report, "measure", lambda seed: results)
+    monkeypatch.setattr(theory_results, "measure", lambda seed: results)
     command.main(["--output", str(tmp_path / "new" / "folder"), "--seed", "0"])
     printed = capsys.readouterr().out
     assert "seed 0" in printed
@@ -338,16 +342,16 @@ def test_command_writes_table_numbers_and_figures(results, tmp_path, capsys, mon
         path = tmp_path / "new" / "folder" / name
         assert path.stat().st_size > 2000
         assert str(path) in printed
-    written = json.loads((tmp_path / "new" / "folder" / "theory.json").read_text())
-    assert written["seed"] == 0
-    assert written["bandit"]["first_order"]["forward_ce"] == pytest.approx(0.027)
-    assert len(written["findings"]) == len(report.findings(results))
+    content = json.loads((tmp_path / "new" / "folder" / "theory.json").read_text())
+    assert content["seed"] == 0
+    assert content["bandit"]["first_order"]["forward_ce"] == pytest.approx(0.027)
+    assert len(content["findings"]) == len(theory_results.findings(results))
 
 
 def test_command_says_what_is_missing(monkeypatch, capsys):
     from studies.theory import __main__ as command
 
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as stopped:
         command.main([])
     assert stopped.value.code == 1

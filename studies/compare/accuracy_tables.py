@@ -1,23 +1,20 @@
 """Tables of a study: on the screen, and in a marked block of a Markdown file.
 
-Standard errors are over seeds, or, of held-out accuracy with fewer than FEW_SEEDS, over the problems of all seeds: that
-is without what differs from one training run to the next. Differences are paired: the same seed means the same model at
+Standard errors are over seeds. With fewer than FEW_SEEDS those of held-out accuracy are over the problems of all seeds,
+which leaves out the differences between training runs. Differences are paired: the same seed means the same model at
 the start and the same problems.
 """
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 from math import isnan, log, nan, sqrt
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
 
-import torch
-
-import distil_kernels
-from studies.compare import language, study
+from studies.compare import language, small
+from studies.compare.digit_tasks import SIGNS
 from studies.compare.experiment import CREDITS, OBJECTIVES
 from studies.compare.grid import (
     REFERENCE,
@@ -31,20 +28,22 @@ from studies.compare.grid import (
     reported_runs,
     tuning_runs,
 )
+from studies.compare.small import SETTINGS, TEACHERS, VARIANTS, VARIANTS_TASK
 from studies.compare.stopping import early_ends, expected_length
-from studies.compare.study import SETTINGS, TEACHERS, VARIANTS, VARIANTS_TASK
-from studies.compare.tasks import SIGNS
+from studies.presentation import console, versions
 from studies.theory.success import pass_at_k
 
 FEW_SEEDS = 3
 
 
 def marks(command: str) -> tuple[str, str]:
-    """The lines of a file between which a command's tables stand."""
+    """The two lines of a Markdown file that enclose a command's tables."""
     return f"<!-- {command}: begin -->", f"<!-- {command}: end -->"
 
 
 class Table(NamedTuple):
+    """A table of text cells, printed by rich or written as Markdown."""
+
     title: str
     header: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
@@ -60,12 +59,14 @@ def capitalized(title: str) -> str:
 
 
 def label(setting: Setting) -> str:
+    """The name of a setting in tables and legends."""
     objective, teacher = setting
     name = (OBJECTIVES | CREDITS)[objective].label
     return name if teacher == "frozen" else f"{name}, {teacher} teacher"
 
 
-def seeds_of(scale: Scale, results: Results, budget: Budget, setting: Setting, rate: float) -> list[Result]:
+def reported_results(scale: Scale, results: Results, budget: Budget, setting: Setting, rate: float) -> list[Result]:
+    """The results of a setting at a rate, one for each reported seed."""
     return [results[scale.run(budget, setting, rate, seed)] for seed in range(scale.seeds)]
 
 
@@ -82,13 +83,12 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 def tables(scale: Scale, results: Results) -> list[Table]:
-    found = [_objectives(scale, results, budget) for budget in scale.tasks]
-    if isinstance(scale, study.Scale):
-        for budget in scale.tasks:
-            if budget.task == VARIANTS_TASK:
-                found.append(_variants(scale, results, budget))
-        found.append(_teachers(scale, results))
-    return [*found, _rates(scale, results)]
+    """All tables of a study: objectives by task, credit and teachers of the small models, tuning."""
+    study_tables = [_objectives(scale, results, budget) for budget in scale.tasks]
+    if isinstance(scale, small.Scale):
+        study_tables += [_variants(scale, results, budget) for budget in scale.tasks if budget.task == VARIANTS_TASK]
+        study_tables.append(_teachers(scale, results))
+    return [*study_tables, _rates(scale, results)]
 
 
 def _number(value: float, digits: int = 3) -> str:
@@ -96,13 +96,13 @@ def _number(value: float, digits: int = 3) -> str:
 
 
 def _measured(values: Sequence[float], signed: bool = False) -> str:
-    """Mean and standard error, signed for a difference."""
+    """The text of a mean and its standard error; a difference is signed."""
     mean, error = fmean(values), standard_error(values)
     return ("+" if signed and mean > 0 else "") + _number(mean) + ("" if isnan(error) else f" ± {_number(error)}")
 
 
 def _shares(runs: Sequence[Result], samples: int) -> list[float]:
-    """What standard errors of avg@samples are over: its value of each seed, or of each problem of each seed."""
+    """The values whose mean is avg@samples and whose standard error is shown: one per seed, or per seed and problem."""
     if len(runs) < FEW_SEEDS:
         return [correct / samples for run in runs for correct in run.correct]
     return [average_at_k(run, samples) for run in runs]
@@ -122,7 +122,7 @@ def _objectives(scale: Scale, results: Results, budget: Budget) -> Table:
             *(_number(fmean(mean_pass_at_k(run, samples, k) for run in runs)) for k in (few, samples)),
         )  # fmt: skip
 
-    reference = seeds_of(scale, results, budget, REFERENCE, chosen_rate(scale, results, budget, REFERENCE))
+    reference = reported_results(scale, results, budget, REFERENCE, chosen_rate(scale, results, budget, REFERENCE))
     title = f"{capitalized(budget.title)}: {budget.steps} steps of {budget.prompts} x {budget.rollouts} answers"
     rows: list[tuple[str, ...]] = []
     if isinstance(scale, language.Scale):
@@ -136,27 +136,27 @@ def _objectives(scale: Scale, results: Results, budget: Budget) -> Table:
         title += f"; start {start} sampled, {greedy} greedy"
     for setting in budget.settings:
         rate = chosen_rate(scale, results, budget, setting)
-        runs = seeds_of(scale, results, budget, setting, rate)
-        against = ("", "")
+        runs = reported_results(scale, results, budget, setting, rate)
+        differences = ("", "")
         if setting != REFERENCE:
-            ends = zip(_shares(runs, samples), _shares(reference, samples), strict=True)
-            courses = zip(runs, reference, strict=True)
-            against = (
-                _measured([own - other for own, other in ends], True),
-                _measured([area(own) - area(other) for own, other in courses], True),
+            shares = zip(_shares(runs, samples), _shares(reference, samples), strict=True)
+            pairs = zip(runs, reference, strict=True)
+            differences = (
+                _measured([share - reference_share for share, reference_share in shares], True),
+                _measured([area(run) - area(reference_run) for run, reference_run in pairs], True),
             )
         rows.append((
             label(setting), f"{rate:.0e}".replace("e-0", "e-"), _measured([area(run) for run in runs]),
-            *held_out(runs), _number(fmean(run.length[-1] for run in runs), 2), *against,
+            *held_out(runs), _number(fmean(run.length[-1] for run in runs), 2), *differences,
         ))  # fmt: skip
     return Table(title, header, rows)
 
 
-def _variants(scale: study.Scale, results: Results, budget: Budget) -> Table:
+def _variants(scale: small.Scale, results: Results, budget: Budget) -> Table:
     rate = chosen_rate(scale, results, budget, REFERENCE)
     rows = []
     for setting in (REFERENCE, *VARIANTS):
-        runs = seeds_of(scale, results, budget, setting, rate)
+        runs = reported_results(scale, results, budget, setting, rate)
         rows.append((
             label(setting), _measured([area(run) for run in runs]), _measured([run.sampled[-1] for run in runs]),
             _number(fmean(run.length[len(run.length) // 2] for run in runs), 2),
@@ -168,22 +168,22 @@ def _variants(scale: study.Scale, results: Results, budget: Budget) -> Table:
 
 
 def _asked_length(objective: str) -> str:
-    """By `stopping`, for credit that is a discounted sum, of a teacher unsure of nothing but its four signs."""
+    """The length by `stopping` for credit that is a discounted sum; the teacher is unsure of its four signs alone."""
     options = (OBJECTIVES | CREDITS)[objective].options or {}
     if "horizon" in options or "normalize_by_remaining" in options:
         return ""
-    sign = log(len(SIGNS)) if options["cost"] == "ce" else 0.0
-    return _number(expected_length(early_ends([0.0, sign] * 4 + [0.0, 0.0], options["discount"])), 2)
+    sign_entropy = log(len(SIGNS)) if options["cost"] == "ce" else 0.0
+    return _number(expected_length(early_ends([0.0, sign_entropy] * 4 + [0.0, 0.0], options["discount"])), 2)
 
 
-def _teachers(scale: study.Scale, results: Results) -> Table:
+def _teachers(scale: small.Scale, results: Results) -> Table:
     rows = []
     for budget in scale.tasks:
         if not budget.all_teachers:
             continue
         rate = chosen_rate(scale, results, budget, REFERENCE)
         for setting in (REFERENCE, *TEACHERS):
-            runs = seeds_of(scale, results, budget, setting, rate)
+            runs = reported_results(scale, results, budget, setting, rate)
             rows.append((
                 budget.title, setting[1], f"{rate:g}", _measured([run.teacher[0] for run in runs]),
                 _measured([run.teacher[-1] for run in runs]), _measured([run.sampled[-1] for run in runs]),
@@ -193,8 +193,8 @@ def _teachers(scale: study.Scale, results: Results) -> Table:
 
 
 def _rates(scale: Scale, results: Results) -> Table:
-    """What was chosen from: accuracy averaged over training on the tuning seeds."""
-    # One rate on all tasks is in the first column of them already.
+    """The accuracy averaged over training of every rate, on the tuning seeds."""
+    # The language study has one rate for all tasks: the first budget shows it.
     budgets = scale.tasks[:1] if isinstance(scale, language.Scale) else scale.tasks
     rows = []
     for setting in SETTINGS:
@@ -211,7 +211,7 @@ def _rates(scale: Scale, results: Results) -> Table:
                 cells.append(f"**{text}**" if rate == best else text)
         rows.append((label(setting), *cells))
     names = (
-        [", ".join(each.task for each in scale.tuning_tasks)]
+        [", ".join(budget.task for budget in scale.tuning_tasks)]
         if isinstance(scale, language.Scale)
         else [budget.task for budget in budgets]
     )
@@ -220,41 +220,40 @@ def _rates(scale: Scale, results: Results) -> Table:
 
 
 def headline(scale: Scale, results: Results) -> str:
+    """The line above the tables: versions, number of runs, their time, and the meaning of ±."""
     runs = {*tuning_runs(scale), *reported_runs(scale, results)}
     minutes = sum(results[run].seconds for run in runs) / 60
-    of = f"over {scale.models} pre-trained models" if isinstance(scale, study.Scale) else "of a pre-trained model"
+    models = f"over {scale.models} pre-trained models" if isinstance(scale, small.Scale) else "of a pre-trained model"
     over = "seeds" if scale.seeds >= FEW_SEEDS else "problems of all seeds (held out) or seeds (training)"
     return (
-        f"distil_kernels {distil_kernels.__version__}, torch {torch.__version__}, Python {platform.python_version()}; "
-        f"{scale.seeds} seed{'s' * (scale.seeds > 1)} {of}, {len(runs)} runs in {minutes:.0f} minutes of one core; "
-        f"± is one standard error over {over}"
+        f"{versions()}; {scale.seeds} seed{'s' * (scale.seeds > 1)} {models}, "
+        f"{len(runs)} runs in {minutes:.0f} minutes of one core; ± is one standard error over {over}"
     )
 
 
-def show(found: Sequence[Table], first_line: str) -> None:
-    from rich.console import Console
+def print_tables(tables: Sequence[Table], headline: str) -> None:
+    """Prints the headline and the tables on the screen."""
     from rich.table import Table as Grid
 
-    # A pipe has no width: rich would fold the columns at 80.
-    console = Console() if Console().is_terminal else Console(width=170)
-    console.print(first_line, highlight=False)
-    for table in found:
+    screen = console(piped_width=170)
+    screen.print(headline, highlight=False)
+    for table in tables:
         grid = Grid(*table.header, title=table.title, title_justify="left", show_edge=False, pad_edge=False)
         for row in table.rows:
             grid.add_row(*(cell.replace("**", "") for cell in row))
-        console.print(grid, highlight=False)
+        screen.print(grid, highlight=False)
 
 
 def write_block(path: Path, command: str, text: str) -> None:
-    """Replaces what stands between a command's marks in a file.
+    """Replaces the text between a command's marks in a file.
 
     Raises:
-        ValueError: the file has not the two marks.
+        ValueError: the file does not contain both marks.
     """
     begin_mark, end_mark = marks(command)
     content = path.read_text(encoding="utf-8")
-    before, begin, rest = content.partition(begin_mark)
-    _, end, after = rest.partition(end_mark)
+    before, begin, block_and_after = content.partition(begin_mark)
+    _, end, after = block_and_after.partition(end_mark)
     if not (begin and end):
         raise ValueError(f"[docs] {path} has no marked block, expected lines '{begin_mark}' and '{end_mark}'")
     path.write_text(f"{before}{begin_mark}\n\n{text}\n\n{end_mark}{after}", encoding="utf-8")

@@ -10,13 +10,15 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from studies.compare.tasks import BLANK, CHARACTERS, END
+from studies.compare.digit_tasks import BLANK, CHARACTERS, END
 
 Cache = list[tuple[Tensor, Tensor]]
 """Keys and values [B, heads, T, D / heads] of each layer."""
 
 
 class Layer(nn.Module):
+    """Causal attention and a feed-forward block, both behind RMS norms."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -36,6 +38,8 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Characters in, last hidden states out; `head` makes logits of them."""
+
     def __init__(self, width: int = 64, layers: int = 2, heads: int = 4, context: int = 32) -> None:
         super().__init__()
         self.characters, self.positions = nn.Embedding(len(CHARACTERS), width), nn.Embedding(context, width)
@@ -44,31 +48,31 @@ class Decoder(nn.Module):
         self.head = nn.Linear(width, len(CHARACTERS), bias=False)
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
-        """Last hidden states [B, T, D] of tokens [B, T] that follow the cache, and the cache with them."""
+        """Returns the last hidden states [B, T, D] of tokens [B, T] that follow the cache, and the extended cache."""
         begin = cache[0][0].shape[2] if cache else 0
         x = self.characters(tokens) + self.positions.weight[begin : begin + tokens.shape[1]]
-        grown: Cache = []
+        extended: Cache = []
         for i, layer in enumerate(self.layers):
             x, past = layer(x, cache[i] if cache else None)
-            grown.append(past)
-        return self.norm(x), grown
+            extended.append(past)
+        return self.norm(x), extended
 
     def read(self, prompts: Tensor, copies: int) -> tuple[Tensor, Cache]:
-        """The last token of prompts [B, P] as [B * copies, 1] and the cache of all before it."""
+        """Returns the last token of prompts [B, P] as [B * copies, 1], and the cache of the tokens before it."""
         _, cache = self(prompts[:, :-1])
         repeated = [(k.repeat_interleave(copies, 0), v.repeat_interleave(copies, 0)) for k, v in cache]
         return prompts[:, -1:].repeat_interleave(copies, 0), repeated
 
     def answer_hidden(self, prompts: Tensor, answers: Tensor) -> Tensor:
-        """[M, A, D], the states that predict answers [M, A]: M / B consecutive ones to each of the prompts [B, P]."""
+        """The states [M, A, D] that predict answers [M, A]; M / B consecutive answers belong to each prompt [B, P]."""
         last, cache = self.read(prompts, len(answers) // len(prompts))
         return self(torch.cat([last, answers[:, :-1]], 1), cache)[0]
 
     @torch.no_grad()
     def answers(self, prompts: Tensor, width: int, copies: int = 1, generator: Generator | None = None) -> Tensor:
-        """[B * copies, width] answers, BLANK after END: sampled at temperature 1, greedy without a generator."""
+        """Answers [B * copies, width], BLANK after END: sampled at temperature 1, or greedy without a generator."""
         token, cache = self.read(prompts, copies)
-        found = token.new_full((len(token), width), BLANK)
+        answers = token.new_full((len(token), width), BLANK)
         alive = torch.ones(len(token), dtype=torch.bool)
         for i in range(width):
             hidden, cache = self(token, cache)
@@ -76,8 +80,8 @@ class Decoder(nn.Module):
             if generator is not None:  # the largest of logits with Gumbel noise is a sample
                 logits = logits - torch.empty_like(logits).exponential_(generator=generator).log()
             token = logits.argmax(1, keepdim=True)
-            found[:, i] = token[:, 0].where(alive, BLANK)
+            answers[:, i] = token[:, 0].where(alive, BLANK)
             alive &= token[:, 0] != END
             if not alive.any():
                 break
-        return found
+        return answers

@@ -1,6 +1,6 @@
 """The study of small models: its tasks, settings and budgets, on the grid of `grid`.
 
-Beside every setting at its rate, DistIL's other teachers and the credit's variants are reported at DistIL's rate.
+It reports every setting at its rate and, at DistIL's rate, DistIL's other teachers and the variants of its credit.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from studies.compare import grid
-from studies.compare.experiment import CREDITS, OBJECTIVES, Run, execute
+from studies.compare.digit_tasks import TASKS
+from studies.compare.experiment import CREDITS, OBJECTIVES, SmallRun, execute
 from studies.compare.grid import REFERENCE, Result, Results, Setting, chosen_rate
 from studies.compare.pretrain import Pretraining, pretrained
-from studies.compare.tasks import TASKS
 
 SETTINGS: tuple[Setting, ...] = (
     *((name, "frozen") for name in OBJECTIVES),
@@ -24,21 +24,21 @@ SETTINGS: tuple[Setting, ...] = (
 TEACHERS: tuple[Setting, ...] = (("distil", "ema"), ("distil", "live"))
 VARIANTS: tuple[Setting, ...] = tuple((name, "frozen") for name in CREDITS)
 VARIANTS_TASK = "list"
-"""Its teacher is unsure of the signs, whose cross-entropy nothing lowers."""
+"""The task of the credit's variants: its teacher is unsure of the signs, whose cross-entropy nothing lowers."""
 
 
 class Budget(NamedTuple):
-    """The same for every objective."""
+    """A task and the training that every objective gets on it."""
 
     task: str
     steps: int
     prompts: int
-    """Per step."""
+    """Prompts per step."""
     rollouts: int = 4
-    """Answers to each prompt."""
+    """Answers per prompt."""
     pretrain_steps: int = 500
     all_teachers: bool = True
-    """Whether teachers that are not frozen take part."""
+    """False leaves out the teachers that are not frozen."""
 
     @property
     def title(self) -> str:
@@ -51,7 +51,7 @@ class Budget(NamedTuple):
 
 @dataclass(frozen=True)
 class Scale:
-    """How large a study is; the rest of a run's settings are the defaults of `Run`."""
+    """The size of the study; other settings of a run are the defaults of `SmallRun`."""
 
     tasks: tuple[Budget, ...] = (
         Budget("sort", 40, 16),
@@ -63,28 +63,29 @@ class Scale:
     seeds: int = 10
     tuning_seeds: int = 2
     models: int = 3
-    """Pre-training seeds that the seeds are dealt to in turn."""
+    """Number of pre-trained models; the seeds are dealt to them in turn."""
     eval_problems: int = 96
     final_samples: int = 16
 
-    def run(self, budget: Budget, setting: Setting, rate: float, seed: int) -> Run:
+    def run(self, budget: Budget, setting: Setting, rate: float, seed: int) -> SmallRun:
         objective, teacher = setting
-        return Run(
+        return SmallRun(
             budget.task, objective, teacher, rate, seed, seed % self.models, budget.pretrain_steps, budget.steps,
             budget.prompts, budget.rollouts, eval_every=max(1, budget.steps // 10), eval_problems=self.eval_problems,
             final_samples=self.final_samples,
         )  # fmt: skip
 
-    def tuning(self, budget: Budget, setting: Setting, rate: float) -> list[Run]:
-        """On seeds that are never reported."""
+    def tuning(self, budget: Budget, setting: Setting, rate: float) -> list[SmallRun]:
+        """The runs that score a rate, on seeds that are never reported."""
         return [self.run(budget, setting, rate, 1000 + i) for i in range(self.tuning_seeds)]
 
-    def others(self, results: Results, seed: int) -> list[Run]:
+    def others(self, results: Results, seed: int) -> list[SmallRun]:
+        """DistIL's other teachers and the credit's variants at DistIL's rate."""
         runs = []
         for budget in self.tasks:
-            explained = (TEACHERS if budget.all_teachers else ()) + (VARIANTS if budget.task == VARIANTS_TASK else ())
+            settings = (TEACHERS if budget.all_teachers else ()) + (VARIANTS if budget.task == VARIANTS_TASK else ())
             rate = chosen_rate(self, results, budget, REFERENCE)
-            runs += [self.run(budget, setting, rate, seed) for setting in explained]
+            runs += [self.run(budget, setting, rate, seed) for setting in settings]
         return runs
 
 
@@ -95,14 +96,14 @@ QUICK = Scale(
 
 
 def conduct(scale: Scale, folder: Path, jobs: int, progress: Callable[[str, int, int], None]) -> Results:
-    """All results of a study that lives in `folder`, as `grid.conduct`."""
+    """Runs the study in `folder` by `grid.conduct` and returns all results."""
     return grid.conduct(
-        scale, folder / "runs.jsonl", Run, partial(_execute, folder=folder / "models"), jobs, progress,
+        scale, folder / "runs.jsonl", SmallRun, partial(_execute, folder=folder / "models"), jobs, progress,
         _model_of, partial(_pretrain, folder=folder / "models"),
     )  # fmt: skip
 
 
-def _model_of(run: Run) -> Pretraining:
+def _model_of(run: SmallRun) -> Pretraining:
     return Pretraining(run.task, run.model_seed, run.pretrain_steps)
 
 
@@ -111,5 +112,5 @@ def _pretrain(settings: Pretraining, folder: Path) -> Pretraining:
     return settings
 
 
-def _execute(run: Run, folder: Path) -> tuple[Run, Result]:
+def _execute(run: SmallRun, folder: Path) -> tuple[SmallRun, Result]:
     return run, execute(run, pretrained(_model_of(run), folder))

@@ -1,9 +1,8 @@
-"""Runs every subject; the aligned table and theory.json."""
+"""The results of all four subjects: measured together, printed as one aligned table, written to theory.json."""
 
 from __future__ import annotations
 
 import json
-import platform
 import re
 import time
 from dataclasses import asdict, dataclass
@@ -11,13 +10,15 @@ from pathlib import Path
 
 import torch
 
-import distil_kernels
+from studies.presentation import console, versions
 from studies.theory import bandit, regret, success, tabular
 from studies.theory.finding import Finding
 
 
 @dataclass(frozen=True)
 class Results:
+    """The results of every subject; the field names are keys of theory.json."""
+
     bandit: bandit.BanditResult
     tabular: tabular.TabularResult
     regret: regret.RegretResult
@@ -25,6 +26,7 @@ class Results:
 
 
 def measure(seed: int) -> Results:
+    """Measures every subject on one thread; `seed` draws the random pairs, environments and starts."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tensors of a few entries: more threads only wait for each other
     try:
@@ -43,39 +45,36 @@ def findings(results: Results) -> list[Finding]:
 
 
 def print_table(rows: list[Finding], seed: int, seconds: float) -> None:
-    from rich.console import Console
+    """Prints one line per finding, a rule after each subject, and the number of claims that hold and fail."""
     from rich.table import Table
 
-    # A pipe has no width: rich would fold the columns at 80.
-    console = Console() if Console().is_terminal else Console(width=150)
+    screen = console(piped_width=150)
     table = Table("subject", "quantity", "measured", "against", "holds?", show_edge=False, pad_edge=False)
     table.columns[2].justify = "right"
     for row, following in zip(rows, [*rows[1:], None], strict=True):
-        verdict = {"holds": "[green]holds[/]", "FAILS": "[bold red]FAILS[/]", "": ""}[row.verdict]
+        coloured_verdict = {"holds": "[green]holds[/]", "FAILS": "[bold red]FAILS[/]", "": ""}[row.verdict]
         last = following is None or following.subject != row.subject
-        table.add_row(row.subject, row.quantity, row.measured, row.compared_with, verdict, end_section=last)
-    console.print(f"{_versions()}; seed {seed}; {seconds:.1f} s", highlight=False)
-    console.print(table, highlight=False)
+        table.add_row(row.subject, row.quantity, row.measured, row.compared_with, coloured_verdict, end_section=last)
+    screen.print(f"{versions()}; seed {seed}; {seconds:.1f} s", highlight=False)
+    screen.print(table, highlight=False)
     verdicts = [row.verdict for row in rows]
-    console.print(
+    screen.print(
         f"{verdicts.count('holds')} statements hold, {verdicts.count('FAILS')} fail; docs/theory.md explains each.",
         highlight=False,
     )
 
 
 def write_json(path: Path, results: Results, rows: list[Finding], seed: int) -> None:
-    content = {"seed": seed, "versions": _versions(), "findings": [row._asdict() for row in rows], **asdict(results)}
-    # Nine digits: what another machine reproduces. Lists of numbers stay on one line.
+    """Writes seed, versions, findings and every result; equal numbers make equal files."""
+    content = {"seed": seed, "versions": versions(), "findings": [row._asdict() for row in rows], **asdict(results)}
+    # Another machine reproduces nine digits. Lists of numbers stay on one line.
     rounded = json.loads(json.dumps(content), parse_float=lambda text: float(f"{float(text):.9g}"))
     text = re.sub(r"\[[^\[\]{}\"]*\]", lambda match: " ".join(match[0].split()), json.dumps(rounded, indent=1))
     path.write_text(text + "\n", encoding="utf-8")
 
 
 def timed_measure(seed: int) -> tuple[Results, float]:
+    """The results, and the seconds that measuring them took."""
     begin = time.perf_counter()
     results = measure(seed)
     return results, time.perf_counter() - begin
-
-
-def _versions() -> str:
-    return f"distil_kernels {distil_kernels.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
