@@ -9,10 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import trainers
-from tiny import byte_tokenizer, llama_config
-from transformers import AutoModelForCausalLM
+from tiny import save_tiny_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,19 +18,16 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def quick_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
     """Standard output and JSON file of `bench/trainers.py --shape long --rounds 2`, eight completions of 96 tokens."""
-    directory = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(llama_config(max_position_embeddings=1024)).save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
+    directory = save_tiny_model(tmp_path_factory.mktemp("tiny"), max_position_embeddings=1024)
     path = directory / "out.json"
     command = [
         sys.executable, "bench/trainers.py", "--shape", "long", "--rounds", "2", "--threads", "1", "--model",
         str(directory), "--json", str(path),
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads(path.read_text())
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert process.returncode == 0, process.stderr
+    return process.stdout, json.loads(path.read_text())
 
 
 @pytest.fixture

@@ -1,20 +1,14 @@
-"""A tiny randomly initialised model with a byte tokenizer, saved as transformers saves them."""
+"""The tiny model that the trainer's tests share."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-import torch
-from tiny import byte_tokenizer, llama_config
-from transformers import AutoModelForCausalLM
+from tiny import save_tiny_model
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory of the model."""
-    torch.manual_seed(0)
-    directory = tmp_path_factory.mktemp("tiny")
-    AutoModelForCausalLM.from_config(llama_config()).save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
-    return directory
+    """The directory of a tiny model and its tokenizer."""
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -41,3 +44,11 @@ def llama_config(**changes: object) -> LlamaConfig:
         "initializer_range": 0.2,  # peaked enough that numerical faults show
     }
     return LlamaConfig(**{**settings, **changes})
+
+
+def save_tiny_model(directory: Path, **changes: object) -> Path:
+    """Saves a randomly initialised model with a byte tokenizer, as transformers saves them; returns the directory."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(llama_config(**changes)).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
