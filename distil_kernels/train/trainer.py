@@ -52,12 +52,13 @@ from distil_kernels.train.models.sharding import (
 )
 from distil_kernels.train.objective import Kept, Sums, distil_loss, means, policy_loss
 from distil_kernels.train.report import console
+from distil_kernels.train.report.chart import charts, plot
 from distil_kernels.train.rollouts.python_tool import Python, Rollouts, roll_out
 from distil_kernels.train.rollouts.sampling import Draw, Sampling, sample
 from distil_kernels.train.rollouts.vllm_server import RolloutServer
 from distil_kernels.train.run import checkpoint, trackers
 from distil_kernels.train.run.accelerator import check_backend, make_accelerator
-from distil_kernels.train.run.directory import drop_after, last_evaluation, remove_leftovers
+from distil_kernels.train.run.directory import drop_after, last_evaluation, remove_leftovers, write_text
 from distil_kernels.train.run.distributed import Processes
 from distil_kernels.train.run.interrupt import Interrupt
 from distil_kernels.train.run.log import RunLog
@@ -331,7 +332,7 @@ class Trainer:
                 self.console.print(console.step_line(record), highlight=False)
             if self.processes.is_main:
                 about = f"{config.task}, {config.objective}, {config.teacher} teacher"
-                console.plot(self.log.records, self.directory / "plot.png", about)
+                write_text(self.directory / "plot.svg", plot(charts(self.log.records), about))
         self.accelerator.end_training()
         evaluations = [record for record in self.log.records if record["kind"] == "evaluation"]
         if evaluations:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from html.parser import HTMLParser
@@ -18,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from distil_kernels.train.__main__ import main
 from distil_kernels.train.config import Config
 from distil_kernels.train.evaluate import mean_and_error, pass_at
-from distil_kernels.train.report.chart import Series, line_chart
 from distil_kernels.train.report.html import page
 from distil_kernels.train.report.inspect import show
 from distil_kernels.train.run.directory import read_lines
@@ -199,7 +197,7 @@ def test_report_is_one_file_without_scripts_or_links(run: Path, capsys: pytest.C
     found = Checker(text)
     assert found.links == [] and found.count["script"] == 0 and "http" not in re.sub(r"http-equiv", "", text)
     samples = [record for record in read_lines(run / "rollouts.jsonl") if record["kind"] == "sample"]
-    assert text.count("class='tip'") == sum(len(sample["tokens"]) for sample in samples)
+    assert text.count('class="tip"') == sum(len(sample["tokens"]) for sample in samples)
     assert found.count["svg"] == 8 and "pass@2" in text
     assert "rollouts_per_prompt: 3" in text
 
@@ -232,16 +230,3 @@ def test_report_before_the_first_step_and_without_samples(run: Path) -> None:
     Checker(page(Config(), "run", [record for record in metrics if record["kind"] == "step"], []))
     with pytest.raises(ValueError, match="no records"):
         page(Config(), "run", [], [])
-
-
-def test_charts_put_values_where_the_axes_say() -> None:
-    text = line_chart(
-        "a < b", [Series("one", [(0, 0.0, 0.0), (10, 1.0, 0.1), (5, math.nan, 0.0)], marked=True)], high=1.0
-    )
-    Checker(text)
-    assert "a &lt; b" in text and "nan" not in text
-    (first, last) = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', text)
-    ticks = {label: y for y, label in re.findall(r'y="([\d.]+)" text-anchor="end">([\d.]+)<', text)}
-    assert float(first[1]) == pytest.approx(float(ticks["0"]) - 3.5, abs=0.11)
-    assert float(last[1]) == pytest.approx(float(ticks["1"]) - 3.5, abs=0.11)
-    assert line_chart("nothing", [Series("one", [])]) == ""

@@ -88,7 +88,7 @@ def test_a_run_with_each_preset(tiny_model: Path, tmp_path: Path, preset: str) -
             assert record["credit_to_cost"] == 0
     if preset == "opsd":
         assert 0 < steps[0]["cost"] < torch.log(torch.tensor(2.0))
-    assert (directory / "plot.png").is_file()
+    assert (directory / "plot.svg").is_file()
 
 
 def test_options_go_before_a_file_and_a_file_before_a_preset(tmp_path: Path) -> None:

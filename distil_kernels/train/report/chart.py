@@ -1,86 +1,130 @@
-"""Line charts as inline SVG: axes, grid, error bars, a legend; colours come from the page's style sheet."""
+"""The curves of a run as line charts: which there are, and where each point is drawn.
+
+`plot` writes them as one SVG file; the page of `html` has the same charts, by the same macro of charts.jinja, among its
+text. Coordinates are those of an SVG of WIDTH x HEIGHT.
+"""
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from distil_kernels.train.report.templates import render
+
+Record = dict[str, Any]
 
 WIDTH, HEIGHT = 460, 250
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 14, 46
+"""Margins around the area of the curves."""
+
+
+class Point(NamedTuple):
+    """One value of a curve."""
+
+    step: float
+    value: float
+    error: float = math.nan
+    """Standard error; NaN where it is not known."""
+
+    @property
+    def low(self) -> float:
+        """The lower end of the error bar; the value itself where the error is not known."""
+        return self.value - (self.error if math.isfinite(self.error) else 0.0)
+
+    @property
+    def high(self) -> float:
+        """The upper end of the error bar; the value itself where the error is not known."""
+        return self.value + (self.error if math.isfinite(self.error) else 0.0)
 
 
 class Series(NamedTuple):
-    """One line: its points as (x, y, standard error or NaN)."""
+    """One curve of a chart."""
 
     label: str
-    points: Sequence[tuple[float, float, float]]
-    marked: bool = False
-    """With a dot at each point."""
+    points: Sequence[Point]
+    has_dots: bool = False
+    """Each point is a dot with an error bar."""
 
 
-def line_chart(title: str, series: Sequence[Series], low: float | None = 0.0, high: float | None = None) -> str:
-    """A figure; points whose value is not finite are left out. `low` and `high` fix the ends of the y axis."""
-    shown = [s._replace(points=[p for p in s.points if math.isfinite(p[1])]) for s in series]
-    points = [point for s in shown for point in s.points]
+@dataclass(frozen=True)
+class Chart:
+    """Curves over steps. Points whose value is not finite are not in it."""
+
+    title: str
+    series: Sequence[Series]
+    y_ticks: Sequence[float]
+    x_ticks: Sequence[float]
+    width: int = WIDTH
+    height: int = HEIGHT
+    left: int = LEFT
+    right: int = WIDTH - RIGHT
+    bottom: int = HEIGHT - BOTTOM
+
+    def x(self, step: float) -> float:
+        """Returns the horizontal coordinate of a step."""
+        share = (step - self.x_ticks[0]) / ((self.x_ticks[-1] - self.x_ticks[0]) or 1)
+        return LEFT + share * (self.right - LEFT)
+
+    def y(self, value: float) -> float:
+        """Returns the vertical coordinate of a value; one outside the axis is drawn at the axis's end."""
+        value = min(max(value, self.y_ticks[0]), self.y_ticks[-1])
+        share = (value - self.y_ticks[0]) / ((self.y_ticks[-1] - self.y_ticks[0]) or 1)
+        return self.bottom - share * (self.bottom - TOP)
+
+
+def line_chart(
+    title: str, series: Sequence[Series], low: float | None = 0.0, high: float | None = None
+) -> Chart | None:
+    """Returns a chart of these curves; None where they have no finite value.
+
+    Args:
+        low, high: ends of the vertical axis; None takes them from the values and their error bars.
+    """
+    finite = [s._replace(points=[point for point in s.points if math.isfinite(point.value)]) for s in series]
+    points = [point for s in finite for point in s.points]
     if not points:
-        return ""
-    bars = [(y - _finite(e), y + _finite(e)) for _, y, e in points]
-    y_ticks = _ticks(min(b for b, _ in bars) if low is None else low, max(b for _, b in bars) if high is None else high)
-    x_ticks = _ticks(min(x for x, _, _ in points), max(x for x, _, _ in points))
-    x_ticks = [tick for tick in x_ticks if tick == int(tick)]
-
-    def x_at(x: float) -> float:
-        return LEFT + (x - x_ticks[0]) / ((x_ticks[-1] - x_ticks[0]) or 1) * (WIDTH - LEFT - RIGHT)
-
-    def y_at(y: float) -> float:
-        y = min(max(y, y_ticks[0]), y_ticks[-1])
-        return HEIGHT - BOTTOM - (y - y_ticks[0]) / ((y_ticks[-1] - y_ticks[0]) or 1) * (HEIGHT - TOP - BOTTOM)
-
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">']
-    for tick in y_ticks:
-        y = y_at(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{tick:g}</text>')
-    for tick in x_ticks:
-        parts.append(
-            f'<text class="tick" x="{x_at(tick):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{tick:g}'
-        )
-        parts.append("</text>")
-    for index, line in enumerate(shown):
-        parts.append(f'<g class="series s{index}">')
-        path = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y, _ in line.points)
-        parts.append(f'<polyline points="{path}"/>')
-        for x, y, error in line.points if line.marked else ():
-            parts.append(_point(x_at(x), y_at(y), y_at(y - _finite(error)), y_at(y + _finite(error))))
-            parts.append(f"<title>{html.escape(line.label)}, step {x:g}: {with_error(y, error)}</title></circle>")
-        parts.append("</g>")
-    for index, line in enumerate(shown if len(shown) > 1 else ()):
-        x = LEFT + index * (WIDTH - LEFT - RIGHT) / len(shown)
-        parts.append(f'<g class="series s{index}"><line x1="{x:.0f}" x2="{x + 14:.0f}" y1="{HEIGHT - 10}" ')
-        parts.append(f'y2="{HEIGHT - 10}"/></g><text class="legend" x="{x + 19:.0f}" y="{HEIGHT - 6}">')
-        parts.append(f"{html.escape(line.label)}</text>")
-    parts.append("</svg>")
-    return f"<figure><figcaption>{html.escape(title)}</figcaption>{''.join(parts)}</figure>"
+        return None
+    least = min(point.low for point in points) if low is None else low
+    most = max(point.high for point in points) if high is None else high
+    x_ticks = ticks(min(point.step for point in points), max(point.step for point in points))
+    return Chart(title, finite, ticks(least, most), [tick for tick in x_ticks if tick == int(tick)])
 
 
-def _point(x: float, y: float, low: float, high: float) -> str:
-    """Error bar and the start of a dot."""
-    return f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/><circle cx="{x:.1f}" cy="{y:.1f}" r="3.2">'
+def charts(metrics: Sequence[Record]) -> list[Chart]:
+    """Returns the charts of a run, from the records of metrics.jsonl."""
+    steps = [record for record in metrics if record["kind"] == "step"]
+    evaluations = [record for record in metrics if record["kind"] == "evaluation"]
+
+    def training(key: str, label: str, has_dots: bool = False) -> Series:
+        return Series(label, [Point(record["step"], record.get(key, math.nan)) for record in steps], has_dots)
+
+    def held_out(key: str) -> Series:
+        return Series(key, [Point(r["step"], r[key], r[f"{key}_se"]) for r in evaluations], has_dots=True)
+
+    accuracy = [held_out("sampled"), held_out("greedy"), held_out("teacher"), training("accuracy", "training")]
+    changes = training("held_out_change", "log-prob of an answer", has_dots=True)
+    possible = [
+        line_chart("Accuracy (held out, and in training)", accuracy, high=1.0),
+        line_chart("Teacher against student, nats a token", [training("ce", "cross-entropy"), training("kl", "KL")]),
+        line_chart("Entropy, nats a token", [training("entropy", "student"), training("teacher_entropy", "teacher")]),
+        line_chart("Answer length, tokens", [training("length", "training rollouts")]),
+        line_chart("Share of rollouts cut at the limit", [training("truncated", "training rollouts")], high=1.0),
+        line_chart("Gradient norm before clipping", [training("grad_norm", "norm")]),
+        line_chart("Learning rate", [training("learning_rate", "AdamW")]),
+        line_chart("What a step changed: held-out right answers, nats", [changes], low=None),
+    ]
+    return [chart for chart in possible if chart is not None]
 
 
-def with_error(value: float, error: float) -> str:
-    """As mean ± standard error, where there is one."""
-    return f"{value:.3f}" + (f" ± {error:.3f}" if math.isfinite(error) else "")
+def plot(charts: Sequence[Chart], title: str) -> str:
+    """Returns charts in two columns as one SVG document."""
+    return render("plot.svg.jinja", title=title, charts=charts, width=WIDTH, height=HEIGHT)
 
 
-def _finite(error: float) -> float:
-    return error if math.isfinite(error) else 0.0
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Round values from at most `low` to at least `high`, about five of them."""
+def ticks(low: float, high: float) -> list[float]:
+    """Returns round values from at most `low` to at least `high`, about five of them."""
     if high <= low:
         high = low + 1
     raw = (high - low) / 4

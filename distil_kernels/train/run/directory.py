@@ -3,7 +3,7 @@
     runs/<name>/config.json             every option of the run
                 metrics.jsonl           one record per step and per evaluation
                 rollouts.jsonl          one record per rollout
-                plot.png                the curves of metrics.jsonl
+                plot.svg                the curves of metrics.jsonl
                 checkpoint-<step>/      what `checkpoint` writes
                 checkpoint              link to the newest of them
 

@@ -219,4 +219,4 @@ def test_a_run(caller: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out.count("put in by a tool") == len(sample["put_in"])
     assert main(["report", str(whole)]) == 0
     number = sum(len(record["put_in"]) for record in calls if record["kind"] == "sample")
-    assert (whole / "report.html").read_text().count("<span class='t given'") == number
+    assert (whole / "report.html").read_text().count('<span class="t given"') == number

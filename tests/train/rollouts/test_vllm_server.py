@@ -21,7 +21,7 @@ import pytest
 import torch
 from runs import metrics, states, train, trainer
 from safetensors.torch import load_file
-from tool_model import STOP, TOKENIZER, caller, ids, lm  # noqa: F401
+from tool_model import STOP, TOKENIZER, ids
 from transformers import AutoModelForCausalLM
 
 from distil_kernels.train.__main__ import main
@@ -174,7 +174,7 @@ def test_tokens_that_do_not_count_are_in_no_mismatch(tiny_model: Path, tmp_path:
     assert means([sums])["mismatch_max"] < 1e-4
 
 
-def test_log_probs_go_with_their_tokens_through_tool_calls(lm: Any) -> None:  # noqa: F811
+def test_log_probs_go_with_their_tokens_through_tool_calls(lm: Any) -> None:
     def draw(*arguments: Any) -> Drawn:
         """The log-prob of a token is minus its id."""
         done = sample(lm, *arguments).completions

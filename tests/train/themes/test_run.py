@@ -52,7 +52,7 @@ def test_three_steps_and_their_files(tiny_model: Path, tmp_path: Path) -> None:
         cut = [tokens[-1] != 0 and "\n" not in tokenizer.decode(tokens[-1:]) for tokens in own]
         assert record["truncated"] == sum(cut) / len(own)
         assert all(len(tokens) == 4 for tokens, is_cut in zip(own, cut, strict=True) if is_cut)
-    assert (directory / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert (directory / "plot.svg").read_bytes().startswith(b"\x89PNG")
 
     trained = AutoModelForCausalLM.from_pretrained(directory / "checkpoint").state_dict()
     start = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
@@ -126,7 +126,7 @@ def test_ctrl_c_leaves_a_usable_run(tiny_model: Path, tmp_path: Path, monkeypatc
     assert main(arguments) == 130
     directory = tmp_path / "run"
     assert [record["step"] for record in metrics(directory) if record["kind"] == "step"] == [1, 2]
-    assert (directory / "plot.png").exists() and (directory / "checkpoint").resolve().name == "checkpoint-000002"
+    assert (directory / "plot.svg").exists() and (directory / "checkpoint").resolve().name == "checkpoint-000002"
     AutoModelForCausalLM.from_pretrained(directory / "checkpoint")
     assert signal.getsignal(signal.SIGINT) is before
     monkeypatch.undo()
@@ -148,7 +148,7 @@ def test_a_run_directory_is_not_overwritten_silently(
     assert main(start(tiny_model, tmp_path, "--overwrite")) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert sorted(os.listdir(tmp_path / "run")) == [
-        "checkpoint", "checkpoint-000000", "config.json", "metrics.jsonl", "plot.png", "rollouts.jsonl"
+        "checkpoint", "checkpoint-000000", "config.json", "metrics.jsonl", "plot.svg", "rollouts.jsonl"
     ]  # fmt: skip
 
 
