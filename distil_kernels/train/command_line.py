@@ -1,4 +1,4 @@
-"""Config from a command line: a parser of its fields, YAML files, presets.
+"""Config from a command line: a parser of its options in their groups, YAML files, presets.
 
 `--config FILE` reads a YAML file of options; the command line overrides it. A run directory's config.json is such a
 file too, and is what --resume reads. `--preset NAME` gives the options of a method, which both override.
@@ -10,29 +10,43 @@ import argparse
 import ast
 import difflib
 import inspect
-from dataclasses import MISSING, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NamedTuple, NoReturn
 
 import yaml
 
-from distil_kernels.train.config import PRESETS, Config
+from distil_kernels.train.config import PRESETS, Config, OptionType, as_text, option_types
+
+NONE = ("none", "null")
+"""How None is written, where an option may be that."""
 
 
-def descriptions() -> dict[str, str]:
-    """The docstring under each field."""
-    (definition,) = ast.parse(inspect.getsource(Config)).body
+class Description(NamedTuple):
+    """What the source of Config says of an option."""
+
+    group: str
+    """The comment above the option's group."""
+    help: str
+    """The docstring under the option."""
+
+
+def descriptions() -> dict[str, Description]:
+    """Returns the descriptions of all options by name, in their order."""
+    source = inspect.getsource(Config)
+    headings = {number: line[6:] for number, line in enumerate(source.splitlines(), 1) if line.startswith("    # ")}
+    (definition,) = ast.parse(source).body
     assert isinstance(definition, ast.ClassDef)
-    found = {}
+    described = {}
     for item, after in pairwise(definition.body):
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and isinstance(after, ast.Expr):
-            found[item.target.id] = ast.literal_eval(after.value)
-    return found
+            group = headings[max(number for number in headings if number < item.lineno)]
+            described[item.target.id] = Description(group, " ".join(ast.literal_eval(after.value).split()))
+    return described
 
 
 def parse(arguments: list[str]) -> tuple[Config, set[str]]:
-    """Command line, and the file that --config names, to a checked Config and the names of the options given.
+    """Returns a checked Config from the command line and the file that --config names, and which options were given.
 
     Raises:
         SystemExit: --help (0), or an unknown option or bad value (2), with a message.
@@ -47,14 +61,19 @@ def parse(arguments: list[str]) -> tuple[Config, set[str]]:
 
 
 def resolved(config: Config) -> str:
-    """Options with their values, as a file that --config reads."""
+    """Returns the options with their values, as a file that --config reads."""
     return yaml.safe_dump(config.settings(), sort_keys=False).rstrip()
 
 
-def option_parser(prog: str, description: str) -> Parser:
-    """A parser of every field of Config and of --config."""
+def option_parser(prog: str, description: str, positional: str = "") -> Parser:
+    """Returns a parser of every option of Config, in groups, and of --config and --preset.
+
+    Args:
+        positional: an argument that the caller adds, for the usage line.
+    """
     parser = Parser(
         prog=prog,
+        usage=" ".join(filter(None, [prog, positional, "[--config FILE] [--preset NAME] [--OPTION VALUE ...]"])),
         description=description,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -63,30 +82,45 @@ def option_parser(prog: str, description: str) -> Parser:
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line overrides it.")
     overrides = "Options of a method; a file and the command line override them."
     parser.add_argument("--preset", choices=tuple(PRESETS), help=overrides)
-    types, text = get_type_hints(Config), descriptions()
-    for option in fields(Config):
-        allowed = option.metadata.get("allowed", ())
-        default = "" if option.default is MISSING else f" [{option.default}]"
-        about = (text[option.name] + default).replace("%", "%%")
-        if types[option.name] is bool:
-            how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
-        else:
-            choices = "{" + ",".join(allowed) + "}" if types[option.name] is str and allowed else None
-            how = {"type": types[option.name], "metavar": choices or types[option.name].__name__.upper()}
-        parser.add_argument(f"--{option.name}", help=about, **how)
-        if "_" in option.name:  # another spelling
-            parser.add_argument(f"--{option.name.replace('_', '-')}", dest=option.name, help=argparse.SUPPRESS, **how)
+    groups: dict[str, Any] = {}
+    defaults, types = Config(), option_types()
+    for name, described in descriptions().items():
+        if described.group not in groups:
+            groups[described.group] = parser.add_argument_group(described.group)
+        default = getattr(defaults, name)
+        text = described.help if default == "" else f"{described.help} [{as_text(default)}]"
+        text = text.replace("%", "%%")
+        settings = _argument_settings(types[name])
+        groups[described.group].add_argument(f"--{name}", help=text, **settings)
+        if "_" in name:  # another spelling
+            parser.add_argument(f"--{name.replace('_', '-')}", dest=name, help=argparse.SUPPRESS, **settings)
     return parser
 
 
+def _argument_settings(kind: OptionType) -> dict[str, Any]:
+    """Returns how argparse reads an option of this type and names its value."""
+    if kind.base is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if kind.choices:
+        return {"type": str, "metavar": "{" + ",".join(kind.choices) + "}"}
+    if not kind.allows_none:
+        return {"type": kind.base, "metavar": kind.base.__name__.upper()}
+
+    def number_or_none(text: str) -> Any:
+        return None if text in NONE else kind.base(text)
+
+    number_or_none.__name__ = f"{kind.base.__name__} or none"  # argparse names it where it fails
+    return {"type": number_or_none, "metavar": f"{{{kind.base.__name__.upper()},none}}"}
+
+
 def read_options(parser: Parser, arguments: list[str]) -> tuple[Config, set[str], dict[str, Any]]:
-    """As `parse`; the last of the three is what the parser knows beside the options."""
-    found, rest = parser.parse_known_args(arguments)
-    if rest:
-        parser.error(f"unknown option {rest[0]}{_suggestion(rest[0].lstrip('-').split('=')[0])}")
-    given = vars(found)
+    """Like `parse`, and also returns the values of arguments that are not options of Config."""
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.error(f"unknown option {unknown[0]}{_suggestion(unknown[0].lstrip('-').split('=')[0])}")
+    given = vars(parsed)
     path, preset = given.pop("config", None), given.pop("preset", None)
-    others = {name: given.pop(name) for name in list(given) if name not in Config.__dataclass_fields__}
+    others = {name: given.pop(name) for name in list(given) if name not in option_types()}
     try:
         values = {**PRESETS.get(preset, {}), **(from_file(Path(path)) if path else {}), **given}
         config = Config(**values)
@@ -97,7 +131,7 @@ def read_options(parser: Parser, arguments: list[str]) -> tuple[Config, set[str]
 
 
 def from_file(path: Path) -> dict[str, Any]:
-    """Options of a YAML (or JSON) file, each of its field's type.
+    """Returns the options of a YAML (or JSON) file, each of its type.
 
     Raises:
         ValueError: the file cannot be read, is no list of `option: value`, or has an unknown option or a wrong type.
@@ -112,7 +146,7 @@ def from_file(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise ValueError(f"[config] {path}: expected lines of `option: value`, got a {type(content).__name__}")
-    types, values = get_type_hints(Config), {}
+    types, values = option_types(), {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in types:
@@ -123,25 +157,29 @@ def from_file(path: Path) -> dict[str, Any]:
     return values
 
 
-def _typed(name: str, value: Any, expected: type) -> Any:
-    if expected is float and not isinstance(value, bool):  # YAML reads 2e-5 as a word and 1 as an integer
+def _typed(name: str, value: Any, kind: OptionType) -> Any:
+    """Returns the value of an option from a file, or raises ValueError where it is of another type."""
+    if kind.allows_none and (value is None or value in NONE):
+        return None
+    if kind.base is float and not isinstance(value, bool):  # YAML reads 2e-5 as a word and 1 as an integer
         try:
             return float(value)
         except (TypeError, ValueError):
             pass
-    if type(value) is not expected:
-        raise ValueError(f"[{name}] expected a value of type {expected.__name__}, got {value!r}")
+    if type(value) is not kind.base:
+        expected = kind.base.__name__ + (" or none" if kind.allows_none else "")
+        raise ValueError(f"[{name}] expected a value of type {expected}, got {value!r}")
     return value
 
 
 def _suggestion(name: str) -> str:
-    known = [option.name for option in fields(Config)]
-    close = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.6)
+    """Returns the end of a message about an unknown option: the option that may be meant."""
+    close = difflib.get_close_matches(name.replace("-", "_"), option_types(), n=1, cutoff=0.6)
     return f" (did you mean --{close[0]}?)" if close else " (--help lists them all)"
 
 
 class Parser(argparse.ArgumentParser):
-    """One line of what is wrong instead of the usage of forty options."""
+    """A parser whose errors are one line that says what is wrong, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")

@@ -38,6 +38,7 @@ def evaluate(arguments: list[str]) -> Work:
         f"{PROG} eval",
         "Accuracy on held-out problems, greedy and sampled, and unbiased pass@k, with standard errors. A run keeps its "
         f"own settings; given beside it may be {', '.join(sorted(EVAL_OPTIONS))}. A model takes every option.",
+        "RUN_OR_MODEL",
     )
     parser.add_argument("target", metavar="RUN_OR_MODEL", help="run directory, or path or hub name of a model")
     config, given, own = read_options(parser, arguments)

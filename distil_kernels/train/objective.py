@@ -108,11 +108,11 @@ def fused_loss(
         cost=_cost(config),
         credit_span=config.credit_span,
         discount=config.discount,
-        horizon=config.horizon or None,
+        horizon=config.horizon,
         normalize_by_remaining=config.normalize_by_remaining,
         baseline=baseline,
         group_size=config.rollouts_per_prompt,
-        credit_clip=config.credit_clip or None,
+        credit_clip=config.credit_clip,
         credit_scale=config.credit_scale,
     )
     if isinstance(taught, TopK):
@@ -144,7 +144,7 @@ def distil_loss(
     are in no sum. Rollouts with log-probs in `kept` are another policy's, older or a server's, and weighted for it.
     """
     kept = kept or Kept()
-    is_fresh, behaviour, clip = kept.first is None, kept.behaviour, config.importance_clip or None
+    is_fresh, behaviour, clip = kept.first is None, kept.behaviour, config.importance_clip
     lengths = [len(done) for done in completions]
     mask = token_mask(counts, student_hidden.device)
     out = fused_loss(

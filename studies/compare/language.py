@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from distil_kernels.train.config import PRESETS, Config
 from studies.compare import grid
@@ -49,7 +49,7 @@ class Run:
     num_examples: int = 1
     warmup_steps: int = 2
     eval_seed: int = 1234
-    precision: str = "bfloat16"
+    precision: Literal["auto", "float32", "bfloat16"] = "bfloat16"
     """Of products; weights are float32. Takes .64 of float32's time on processors with instructions for it."""
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from itertools import groupby
 from pathlib import Path
 
 import pytest
 
 from distil_kernels.train.command_line import descriptions, parse, resolved
-from distil_kernels.train.config import Config
+from distil_kernels.train.config import Config, OptionType, option_types
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -19,7 +20,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_every_option_is_described_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
-    assert set(descriptions()) == {option.name for option in fields(Config)}
+    assert list(descriptions()) == [option.name for option in fields(Config)]
     with pytest.raises(SystemExit) as exit_:
         parse(["--help"])
     assert exit_.value.code == 0
@@ -28,7 +29,46 @@ def test_every_option_is_described_with_its_default(capsys: pytest.CaptureFixtur
         assert f"--{option.name}" in shown
     assert f"Peak learning rate of AdamW. [{Config().learning_rate}]" in shown
     assert "--plan {auto,gradient_in_forward,recompute,frozen_head}" in shown
+    assert "--horizon {INT,none} Costs more than this many tokens later do not count. (Biased.) [none]" in shown
     assert "--no-off_policy" in shown and "-off-policy" not in shown and "--learning-rate" not in shown  # one spelling
+
+
+def test_options_stand_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each heading stands once, and its options below it in the order of Config."""
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    found: dict[str, list[str]] = {}
+    for line in lines[lines.index("options:") + 1 :]:
+        if line.endswith(":") and not line.startswith(" "):
+            assert line[:-1] not in found
+            found[line[:-1]] = group = []
+        elif line.startswith("  --") and found:
+            group.append(line.split()[0].strip(" -,"))
+    groups = groupby(descriptions().items(), key=lambda item: item[1].group)
+    assert found == {heading: [name for name, _ in options] for heading, options in groups}
+    assert len(found) > 5
+
+
+def test_choices_are_literals_that_the_parser_reads() -> None:
+    assert option_types()["cost"] == OptionType(str, ("ce", "kl"), False)
+    assert option_types()["off_policy"] == OptionType(bool, (), False)
+    assert option_types()["credit_clip"] == OptionType(float, (), True)
+
+
+@pytest.mark.parametrize("none", ["none", "null"])
+def test_none_is_no_limit(tmp_path: Path, none: str) -> None:
+    """On the command line, in YAML and in JSON; and a number is one again."""
+    file = tmp_path / "run.yaml"
+    file.write_text("horizon: 3\ncredit_clip: 0.5\nimportance_clip: 1.5\ntop_k: 7\noff_policy: true\n")
+    assert parse(["--config", str(file)])[0].horizon == 3
+    names = ("horizon", "credit_clip", "importance_clip", "top_k", "micro_batch_prompts")
+    arguments = [part for name in names for part in (f"--{name}", none)]
+    config, _ = parse(["--config", str(file), *arguments])
+    assert [getattr(config, name) for name in names] == [None] * 5
+    for text in (config.to_json(), resolved(config), f"importance_clip: {none}\noff_policy: true\n"):
+        file.write_text(text)
+        assert parse(["--config", str(file)])[0] == config
 
 
 def test_both_spellings_and_types() -> None:
@@ -78,7 +118,7 @@ def test_unknown_options_are_errors_with_a_suggestion(
         (["--baseline", "position_mean", "--micro_batch_prompts", "2"], ["[micro_batch_prompts]", "whole batch"]),
         (["--gradient_checkpointing", "--reading", "shared"], ["[reading]", "auto or packed or padded", "shared"]),
         (["--credit_span", "sequence"], ["[discount]", "credit_span sequence takes 1.0", "0.9"]),
-        (["--credit_span", "sequence", "--discount", "1", "--horizon", "3"], ["[horizon]", "takes 0, got 3"]),
+        (["--credit_span", "sequence", "--discount", "1", "--horizon", "3"], ["[horizon]", "takes none, got 3"]),
         (
             ["--credit_span", "sequence", "--discount", "1", "--normalize_by_remaining"],
             ["[normalize_by_remaining]", "takes False, got True"],
@@ -90,6 +130,13 @@ def test_unknown_options_are_errors_with_a_suggestion(
         (["--name", "."], ["[name]", "'.'"]),
         (["--name", ".."], ["[name]", "'..'"]),
         (["--steps", "many"], ["--steps", "many"]),
+        (["--steps", "none"], ["--steps", "none"]),
+        (["--horizon", "far"], ["--horizon", "int or none", "far"]),
+        (["--horizon", "0"], ["[horizon]", "at least 1, or none for no limit", "got 0"]),
+        (["--top_k", "0"], ["[top_k]", "at least 1, or none for no limit", "got 0"]),
+        (["--credit_clip", "0"], ["[credit_clip]", "above 0, or none for no limit", "got 0"]),
+        (["--importance_clip", "0"], ["[importance_clip]", "above 0, or none for no limit", "got 0"]),
+        (["--micro_batch_prompts", "0"], ["[micro_batch_prompts]", "at least 1, or none", "got 0"]),
     ],
 )
 def test_values_are_checked_with_name_value_and_expectation(
@@ -136,6 +183,8 @@ def test_a_file_gives_options_and_the_command_line_goes_before_it(tmp_path: Path
         ("learning_rte: 1", ["'learning_rte'", "did you mean --learning_rate"]),
         ("steps: many", ["[steps]", "type int", "'many'"]),
         ("steps: 2.5", ["[steps]", "type int", "2.5"]),
+        ("steps: null", ["[steps]", "type int", "None"]),
+        ("horizon: far", ["[horizon]", "type int or none", "'far'"]),
         ("steps: true", ["[steps]", "type int", "True"]),
         ("learning_rate: fast", ["[learning_rate]", "type float", "'fast'"]),
         ("off_policy: 1", ["[off_policy]", "type bool", "1"]),

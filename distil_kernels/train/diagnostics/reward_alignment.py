@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ def inner_products(
         if isinstance(taught, TopK) and name in ("reverse_kl", "jsd"):
             found[name] = torch.full_like(reward, math.nan)
             continue
-        objective = LOCAL if name == CREDITED else name
+        objective: Any = LOCAL if name == CREDITED else name
         asked = dataclasses.replace(plain, objective=objective, credit_span=span if name == CREDITED else "none")
         loss = fused_loss(
             still, leaf, teacher, taught, completions, asked, average, token_mask=mask, normalizer=1.0

@@ -28,8 +28,8 @@ class Sampling:
     temperature: float = 1.0
     """0 is greedy."""
     top_p: float = 1.0
-    top_k: int = 0
-    """0 keeps the whole vocabulary."""
+    top_k: int | None = None
+    """None keeps the whole vocabulary."""
 
 
 Ends = Callable[[Sequence[int]], bool]
@@ -61,7 +61,8 @@ def sample(
     Stops at a stop token, at the length limit, and where `ends` says so.
     """
     greedy = sampling.temperature == 0.0
-    draw = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    top_k = sampling.top_k or 0  # to transformers 0 is all, and None what the model's own settings say
+    draw = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": top_k}
     stops = list(sampling.stop_ids)
     generation = GenerationConfig(
         do_sample=not greedy,

@@ -196,7 +196,7 @@ def test_log_probs_go_with_their_tokens_through_tool_calls(lm: Any) -> None:
         ({"lora_rank": 4}, r"\[lora_rank\] rollout_url takes 0, got 4"),
         ({"shard": True}, r"\[shard\] rollout_url takes False, got True"),
         ({"top_p": 0.9, "off_policy": True}, r"\[top_p\] rollout_url takes 1.0, got 0.9"),
-        ({"top_k": 5, "off_policy": True}, r"\[top_k\] rollout_url takes 0, got 5"),
+        ({"top_k": 5, "off_policy": True}, r"\[top_k\] rollout_url takes none, got 5"),
     ],
 )
 def test_options_that_do_not_go_together(options: dict[str, Any], message: str) -> None:
