@@ -51,6 +51,14 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a tiny model and its tokenizer."""
+    from tiny import save_tiny_model  # late: the kernel library's tests need no transformers
+
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
 def emulated_extension(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """csrc/cuda run by an emulator on the CPU."""
     if shutil.which("g++") is None:
