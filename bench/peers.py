@@ -1,8 +1,8 @@
-"""Everything that is measured, behind one signature: problem -> scalar loss whose backward is the op's gradient.
+"""All candidates of the benchmark behind one signature: inputs -> scalar loss whose backward is the op's gradient.
 
-Ours, one entry per back end and plan; then what people use today. A peer is imported when it is first built, never
-copied. `check.py` compares its value and gradients with float64 before it may be timed. One that cannot run here
-says why.
+Our candidates, one per back end and plan, then the libraries that people use today. A peer is imported when it is first
+built, never copied. `verify.py` compares value and gradients with float64 before a candidate may be timed. A candidate
+that cannot run here gives the reason.
 
 Install the peers beside a torch that stays as it is (they are pure Python; plain `pip install liger-kernel` and the
 like may pull another torch and its CUDA packages):
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from cases import DISCOUNT, Case, Problem
+from cases import DISCOUNT, Case, CaseInputs
 from torch import Tensor
 
 import distil_kernels as dk
@@ -31,40 +31,43 @@ from distil_kernels.backends import cpu
 from distil_kernels.backends.dispatch import BACKENDS
 from distil_kernels.plan import Shape, choose_plan
 
-Loss = Callable[[Problem], Tensor]
+Loss = Callable[[CaseInputs], Tensor]
 
 GRADIENT_THRESHOLDS = (1e-5, 5e-5, 1e-3)
-"""Relative to the row's largest entry of the logits' gradient."""
+"""Thresholds relative to the row's largest entry of the logits' gradient."""
 
 
 @dataclass(frozen=True)
 class Candidate:
+    """A way to compute an op: one row of a table."""
+
     name: str
     group: str
-    """ours, approximate (ours, leaving out a part of the gradient), peer, or label (label loss: no teacher, another
-    loss; shown for its rate)."""
+    """"ours", "approximate" (ours, without the small entries of the gradient), "peer", or "label" (a loss without a
+    teacher, shown for its rate)."""
     ops: tuple[str, ...]
+    """The ops that it computes."""
     value: str
-    """Which exact value its loss has: ce, kl, label, or loss (the op's own)."""
+    """The exact value that its loss has: a key of `ExactResult.values`."""
     build: Callable[[Case], Loss]
     needs: tuple[str, ...] = ()
-    """Packages."""
+    """Packages that must be installed."""
     cuda_only: bool = False
-    why_not: str | None = None
-    """Of ours: why its back end cannot run here."""
+    backend_unavailable: str | None = None
+    """The reason why the back end of one of ours cannot run here."""
 
     def unavailable(self, case: Case) -> str | None:
-        """Why it cannot run here, or None."""
+        """The reason why it cannot run here, or None."""
         for package in self.needs:
             if importlib.util.find_spec(package) is None:
                 return f"{package} is not installed"
         if self.cuda_only and case.device != "cuda":
             return "its kernels need a GPU"
-        return self.why_not
+        return self.backend_unavailable
 
 
 def candidates(op: str, device: torch.device, dtype: torch.dtype) -> list[Candidate]:
-    """All that measure `op`, ours first."""
+    """All candidates that compute `op`, ours first."""
     return [*_ours(op, device, dtype), *(peer for peer in PEERS if op in peer.ops)]
 
 
@@ -75,19 +78,19 @@ def _ours(op: str, device: torch.device, dtype: torch.dtype) -> list[Candidate]:
         "stats": ("kept_gradient", "recompute"),
         "distil": ("gradient_in_forward", "recompute"),
     }[op]
-    found = []
+    ours = []
     for backend, module in BACKENDS.items():
-        why_not = module.unavailable(device, dtype)
-        # The plain torch back end is there to be read: one plan of it shows what the kernels save.
+        reason = module.unavailable(device, dtype)
+        # One plan of the plain torch back end shows what the kernels save.
         for plan in plans if backend != "reference" else plans[:1]:
-            found.append(_our_candidate(op, backend, plan, why_not))
+            ours.append(_our_candidate(op, backend, plan, reason))
     if op == "ce":
-        found += [_sparse_candidate(threshold, cpu.unavailable(device, dtype)) for threshold in GRADIENT_THRESHOLDS]
-    return found
+        ours += [_sparse_candidate(threshold, cpu.unavailable(device, dtype)) for threshold in GRADIENT_THRESHOLDS]
+    return ours
 
 
 def default_plan(case: Case) -> str:
-    """The plan that ours take where nobody asks for one."""
+    """The plan that the library chooses for a case."""
     shape = Shape(
         case.num_rows, case.vocab_size, case.hidden_size, case.torch_dtype, case.device, scalar=case.op != "stats",
         logprob_grad=case.op in ("stats", "distil"), grad_hidden=True, grad_head=case.op != "frozen",
@@ -95,71 +98,73 @@ def default_plan(case: Case) -> str:
     return choose_plan(shape).name
 
 
-def _sparse_candidate(threshold: float, why_not: str | None) -> Candidate:
-    """Ours without the small entries of the logits' gradient."""
+def _sparse_candidate(threshold: float, unavailable: str | None) -> Candidate:
+    """Our CPU candidate that leaves out the small entries of the logits' gradient."""
 
     def build(case: Case) -> Loss:
-        return lambda problem: dk.fused_forward_ce(
-            *problem.inputs.heads, backend="cpu", plan="gradient_in_forward", gradient_threshold=threshold
+        return lambda inputs: dk.fused_forward_ce(
+            *inputs.heads, backend="cpu", plan="gradient_in_forward", gradient_threshold=threshold
         )
 
-    return Candidate(f"ours cpu threshold {threshold:g}", "approximate", ("ce",), "loss", build, why_not=why_not)
+    return Candidate(
+        f"ours cpu threshold {threshold:g}", "approximate", ("ce",), "loss", build, backend_unavailable=unavailable
+    )
 
 
-def _our_candidate(op: str, backend: str, plan: str, why_not: str | None) -> Candidate:
+def _our_candidate(op: str, backend: str, plan: str, unavailable: str | None) -> Candidate:
     def build(case: Case) -> Loss:
-        return {"stats": stats, "distil": distil}.get(op, kept if plan == "kept_gradient" else ce)
+        return {"stats": stats, "distil": distil}.get(op, per_row_ce if plan == "kept_gradient" else ce)
 
-    def ce(problem: Problem) -> Tensor:
-        return dk.fused_forward_ce(*problem.inputs.heads, backend=backend, plan=plan)
+    def ce(inputs: CaseInputs) -> Tensor:
+        return dk.fused_forward_ce(*inputs.heads, backend=backend, plan=plan)
 
-    def kept(problem: Problem) -> Tensor:
-        return dk.fused_forward_ce(*problem.inputs.heads, reduction="none", backend=backend, plan=plan).mean()
+    def per_row_ce(inputs: CaseInputs) -> Tensor:
+        return dk.fused_forward_ce(*inputs.heads, reduction="none", backend=backend, plan=plan).mean()
 
-    def stats(problem: Problem) -> Tensor:
-        found = dk.token_stats(*problem.inputs.heads, tokens=problem.inputs.tokens, backend=backend, plan=plan)
-        return problem.ce_weight @ found.ce + problem.logprob_weight @ found.logprob
+    def stats(inputs: CaseInputs) -> Tensor:
+        stats = dk.token_stats(*inputs.heads, tokens=inputs.tokens, backend=backend, plan=plan)
+        return inputs.ce_weight @ stats.ce + inputs.logprob_weight @ stats.logprob
 
-    def distil(problem: Problem) -> Tensor:
+    def distil(inputs: CaseInputs) -> Tensor:
         return dk.fused_distil_loss(
-            *problem.inputs.heads, tokens=problem.inputs.tokens, cu_seqlens=problem.cu_seqlens, discount=DISCOUNT,
+            *inputs.heads, tokens=inputs.tokens, cu_seqlens=inputs.cu_seqlens, discount=DISCOUNT,
             backend=backend, plan=plan,
         ).loss  # fmt: skip
 
-    return Candidate(f"ours {backend} {plan}", "ours", (op,), "loss", build, why_not=why_not)
+    return Candidate(f"ours {backend} {plan}", "ours", (op,), "loss", build, backend_unavailable=unavailable)
 
 
-def _logits(problem: Problem) -> tuple[Tensor, Tensor]:
-    hidden, weight, teacher_hidden, teacher_weight = problem.inputs.heads
+def _logits(inputs: CaseInputs) -> tuple[Tensor, Tensor]:
+    hidden, weight, teacher_hidden, teacher_weight = inputs.heads
     with torch.no_grad():
         teacher = teacher_hidden @ teacher_weight.T
     return hidden @ weight.T, teacher
 
 
 def _naive(op: str) -> Loss:
-    """As one writes it down: logits in the dtype of the model, softmax in float32, autograd."""
+    """The textbook computation: logits in the dtype of the model, softmax in float32, autograd."""
 
-    def rows(problem: Problem) -> tuple[Tensor, Tensor]:
-        student, teacher = _logits(problem)
+    def rows(inputs: CaseInputs) -> tuple[Tensor, Tensor]:
+        student, teacher = _logits(inputs)
         log_s = student.log_softmax(-1, dtype=torch.float32)
         ce = -(teacher.softmax(-1, dtype=torch.float32) * log_s).sum(-1)
         return ce, log_s
 
-    def ce(problem: Problem) -> Tensor:
-        return rows(problem)[0].mean()
+    def ce(inputs: CaseInputs) -> Tensor:
+        return rows(inputs)[0].mean()
 
-    def stats(problem: Problem) -> Tensor:
-        ce, log_s = rows(problem)
-        logprob = log_s.gather(1, problem.inputs.tokens[:, None])[:, 0]
-        return problem.ce_weight @ ce + problem.logprob_weight @ logprob
+    def stats(inputs: CaseInputs) -> Tensor:
+        ce, log_s = rows(inputs)
+        logprob = log_s.gather(1, inputs.tokens[:, None])[:, 0]
+        return inputs.ce_weight @ ce + inputs.logprob_weight @ logprob
 
-    def distil(problem: Problem) -> Tensor:
-        ce, log_s = rows(problem)
-        logprob = log_s.gather(1, problem.inputs.tokens[:, None])[:, 0]
-        num_sequences = problem.cu_seqlens.numel() - 1
+    def distil(inputs: CaseInputs) -> Tensor:
+        ce, log_s = rows(inputs)
+        logprob = log_s.gather(1, inputs.tokens[:, None])[:, 0]
+        num_sequences = inputs.cu_seqlens.numel() - 1
         position = torch.arange(ce.numel(), device=ce.device)
         gap = position[None, :] - position[:, None]
-        sequence = torch.bucketize(position, problem.cu_seqlens[1:].to(ce.device), right=True)
+        sequence = torch.bucketize(position, inputs.cu_seqlens[1:].to(ce.device), right=True)
         later = (gap > 0) & (sequence[None, :] == sequence[:, None])
         credit = torch.where(later, DISCOUNT ** gap.clamp(min=0).float(), 0.0) @ ce.detach()
         surrogate = credit @ logprob
@@ -175,11 +180,11 @@ def _naive_compiled(case: Case) -> Loss:
 def _liger_chunked(case: Case) -> Loss:
     from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction
 
-    def loss(problem: Problem) -> Tensor:
-        hidden, weight, teacher_hidden, teacher_weight = problem.inputs.heads
+    def loss(inputs: CaseInputs) -> Tensor:
+        hidden, weight, teacher_hidden, teacher_weight = inputs.heads
         hard, soft, beta = 0.0, 1.0, 0.0
         return LigerFusedLinearJSDFunction.apply(
-            hidden, weight, teacher_hidden, teacher_weight, problem.inputs.tokens, None, None, hard, soft, beta
+            hidden, weight, teacher_hidden, teacher_weight, inputs.tokens, None, None, hard, soft, beta
         )
 
     return loss
@@ -188,20 +193,20 @@ def _liger_chunked(case: Case) -> Loss:
 def _liger_fused(case: Case) -> Loss:
     from liger_kernel.transformers.functional import liger_fused_linear_jsd
 
-    return lambda problem: liger_fused_linear_jsd(*problem.inputs.heads, jsd_beta=0.0)
+    return lambda inputs: liger_fused_linear_jsd(*inputs.heads, jsd_beta=0.0)
 
 
 def _trl_generalized_jsd(case: Case) -> Loss:
     from trl.experimental.gkd.gkd_trainer import GKDTrainer
 
-    return lambda problem: GKDTrainer.generalized_jsd_loss(*_logits(problem), beta=0.0)
+    return lambda inputs: GKDTrainer.generalized_jsd_loss(*_logits(inputs), beta=0.0)
 
 
 def _trl_chunked(case: Case) -> Loss:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-    def loss(problem: Problem) -> Tensor:
-        hidden, weight, teacher_hidden, teacher_weight = problem.inputs.heads
+    def loss(inputs: CaseInputs) -> Tensor:
+        hidden, weight, teacher_hidden, teacher_weight = inputs.heads
         beta = 0.0
         return ChunkedDivergenceFunction.apply(hidden, weight, None, teacher_hidden, teacher_weight, None, beta)[
             0
@@ -220,12 +225,12 @@ def _torchtune_chunked(case: Case) -> Loss:
     chunks = 8
     forward_kl = module.ForwardKLWithChunkedOutputLoss(num_output_chunks=chunks)
 
-    def loss(problem: Problem) -> Tensor:
-        hidden, weight, teacher_hidden, teacher_weight = problem.inputs.heads
+    def loss(inputs: CaseInputs) -> Tensor:
+        hidden, weight, teacher_hidden, teacher_weight = inputs.heads
         with torch.no_grad():
             teacher = [part @ teacher_weight.T for part in teacher_hidden[None].chunk(chunks, dim=1)]
         student = [part @ weight.T for part in hidden[None].chunk(chunks, dim=1)]
-        return forward_kl(student, teacher, problem.inputs.tokens[None])
+        return forward_kl(student, teacher, inputs.tokens[None])
 
     return loss
 
@@ -233,8 +238,8 @@ def _torchtune_chunked(case: Case) -> Loss:
 def _fla_fused_kl(case: Case) -> Loss:
     from fla.modules.fused_kl_div import fused_kl_div_loss
 
-    def loss(problem: Problem) -> Tensor:
-        hidden, weight, teacher_hidden, teacher_weight = problem.inputs.heads
+    def loss(inputs: CaseInputs) -> Tensor:
+        hidden, weight, teacher_hidden, teacher_weight = inputs.heads
         return fused_kl_div_loss(hidden, teacher_hidden, weight, teacher_weight)
 
     return loss
@@ -243,10 +248,10 @@ def _fla_fused_kl(case: Case) -> Loss:
 def _orda(case: Case) -> Loss:
     from orda_kernel import SeparateTeacher, distillation_loss
 
-    def loss(problem: Problem) -> Tensor:
-        hidden, weight, teacher_hidden, teacher_weight = problem.inputs.heads
+    def loss(inputs: CaseInputs) -> Tensor:
+        hidden, weight, teacher_hidden, teacher_weight = inputs.heads
         return distillation_loss(
-            hidden, weight, problem.inputs.tokens, SeparateTeacher(teacher_hidden, teacher_weight),
+            hidden, weight, inputs.tokens, SeparateTeacher(teacher_hidden, teacher_weight),
             student_ce_weight=0.0, kl_weight=1.0, kl_divergence="forward", backend="triton",
         ).loss  # fmt: skip
 
@@ -256,8 +261,8 @@ def _orda(case: Case) -> Loss:
 def _apple_label(case: Case) -> Loss:
     from cut_cross_entropy import linear_cross_entropy
 
-    def loss(problem: Problem) -> Tensor:
-        return linear_cross_entropy(problem.inputs.student_hidden, problem.inputs.student_weight, problem.inputs.tokens)
+    def loss(inputs: CaseInputs) -> Tensor:
+        return linear_cross_entropy(inputs.student_hidden, inputs.student_weight, inputs.tokens)
 
     return loss
 
@@ -268,10 +273,8 @@ def _torch_label(case: Case) -> Loss:
     # Its chunks are a few rows long, which on a CPU takes ten times longer than without them.
     options = torch.nn.LinearCrossEntropyOptions() if case.device == "cuda" else None
 
-    def loss(problem: Problem) -> Tensor:
-        return F.linear_cross_entropy(
-            problem.inputs.student_hidden, problem.inputs.student_weight, problem.inputs.tokens, options=options
-        )
+    def loss(inputs: CaseInputs) -> Tensor:
+        return F.linear_cross_entropy(inputs.student_hidden, inputs.student_weight, inputs.tokens, options=options)
 
     return loss
 

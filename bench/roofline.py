@@ -1,4 +1,4 @@
-"""What bounds each part on this processor: attained rate against arithmetic intensity, under the measured roof.
+"""The roofline of this processor: the attained rate of each part against its arithmetic intensity.
 
     python bench/roofline.py --threads 1 --json bench/results/roofline.json --plot docs/figures
 
@@ -17,9 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import report
+import machine
 import torch
-from cases import SMOLLM2_SHAPE, Case, make_problem
+from cases import SMOLLM2_SHAPE, Case, make_case_inputs
+from speed_plots import save
 from timing import forward_backward, interleaved, keep_freed_memory
 
 import distil_kernels as dk
@@ -27,7 +28,7 @@ from distil_kernels.backends import FORWARD_CE, LogitPair, LogitTransform, cpu
 from distil_kernels.engine import gemm
 
 ROW_STATS_OPERATIONS, ROW_GRAD_OPERATIONS = 46, 36
-"""Per logit pair: two exponentials of 15, and what is summed or subtracted around them (csrc/row_math.h)."""
+"""Operations per logit pair: two exponentials of 15, and the sums and differences around them (csrc/row_math.h)."""
 
 _COPY_FLOATS = 2**26
 _SQUARE = 2048
@@ -35,6 +36,8 @@ _SQUARE = 2048
 
 @dataclass(frozen=True)
 class Part:
+    """A part of the operation: its call, and the operations and bytes that its definition needs."""
+
     name: str
     call: Callable[[], object]
     operations: float
@@ -50,10 +53,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--plot", metavar="DIR")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    header = report.header("cpu", options.threads)
+    header = machine.header("cpu", options.threads)
     if keep_freed_memory():
         header["allocator"] += "; freed memory stays in the process"
-    print(*report.header_lines(header), sep="\n", flush=True)
+    print(*machine.header_lines(header), sep="\n", flush=True)
     parts = {part.name: part for dtype in ("fp32", "bf16") for part in _parts(options.rows, dtype, options.threads)}
     for part in parts.values():
         part.call()
@@ -68,20 +71,20 @@ def main(arguments: list[str] | None = None) -> None:
         }
         for name, part in parts.items()
     ]
-    found = {"header": header, "rows": options.rows, "points": points}
+    run = {"header": header, "rows": options.rows, "points": points}
     for point in points:
         print(f"{point['name']:32s} {point['ms']:9.1f} ms {point['gflops']:8.1f} GF/s "
               f"{point['gigabytes_per_second']:7.1f} GB/s")  # fmt: skip
     if options.json:
-        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+        Path(options.json).write_text(json.dumps(run, indent=1) + "\n")
     if options.plot:
-        plot(found, Path(options.plot))
+        plot(run, Path(options.plot))
 
 
 def _parts(rows: int, dtype: str, threads: int) -> list[Part]:
     vocab_size, hidden_size = SMOLLM2_SHAPE
-    problem = make_problem(Case("ce", rows, vocab_size, hidden_size, dtype, "cpu", threads), "ordinary")
-    hidden, weight = (tensor.detach() for tensor in problem.inputs.heads[:2])
+    inputs = make_case_inputs(Case("ce", rows, vocab_size, hidden_size, dtype, "cpu", threads), "ordinary")
+    hidden, weight = (tensor.detach() for tensor in inputs.heads[:2])
     width, logit_bytes = weight.element_size(), 4 * rows * vocab_size
     head_bytes, hidden_bytes = width * vocab_size * hidden_size, width * rows * hidden_size
     product = 2.0 * rows * vocab_size * hidden_size
@@ -100,7 +103,7 @@ def _parts(rows: int, dtype: str, threads: int) -> list[Part]:
         Part(f"dW, {dtype}", lambda: gemm.add_grad_weight(logits[1], hidden, out=grad_weight), product,
              8 * vocab_size * hidden_size + hidden_bytes + logit_bytes),
         Part(f"whole operation, {dtype}",
-             lambda: forward_backward(lambda p: dk.fused_forward_ce(*p.inputs.heads, backend="cpu"), problem),
+             lambda: forward_backward(lambda inputs: dk.fused_forward_ce(*inputs.heads, backend="cpu"), inputs),
              4 * product, 3 * head_bytes + 8 * vocab_size * hidden_size + 8 * logit_bytes),
     ]  # fmt: skip
     return parts if dtype != "fp32" else [*parts, *_row_parts(LogitPair(*logits)), _copy()]
@@ -125,13 +128,13 @@ def _copy() -> Part:
     return Part("copy", lambda: target.copy_(source), 0.0, 8 * _COPY_FLOATS)
 
 
-def plot(found: dict, folder: Path) -> None:
+def plot(run: dict, folder: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    points = {point["name"]: point for point in found["points"]}
+    points = {point["name"]: point for point in run["points"]}
     bandwidth = points["copy"]["gigabytes_per_second"]
     figure, axes = plt.subplots(figsize=(8.5, 5.5))
     for dtype, style in (("fp32", "k-"), ("bf16", "k--")):
@@ -143,14 +146,11 @@ def plot(found: dict, folder: Path) -> None:
             marker = "s" if "bf16" in name else "o"
             axes.plot(point["intensity"], point["gflops"], marker, label=name)
     axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="GF/s",
-             title=f"{found['rows']} rows of SmolLM2's head, {found['header']['threads']} thread(s)")  # fmt: skip
+             title=f"{run['rows']} rows of SmolLM2's head, {run['header']['threads']} thread(s)")  # fmt: skip
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     figure.tight_layout()
-    folder.mkdir(parents=True, exist_ok=True)
-    for suffix in ("png", "svg"):
-        figure.savefig(folder / f"roofline.{suffix}", dpi=150)
-    plt.close(figure)
+    save(figure, folder, "roofline")
 
 
 if __name__ == "__main__":

@@ -5,13 +5,13 @@
     python bench/run.py --shapes 512x151936x896 --dtype bf16 --threads 1 --json out.json
     python bench/run.py --render out.json --plot figures  Markdown and figures of earlier runs, nothing is measured
 
-For each case: every candidate is checked against float64 in a process of its own, where its memory is measured too;
-those that are right are then timed together in this process, in interleaved rounds (see timing.py). What is computed
-and on which inputs is in cases.py, the peers and how to install them in peers.py.
+For each case every candidate is verified against float64 in a separate process, which also measures its memory
+(verify.py); the right ones are then timed together in this process, in interleaved rounds (timing.py). cases.py has the
+ops and their inputs, peers.py the candidates and how to install them.
 
 Columns: median ms and its spread; ratio to the bare matrix products of the same run; ratio to ours with the plan that
 it takes by itself; peak MiB beyond inputs and their gradients; relative error of the gradients against float64, also
-where teacher and student have nearly converged. The last line is the whole run as JSON.
+where teacher and student have nearly converged. The last line is the run as JSON.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-import figures
-import report
+import machine
+import speed_plots
+import speed_tables
 import torch
 from cases import (
     DATA,
@@ -35,40 +36,40 @@ from cases import (
     REGIMES,
     SMOLLM2_SHAPE,
     Case,
-    Problem,
+    CaseInputs,
     data_for,
-    exact_answer,
-    make_problem,
+    exact_result,
+    make_case_inputs,
 )
 from peers import Candidate, candidates, default_plan
-from timing import Call, Timing, bare_products, forward_backward, interleaved, keep_freed_memory, numbered
+from timing import Call, Timing, bare_products, forward_backward, interleaved, keep_freed_memory, with_progress
 
 OPS = ("ce", "distil", "stats", "frozen")
 DEFAULT_SHAPES = {"cpu": ["1024x49152x576"], "cuda": ["8192x151936x4096"]}
 QUICK_SHAPE = "128x8192x128"
-_CHECK_SECONDS = 1800
+_VERIFY_SECONDS = 1800
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = _parse(arguments)
     if options.render:
         runs = [json.loads(Path(path).read_text()) for path in options.render]
-        print("\n\n".join([report.summary(runs), *map(report.markdown, runs)]))
+        print("\n\n".join([speed_tables.summary(runs), *map(speed_tables.markdown, runs)]))
     else:
         torch.set_num_threads(options.threads)
-        run = {"header": report.header(options.device, options.threads), "tables": []}
+        run = {"header": machine.header(options.device, options.threads), "tables": []}
         if options.device == "cpu" and keep_freed_memory():
             run["header"]["allocator"] += "; freed memory stays in the timing process"
-        print(*report.header_lines(run["header"]), sep="\n", flush=True)
+        print(*machine.header_lines(run["header"]), sep="\n", flush=True)
         for case in _cases(options):
             run["tables"].append(_measure(case, options))
-            report.print_table(run["tables"][-1])
+            speed_tables.print_table(run["tables"][-1])
         runs = [run]
         if options.json:
             Path(options.json).parent.mkdir(parents=True, exist_ok=True)
             Path(options.json).write_text(json.dumps(run, indent=1) + "\n")
     if options.plot:
-        for path in figures.plot(runs, Path(options.plot)):
+        for path in speed_plots.plot(runs, Path(options.plot)):
             print(f"wrote {path}", file=sys.stderr)
     if not options.render:
         print(json.dumps(runs[0]))
@@ -117,113 +118,115 @@ def _cases(options: argparse.Namespace) -> Iterable[Case]:
                 yield Case(op, num_rows, vocab_size, hidden_size, dtype, options.device, options.threads, data)
 
 
-def _chosen(case: Case, ours: list[str], peers: list[str]) -> list[Candidate]:
-    def chosen(candidate: Candidate) -> bool:
+def _selected(case: Case, ours: list[str], peers: list[str]) -> list[Candidate]:
+    """The candidates of a case whose names contain one of the given words."""
+
+    def is_selected(candidate: Candidate) -> bool:
         names = ours if candidate.group in ("ours", "approximate") else peers
         return names == ["all"] or (names != ["none"] and any(name in candidate.name for name in names))
 
-    return [c for c in candidates(case.op, torch.device(case.device), case.torch_dtype) if chosen(c)]
+    return [c for c in candidates(case.op, torch.device(case.device), case.torch_dtype) if is_selected(c)]
 
 
 def _measure(case: Case, options: argparse.Namespace) -> dict:
-    """One table of the report."""
-    chosen = _chosen(case, options.ours, options.peers)
-    print(f"{case.op} {case.num_rows}x{case.vocab_size}x{case.hidden_size} {case.dtype}: float64 answers",
+    """Verifies and times the candidates of a case; returns its table."""
+    selected = _selected(case, options.ours, options.peers)
+    print(f"{case.op} {case.num_rows}x{case.vocab_size}x{case.hidden_size} {case.dtype}: float64 results",
           file=sys.stderr, flush=True)  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="distil_bench_") as name:
         folder = Path(name)
-        kl = _prepare(case, folder, labels=any(candidate.group == "label" for candidate in chosen))
-        checks = {}
-        runnable = {candidate.name: candidate for candidate in chosen if candidate.unavailable(case) is None}
-        for name in numbered(list(runnable), "checked"):
-            checks[name] = _check(folder, name)
-        problem = torch.load(folder / "problem.pt", weights_only=False)["problem"]
-    right = [runnable[name] for name, found in checks.items() if found["reason"] is None]
-    timings, limits, failures = _time(case, right, problem.to(case.device), options)
+        kl = _prepare(case, folder, labels=any(candidate.group == "label" for candidate in selected))
+        verified = {}
+        runnable = {candidate.name: candidate for candidate in selected if candidate.unavailable(case) is None}
+        for name in with_progress(list(runnable), "verified"):
+            verified[name] = _verify(folder, name)
+        inputs = torch.load(folder / "all_rows.pt", weights_only=False)["inputs"]
+    right = [runnable[name] for name, result in verified.items() if result["reason"] is None]
+    timings, limits, failures = _time(case, right, inputs.on_device(case.device), options)
     rows = [_row(name, "limit", timings.get(name)) for name in limits]
-    for candidate in chosen:
-        found = checks.get(candidate.name, {})
-        reason = candidate.unavailable(case) or found.get("reason") or failures.get(candidate.name)
-        rows.append(_row(candidate.name, candidate.group, timings.get(candidate.name), reason, found))
+    for candidate in selected:
+        result = verified.get(candidate.name, {})
+        reason = candidate.unavailable(case) or result.get("reason") or failures.get(candidate.name)
+        rows.append(_row(candidate.name, candidate.group, timings.get(candidate.name), reason, result))
     _mark_default(case, rows)
     _add_ratios(case, rows)
     return {"case": case.as_dict(), "checked_rows": case.checked_rows, "kl": kl, "rows": rows}
 
 
 def _prepare(case: Case, folder: Path, labels: bool) -> dict[str, float]:
-    """Writes the problems and their exact answers for the checking processes; returns KL(T||S) by regime."""
+    """Writes inputs and exact results for the verifying processes; returns KL(T||S) by regime."""
     (folder / "case.json").write_text(json.dumps(case.as_dict()))
     kl = {}
     for regime in REGIMES:
-        problem = make_problem(case, regime)
+        inputs = make_case_inputs(case, regime)
         if regime == "ordinary":
-            torch.save({"problem": problem}, folder / "problem.pt")
-        problem = problem.first_rows(case.checked_rows)
-        answers = {"op": exact_answer(case.op, problem)}
+            torch.save({"inputs": inputs}, folder / "all_rows.pt")
+        inputs = inputs.first_rows(case.checked_rows)
+        results = {"op": exact_result(case.op, inputs)}
         if labels:
-            answers["label"] = exact_answer("label", problem)
-        kl[regime] = answers["op"].values["kl"]
-        torch.save({"problem": problem, "answers": answers}, folder / f"{regime}.pt")
+            results["label"] = exact_result("label", inputs)
+        kl[regime] = results["op"].values["kl"]
+        torch.save({"inputs": inputs, "results": results}, folder / f"{regime}.pt")
     gc.collect()
     return kl
 
 
-def _check(folder: Path, name: str) -> dict:
-    """What check.py found out about a candidate in its own process."""
-    command = [sys.executable, str(Path(__file__).parent / "check.py"), str(folder), name]
+def _verify(folder: Path, name: str) -> dict:
+    """Runs verify.py on a candidate and returns its result, or the reason why there is none."""
+    command = [sys.executable, str(Path(__file__).parent / "verify.py"), str(folder), name]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_CHECK_SECONDS)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=_VERIFY_SECONDS)
     except subprocess.TimeoutExpired:
-        return {"reason": f"took longer than {_CHECK_SECONDS} s"}
-    lines = done.stdout.strip().splitlines()
-    if done.returncode != 0 or not lines:
-        last = (done.stderr.strip().splitlines() or [""])[-1]
-        return {"reason": f"its process ended with code {done.returncode}: {last}"[:300]}
+        return {"reason": f"took longer than {_VERIFY_SECONDS} s"}
+    lines = process.stdout.strip().splitlines()
+    if process.returncode != 0 or not lines:
+        last = (process.stderr.strip().splitlines() or [""])[-1]
+        return {"reason": f"its process ended with code {process.returncode}: {last}"[:300]}
     return json.loads(lines[-1])
 
 
 def _time(
-    case: Case, right: list[Candidate], problem: Problem, options: argparse.Namespace
+    case: Case, right: list[Candidate], inputs: CaseInputs, options: argparse.Namespace
 ) -> tuple[dict[str, Timing], list[str], dict[str, str]]:
-    """Timings by name, names of the limits, and why a candidate that was right could not be timed."""
+    """Returns timings by name, names of the limits, and reasons why right candidates could not be timed."""
     torch._dynamo.reset()
-    calls: dict[str, Call] = bare_products(case, problem)
+    calls: dict[str, Call] = bare_products(case, inputs)
     limits, failures = list(calls), {}
     for candidate in right:
         try:
             loss = candidate.build(case)
-            forward_backward(loss, problem)
-        except Exception as error:  # as in check.py, but beside the others: out of memory, for one
+            forward_backward(loss, inputs)
+        except Exception as error:  # as in verify.py; beside the other candidates it may run out of memory
             failures[candidate.name] = f"failed: {error}".splitlines()[0][:300]
         else:
-            calls[candidate.name] = lambda loss=loss: forward_backward(loss, problem)
+            calls[candidate.name] = lambda loss=loss: forward_backward(loss, inputs)
     for name in limits:
         calls[name]()
     timings = interleaved(calls, case.device, options.rounds, options.seconds)
-    problem.clear_gradients()
+    inputs.clear_gradients()
     return timings, limits, failures
 
 
 def _row(
-    name: str, group: str, timing: Timing | None, reason: str | None = None, found: dict | None = None
+    name: str, group: str, timing: Timing | None, reason: str | None = None, result: dict | None = None
 ) -> dict[str, object]:
     row: dict[str, object] = {"name": name, "group": group, "reason": reason}
     if timing is not None:
         row |= {"ms": timing.seconds * 1e3, "spread_ms": timing.spread * 1e3, "rounds": timing.rounds}
-    return row | {key: value for key, value in (found or {}).items() if key != "reason"}
+    return row | {key: value for key, value in (result or {}).items() if key != "reason"}
 
 
 def _mark_default(case: Case, rows: list[dict]) -> None:
-    """Which row is what a user of ours gets: the first back end that runs, with the plan that it chooses."""
+    """Marks the row of the library's choice: the first back end that runs, with the plan that it chooses."""
     ours = [row for row in rows if row["group"] == "ours" and "ms" in row]
     for row in [row for row in ours if row["name"].endswith(f" {default_plan(case)}")][:1]:
         row["default"] = True
 
 
 def _add_ratios(case: Case, rows: list[dict]) -> None:
-    """Time over the fastest bare products (a label loss has fewer of them), and over that of ours."""
+    """Adds each row's time over the fastest bare products (a label loss has fewer of them) and over our time."""
     limit = min(row["ms"] for row in rows if row["group"] == "limit")
-    ours = report.ours(rows)
+    ours = speed_tables.our_row(rows)
     for row in rows:
         if "ms" in row:
             products = NUM_PRODUCTS["label" if row["group"] == "label" else case.op]

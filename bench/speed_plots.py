@@ -1,34 +1,33 @@
-"""What a run looks like: lines where sizes differ, bars where there is one. Everything is made from the JSON alone."""
+"""Figures of measured runs: lines for several sizes, bars for one, made from the JSON of the runs alone."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from report import MIB, ours, title, worst_error
+from speed_tables import MIB, our_row, title, worst_error
 
 _LEGEND_WIDTH = 3.0
-"""Inches beside the axes."""
-_BARS = {"ours": "C0", "peer": "0.7"}
+"""Width of the legend in inches."""
+_BAR_COLOURS = {"ours": "C0", "peer": "0.7"}
 
 
 def plot(runs: list[dict], folder: Path) -> list[Path]:
-    """A figure per op, dtype and thread count: time and memory against N and V where there are two points on an axis,
-    else time, memory and error as bars; ours and its peers."""
+    """Writes a figure of ours and its peers per op, dtype and thread count; returns the paths.
+
+    It has time and memory against N and V if an axis has two points, else time, memory and error as bars.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     groups: dict[tuple, list[dict]] = {}
     for table in (table for run in runs for table in run["tables"]):
         case = table["case"]
         groups.setdefault((case["op"], case["dtype"], case["device"], case["threads"]), []).append(table)
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    paths = []
     for (op, dtype, device, threads), tables in groups.items():
         series = {axis: _longest_series(tables, axis) for axis in ("num_rows", "vocab_size")}
-        series = {axis: found for axis, found in series.items() if len(found) > 1}
+        series = {axis: sized for axis, sized in series.items() if len(sized) > 1}
         name = f"{op}_{dtype}_{device}_{threads}"
         if series:
             figure = _lines(series)
@@ -38,11 +37,20 @@ def plot(runs: list[dict], folder: Path) -> list[Path]:
             name += "_" + "x".join(str(tables[0]["case"][size]) for size in ("num_rows", "vocab_size", "hidden_size"))
         else:
             continue
-        for suffix in ("png", "svg"):
-            written.append(folder / f"{name}.{suffix}")
-            figure.savefig(written[-1], dpi=150)
-        plt.close(figure)
-    return written
+        paths += save(figure, folder, name)
+    return paths
+
+
+def save(figure: Any, folder: Path, name: str) -> list[Path]:
+    """Writes a figure of pyplot as PNG and SVG and closes it; returns the paths."""
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.{suffix}" for suffix in ("png", "svg")]
+    for path in paths:
+        figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return paths
 
 
 def _lines(series: dict[str, list[dict]]) -> Any:
@@ -50,14 +58,15 @@ def _lines(series: dict[str, list[dict]]) -> Any:
 
     width = 5.5 * len(series) + _LEGEND_WIDTH
     figure, axes = plt.subplots(2, len(series), figsize=(width, 7), squeeze=False)
-    for column, (axis, found) in enumerate(series.items()):
-        shown = [_ours_and_peers(table) for table in found]
-        limits = [_fastest_products(table) for table in found]
+    for column, (axis, tables) in enumerate(series.items()):
+        rows_by_name = [_ours_and_peers(table) for table in tables]
+        limits = [_fastest_products(table) for table in tables]
         times = [
-            {name: row["ms"] / limit for name, row in rows.items()} for rows, limit in zip(shown, limits, strict=True)
+            {name: row["ms"] / limit for name, row in rows.items()}
+            for rows, limit in zip(rows_by_name, limits, strict=True)
         ]
-        memory = [{name: row["peak_extra_bytes"] / MIB for name, row in rows.items()} for rows in shown]
-        sizes = [table["case"][axis] for table in found]
+        memory = [{name: row["peak_extra_bytes"] / MIB for name, row in rows.items()} for rows in rows_by_name]
+        sizes = [table["case"][axis] for table in tables]
         _draw(axes[0][column], sizes, times, axis, "time over the bare products'")
         _draw(axes[1][column], sizes, memory, axis, "peak extra memory, MiB")
         axes[0][column].axhline(1.0, color="k", linestyle=":")
@@ -69,17 +78,17 @@ def _lines(series: dict[str, list[dict]]) -> Any:
 
 
 def _bars(table: dict) -> Any:
-    """Ours and peers: time, memory, error between close models."""
+    """Bars of time, memory and error in the converged regime, for ours and its peers."""
     import matplotlib.pyplot as plt
 
-    shown = sorted(_ours_and_peers(table).values(), key=lambda row: -row["ms"])
-    names, colors = [row["name"] for row in shown], [_BARS[row["group"]] for row in shown]
+    rows = sorted(_ours_and_peers(table).values(), key=lambda row: -row["ms"])
+    names, colors = [row["name"] for row in rows], [_BAR_COLOURS[row["group"]] for row in rows]
     values = {
-        "milliseconds (dotted: the bare products)": [row["ms"] for row in shown],
-        "peak extra memory, MiB": [row["peak_extra_bytes"] / MIB for row in shown],
-        "gradient error, student near teacher": [worst_error(row) for row in shown],
+        "milliseconds (dotted: the bare products)": [row["ms"] for row in rows],
+        "peak extra memory, MiB": [row["peak_extra_bytes"] / MIB for row in rows],
+        "gradient error, student near teacher": [worst_error(row) for row in rows],
     }  # fmt: skip
-    figure, axes = plt.subplots(1, len(values), figsize=(13, 0.4 * len(shown) + 1.6), sharey=True)
+    figure, axes = plt.subplots(1, len(values), figsize=(13, 0.4 * len(rows) + 1.6), sharey=True)
     for axis, (label, numbers) in zip(axes, values.items(), strict=True):
         bars = axis.barh(names, numbers, color=colors)
         axis.bar_label(bars, [f"{number:.2g}" if number < 10 else f"{number:.0f}" for number in numbers], padding=3)
@@ -95,8 +104,8 @@ def _bars(table: dict) -> Any:
 
 def _ours_and_peers(table: dict) -> dict[str, dict]:
     timed = [row for row in table["rows"] if row.get("peak_extra_bytes") and "ms" in row]
-    own = ours(timed)
-    return ({} if own is None else {"ours": own}) | {row["name"]: row for row in timed if row["group"] == "peer"}
+    ours = our_row(timed)
+    return ({} if ours is None else {"ours": ours}) | {row["name"]: row for row in timed if row["group"] == "peer"}
 
 
 def _fastest_products(table: dict) -> float:
@@ -104,13 +113,13 @@ def _fastest_products(table: dict) -> float:
 
 
 def _longest_series(tables: list[dict], axis: str) -> list[dict]:
-    """Tables that differ in `axis` only (for V: whatever D is), ascending."""
+    """The most tables that differ in `axis` only, ascending; tables that differ in V may differ in D too."""
     fixed = {"num_rows": ("vocab_size", "hidden_size"), "vocab_size": ("num_rows",)}[axis]
-    found: dict[tuple, dict[int, dict]] = {}
+    series: dict[tuple, dict[int, dict]] = {}
     for table in tables:
         case = table["case"]
-        found.setdefault(tuple(case[name] for name in fixed), {})[case[axis]] = table
-    longest = max(found.values(), key=len)
+        series.setdefault(tuple(case[name] for name in fixed), {})[case[axis]] = table
+    longest = max(series.values(), key=len)
     return [longest[size] for size in sorted(longest)]
 
 

@@ -1,16 +1,16 @@
-"""Time and memory, measured so that they can be compared.
+"""Time and memory, measured so that candidates can be compared.
 
-Time: all candidates of a case in one process, one call each per round, so that a slow minute of the machine hits
-everyone, in an order that is shuffled for each round. On the CPU freed memory stays in the process, for whoever comes
-next: fresh pages cost what the machine and its neighbours please (on a virtual machine whose host takes free pages
-back a dW of 300 MB between 30 and 600 ms), and those pay most who need most memory. Medians, and half the distance of
-the quartiles as spread. Warm-up is apart. The bare matrix products of the same shape take part in the rounds: no
-candidate that computes every logit can be faster than these.
+Time: all candidates of a case run in one process, one call each per round, in an order that is shuffled for each round,
+so that a slow minute of the machine hits all of them. On the CPU freed memory stays in the process for the next call:
+the cost of fresh pages depends on the machine and its neighbours (on a virtual machine whose host takes free pages
+back, between 30 and 600 ms for a dW of 300 MB), and it would hit the candidates that need most memory. Reported are
+medians and, as spread, half the distance of the quartiles; warm-up calls do not count. The bare matrix products of the
+same shape take part in the rounds: no candidate that computes every logit can be faster.
 
-Memory: in a process of its own (`check.py`), the peak of one call beyond inputs and their gradients, after a first
-call has loaded code and compiled. On the CPU that is the kernel's high-water mark of resident memory, reset just
-before the call, with a malloc that returns large blocks to the system at once (so it is what was in use, not what
-malloc kept); on a GPU torch's own peak statistics.
+Memory: `verify.py` measures the peak of one call beyond inputs and their gradients, in a separate process and after a
+first call that loads code and compiles. On the CPU this is the system's high-water mark of resident memory, reset just
+before the call; malloc returns large blocks to the system at once, so that the mark shows memory in use and not memory
+that malloc holds. On a GPU it is torch's peak statistics.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from cases import NUM_PRODUCTS, Case, Problem
+from cases import NUM_PRODUCTS, Case, CaseInputs
 from torch import Tensor
 
 from distil_kernels.engine import gemm
@@ -34,24 +34,24 @@ from distil_kernels.engine import gemm
 Call = Callable[[], object]
 
 _MAX_LIMIT_BYTES = 2**30
-"""The bare products write logits of at most this size; more rows go in chunks."""
+"""Maximal size of the logits that the bare products write at once; more rows are computed in chunks."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h
 
 
 @dataclass(frozen=True)
 class Timing:
+    """Median seconds of a call over `rounds` rounds, and their spread: half the distance between the quartiles."""
+
     seconds: float
-    """Median."""
     spread: float
-    """Half the distance between the quartiles."""
     rounds: int
 
 
-def forward_backward(loss: Callable[[Problem], Tensor], problem: Problem) -> Tensor:
-    """One call as a training step makes it: gradients absent before, present after."""
-    problem.clear_gradients()
-    value = loss(problem)
+def forward_backward(loss: Callable[[CaseInputs], Tensor], inputs: CaseInputs) -> Tensor:
+    """Calls a loss and its backward as a training step does: no gradients before, gradients after."""
+    inputs.clear_gradients()
+    value = loss(inputs)
     value.backward()
     return value.detach()
 
@@ -62,9 +62,9 @@ def synchronize(device: str) -> None:
 
 
 def interleaved(calls: dict[str, Call], device: str, rounds: int, seconds: float) -> dict[str, Timing]:
-    """Medians over rounds; a call that has used up `seconds` leaves after its third round.
+    """Times calls in interleaved rounds; a call that has used more than `seconds` leaves after its third round.
 
-    Each call must have run before: warm-up is the caller's.
+    Each call must have run before: the caller warms up.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     begin = time.perf_counter()
@@ -80,7 +80,7 @@ def interleaved(calls: dict[str, Call], device: str, rounds: int, seconds: float
             synchronize(device)
             times[name].append(time.perf_counter() - start)
         if number + 1 < rounds:
-            report_progress("rounds", number + 1, rounds, begin)
+            print_progress("rounds", number + 1, rounds, begin)
     return {name: _summary(samples) for name, samples in times.items()}
 
 
@@ -89,34 +89,35 @@ def _summary(samples: list[float]) -> Timing:
     return Timing(statistics.median(samples), (quartiles[2] - quartiles[0]) / 2, len(samples))
 
 
-def report_progress(what: str, done: int, total: int, begin: float) -> None:
+def print_progress(phase: str, completed: int, total: int, begin: float) -> None:
     elapsed = time.perf_counter() - begin
-    print(f"  {what} {done}/{total}, {elapsed:.0f} s, about {elapsed / done * (total - done):.0f} s left",
+    remaining = elapsed / completed * (total - completed)
+    print(f"  {phase} {completed}/{total}, {elapsed:.0f} s, about {remaining:.0f} s left",
           file=sys.stderr, flush=True)  # fmt: skip
 
 
-def bare_products(case: Case, problem: Problem) -> dict[str, Call]:
-    """The op's matrix products and nothing else, into memory that is already there.
+def bare_products(case: Case, inputs: CaseInputs) -> dict[str, Call]:
+    """Calls, by name, that compute the op's matrix products and nothing else, into allocated memory.
 
-    By torch's library, and on the CPU by this one's own where it has such a product. Half precision on the CPU is
-    also timed with operands widened to float32 beforehand: where a processor has no such instructions that is the
-    faster one, and the limit is the fastest way there is.
+    The products are torch's, and on the CPU also this library's where it has such a product. Half precision on the CPU
+    is also timed with operands widened to float32 beforehand, which is faster on a processor without instructions for
+    half precision: the limit is the fastest of all.
     """
     dtypes = [case.torch_dtype]
     if case.device == "cpu" and case.torch_dtype != torch.float32:
         dtypes.append(torch.float32)
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     label = f"{NUM_PRODUCTS[case.op]} bare products"
-    calls: dict[str, Call] = {f"{label}, {names[dtype]}": _products(case, problem, dtype) for dtype in dtypes}
+    calls: dict[str, Call] = {f"{label}, {names[dtype]}": _products(case, inputs, dtype) for dtype in dtypes}
     if case.device == "cpu" and gemm.reads_head_in_place(case.torch_dtype):
-        calls[f"{label}, ours"] = _products(case, problem, case.torch_dtype, ours=True)
+        calls[f"{label}, ours"] = _products(case, inputs, case.torch_dtype, ours=True)
     return calls
 
 
-def _products(case: Case, problem: Problem, dtype: torch.dtype, *, ours: bool = False) -> Call:
-    """Ours leave float32 logits, and round the sums of all rows of dW once."""
-    hidden = problem.inputs.student_hidden.detach().to(dtype)
-    weight = problem.inputs.student_weight.detach().to(dtype)
+def _products(case: Case, inputs: CaseInputs, dtype: torch.dtype, *, ours: bool = False) -> Call:
+    """The products of one library; ours write float32 logits, and round dW once after all rows are summed."""
+    hidden = inputs.student_hidden.detach().to(dtype)
+    weight = inputs.student_weight.detach().to(dtype)
     logits_dtype = torch.float32 if ours else dtype
     rows = min(case.num_rows, max(1, _MAX_LIMIT_BYTES // (case.vocab_size * logits_dtype.itemsize)))
     logits = hidden.new_empty(rows, case.vocab_size, dtype=logits_dtype)
@@ -143,9 +144,9 @@ def _products(case: Case, problem: Problem, dtype: torch.dtype, *, ours: bool = 
     return run
 
 
-def peak_extra_bytes(call: Call, problem: Problem, device: str) -> int | None:
-    """Highest memory during `call` beyond what there was before and the gradients that it leaves; None if unknown."""
-    problem.clear_gradients()
+def peak_extra_bytes(call: Call, inputs: CaseInputs, device: str) -> int | None:
+    """The peak memory of `call` beyond the memory before it and the gradients that it leaves; None if unknown."""
+    inputs.clear_gradients()
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -161,17 +162,17 @@ def peak_extra_bytes(call: Call, problem: Problem, device: str) -> int | None:
         before = resident_bytes("VmRSS")
         call()
         peak = resident_bytes("VmHWM")
-    gradients = sum(leaf.grad.nbytes for leaf in problem.inputs.leaves.values() if leaf.grad is not None)
+    gradients = sum(leaf.grad.nbytes for leaf in inputs.leaves.values() if leaf.grad is not None)
     return peak - before - gradients
 
 
 def keep_freed_memory() -> bool:
-    """Lets glibc's malloc take all blocks from its heap and never give any back; False where there is none."""
+    """Makes glibc's malloc take all blocks from its heap and never return any; False without glibc."""
     return _set_malloc(_M_MMAP_MAX, 0) and _set_malloc(_M_TRIM_THRESHOLD, -1)
 
 
 def return_large_blocks() -> None:
-    """Fixes glibc's threshold for blocks of their own at 1 MiB; else it grows up to 32 MiB and freed blocks stay."""
+    """Fixes glibc's threshold for separately mapped blocks at 1 MiB; else it grows to 32 MiB and freed blocks stay."""
     _set_malloc(_M_MMAP_THRESHOLD, 2**20)
 
 
@@ -183,7 +184,7 @@ def _set_malloc(option: int, value: int) -> bool:
 
 
 def reset_high_water(trim: bool = True) -> bool:
-    """Returns free heap pages to the system (`trim`), then sets VmHWM to what is resident now (Linux only)."""
+    """Returns free heap pages to the system (`trim`), then resets VmHWM to the resident memory (Linux only)."""
     try:
         if trim:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -194,14 +195,14 @@ def reset_high_water(trim: bool = True) -> bool:
 
 
 def resident_bytes(field: str) -> int:
-    """VmRSS, what this process holds now, or VmHWM, the most since `reset_high_water`."""
+    """The resident memory of this process: now (field VmRSS), or its peak since `reset_high_water` (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
-def numbered(names: list[str], what: str) -> Iterator[str]:
-    """Each name, with progress after it."""
+def with_progress(names: list[str], phase: str) -> Iterator[str]:
+    """Yields each name and prints progress after it."""
     begin = time.perf_counter()
-    for done, name in enumerate(names, start=1):
+    for completed, name in enumerate(names, start=1):
         yield name
-        report_progress(f"{what}: {name}", done, len(names), begin)
+        print_progress(f"{phase}: {name}", completed, len(names), begin)

@@ -5,7 +5,7 @@
     python bench/trainers.py --trainers ours full   those whose names hold one of these words
     python bench/trainers.py --render bench/results/trainers_*.json     Markdown of earlier runs
 
-Every trainer runs in a process of its own and takes its steps in turns with the others, in an order shuffled for each
+Every trainer runs in a separate process and takes its steps in turns with the others, in an order shuffled for each
 round. All have the same model, optimiser, precision and attention, and get the same prompts of student and teacher as
 token ids. The learning rate is 0 (AdamW does all its work), so that all of them keep the same weights; before each step
 all set the same seed, so that they sample the same completions: the step's loss and gradient must then agree.
@@ -13,7 +13,7 @@ all set the same seed, so that they sample the same completions: the step's loss
 Columns: median seconds of a step and their spread; ratio to ours; medians of its rollouts (with prompts and feedback)
 and of its update (all that follows); completion tokens per second; MiB that its process holds before a step, and its
 peak in rollouts and update beyond that (gradients included), medians too; KL(student||teacher) per token, which is
-another number for sampled_token. The last line is the whole run as JSON.
+another number for sampled_token. The last line is the run as JSON.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import report
+import machine
+import speed_tables
 import torch
 from timing import Timing, interleaved
 from trainer_steps import TRAINERS, Work, work_through
@@ -69,11 +70,11 @@ def main(arguments: list[str] | None = None) -> None:
         **PRESETS["sdpo"], **SHAPES[options.shape], model=options.model, learning_rate=0.0,
         precision=options.precision, gradient_checkpointing=options.gradient_checkpointing,
     )  # fmt: skip
-    run = {"header": report.header("cpu", options.threads)}
-    print(*report.header_lines(run["header"]), sep="\n", flush=True)
+    run = {"header": machine.header("cpu", options.threads)}
+    print(*machine.header_lines(run["header"]), sep="\n", flush=True)
     work = Work.of(config, WARM_UP + options.rounds, options.shape == "long", options.threads)
     run["table"] = measure(names, work)
-    report.print_lines(title(run["table"]), COLUMNS, cells(run["table"]), notes(run["table"]))
+    speed_tables.print_lines(title(run["table"]), COLUMNS, cells(run["table"]), notes(run["table"]))
     if options.json:
         Path(options.json).write_text(json.dumps(run, indent=1) + "\n")
     print(json.dumps(run))
@@ -82,7 +83,9 @@ def main(arguments: list[str] | None = None) -> None:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=tuple(SHAPES), default="short")
-    parser.add_argument("--trainers", nargs="+", default=[""], metavar="WORD", help="beside ours; default: all")
+    parser.add_argument(
+        "--trainers", nargs="+", default=[""], metavar="WORD", help="peers to time with ours; default: all"
+    )
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="TRL's default, not ours")
@@ -94,31 +97,31 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def measure(names: list[str], work: Work) -> dict[str, Any]:
-    """A table: `work.steps` steps of each trainer, of which the first WARM_UP do not count."""
+    """Times `work.steps` steps of each trainer, of which the first WARM_UP do not count; returns the table."""
     context = multiprocessing.get_context("spawn")
-    pipes, found = {}, {name: [] for name in names}
+    pipes, steps = {}, {name: [] for name in names}
     for name in names:
-        pipes[name], theirs = context.Pipe()
-        context.Process(target=work_through, args=(name, work, theirs), daemon=True).start()
-        theirs.close()  # so that the end of its process ends a wait for it
+        pipes[name], child_pipe = context.Pipe()
+        context.Process(target=work_through, args=(name, work, child_pipe), daemon=True).start()
+        child_pipe.close()  # a trainer's process that ends then ends the wait for it
 
     def step(name: str) -> None:
         pipes[name].send("step")
-        found[name].append(pipes[name].recv())
+        steps[name].append(pipes[name].recv())
 
     for name in names:
         for _ in range(WARM_UP):
             step(name)
     calls = {name: partial(step, name) for name in names}
     timings = interleaved(calls, "cpu", work.steps - WARM_UP, math.inf)
-    lengths = [len(done) for taken in found[names[0]] for done in taken["completions"]]
+    lengths = [len(completion) for record in steps[names[0]] for completion in record["completions"]]
     return {
         "config": dataclasses.asdict(work.config),
         "threads": work.threads,
         "prompt_tokens": statistics.fmean(map(len, work.prompts)),
         "teacher_prompt_tokens": statistics.fmean(map(len, work.teacher_prompts)),
         "completion_tokens": [min(lengths), max(lengths)],
-        "rows": [_row(name, timings[name], found[name], found[names[0]]) for name in names],
+        "rows": [_row(name, timings[name], steps[name], steps[names[0]]) for name in names],
     }
 
 
@@ -156,7 +159,7 @@ def cells(table: dict[str, Any]) -> list[list[str]]:
         [
             row["name"], f"{row['seconds']:.2f}", f"{row['spread']:.2f}", f"{row['seconds'] / ours:.2f}",
             f"{row['rollout']:.2f}", f"{row['update']:.2f}", f"{row['tokens_per_second']:.1f}",
-            *(f"{row[key] / report.MIB:.0f}" for key in ("held", "rollout_peak", "update_peak")),
+            *(f"{row[key] / speed_tables.MIB:.0f}" for key in ("held", "rollout_peak", "update_peak")),
             f"{row['kl'][0]:.6f}",
         ]
         for row in table["rows"]
@@ -168,24 +171,25 @@ def notes(table: dict[str, Any]) -> list[str]:
     steps, (least, most) = len(ours["kl"]), table["completion_tokens"]
     lines = [f"medians of {ours['rounds']} steps; KL of the first one"]
     for row in others:
-        said = f"{row['name']}: the same completions in {row['same_completions']} of {steps} steps"
+        note = f"{row['name']}: the same completions in {row['same_completions']} of {steps} steps"
         if row["name"] == "trl full_logits":
-            said += f"; KL per token off by {_off(row['kl'], ours['kl']):.1e} at most"
+            note += f"; KL per token off by {_largest_error(row['kl'], ours['kl']):.1e} at most"
             if least == most:  # its loss is the mean over a completion's tokens, ours the sum
                 per_token = [norm / most for norm in ours["grad_norm"]]
-                said += f", norm of the gradient by {_off(row['grad_norm'], per_token):.1e}"
-        lines.append(said)
+                note += f", norm of the gradient by {_largest_error(row['grad_norm'], per_token):.1e}"
+        lines.append(note)
     return lines
 
 
-def _off(values: list[float], expected: list[float]) -> float:
+def _largest_error(values: list[float], expected: list[float]) -> float:
+    """The largest relative difference of two lists."""
     return max(abs(a - b) / abs(b) for a, b in zip(values, expected, strict=True))
 
 
 def markdown(run: dict[str, Any]) -> str:
-    head, table = run["header"], run["table"]
-    lines = ["```", head["command"], *report.header_lines(head), "```", ""]
-    return "\n".join(lines + report.markdown_lines(title(table), COLUMNS, cells(table), notes(table)))
+    header, table = run["header"], run["table"]
+    lines = ["```", header["command"], *machine.header_lines(header), "```", ""]
+    return "\n".join(lines + speed_tables.markdown_lines(title(table), COLUMNS, cells(table), notes(table)))
 
 
 if __name__ == "__main__":

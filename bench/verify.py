@@ -1,9 +1,9 @@
-"""One candidate in a process of its own: is it right, how accurate, how much memory. Run by run.py.
+"""Verifies one candidate in a separate process: correctness, accuracy and memory. run.py starts it.
 
-    python bench/check.py FOLDER CANDIDATE        prints one line of JSON
+    python bench/verify.py FOLDER CANDIDATE        prints one line of JSON
 
-FOLDER holds case.json, and <regime>.pt with the problem and its exact answer. The value must be that of the oracle
-and the gradients at the ordinary regime must be near it: a wrong result gets no speed.
+FOLDER holds case.json, and <regime>.pt with inputs and exact results. The value must agree with the oracle, and so must
+the gradients in the ordinary regime: a wrong result is never timed.
 """
 
 from __future__ import annotations
@@ -13,37 +13,38 @@ import sys
 from pathlib import Path
 
 import torch
-from cases import REGIMES, Answer, Case, Problem, relative_errors
+from cases import REGIMES, Case, CaseInputs, ExactResult, relative_errors
 from peers import Candidate, Loss, candidates
 from timing import forward_backward, peak_extra_bytes, return_large_blocks
 
 VALUE_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 1e-2}
-"""Relative. Half precision that rounds logits is inaccurate, which the table shows; it is not another loss."""
+"""Relative tolerance of the value. A loss that rounds logits to half precision is inaccurate but the same loss."""
 GRADIENT_TOLERANCE = {"fp32": 1e-3, "bf16": 0.15, "fp16": 0.05}
 APPROXIMATE_TOLERANCE = 0.25
-"""Of gradients whose small entries are left out: beyond it they are another gradient."""
+"""Relative tolerance of gradients whose small entries are left out."""
 
 
-def load(folder: Path, name: str) -> tuple[Problem, dict[str, Answer]]:
-    """A problem with its exact answers by kind (op, label)."""
-    saved = torch.load(folder / f"{name}.pt", weights_only=False, mmap=True)
-    return saved["problem"], saved.get("answers", {})
+def load(folder: Path, name: str) -> tuple[CaseInputs, dict[str, ExactResult]]:
+    """Reads inputs and their exact results by kind (op, label)."""
+    content = torch.load(folder / f"{name}.pt", weights_only=False, mmap=True)
+    return content["inputs"], content.get("results", {})
 
 
-def check(case: Case, candidate: Candidate, folder: Path) -> dict[str, object]:
+def verify(case: Case, candidate: Candidate, folder: Path) -> dict[str, object]:
+    """Returns a row's reason not to be timed (None for a right result), errors by regime, and peak memory."""
     loss = candidate.build(case)
-    problem, answers = load(folder, "ordinary")
-    errors = {"ordinary": _errors(case, candidate, loss, problem, answers)}
-    reason = wrong(case, errors["ordinary"], candidate.group == "approximate")
+    inputs, results = load(folder, "ordinary")
+    errors = {"ordinary": _errors(case, candidate, loss, inputs, results)}
+    reason = rejection_reason(case, errors["ordinary"], candidate.group == "approximate")
     if reason is not None:
         return {"reason": reason, "errors": errors}
-    del problem, answers
+    del inputs, results
     errors["converged"] = _errors(case, candidate, loss, *load(folder, "converged"))
     return {"reason": None, "errors": errors, "peak_extra_bytes": _memory(case, loss, folder)}
 
 
-def wrong(case: Case, errors: dict[str, float], approximate: bool = False) -> str | None:
-    """Why a result counts as wrong, or None. One that is approximate by choice has its error in the table."""
+def rejection_reason(case: Case, errors: dict[str, float], approximate: bool = False) -> str | None:
+    """The reason to reject a result, or None. An approximate candidate has a tolerance for its gradient alone."""
     gradient_tolerance = APPROXIMATE_TOLERANCE if approximate else GRADIENT_TOLERANCE[case.dtype]
     if not errors["value"] <= VALUE_TOLERANCE[case.dtype]:
         return f"computes another value: off by {errors['value']:.1e} of it"
@@ -54,19 +55,19 @@ def wrong(case: Case, errors: dict[str, float], approximate: bool = False) -> st
 
 
 def _errors(
-    case: Case, candidate: Candidate, loss: Loss, problem: Problem, answers: dict[str, Answer]
+    case: Case, candidate: Candidate, loss: Loss, cpu_inputs: CaseInputs, results: dict[str, ExactResult]
 ) -> dict[str, float]:
-    answer = answers["label" if candidate.group == "label" else "op"]
-    moved = problem.to(case.device)
-    value = forward_backward(loss, moved).item()
-    exact = answer.values[candidate.value]
-    return {"value": abs(value - exact) / abs(exact), **relative_errors(moved, answer)}
+    result = results["label" if candidate.group == "label" else "op"]
+    inputs = cpu_inputs.on_device(case.device)
+    value = forward_backward(loss, inputs).item()
+    exact = result.values[candidate.value]
+    return {"value": abs(value - exact) / abs(exact), **relative_errors(inputs, result)}
 
 
 def _memory(case: Case, loss: Loss, folder: Path) -> int | None:
-    problem = load(folder, "problem")[0].to(case.device)
-    forward_backward(loss, problem)  # compiles for this number of rows, fills the products' own buffers
-    return peak_extra_bytes(lambda: forward_backward(loss, problem), problem, case.device)
+    inputs = load(folder, "all_rows")[0].on_device(case.device)
+    forward_backward(loss, inputs)  # compiles for this number of rows and fills the buffers of the products
+    return peak_extra_bytes(lambda: forward_backward(loss, inputs), inputs, case.device)
 
 
 def main(folder: Path, name: str) -> None:
@@ -76,11 +77,11 @@ def main(folder: Path, name: str) -> None:
     available = candidates(case.op, torch.device(case.device), case.torch_dtype)
     candidate = next(candidate for candidate in available if candidate.name == name)
     try:
-        found = check(case, candidate, folder)
-    except Exception as error:  # a peer may fail in any way; its reason goes into the report
+        row = verify(case, candidate, folder)
+    except Exception as error:  # a peer may fail in any way; the table shows its reason
         lines = f"{type(error).__name__}: {error}".splitlines()
-        found = {"reason": f"failed: {lines[0]}"[:300]}
-    print("\n" + json.dumps(found))
+        row = {"reason": f"failed: {lines[0]}"[:300]}
+    print("\n" + json.dumps(row))
 
 
 if __name__ == "__main__":

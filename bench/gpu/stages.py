@@ -146,13 +146,12 @@ def stage_peers(record: Record) -> None:
     import cases
     import peers
 
-    from distil_kernels.testing import Inputs
-
     case = cases.Case("ce", *HEADLINE, "bf16", DEVICE.type, 1)
     heads = make_heads(*HEADLINE)
     tokens = torch.randint(HEADLINE[1], (HEADLINE[0],), device=DEVICE)
     ones = torch.ones(HEADLINE[0], device=DEVICE)
-    problem = cases.Problem(Inputs(*heads, tokens), ones, ones, cases.borders(HEADLINE[0]))
+    borders = cases.sequence_borders(HEADLINE[0])
+    inputs = cases.CaseInputs(*heads, tokens, ce_weight=ones, logprob_weight=ones, cu_seqlens=borders)
     best = available()[0]
     calls: dict[str, Call] = {f"ours {best}": lambda: step(heads, best, "forward_ce")}
     calls[f"ours {best}"]()
@@ -160,7 +159,7 @@ def stage_peers(record: Record) -> None:
     for peer in peers.PEERS:
         reason = peer.unavailable(case) if "ce" in peer.ops else "not this op"
         if reason is None:
-            call = _peer(peer, case, problem, heads)
+            call = _peer(peer, case, inputs, heads)
             reason = _try(call, heads[0], ours if peer.group == "peer" else None)
             if reason is None:
                 calls[peer.name] = call
@@ -172,7 +171,7 @@ def stage_peers(record: Record) -> None:
     table("N={} V={} D={}".format(*HEADLINE), heads, calls, record, "headline")
 
 
-def _peer(peer, case, problem, heads: list[Tensor]) -> Call:  # type: ignore[no-untyped-def]
+def _peer(peer, case, inputs, heads: list[Tensor]) -> Call:  # type: ignore[no-untyped-def]
     built = []
 
     def call() -> None:
@@ -180,7 +179,7 @@ def _peer(peer, case, problem, heads: list[Tensor]) -> Call:  # type: ignore[no-
             built.append(peer.build(case))
         for tensor in heads:
             tensor.grad = None
-        built[0](problem).backward()
+        built[0](inputs).backward()
 
     return call
 

@@ -10,15 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import figures
 import peers
 import pytest
-import report
 import run
+import speed_plots
+import speed_tables
 import timing
 import torch
-from cases import Case, exact_answer, make_problem, relative_errors
-from check import wrong
+from cases import Case, exact_result, make_case_inputs, relative_errors
+from verify import rejection_reason
 
 from distil_kernels.backends import cpu
 from distil_kernels.engine import gemm
@@ -33,14 +33,14 @@ def quick_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
     path = tmp_path_factory.mktemp("bench") / "out.json"
     command = [sys.executable, "bench/run.py", "--quick", "--peers", "none", "--threads", "1", "--json", str(path)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads(path.read_text())
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    return process.stdout, json.loads(path.read_text())
 
 
 def test_quick_run_times_checks_and_weighs_every_plan_that_can_run(quick_run: tuple[str, dict]) -> None:
-    _, found = quick_run
-    (table,) = found["tables"]
+    _, record = quick_run
+    (table,) = record["tables"]
     expected = {"ours reference gradient_in_forward"}
     if cpu.unavailable(torch.device("cpu"), torch.float32) is None:
         expected |= {f"ours cpu {plan}" for plan in ("gradient_in_forward", "kept_gradient", "recompute")}
@@ -57,9 +57,9 @@ def test_quick_run_times_checks_and_weighs_every_plan_that_can_run(quick_run: tu
 
 
 def test_candidates_are_chosen_by_parts_of_their_names() -> None:
-    every = [candidate.name for candidate in run._chosen(CASE, ["all"], ["all"])]
-    ours = [candidate.name for candidate in run._chosen(CASE, ["all"], ["none"])]
-    few = {candidate.name for candidate in run._chosen(CASE, ["cpu gradient_in_forward"], ["naive"])}
+    every = [candidate.name for candidate in run._selected(CASE, ["all"], ["all"])]
+    ours = [candidate.name for candidate in run._selected(CASE, ["all"], ["none"])]
+    few = {candidate.name for candidate in run._selected(CASE, ["cpu gradient_in_forward"], ["naive"])}
     assert {"ours cpu recompute", "ours cpu threshold 0.001", "naive torch"} <= set(every)
     assert set(ours) == {name for name in every if name.startswith("ours ")}
     assert few == {"ours cpu gradient_in_forward", "naive torch", "naive torch, compiled"}
@@ -85,32 +85,32 @@ def test_quick_run_measures_the_memory_that_the_plan_has(quick_run: tuple[str, d
 
 
 def test_quick_run_ends_with_its_json_and_says_where_it_ran(quick_run: tuple[str, dict]) -> None:
-    text, found = quick_run
-    assert json.loads(text.strip().splitlines()[-1]) == found
-    assert {"date", "command", "commit", "device", "threads", "versions", "allocator"} <= set(found["header"])
-    assert found["header"]["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    text, record = quick_run
+    assert json.loads(text.strip().splitlines()[-1]) == record
+    assert {"date", "command", "commit", "device", "threads", "versions", "allocator"} <= set(record["header"])
+    assert record["header"]["versions"]["torch"].startswith(torch.__version__.split("+")[0])
 
 
 def test_markdown_and_figures_come_from_the_json_alone(quick_run: tuple[str, dict], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    found = quick_run[1]
-    text = report.markdown(found)
-    for row in found["tables"][0]["rows"]:
+    record = quick_run[1]
+    text = speed_tables.markdown(record)
+    for row in record["tables"][0]["rows"]:
         if row["reason"] is not None:
             continue
         assert f"| {row['name']} | {row['ms']:.1f} |" in text
-    assert found["header"]["command"] in text
-    larger = copy.deepcopy(found["tables"][0])
+    assert record["header"]["command"] in text
+    larger = copy.deepcopy(record["tables"][0])
     larger["case"]["num_rows"] *= 2
-    with_peer = copy.deepcopy(found["tables"][0])
+    with_peer = copy.deepcopy(record["tables"][0])
     ours = next(row for row in with_peer["rows"] if row["group"] == "ours" and "ms" in row)
     with_peer["rows"].append(ours | {"name": "somebody's", "group": "peer"})
     bars = "ce_fp32_cpu_1_128x8192x128"
-    for tables, name in (([*found["tables"], larger], "ce_fp32_cpu_1"), ([with_peer], bars)):
-        written = figures.plot([{"tables": tables}], tmp_path)
+    for tables, name in (([*record["tables"], larger], "ce_fp32_cpu_1"), ([with_peer], bars)):
+        written = speed_plots.plot([{"tables": tables}], tmp_path)
         assert written == [tmp_path / f"{name}.png", tmp_path / f"{name}.svg"]
         assert all(path.stat().st_size > 1000 for path in written)
-    assert figures.plot([found], tmp_path) == []
+    assert speed_plots.plot([record], tmp_path) == []
 
 
 def test_the_summary_takes_the_fastest_and_the_leanest_peer() -> None:
@@ -127,35 +127,35 @@ def test_the_summary_takes_the_fastest_and_the_leanest_peer() -> None:
         row("fast", "peer", 120, 70, 0.5), row("lean", "peer", 140, 60, 0.4),
         {"name": "absent", "group": "peer", "reason": "not installed"},
     ]  # fmt: skip
-    *_, line = report.summary([{"tables": [{"case": case, "rows": rows}]}]).splitlines()
+    *_, line = speed_tables.summary([{"tables": [{"case": case, "rows": rows}]}]).splitlines()
     assert [cell.strip() for cell in line.strip("|").split("|")] == [
         "ce 7x9x5 bf16, 2 threads", "99", "1.10", "1.24", "120", "fast", "20", "60", "lean", "2.0e-03", "5.0e-01",
     ]  # fmt: skip
     default = [each | {"default": True} if each["name"] == "ours a" else each for each in rows]
-    assert "| 110 |" in report.summary([{"tables": [{"case": case, "rows": default}]}])
+    assert "| 110 |" in speed_tables.summary([{"tables": [{"case": case, "rows": default}]}])
     alone = [row for row in rows if row["group"] != "peer"]
-    assert "7x9x5" not in report.summary([{"tables": [{"case": case, "rows": alone}]}])
+    assert "7x9x5" not in speed_tables.summary([{"tables": [{"case": case, "rows": alone}]}])
 
 
 def test_a_row_that_was_not_timed_is_listed_with_its_reason(quick_run: tuple[str, dict]) -> None:
-    found = copy.deepcopy(quick_run[1])
-    found["tables"][0]["rows"].append({"name": "other", "group": "peer", "reason": "its kernels need a GPU"})
-    text = report.markdown(found)
+    record = copy.deepcopy(quick_run[1])
+    record["tables"][0]["rows"].append({"name": "other", "group": "peer", "reason": "its kernels need a GPU"})
+    text = speed_tables.markdown(record)
     assert "not timed: other: its kernels need a GPU" in text
     assert "| other |" not in text
 
 
 def test_a_wrong_result_gets_no_speed() -> None:
-    problem = make_problem(CASE, "ordinary")
-    answer = exact_answer("ce", problem)
+    inputs = make_case_inputs(CASE, "ordinary")
+    result = exact_result("ce", inputs)
     loss = peers._naive("ce")
 
     def reason(scale: float, grad_scale: float) -> str | None:
         value = timing.forward_backward(
-            lambda problem: loss(problem).mul(grad_scale) + loss(problem).detach() * (scale - grad_scale), problem
+            lambda inputs: loss(inputs).mul(grad_scale) + loss(inputs).detach() * (scale - grad_scale), inputs
         ).item()
-        exact = answer.values["loss"]
-        return wrong(CASE, {"value": abs(value - exact) / abs(exact), **relative_errors(problem, answer)})
+        exact = result.values["loss"]
+        return rejection_reason(CASE, {"value": abs(value - exact) / abs(exact), **relative_errors(inputs, result)})
 
     assert reason(1.0, 1.0) is None
     assert "another value" in reason(1.01, 1.0)
@@ -164,11 +164,11 @@ def test_a_wrong_result_gets_no_speed() -> None:
 
 
 def test_errors_are_relative_to_the_norm_of_the_exact_gradient() -> None:
-    problem = make_problem(CASE, "ordinary")
-    answer = exact_answer("ce", problem)
-    for name, leaf in problem.inputs.leaves.items():
-        leaf.grad = answer.gradients[name].float() * 1.25
-    assert relative_errors(problem, answer) == pytest.approx({"student_hidden": 0.25, "student_weight": 0.25}, rel=1e-4)
+    inputs = make_case_inputs(CASE, "ordinary")
+    result = exact_result("ce", inputs)
+    for name, leaf in inputs.leaves.items():
+        leaf.grad = result.gradients[name].float() * 1.25
+    assert relative_errors(inputs, result) == pytest.approx({"student_hidden": 0.25, "student_weight": 0.25}, rel=1e-4)
 
 
 def test_rounds_are_interleaved_and_a_slow_call_leaves_after_its_third() -> None:
@@ -176,15 +176,15 @@ def test_rounds_are_interleaved_and_a_slow_call_leaves_after_its_third() -> None
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
     timings = timing.interleaved(calls, "cpu", rounds=2, seconds=100.0)
     assert sorted(order[:3]) == sorted(order[3:]) == list("abc")
-    assert {name: found.rounds for name, found in timings.items()} == {"a": 2, "b": 2, "c": 2}
+    assert {name: each.rounds for name, each in timings.items()} == {"a": 2, "b": 2, "c": 2}
     timings = timing.interleaved(calls, "cpu", rounds=5, seconds=-1.0)
-    assert {found.rounds for found in timings.values()} == {3}
+    assert {each.rounds for each in timings.values()} == {3}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory of a process is read from Linux")
 @pytest.mark.parametrize("stays", [True, False])
 def test_freed_memory_stays_in_the_process(stays: bool) -> None:
-    """In one of its own: malloc is told so for good."""
+    """Runs in a separate process: a setting of malloc cannot be taken back."""
     code = f"""
 import torch, timing
 if {stays}:
@@ -192,24 +192,24 @@ if {stays}:
 torch.ones(2**26)
 print(timing.resident_bytes("VmRSS") - timing.resident_bytes("VmHWM"))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "bench", capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    given_back = -int(done.stdout)
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "bench", capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    given_back = -int(process.stdout)
     assert given_back < 2**24 if stays else given_back > 2**27
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory of a CPU process is read from Linux")
 def test_peak_memory_is_what_a_call_needs_beyond_inputs_and_gradients() -> None:
-    problem = make_problem(Case("ce", 64, 2**15, 64, "fp32", "cpu", 1), "ordinary")
+    inputs = make_case_inputs(Case("ce", 64, 2**15, 64, "fp32", "cpu", 1), "ordinary")
 
     def call() -> None:
-        for leaf in problem.inputs.leaves.values():
+        for leaf in inputs.leaves.values():
             leaf.grad = torch.ones_like(leaf)
         for mebibytes in (40, 60):  # above 32 MiB malloc returns a freed block at once, whatever happened before
             torch.ones(mebibytes * 2**18)
 
     call()
-    assert timing.peak_extra_bytes(call, problem, "cpu") == pytest.approx(60 * 2**20, abs=2**20)
+    assert timing.peak_extra_bytes(call, inputs, "cpu") == pytest.approx(60 * 2**20, abs=2**20)
 
 
 def test_bare_products_are_the_ones_of_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +222,7 @@ def test_bare_products_are_the_ones_of_the_op(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(gemm, "_product", counted)
     for op, products in (("ce", 4), ("frozen", 3), ("stats", 4), ("distil", 4)):
         case = Case(op, 64, 700, 16, "fp32", "cpu", 1)
-        calls = timing.bare_products(case, make_problem(case, "ordinary"))
+        calls = timing.bare_products(case, make_case_inputs(case, "ordinary"))
         expected = products * 2 * 64 * 700 * 16
         assert _flops(calls.pop(f"{products} bare products, fp32")) == expected
         assert bool(calls) == gemm.has_float32_product()

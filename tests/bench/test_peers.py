@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Case, exact_answer, make_problem, relative_errors
-from check import wrong
+from cases import Case, exact_result, make_case_inputs, relative_errors
 from peers import PEERS, Candidate
 from timing import forward_backward
+from verify import rejection_reason
 
 # Rows that eight chunks divide and a second sequence in `distil`; a vocabulary above 4096 is two blocks of the errors.
 SIZES = {"num_rows": 80, "vocab_size": 5000, "hidden_size": 32}
@@ -21,13 +21,13 @@ def test_peer_computes_the_same_as_the_oracle(peer: Candidate, op: str) -> None:
     if (reason := peer.unavailable(case)) is not None:
         pytest.skip(reason)
     with torch.compiler.set_stance("force_eager"):  # the formula is under test, not the compiler
-        problem = make_problem(case, "ordinary")
-        answer = exact_answer("label" if peer.group == "label" else op, problem)
-        problem = problem.to(case.device)
-        value = forward_backward(peer.build(case), problem).item()
-    exact = answer.values[peer.value]
-    errors = {"value": abs(value - exact) / abs(exact), **relative_errors(problem, answer)}
-    assert wrong(case, errors) is None
+        inputs = make_case_inputs(case, "ordinary")
+        result = exact_result("label" if peer.group == "label" else op, inputs)
+        inputs = inputs.on_device(case.device)
+        value = forward_backward(peer.build(case), inputs).item()
+    exact = result.values[peer.value]
+    errors = {"value": abs(value - exact) / abs(exact), **relative_errors(inputs, result)}
+    assert rejection_reason(case, errors) is None
     assert ("student_weight" in errors) == (op != "frozen")
 
 
