@@ -14,7 +14,8 @@ from torch import Tensor
 
 from distil_kernels.backends import Cost, Statistic
 from distil_kernels.engine.call import Call
-from distil_kernels.engine.checks import Door
+from distil_kernels.engine.checks import ArgumentChecks
+from distil_kernels.engine.custom_ops import ScalarLoss
 from distil_kernels.engine.plan import Plan
 from distil_kernels.token_statistics import TokenStats, from_statistics
 
@@ -27,7 +28,7 @@ COSTS = {
 
 
 class DistilLoss(NamedTuple):
-    """What `fused_distil_loss` returns."""
+    """Result of `fused_distil_loss` and `fused_topk_distil_loss`."""
 
     loss: Tensor
     """Scalar; its gradient is the sequence-level gradient."""
@@ -121,24 +122,30 @@ def fused_distil_loss(
         As `fused_forward_ce`; ValueError for token ids outside the vocabulary (checked on the CPU) or borders that
         do not cover the rows.
     """
-    door = Door("fused_distil_loss")
-    call = Call(door, student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias,
-                 token_mask, token_weight, temperature, teacher_temperature, logit_softcap, backend)  # fmt: skip
-    door.packed(student_hidden, cu_seqlens)
-    door.rows("tokens", tokens, student_hidden, "int64")
-    door.one_of("cost", cost, tuple(COSTS))
-    door.share("jsd_weight", jsd_weight)
-    normalizer = door.normalizer(normalizer, student_hidden)
-    door.threshold("gradient_threshold", gradient_threshold)
-    credit = door.credit(
+    checks = ArgumentChecks("fused_distil_loss")
+    call = Call(checks, student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias,
+                token_mask, token_weight, temperature, teacher_temperature, logit_softcap, backend)  # fmt: skip
+    checks.packed(student_hidden, cu_seqlens)
+    checks.rows("tokens", tokens, student_hidden, "int64")
+    checks.one_of("cost", cost, tuple(COSTS))
+    checks.share("jsd_weight", jsd_weight)
+    normalizer = checks.normalizer(normalizer, student_hidden)
+    checks.threshold("gradient_threshold", gradient_threshold)
+    credit = checks.credit(
         student_hidden, credit_span, baseline, group_size, discount, horizon, normalize_by_remaining, credit_clip,
         credit_scale, importance_clip, behaviour_logprobs,
     )  # fmt: skip
     denominator = cu_seqlens.numel() - 1 if normalizer is None else normalizer
-    found = call.scalar_loss(
-        tokens, cu_seqlens, Cost(COSTS[cost], jsd_weight), credit, plan, gradient_threshold, denominator
-    )
-    stats = from_statistics(found.statistics.detach(), student_hidden.shape[:-1])
-    costs = found.statistics.detach()[COSTS[cost]]
-    weights, cost_to_go = found.credit.detach().unbind()
-    return DistilLoss(found.total, stats, costs, weights, cost_to_go, found.dropped)
+    result = call.scalar_loss(
+        Cost(COSTS[cost], jsd_weight), denominator, tokens=tokens, cu_seqlens=cu_seqlens, credit=credit,
+        gradient_threshold=gradient_threshold, plan=plan,
+    )  # fmt: skip
+    return distil_result(result, COSTS[cost])
+
+
+def distil_result(result: ScalarLoss, cost: Statistic) -> DistilLoss:
+    """Returns what users get of a sequence-level loss on packed rows."""
+    statistics = result.statistics.detach()
+    weights, cost_to_go = result.credit.detach().unbind()
+    stats = from_statistics(statistics, statistics.shape[1:])
+    return DistilLoss(result.total, stats, statistics[cost], weights, cost_to_go, result.dropped)

@@ -18,15 +18,14 @@ from typing_extensions import Unpack  # comes with torch
 
 from distil_kernels.backends import FORWARD_CE, Cost, Statistic
 from distil_kernels.engine.call import Call
-from distil_kernels.engine.checks import Door
-from distil_kernels.engine.credit import Credit
+from distil_kernels.engine.checks import ArgumentChecks
 from distil_kernels.engine.plan import Plan
 
 REDUCTIONS = ("mean", "sum", "none")
 
 
 class ForwardCE(NamedTuple):
-    """What `fused_forward_ce` returns where it is asked for `return_dropped`."""
+    """Result of `fused_forward_ce` with `return_dropped=True`."""
 
     loss: Tensor
     """Scalar."""
@@ -36,7 +35,7 @@ class ForwardCE(NamedTuple):
 
 
 class LossOptions(TypedDict, total=False):
-    """Options of a loss per token, as `fused_forward_ce` has them."""
+    """Options of a loss per token: those of `fused_forward_ce`."""
 
     student_bias: Tensor | None
     teacher_bias: Tensor | None
@@ -154,7 +153,7 @@ def fused_jsd(
             `fused_forward_ce` (less the teacher's entropy) and `fused_reverse_kl`.
         Others, what is returned and raised: as `fused_forward_ce`.
     """
-    Door("fused_jsd").share("jsd_weight", jsd_weight)
+    ArgumentChecks("fused_jsd").share("jsd_weight", jsd_weight)
     heads = student_hidden, student_weight, teacher_hidden, teacher_weight
     return _token_loss("fused_jsd", Cost(Statistic.JSD, jsd_weight), *heads, **options)
 
@@ -181,23 +180,29 @@ def _token_loss(
     backend: str = "auto",
     plan: str | Plan = "auto",
 ) -> Any:
-    """`fused_forward_ce` for any cost; `function` begins the messages of what is wrong."""
-    door = Door(function)
-    door.one_of("reduction", reduction, REDUCTIONS)
+    """Computes `fused_forward_ce` for any cost; `function` begins the error messages."""
+    checks = ArgumentChecks(function)
+    checks.one_of("reduction", reduction, REDUCTIONS)
     if normalizer is not None and reduction != "mean":
-        door.value_error(f"normalizer is given with reduction={reduction!r}, expected reduction='mean'")
-    door.threshold("gradient_threshold", gradient_threshold)
+        checks.value_error(f"normalizer is given with reduction={reduction!r}, expected reduction='mean'")
+    checks.threshold("gradient_threshold", gradient_threshold)
     if reduction == "none" and (gradient_threshold or return_dropped):
-        door.value_error(
+        checks.value_error(
             f"gradient_threshold is {gradient_threshold} and return_dropped {return_dropped} with reduction='none', "
             "expected 'mean' or 'sum': the gradient of a row must be formed in the forward pass"
         )
-    call = Call(door, student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias,
-                 token_mask, token_weight, temperature, teacher_temperature, logit_softcap, backend)  # fmt: skip
+    call = Call(checks, student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias,
+                token_mask, token_weight, temperature, teacher_temperature, logit_softcap, backend)  # fmt: skip
+
+    # A loss per token: its upstream gradients come later.
     if reduction == "none":
         costs = call.differentiable_statistics(None, cost, plan, logprob_grad=False)[cost.statistic]
         weights = call.row_weight()
         return (costs if weights is None else costs * weights).reshape(student_hidden.shape[:-1])
-    denominator = None if reduction == "sum" else call.denominator(door.normalizer(normalizer, student_hidden))
-    found = call.scalar_loss(None, None, cost, Credit(span="none"), plan, gradient_threshold, denominator)
-    return ForwardCE(found.total, found.dropped.reshape(student_hidden.shape[:-1])) if return_dropped else found.total
+
+    # A reduced loss: its gradient is formed now.
+    denominator = None if reduction == "sum" else call.denominator(checks.normalizer(normalizer, student_hidden))
+    result = call.scalar_loss(cost, denominator, gradient_threshold=gradient_threshold, plan=plan)
+    return (
+        ForwardCE(result.total, result.dropped.reshape(student_hidden.shape[:-1])) if return_dropped else result.total
+    )

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from distil_kernels.backends import Statistic
 from distil_kernels.engine.call import Call
-from distil_kernels.engine.checks import Door
-from distil_kernels.engine.driver import Policy
+from distil_kernels.engine.checks import ArgumentChecks
 from distil_kernels.engine.plan import Plan
+from distil_kernels.engine.policy import Policy
 
 
 class PolicyLoss(NamedTuple):
-    """What `fused_policy_loss` returns."""
+    """Result of `fused_policy_loss`."""
 
     loss: Tensor
     """Scalar."""
@@ -71,22 +71,25 @@ def fused_policy_loss(
     Returns:
         PolicyLoss. Only `loss` is differentiable.
     """
-    door = Door("fused_policy_loss")
-    call = Call(door, student_hidden, student_weight, None, None, student_bias, None, token_mask, token_weight,
+    checks = ArgumentChecks("fused_policy_loss")
+    call = Call(checks, student_hidden, student_weight, None, None, student_bias, None, token_mask, token_weight,
                 temperature, None, logit_softcap, backend, has_teacher=False)  # fmt: skip
-    door.rows("tokens", tokens, student_hidden, "int64")
-    door.rows("advantages", advantages, student_hidden, "float")
-    door.rows("old_logprobs", old_logprobs, student_hidden, "float")
+    checks.rows("tokens", tokens, student_hidden, "int64")
+    checks.rows("advantages", advantages, student_hidden, "float")
+    checks.rows("old_logprobs", old_logprobs, student_hidden, "float")
     if clip_low is not None:
-        door.between("clip_low", clip_low, 0.0, 1.0)
+        checks.between("clip_low", clip_low, 0.0, 1.0)
     if clip_high is not None:
-        door.between("clip_high", clip_high, 0.0, float("inf"))
-    door.between("entropy_weight", entropy_weight, -float("inf"), float("inf"))
-    normalizer = door.normalizer(normalizer, student_hidden)
-    policy = Policy(
-        advantages.detach().reshape(-1), None if old_logprobs is None else old_logprobs.detach().reshape(-1),
-        clip_low, clip_high, float(entropy_weight),
-    )  # fmt: skip
-    found = call.policy_loss(tokens.reshape(-1), policy, plan, call.denominator(normalizer))
-    rows = found.statistics[Statistic.LOGPROB], found.statistics[Statistic.ENTROPY], found.clipped
-    return PolicyLoss(found.total, *(row.detach().reshape(student_hidden.shape[:-1]) for row in rows))
+        checks.between("clip_high", clip_high, 0.0, float("inf"))
+    checks.between("entropy_weight", entropy_weight, -float("inf"), float("inf"))
+    normalizer = checks.normalizer(normalizer, student_hidden)
+    result = call.policy_loss(
+        Policy(clip_low, clip_high, float(entropy_weight)),
+        call.denominator(normalizer),
+        tokens=tokens.reshape(-1),
+        advantages=advantages.detach().reshape(-1),
+        old_logprobs=None if old_logprobs is None else old_logprobs.detach().reshape(-1),
+        plan=plan,
+    )
+    rows = result.statistics[Statistic.LOGPROB], result.statistics[Statistic.ENTROPY], result.clipped
+    return PolicyLoss(result.total, *(row.detach().reshape(student_hidden.shape[:-1]) for row in rows))

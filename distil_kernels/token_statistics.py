@@ -1,4 +1,4 @@
-"""What a language model knows of each token, from hidden states and heads, without [tokens, vocab] logits.
+"""Statistics of each token under a language model, from hidden states and heads, without [tokens, vocab] logits.
 
     token_stats      against a teacher: costs, log-probs, entropies; ce and log-prob are differentiable
     token_logprobs   without a teacher: log-prob and entropy, both differentiable
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from distil_kernels.backends import FORWARD_CE, Cost, Statistic
 from distil_kernels.engine.call import Call
-from distil_kernels.engine.checks import Door
+from distil_kernels.engine.checks import ArgumentChecks
 from distil_kernels.engine.plan import Plan
 
 
 class TokenStats(NamedTuple):
-    """Per token, in nats; float32 (float64 for float64 inputs). S is the student, T the teacher, y the token.
+    """Statistics of each token in nats, float32 (float64 for float64 inputs). S: student, T: teacher, y: token.
 
     Rows that a mask leaves out hold 0 (False in `agree`).
     """
@@ -49,7 +49,7 @@ class TokenStats(NamedTuple):
 
 
 class TokenLogprobs(NamedTuple):
-    """Per token [...], in nats; float32 (float64 for float64 inputs). Masked rows hold 0."""
+    """Log-prob and entropy of each token [...], in nats; float32 (float64 for float64 inputs). Masked rows hold 0."""
 
     logprob: Tensor
     """log S[y], differentiable."""
@@ -88,10 +88,10 @@ def token_stats(
     Raises:
         As `fused_forward_ce`; ValueError for token ids outside the vocabulary (checked on the CPU).
     """
-    door = Door("token_stats")
-    call = Call(door, student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias,
-                 token_mask, None, temperature, teacher_temperature, logit_softcap, backend)  # fmt: skip
-    door.rows("tokens", tokens, student_hidden, "int64")
+    checks = ArgumentChecks("token_stats")
+    call = Call(checks, student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias,
+                token_mask, None, temperature, teacher_temperature, logit_softcap, backend)  # fmt: skip
+    checks.rows("tokens", tokens, student_hidden, "int64")
     statistics = call.differentiable_statistics(tokens.reshape(-1), FORWARD_CE, plan, logprob_grad=True)
     return from_statistics(statistics, student_hidden.shape[:-1])
 
@@ -116,17 +116,19 @@ def token_logprobs(
         tokens: [...] int64, the tokens that the rows predict.
         Others, and what is raised: as in `fused_forward_ce`.
     """
-    door = Door("token_logprobs")
-    call = Call(door, student_hidden, student_weight, None, None, student_bias, None, token_mask, None, temperature,
+    checks = ArgumentChecks("token_logprobs")
+    call = Call(checks, student_hidden, student_weight, None, None, student_bias, None, token_mask, None, temperature,
                 None, logit_softcap, backend, has_teacher=False)  # fmt: skip
-    door.rows("tokens", tokens, student_hidden, "int64")
-    found = call.differentiable_statistics(tokens.reshape(-1), Cost(Statistic.ENTROPY), plan, logprob_grad=True)
-    logprob, entropy = found[Statistic.LOGPROB], found[Statistic.ENTROPY]
-    lse = (found[Statistic.MAX_LOGIT] + found[Statistic.LOG_NORMALIZER]).detach()
+    checks.rows("tokens", tokens, student_hidden, "int64")
+    statistics = call.differentiable_statistics(tokens.reshape(-1), Cost(Statistic.ENTROPY), plan, logprob_grad=True)
+    logprob, entropy = statistics[Statistic.LOGPROB], statistics[Statistic.ENTROPY]
+    lse = (statistics[Statistic.MAX_LOGIT] + statistics[Statistic.LOG_NORMALIZER]).detach()
     return TokenLogprobs(*(row.reshape(student_hidden.shape[:-1]) for row in (logprob, entropy, lse)))
 
 
 def from_statistics(statistics: Tensor, shape: torch.Size) -> TokenStats:
+    """Returns the fields of TokenStats from the rows of a statistics matrix [NUM_STATISTICS, N]."""
+
     def row(statistic: Statistic, source: Tensor) -> Tensor:
         return source[statistic].reshape(shape)
 

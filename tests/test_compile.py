@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from distil_kernels import fused_distil_loss, fused_forward_ce, fused_topk_ce, token_stats
+from distil_kernels.engine.credit import Credit
+from distil_kernels.engine.gradients import Needs
+from distil_kernels.engine.spec import Spec
 from distil_kernels.testing import make_inputs
 
 
@@ -87,19 +90,23 @@ def test_autocast_is_the_half_precision_product(name, generator):
 @pytest.mark.parametrize("plan", ["gradient_in_forward", "recompute"])
 def test_opcheck_scalar_loss(plan, generator):
     i = make_inputs(6, 20, 8, generator=generator)
+    credit = Credit(discount=0.9, horizon=2, by_remaining=True, clip=5.0, importance_clip=2.0)
+    spec = Spec("cpu", "", plan, "", Needs(hidden=True, weight=True, bias=False), credit=credit)
     torch.library.opcheck(
         torch.ops.distil_kernels.scalar_loss,
         (i.student_hidden, i.student_weight, None, i.teacher_hidden, i.teacher_weight, None, i.tokens, None, None,
-         torch.tensor(3.0), torch.tensor([0, 2, 6]), None, torch.zeros(6), 1.0, 1.0, None, 0, 0.5, "future", "", 1,
-         [0.9, 2.0, 1.0, 5.0, 1.0, 2.0], 0.0, "cpu", plan, 4, 0, [True, True, False]),
+         torch.tensor(3.0), torch.tensor([0, 2, 6]), None, torch.zeros(6)),
+        {"spec": spec.encode(), "chunk_rows": 4, "staging_rows": 0},
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("plan", ["kept_gradient", "recompute"])
 def test_opcheck_row_statistics(plan, generator):
     i = make_inputs(6, 20, 8, generator=generator)
+    spec = Spec("cpu", "", plan, "", Needs(hidden=True, weight=True, bias=False))
     torch.library.opcheck(
         torch.ops.distil_kernels.row_statistics,
         (i.student_hidden, i.student_weight, None, i.teacher_hidden, i.teacher_weight, None, i.tokens, None,
-         1.0, 1.0, None, 0, 0.5, "cpu", plan, 4, 0, [True, True, False]),
+        ),
+        {"spec": spec.encode(), "chunk_rows": 4, "staging_rows": 0},
     )  # fmt: skip

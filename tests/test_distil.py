@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from distil_kernels import fused_distil_loss
-from distil_kernels.engine import plan as plans
-from distil_kernels.engine.plan import Shape, choose_plan
+from distil_kernels.engine import sizes
+from distil_kernels.engine.plan import choose_plan
+from distil_kernels.engine.sizes import Shape
 from distil_kernels.testing import (
     assert_within_budget,
     baselines,
@@ -24,7 +25,7 @@ LENGTHS = [5, 1, 9, 0, 4, 7]  # one token, none, and no two alike
 @pytest.fixture(params=[1, 40_000, 10**9], ids=["rows", "chunks", "whole"])
 def chunk_bytes(request, monkeypatch):
     """One position at a time, a few positions, everything in one chunk."""
-    monkeypatch.setitem(plans.LOGITS_CHUNK_BYTES, "cpu", request.param)
+    monkeypatch.setitem(sizes.LOGITS_CHUNK_BYTES, "cpu", request.param)
 
 
 def run(inputs, *, lengths=LENGTHS, normalizer=None, token_mask=None, token_weight=None, cost="ce", span="future",
@@ -172,7 +173,7 @@ def test_importance(importance_clip, span, plan, chunk_bytes, generator):
 
 def test_horizon_forgets_large_costs_entirely(monkeypatch, generator):
     """A cost of 1e6 behind the horizon leaves no rounding in the credit of small ones."""
-    monkeypatch.setitem(plans.LOGITS_CHUNK_BYTES, "cpu", 1)
+    monkeypatch.setitem(sizes.LOGITS_CHUNK_BYTES, "cpu", 1)
     inputs = make_inputs(12, 97, 16, generator=generator)
     weight = torch.ones(12)
     weight[-1] = 1e6
@@ -190,7 +191,7 @@ def test_frozen_head(chunk_bytes, generator):
 
 def test_many_sequences_in_several_blocks(monkeypatch, generator):
     """64 sequences in groups of 4 do not fit a chunk: blocks of whole groups, one after the other."""
-    monkeypatch.setitem(plans.LOGITS_CHUNK_BYTES, "cpu", 2 * 4 * 53 * 48)  # 48 rows
+    monkeypatch.setitem(sizes.LOGITS_CHUNK_BYTES, "cpu", 2 * 4 * 53 * 48)  # 48 rows
     lengths = torch.randint(0, 12, (64,), generator=generator).tolist()
     inputs = make_inputs(sum(lengths), 53, 8, generator=generator)
     check(inputs, lengths=lengths, baseline="leave_one_out", group_size=4, discount=0.95)

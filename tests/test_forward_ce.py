@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import distil_kernels.engine.driver
-import distil_kernels.engine.plan
+import distil_kernels.engine.sizes
 import distil_kernels.losses
 from distil_kernels import fused_forward_ce, token_stats
 from distil_kernels.testing import (
@@ -29,7 +29,7 @@ CASES = [("reference", dtype) for dtype in (torch.float64, *CPU_DTYPES)] + [("cp
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of a few rows, so that small inputs cross many borders."""
-    monkeypatch.setitem(distil_kernels.engine.plan.LOGITS_CHUNK_BYTES, "cpu", 64 * 1024)
+    monkeypatch.setitem(distil_kernels.engine.sizes.LOGITS_CHUNK_BYTES, "cpu", 64 * 1024)
 
 
 def row_weight(inputs: Inputs) -> torch.Tensor:
@@ -135,7 +135,7 @@ def test_default_plans_run(generator, monkeypatch):
         monkeypatch.setattr(
             distil_kernels.engine.custom_ops.driver,
             name,
-            lambda problem, plan, *rest, original=original: ran.append(plan.name) or original(problem, plan, *rest),
+            lambda inputs, plan, original=original: ran.append(plan.name) or original(inputs, plan),
         )
     inputs = make_inputs(6, 11, 8, generator=generator)
     fused_forward_ce(*inputs.heads)
@@ -253,14 +253,14 @@ def test_a_mean_in_float16_is_divided_last(dtype, generator, monkeypatch):
     """Entries over thousands of tokens are no float16 numbers; the products of a GPU would take them as such."""
     seen, inputs = [], make_inputs(7, 30, 16, dtype=dtype, generator=generator)
 
-    def spy(problem, *arguments):
-        seen.append(problem.denominator)
-        return compute(problem, *arguments)
+    def spy(inputs, plan):
+        seen.append(inputs.denominator)
+        return compute(inputs, plan)
 
     compute = distil_kernels.engine.driver.scalar_loss
     monkeypatch.setattr(distil_kernels.engine.driver, "scalar_loss", spy)
     mean, total = (fused_forward_ce(*inputs.heads, reduction=reduction) for reduction in ("mean", "sum"))
-    assert [known is None for known in seen] == [dtype == torch.float16, True]
+    assert [denominator is None for denominator in seen] == [dtype == torch.float16, True]
     torch.testing.assert_close(mean, total / 7)
 
 
@@ -288,7 +288,7 @@ def test_global_normalizer_makes_accumulation_exact(generator):
 def test_shapes_strides_and_masks(data, monkeypatch):
     """Leading dimensions, transposed and sliced tensors, masks, chunk sizes."""
     monkeypatch.setitem(
-        distil_kernels.engine.plan.LOGITS_CHUNK_BYTES,
+        distil_kernels.engine.sizes.LOGITS_CHUNK_BYTES,
         "cpu",
         data.draw(st.sampled_from([1, 5000, 40_000]), "chunk bytes"),
     )

@@ -7,8 +7,7 @@ import torch
 
 from distil_kernels import fused_distil_loss, fused_forward_ce
 from distil_kernels.engine import gradients as gradient_sums
-from distil_kernels.engine import plan as plans
-from distil_kernels.engine import sparse
+from distil_kernels.engine import sizes, sparse
 from distil_kernels.engine.sparse import large_entries
 from distil_kernels.testing import assert_within_budget, baselines, make_inputs, oracle
 
@@ -28,7 +27,7 @@ def threads(request):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """A few rows at a time, so that chunks add to one dW."""
-    monkeypatch.setitem(plans.LOGITS_CHUNK_BYTES, "cpu", 2 * 4 * 2500 * 16)
+    monkeypatch.setitem(sizes.LOGITS_CHUNK_BYTES, "cpu", 2 * 4 * 2500 * 16)
 
 
 @pytest.fixture
@@ -209,7 +208,7 @@ def test_lists_of_every_instruction_set(instruction_set, monkeypatch, generator)
     chosen = getattr(kernels.InstructionSet, instruction_set)
     if not kernels.cpu_supports(chosen):
         pytest.skip(f"this processor has no {instruction_set}")
-    monkeypatch.setattr(sparse, "_how", lambda: (torch.get_num_threads(), chosen))
+    monkeypatch.setattr(sparse, "_threads_and_instructions", lambda: (torch.get_num_threads(), chosen))
     monkeypatch.setattr(sparse, "MAX_SHARE", 1.0)
     matrix = torch.randn(9, 533, generator=generator).pow(5)
     matrix[3] = 0.0

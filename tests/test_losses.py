@@ -16,7 +16,11 @@ from distil_kernels import (
     fused_reverse_kl,
     token_logprobs,
 )
+from distil_kernels.backends import Cost, Statistic
+from distil_kernels.engine.gradients import Needs
 from distil_kernels.engine.plan import Plan
+from distil_kernels.engine.policy import Policy
+from distil_kernels.engine.spec import Spec
 from distil_kernels.testing import (
     assert_within_budget,
     baselines,
@@ -268,11 +272,13 @@ def test_opcheck_policy_loss(generator):
     inputs = make_inputs(6, 19, 8, generator=generator)
     # Advantages of -1 make the sum positive: opcheck differentiates its magnitude, and upstream gradients other than 1
     # scale the op's own outputs in place.
+    spec = Spec("reference", "", "gradient_in_forward", "", Needs(hidden=True, weight=True, bias=False),
+                cost=Cost(Statistic.ENTROPY), policy=Policy(0.2, 0.2, 0.01))  # fmt: skip
     torch.library.opcheck(
         torch.ops.distil_kernels.policy_loss,
         (inputs.student_hidden, inputs.student_weight, None, inputs.tokens, None, None, torch.tensor(3.0),
-         -torch.ones(6), None, 0.2, 0.2, 0.01, 1.0, None, "reference", "gradient_in_forward", 4, 0,
-         [True, True, False]),
+         -torch.ones(6), None),
+        {"spec": spec.encode(), "chunk_rows": 4, "staging_rows": 0},
     )  # fmt: skip
 
 

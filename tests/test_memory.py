@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from distil_kernels.engine import plan
+from distil_kernels.engine import plan, sizes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory from /proc")
 
@@ -21,8 +21,8 @@ CHUNK_BYTES = 8 * 2**20  # 128 rows of both models' logits
 MEASURE = f"""
 import sys, torch
 import distil_kernels
-from distil_kernels.engine import plan
-plan.LOGITS_CHUNK_BYTES["cpu"] = {CHUNK_BYTES}
+from distil_kernels.engine import sizes
+sizes.LOGITS_CHUNK_BYTES["cpu"] = {CHUNK_BYTES}
 torch.set_num_threads(1)
 
 def status(field):
@@ -83,8 +83,8 @@ def test_peak_does_not_grow_with_rows(op):
 @pytest.mark.parametrize(("num_rows", "hidden_size"), [(4096, D), (256, 1024)])
 def test_peak_is_what_the_plan_says(num_rows, hidden_size, dtype, monkeypatch):
     """And the gradients themselves: backward hands out what forward has summed."""
-    monkeypatch.setitem(plan.LOGITS_CHUNK_BYTES, "cpu", CHUNK_BYTES)
-    shape = plan.Shape(num_rows, V, hidden_size, dtype, "cpu", scalar=True, grad_hidden=True, grad_head=True)
+    monkeypatch.setitem(sizes.LOGITS_CHUNK_BYTES, "cpu", CHUNK_BYTES)
+    shape = sizes.Shape(num_rows, V, hidden_size, dtype, "cpu", scalar=True, grad_hidden=True, grad_head=True)
     gradients = (V + num_rows) * hidden_size * dtype.itemsize
     predicted = plan.extra_bytes(shape, plan.choose_plan(shape)) + gradients
     found = peak("forward_ce", num_rows, hidden_size, dtype)

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from distil_kernels import token_stats
-from distil_kernels.engine import kept_gradient
-from distil_kernels.engine import plan as plans
+from distil_kernels.engine import kept_gradient, sizes
 from distil_kernels.testing import KINDS, assert_within_budget, baselines, make_inputs, oracle, term_sizes
 
 DIFFERENTIABLE = ("ce", "logprob")
@@ -21,7 +20,7 @@ DIFFERENTIABLE = ("ce", "logprob")
     ids=str,
 )
 def test_every_field_and_gradient(backend, dtype, kind, plan, generator, monkeypatch):
-    monkeypatch.setitem(plans.LOGITS_CHUNK_BYTES, "cpu", 64 * 1024)
+    monkeypatch.setitem(sizes.LOGITS_CHUNK_BYTES, "cpu", 64 * 1024)
     monkeypatch.setitem(kept_gradient._MIX_BYTES, "cpu", 3 * 1031 * 4)  # some of a chunk's rows
     inputs = make_inputs(23, 1031, 24, dtype=dtype, kind=kind, bias=True, generator=generator)
     upstream = torch.randn(2, 23, generator=generator, dtype=torch.float64)

@@ -7,6 +7,10 @@ import torch
 from topk_reference import dense, teacher_topk
 
 from distil_kernels import fused_forward_ce, fused_topk_ce
+from distil_kernels.engine import sizes
+from distil_kernels.engine.credit import NO_CREDIT, Credit
+from distil_kernels.engine.gradients import Needs
+from distil_kernels.engine.spec import Spec
 from distil_kernels.testing import assert_within_budget, make_inputs
 
 N, V, D = 23, 67, 16
@@ -36,7 +40,7 @@ def leaves_of(inputs, dtype, bias):
 )
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_value_and_gradients(num_kept, num_padding, options, with_bias, dtype, generator, monkeypatch):
-    monkeypatch.setattr("distil_kernels.topk.choose_chunk_rows", lambda shape: 8)
+    monkeypatch.setitem(sizes.LOGITS_CHUNK_BYTES, "cpu", 2 * 8 * V * (8 if dtype == torch.float64 else 4))  # 8 rows
     inputs = make_inputs(N, V, D, generator=generator)
     bias = torch.randn(V, generator=generator) if with_bias else None
     ids, logprobs = teacher_topk(N, V, num_kept, generator, num_padding)
@@ -122,15 +126,15 @@ def test_gradcheck(generator):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(dtype, generator):
-    from distil_kernels.topk import topk_loss
-
     inputs = make_inputs(4, 9, 5, dtype=dtype, generator=generator)
     ids, logprobs = teacher_topk(4, 9, 3, generator)
     shared = (*inputs.heads[:2], None, ids, logprobs.float())
-    for score in (None, torch.randn(4, generator=generator)):
-        tokens = None if score is None else inputs.tokens
-        arguments = (*shared, tokens, None, torch.ones(4), score, 1.0, None, 3, 4, [True, True, False])
-        torch.library.opcheck(topk_loss, arguments)
+    for credit in (NO_CREDIT, Credit(discount=0.9)):
+        tokens = None if credit == NO_CREDIT else ids[:, 0]
+        spec = Spec("reference", "", "gradient_in_forward", "", Needs(True, True, False), credit=credit)
+        arguments = (*shared, tokens, None, torch.ones(4), torch.tensor(2.0), torch.tensor([0, 1, 4]), None, None)
+        rows = {"chunk_rows": 3, "staging_rows": 4}
+        torch.library.opcheck(torch.ops.distil_kernels.topk_loss, arguments, {"spec": spec.encode(), **rows})
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 from topk_reference import dense, teacher_topk
 
 from distil_kernels import fused_distil_loss, fused_topk_distil_loss
+from distil_kernels.engine import sizes
 from distil_kernels.testing import credit_by_definition, make_inputs
 
 V, D = 67, 16
@@ -35,7 +36,7 @@ def entropy_of_buckets(logprobs: torch.Tensor) -> torch.Tensor:
     ids=lambda value: "-".join(value) if isinstance(value, dict) else ("masked" if value else "all"),
 )
 def test_gradient_by_definition(num_kept, options, masked, generator, monkeypatch):
-    monkeypatch.setattr("distil_kernels.topk.choose_chunk_rows", lambda shape: 8)
+    monkeypatch.setitem(sizes.LOGITS_CHUNK_BYTES, "cpu", 2 * 8 * V * 8)  # 8 rows
     inputs = make_inputs(N, V, D, dtype=torch.float64, generator=generator)
     bias = torch.randn(V, generator=generator).double()
     hidden, weight, bias = (

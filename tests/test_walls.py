@@ -27,10 +27,11 @@ LIBRARY = [
 ]
 ENGINE = [
     {"gemm", "memory", "sparse"},
+    {"sizes", "policy"},
     {"credit", "gradients", "plan"},
-    {"kept_gradient", "backward"},
+    {"checks", "spec", "kept_gradient", "backward"},
     {"driver"},
-    {"checks"},
+    {"topk"},
     {"custom_ops"},
     {"call"},
 ]

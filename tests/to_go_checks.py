@@ -35,7 +35,7 @@ def check(
     float64 back end are as many as the definition's.)"""
     costs = 10 ** (6 * torch.rand(sum(lengths), generator=generator, dtype=torch.float64) - 3)
     costs = costs.to(dtype)
-    credit = Credit(discount=discount, horizon=horizon or float("inf"), by_remaining=by_remaining)
+    credit = Credit(discount=discount, horizon=horizon, by_remaining=by_remaining)
     if counted is not None:
         costs[~counted] = float("nan")  # never looked at
     found = to_go_by(kernels, costs, lengths, counted, credit, max_rows)

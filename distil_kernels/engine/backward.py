@@ -1,8 +1,12 @@
-"""Backward of an op that formed its gradients in the forward pass: they are scaled by the gradient of its loss, which
-has no derivative of its own."""
+"""Backward of an op that formed its gradients in the forward pass.
+
+The gradients are scaled by the gradient of the loss. They have no derivative of their own: differentiating twice is an
+error.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,13 +17,13 @@ from distil_kernels.engine import memory
 
 
 def scaled_gradients(ctx: Any, grad_loss: Tensor | None, *_: Tensor) -> tuple:
-    """Backward of an op that formed its gradients in the forward pass."""
+    """Returns the gradients of the op's inputs, from the saved ones and the gradient of the loss."""
     if grad_loss is None:
         return (None,) * ctx.num_inputs
     is_traced = _is_traced()
     if torch.is_grad_enabled() and not is_traced:  # create_graph=True: the gradients may be differentiated
         scaled = scale_gradients(*ctx.saved_tensors, grad_loss.detach(), ctx.weight_dtype)
-        gradients = _Once.apply(*(each.requires_grad_() for each in scaled))
+        gradients = _DifferentiableOnce.apply(*(each.requires_grad_() for each in scaled))
     elif is_traced or _keeps_graph():
         gradients = scale_gradients(*ctx.saved_tensors, grad_loss, ctx.weight_dtype)
     else:
@@ -28,14 +32,15 @@ def scaled_gradients(ctx: Any, grad_loss: Tensor | None, *_: Tensor) -> tuple:
     return input_gradients(gradients, ctx.needs, ctx.num_inputs)
 
 
-def input_gradients(gradients: tuple[Tensor, ...], needs: list[bool], num_inputs: int) -> tuple:
-    """One entry per input of the op: the three gradients, then None."""
-    wanted = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
-    return (*wanted, *[None] * (num_inputs - 3))
+def input_gradients(gradients: tuple[Tensor, ...], needs: Sequence[bool], num_inputs: int) -> tuple:
+    """Returns one entry per input of the op: the gradients of hidden states, weight and bias, then None."""
+    needed = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+    return (*needed, *[None] * (num_inputs - len(needed)))
 
 
-class _Once(torch.autograd.Function):
-    """Tensors as they are, whose derivative is an error: gradients made in forward would be constants in silence."""
+class _DifferentiableOnce(torch.autograd.Function):
+    """Returns tensors as they are; their derivative is an error. Without this, gradients that the forward pass formed
+    would be silent constants."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -47,12 +52,12 @@ class _Once(torch.autograd.Function):
 
 
 def _is_traced() -> bool:
-    """Whether torch.compile or a dispatch mode looks on, for which an op's outputs must be new tensors."""
+    """Returns whether torch.compile or a dispatch mode records the op: its outputs must then be new tensors."""
     return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
 
 def _keeps_graph() -> bool:
-    """Whether this backward may run again, with the same saved tensors; assumed where torch cannot tell."""
+    """Returns whether this backward may run again with the same saved tensors; True if torch cannot tell."""
     keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if keeps is None else keeps()
 
@@ -60,14 +65,14 @@ def _keeps_graph() -> bool:
 def _scale_in_place(
     grad_hidden: Tensor, grad_weight: Tensor, grad_bias: Tensor, scale: Tensor, weight_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As scale_gradients, without a second dW: the forward pass's own tensors become the gradients."""
-    one = scale.device.type == "cpu" and scale.item() == 1.0  # on a GPU asking would wait for it
+    """Does the same as `scale_gradients` without a second dW: the saved tensors themselves become the gradients."""
+    is_identity = scale.device.type == "cpu" and scale.item() == 1.0  # reading the scale would synchronise a GPU
     if grad_weight.dtype != weight_dtype:
         narrow = memory.empty(*grad_weight.shape, like=grad_weight, dtype=weight_dtype)
-        grad_weight = narrow.copy_(grad_weight) if one else torch.mul(grad_weight, scale, out=narrow)
-    elif not one:
+        grad_weight = narrow.copy_(grad_weight) if is_identity else torch.mul(grad_weight, scale, out=narrow)
+    elif not is_identity:
         grad_weight.mul_(scale)
-    if not one:
+    if not is_identity:
         grad_hidden.mul_(scale)
         grad_bias.mul_(scale)
     return grad_hidden, grad_weight, grad_bias
@@ -77,7 +82,7 @@ def _scale_in_place(
 def scale_gradients(
     grad_hidden: Tensor, grad_weight: Tensor, grad_bias: Tensor, scale: Tensor, weight_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each gradient times a scalar [], in the dtype of its input; new tensors, so backward can run again."""
+    """Returns each gradient times a scalar [], in the dtype of its input, as new tensors: backward can run again."""
     return (
         torch.mul(grad_hidden, scale, out=torch.empty_like(grad_hidden)),
         torch.mul(grad_weight, scale, out=memory.empty(*grad_weight.shape, like=grad_weight, dtype=weight_dtype)),

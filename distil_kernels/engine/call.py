@@ -1,4 +1,4 @@
-"""Arguments of one call of a public op: checked, cast as autocast asks, rows flattened, plan and back end chosen."""
+"""One call of a public op: arguments checked and cast as autocast asks, rows flattened, plan and back end chosen."""
 
 from __future__ import annotations
 
@@ -7,33 +7,54 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distil_kernels.backends import Cost
+from distil_kernels.backends import Cost, Statistic
 from distil_kernels.backends.dispatch import choose_backend
 from distil_kernels.engine import custom_ops
-from distil_kernels.engine.checks import Door
-from distil_kernels.engine.credit import Credit, known_in_order
-from distil_kernels.engine.driver import Policy
+from distil_kernels.engine.checks import ArgumentChecks
+from distil_kernels.engine.credit import CreditInputs, known_in_order
+from distil_kernels.engine.custom_ops import PolicyRows, ScalarLoss
 from distil_kernels.engine.gemm import accumulation_dtype
-from distil_kernels.engine.plan import Plan, Shape, choose_chunk_rows, choose_plan
+from distil_kernels.engine.gradients import Needs
+from distil_kernels.engine.plan import Plan, choose_plan
+from distil_kernels.engine.policy import Policy
+from distil_kernels.engine.sizes import Shape, choose_chunk_rows
+from distil_kernels.engine.spec import Spec
+
+_NO_CREDIT = CreditInputs()
 
 
-class ScalarLoss(NamedTuple):
-    """Sum of weighted costs over the denominator [], statistics [NUM_STATISTICS, N], credit and cost-to-go [2, N],
-    dropped [N]."""
+class Denominator(NamedTuple):
+    """What a weighted sum and its gradients are divided by, and where: inside the op, before gradients are rounded.
 
-    total: Tensor
-    statistics: Tensor
-    credit: Tensor
-    dropped: Tensor
+    In float16 the division comes after the op, through autograd: entries of a gradient that is divided by thousands of
+    tokens would be too small for a float16 number.
+    """
+
+    inside: Tensor | None
+    """[] for the op; None: the op returns the sum."""
+    after: float | Tensor | None
+    """For `divided`; None: the op has divided, or there is nothing to divide by."""
+
+    @classmethod
+    def of(cls, denominator: float | Tensor | None, hidden: Tensor) -> Denominator:
+        """Makes the rule for hidden states of a dtype; None for a sum."""
+        if denominator is None or hidden.dtype == torch.float16:
+            return cls(None, denominator)
+        if isinstance(denominator, Tensor):
+            return cls(denominator, None)
+        return cls(hidden.new_full((), denominator, dtype=accumulation_dtype(hidden.dtype)), None)
+
+    def divided(self, total: Tensor) -> Tensor:
+        """Returns the loss from what the op returned."""
+        return total if self.after is None else total / self.after
 
 
 class Call:
-    """Checked arguments of one call; autocast applied, rows flattened to [N]. Where an op has no teacher, teacher_* are
-    None."""
+    """Checked arguments of one call; autocast applied, rows flattened to [N]. Without a teacher, teacher_* are None."""
 
     def __init__(
         self,
-        door: Door,
+        checks: ArgumentChecks,
         student_hidden: Tensor,
         student_weight: Tensor,
         teacher_hidden: Tensor | None,
@@ -49,128 +70,187 @@ class Call:
         *,
         has_teacher: bool = True,
     ) -> None:
-        self._door = door
-        door.positive("temperature", temperature, optional=False)
-        door.positive("teacher_temperature", teacher_temperature)
-        door.positive("logit_softcap", logit_softcap)
-        student_hidden, student_weight = as_autocast(student_hidden, student_weight)
-        teacher_hidden, teacher_weight = as_autocast(teacher_hidden, teacher_weight)
+        # Check every argument that the ops share.
+        self._checks = checks
+        checks.positive("temperature", temperature, optional=False)
+        checks.positive("teacher_temperature", teacher_temperature)
+        checks.positive("logit_softcap", logit_softcap)
+        student_hidden, student_weight = _as_autocast(student_hidden, student_weight)
+        teacher_hidden, teacher_weight = _as_autocast(teacher_hidden, teacher_weight)
         other_hidden = teacher_hidden if has_teacher else student_hidden
-        door.heads(student_hidden, student_weight, other_hidden, teacher_weight, student_bias, teacher_bias)
-        door.rows("token_mask", token_mask, student_hidden, "bool")
-        door.rows("token_weight", token_weight, student_hidden, "float")
+        checks.heads(student_hidden, student_weight, other_hidden, teacher_weight, student_bias, teacher_bias)
+        checks.rows("token_mask", token_mask, student_hidden, "bool")
+        checks.rows("token_weight", token_weight, student_hidden, "float")
+
+        # Flatten the rows; only the student's tensors may get gradients.
         if teacher_weight is None and teacher_bias is None:
             teacher_bias = student_bias
-        self._accumulation_dtype = accumulation_dtype(student_hidden.dtype)
-        self._tensors = (
-            student_hidden.reshape(-1, student_hidden.shape[-1]),
-            student_weight,
-            student_bias,
+        self._hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
+        self._student = (self._hidden, student_weight, student_bias)
+        self._teacher = (
             None if teacher_hidden is None else teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
             None if teacher_weight is None else teacher_weight.detach(),
             None if teacher_bias is None else teacher_bias.detach(),
         )
         self._counted = None if token_mask is None else token_mask.reshape(-1)
         self._token_weight = None if token_weight is None else token_weight.detach().reshape(-1)
-        self._transform = (
-            float(temperature),
-            float(temperature if teacher_temperature is None else teacher_temperature),
-            logit_softcap,
-        )
-        self._backend = choose_backend(backend, student_hidden.device, student_hidden.dtype).name
+
+        # Settings of the Spec that do not depend on the op.
+        self._transform: dict[str, Any] = {
+            "temperature": float(temperature),
+            "teacher_temperature": float(temperature if teacher_temperature is None else teacher_temperature),
+            "logit_softcap": None if logit_softcap is None else float(logit_softcap),
+        }
+        self._backend = choose_backend(backend, student_hidden.device, student_hidden.dtype)
         grad_enabled = torch.is_grad_enabled()
-        self._needs = [
-            grad_enabled and tensor is not None and tensor.requires_grad
-            for tensor in (student_hidden, student_weight, student_bias)
-        ]
+        self._needs = Needs(*(grad_enabled and tensor is not None and tensor.requires_grad for tensor in self._student))
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return accumulation_dtype(self._hidden.dtype)
 
     def row_weight(self) -> Tensor | None:
-        """[N] mask times weight, or None where every row counts once."""
+        """Returns mask times weight [N], or None if every row counts once."""
         if self._token_weight is None:
-            return None if self._counted is None else self._counted.to(self._accumulation_dtype)
-        weight = self._token_weight.to(self._accumulation_dtype).contiguous()  # row kernels know its address alone
+            return None if self._counted is None else self._counted.to(self._dtype)
+        weight = self._token_weight.to(self._dtype).contiguous()  # row kernels know its address alone
         return weight if self._counted is None else torch.where(self._counted, weight, 0.0)
 
     def denominator(self, normalizer: float | Tensor | None) -> float | Tensor:
+        """Returns the denominator of a mean: the normalizer, or the sum of counted weights (1 if that is 0)."""
         if normalizer is not None:
             return normalizer
         weight = self.row_weight()
         if weight is None:
-            return max(self._tensors[0].shape[0], 1)
+            return max(self._hidden.shape[0], 1)
         total = weight.sum()
         return torch.where(total == 0, 1.0, total)
 
-    def _known_denominator(self, denominator: float | Tensor | None) -> Tensor | None:
-        """[], for the op to divide by before it rounds; None to divide its loss afterwards. So it is in float16, where
-        a gradient's entries over thousands of tokens would be too small for a number."""
-        hidden = self._tensors[0]
-        if denominator is None or hidden.dtype == torch.float16:
-            return None
-        if isinstance(denominator, Tensor):
-            return denominator
-        return hidden.new_full((), denominator, dtype=self._accumulation_dtype)
+    def scalar_loss(
+        self,
+        cost: Cost,
+        denominator: float | Tensor | None,
+        *,
+        tokens: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        credit: CreditInputs = _NO_CREDIT,
+        gradient_threshold: float = 0.0,
+        plan: str | Plan = "auto",
+    ) -> ScalarLoss:
+        """Computes a weighted sum of costs over the denominator (None for 1), with credit if there is some."""
+        teacher_tensors = self._teacher
+        return self._sum_of_costs(
+            custom_ops.scalar_loss, teacher_tensors, cost, denominator, tokens, cu_seqlens, credit, gradient_threshold,
+            plan,
+        )  # fmt: skip
+
+    def topk_loss(
+        self,
+        teacher_ids: Tensor,
+        teacher_logprobs: Tensor,
+        cost: Cost,
+        denominator: float | Tensor | None,
+        *,
+        tokens: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        credit: CreditInputs = _NO_CREDIT,
+    ) -> ScalarLoss:
+        """Computes the same to a teacher that named tokens [..., K] with their log-probs."""
+        named = (
+            teacher_ids.reshape(-1, teacher_ids.shape[-1]),
+            teacher_logprobs.detach().to(self._dtype).reshape(-1, teacher_ids.shape[-1]),
+        )
+        return self._sum_of_costs(
+            custom_ops.topk_loss, named, cost, denominator, tokens, cu_seqlens, credit, 0.0, "auto"
+        )
 
     def policy_loss(
-        self, tokens: Tensor, policy: Policy, plan: str | Plan, denominator: float | Tensor
-    ) -> custom_ops.PolicyLoss:
-        """The clipped policy-gradient loss and its rows; there is no teacher."""
+        self,
+        policy: Policy,
+        denominator: float | Tensor,
+        *,
+        tokens: Tensor,
+        advantages: Tensor,
+        old_logprobs: Tensor | None,
+        plan: str | Plan,
+    ) -> PolicyRows:
+        """Computes the clipped policy-gradient loss of tokens [N], and its rows; there is no teacher."""
         chosen = choose_plan(self._shape(scalar=True, logprob_grad=True), plan)
-        student, temperatures, known = self._tensors[:3], self._transform, self._known_denominator(denominator)
-        total, *rows = custom_ops.policy_loss(
-            *student, tokens, self._counted, self.row_weight(), known, *policy, temperatures[0], temperatures[2],
-            self._backend, chosen.name, chosen.chunk_rows, chosen.ring_rows, self._needs,
-        )[:4]  # fmt: skip
-        return custom_ops.PolicyLoss(total / denominator if known is None else total, *rows)
-
-    def scalar_loss(
-        self, tokens: Tensor | None, cu_seqlens: Tensor | None, cost: Cost, credit: Credit, plan: str | Plan,
-        gradient_threshold: float, denominator: float | Tensor | None,
-    ) -> ScalarLoss:  # fmt: skip
-        shape = self._shape(scalar=True, logprob_grad=credit.span != "none")
-        in_order = True
-        if cu_seqlens is not None:
-            num_sequences = cu_seqlens.numel() - 1
-            max_rows = plan.chunk_rows if isinstance(plan, Plan) else choose_chunk_rows(shape)
-            in_order = known_in_order(credit, num_sequences, shape.num_rows, max_rows)
-        chosen = choose_plan(shape, plan, credit_in_one_pass=in_order)
-        if gradient_threshold:
-            self._door.sparse_gradient(gradient_threshold, self._backend, shape.dtype, chosen.name)
-            chosen = chosen._replace(ring_rows=0)  # entries are selected before they are rounded
-        values, known = isinstance(credit.baseline, Tensor), self._known_denominator(denominator)
-        total, statistics, weights, dropped, *_ = custom_ops.scalar_loss(
-            *self._tensors, tokens, self._counted, self.row_weight(), known, cu_seqlens,
-            credit.baseline if values else None, credit.behaviour_logprobs, *self._transform, int(cost.statistic),
-            cost.jsd_weight, credit.span, "values" if values else (credit.baseline or ""), credit.group_size,
-            credit.numbers, gradient_threshold, self._backend, chosen.name, chosen.chunk_rows, chosen.ring_rows,
-            self._needs,
+        rule = Denominator.of(denominator, self._hidden)
+        total, statistics, surrogate, clipped, *_ = custom_ops.policy_loss(
+            *self._student, tokens, self._counted, self.row_weight(), rule.inside, advantages, old_logprobs,
+            **self._options(chosen, cost=Cost(Statistic.ENTROPY), policy=policy),
         )  # fmt: skip
-        if denominator is not None and known is None:
-            total = total / denominator
-        return ScalarLoss(total, statistics, weights, dropped)
+        return PolicyRows(rule.divided(total), statistics, surrogate, clipped)
 
     def differentiable_statistics(
         self, tokens: Tensor | None, cost: Cost, plan: str | Plan, *, logprob_grad: bool
     ) -> Tensor:
-        """[NUM_STATISTICS, N]; gradients flow through the cost and LOGPROB."""
+        """Computes statistics [NUM_STATISTICS, N]; gradients flow through the cost and LOGPROB."""
         chosen = choose_plan(self._shape(scalar=False, logprob_grad=logprob_grad), plan)
         statistics, *_ = custom_ops.row_statistics(
-            *self._tensors, tokens, self._counted, *self._transform, int(cost.statistic), cost.jsd_weight,
-            self._backend, chosen.name, chosen.chunk_rows, chosen.ring_rows, self._needs,
-        )  # fmt: skip
+            *self._student, *self._teacher, tokens, self._counted, **self._options(chosen, cost=cost)
+        )
         return statistics
 
+    def _sum_of_costs(
+        self,
+        op: Any,
+        teacher: tuple[Tensor | None, ...],
+        cost: Cost,
+        denominator: float | Tensor | None,
+        tokens: Tensor | None,
+        cu_seqlens: Tensor | None,
+        credit: CreditInputs,
+        gradient_threshold: float,
+        plan: str | Plan,
+    ) -> ScalarLoss:
+        """Chooses the plan of `scalar_loss` or `topk_loss`, and calls the custom op."""
+        # One pass is enough if the credit of a chunk's rows is known when the chunk is processed.
+        shape = self._shape(scalar=True, logprob_grad=credit.settings.span != "none")
+        in_order = True
+        if cu_seqlens is not None:
+            num_sequences = cu_seqlens.numel() - 1
+            max_rows = plan.chunk_rows if isinstance(plan, Plan) else choose_chunk_rows(shape)
+            in_order = known_in_order(credit.settings, num_sequences, shape.num_rows, max_rows)
+        chosen = choose_plan(shape, plan, credit_in_one_pass=in_order)
+        if gradient_threshold:
+            self._checks.sparse_gradient(gradient_threshold, self._backend.name, shape.dtype, chosen)
+            chosen = chosen._replace(staging_rows=0)  # entries are selected before they are rounded
+
+        rule = Denominator.of(denominator, self._hidden)
+        total, statistics, weights, dropped, *_ = op(
+            *self._student, *teacher, tokens, self._counted, self.row_weight(), rule.inside, cu_seqlens,
+            credit.baseline_values, credit.behaviour_logprobs,
+            **self._options(chosen, cost=cost, credit=credit.settings, gradient_threshold=float(gradient_threshold)),
+        )  # fmt: skip
+        return ScalarLoss(rule.divided(total), statistics, weights, dropped)
+
+    def _options(self, plan: Plan, **settings: Any) -> dict[str, Any]:
+        """Returns the arguments of a custom op that are no tensors."""
+        spec = Spec(
+            backend=self._backend.name,
+            backend_reason=self._backend.reason,
+            plan=plan.name,
+            plan_reason=plan.reason,
+            needs=self._needs,
+            **self._transform,
+            **settings,
+        )
+        return {"spec": spec.encode(), "chunk_rows": plan.chunk_rows, "staging_rows": plan.staging_rows}
+
     def _shape(self, *, scalar: bool, logprob_grad: bool) -> Shape:
-        hidden, weight = self._tensors[:2]
+        hidden, weight, _ = self._student
         return Shape(
             hidden.shape[0], weight.shape[0], weight.shape[1], hidden.dtype, hidden.device.type, scalar, logprob_grad,
-            grad_hidden=self._needs[0], grad_head=self._needs[1] or self._needs[2],
+            grad_hidden=self._needs.hidden, grad_head=self._needs.weight or self._needs.bias,
         )  # fmt: skip
 
 
-def as_autocast(*tensors: Any) -> tuple[Any, ...]:
-    """Hidden states and heads as a linear layer would take them: under autocast in its dtype, but for float64.
+def _as_autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Returns hidden states and heads as a linear layer would take them: under autocast in its dtype, except float64.
 
-    Results stay float32. What is no tensor is left for the checks that follow.
+    Results stay float32. What is no tensor is left to the checks that follow.
     """
 
     def cast(tensor: Any) -> Any:

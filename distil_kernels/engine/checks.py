@@ -1,6 +1,7 @@
-"""The door: every argument is checked here, once, before any work starts. Messages name the argument, what came
-and what was expected. What depends on values in memory (token ids, cu_seqlens) is checked where the op runs, on the
-CPU only: on a GPU it would cost a synchronisation.
+"""Checks of every argument of the public ops, once, before any work starts.
+
+Messages name the argument, what came and what was expected. What depends on values in memory (token ids, cu_seqlens) is
+checked where the op runs, on the CPU only: on a GPU it would cost a synchronisation.
 """
 
 from __future__ import annotations
@@ -11,23 +12,32 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from distil_kernels.engine.credit import BASELINES, SPANS, Credit
+from distil_kernels.engine.credit import BASELINES, SPANS, Credit, CreditInputs
 from distil_kernels.engine.gemm import accumulation_dtype
+from distil_kernels.engine.plan import Plan
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MAX_SIZE = 2**31 - 1
+_MAX_MASS = 1 + 1e-3
+"""Log-probs of an API are rounded: their sum may pass 1 by this much, and then the tail is empty."""
 
 
-class Door:
-    """Checks for one public function, whose name begins their messages."""
+class ArgumentChecks:
+    """Checks of the arguments of one public op; its name begins their messages.
+
+    Every method takes arguments by the names that the op gives them, and raises ValueError or TypeError if one is
+    wrong.
+    """
 
     def __init__(self, function: str) -> None:
         self._function = function
 
     def value_error(self, message: str) -> NoReturn:
+        """Raises a ValueError that names the op."""
         raise ValueError(f"[{self._function}] {message}")
 
     def type_error(self, message: str) -> NoReturn:
+        """Raises a TypeError that names the op."""
         raise TypeError(f"[{self._function}] {message}")
 
     def heads(
@@ -39,7 +49,7 @@ class Door:
         student_bias: Tensor | None,
         teacher_bias: Tensor | None,
     ) -> None:
-        """Hidden states [..., D] and heads [V, D] that belong together."""
+        """Checks that hidden states [..., D] and heads [V, D] belong together."""
         tensors = {
             "student_hidden": student_hidden,
             "student_weight": student_weight,
@@ -89,7 +99,7 @@ class Door:
             )
 
     def rows(self, name: str, tensor: Tensor | None, student_hidden: Tensor, kind: str) -> None:
-        """An optional tensor with one entry per token; `kind` is "bool", "float" or "int64"."""
+        """Checks an optional tensor with one entry per token; `kind` is "bool", "float" or "int64"."""
         if tensor is None:
             return
         self._tensor(name, tensor)
@@ -109,7 +119,7 @@ class Door:
         self._same_device(name, tensor, student_hidden)
 
     def packed(self, student_hidden: Tensor, cu_seqlens: Tensor) -> None:
-        """Packed rows [N, D] with sequence borders [B + 1]."""
+        """Checks packed rows [N, D] with sequence borders [B + 1]."""
         if student_hidden.dim() != 2:
             self.value_error(f"student_hidden has shape {list(student_hidden.shape)}, expected packed rows [N, D]")
         self._tensor("cu_seqlens", cu_seqlens)
@@ -133,8 +143,8 @@ class Door:
         credit_scale: float,
         importance_clip: float | None,
         behaviour_logprobs: Tensor | None,
-    ) -> Credit:
-        """Settings of the credit that go together; None is no limit."""
+    ) -> CreditInputs:
+        """Checks the settings of the credit, and returns them with their tensors."""
         self.one_of("credit_span", credit_span, SPANS)
         self.between("discount", discount, 0.0, 1.0)
         self.count("horizon", horizon)
@@ -158,13 +168,42 @@ class Door:
         self.positive("importance_clip", importance_clip)
         if importance_clip is not None and behaviour_logprobs is None:
             self.value_error(f"importance_clip is {importance_clip} without behaviour_logprobs, expected both")
-        return Credit(
-            credit_span, baseline, group_size or 1, behaviour_logprobs, discount, horizon or math.inf,
-            normalize_by_remaining, credit_clip or math.inf, credit_scale, importance_clip or math.inf,
-        )  # fmt: skip
+        baseline_values = baseline if isinstance(baseline, Tensor) else None
+        settings = Credit(
+            span=credit_span,
+            baseline=baseline if isinstance(baseline, str) else None if baseline_values is None else "values",
+            group_size=group_size,
+            discount=float(discount),
+            horizon=horizon,
+            by_remaining=bool(normalize_by_remaining),
+            clip=credit_clip,
+            scale=float(credit_scale),
+            importance_clip=importance_clip,
+        )
+        return CreditInputs(settings, baseline_values, behaviour_logprobs)
+
+    def named_tokens(self, student_hidden: Tensor, teacher_ids: Tensor, teacher_logprobs: Tensor) -> None:
+        """Checks ids and log-probs [..., K] of the tokens that a teacher named."""
+        rows = student_hidden.shape[:-1]
+        for name, tensor in (("teacher_ids", teacher_ids), ("teacher_logprobs", teacher_logprobs)):
+            is_right = isinstance(tensor, Tensor) and tensor.dim() == len(rows) + 1 and tensor.shape[:-1] == rows
+            if not is_right:
+                came = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+                self.value_error(f"{name} is {came}, expected [..., K] with the rows {list(rows)}")
+            self._same_device(name, tensor, student_hidden)
+        if teacher_ids.dtype != torch.int64 or not teacher_logprobs.dtype.is_floating_point:
+            self.type_error(
+                f"teacher_ids, teacher_logprobs are {teacher_ids.dtype}, {teacher_logprobs.dtype}, expected int64 and "
+                "a float"
+            )
+        if teacher_ids.shape != teacher_logprobs.shape or teacher_ids.shape[-1] == 0:
+            self.value_error(
+                f"teacher_ids has shape {list(teacher_ids.shape)}, teacher_logprobs {list(teacher_logprobs.shape)}, "
+                "expected one [..., K]"
+            )
 
     def positive(self, name: str, value: float | None, *, optional: bool = True) -> None:
-        """A finite number above 0."""
+        """Checks a finite number above 0."""
         if value is None and optional:
             return
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -173,14 +212,14 @@ class Door:
             self.value_error(f"{name} is {value}, expected a finite number above 0")
 
     def count(self, name: str, value: int | None, *, optional: bool = True) -> None:
-        """An integer of at least 1."""
+        """Checks an integer of at least 1."""
         if value is None and optional:
             return
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             self.value_error(f"{name} is {value!r}, expected a positive integer")
 
     def between(self, name: str, value: float, low: float, high: float) -> None:
-        """A finite number in [low, high]."""
+        """Checks a finite number in [low, high]."""
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             self.type_error(f"{name} is {type(value).__name__}, expected a number")
         if not (math.isfinite(value) and low <= value <= high):
@@ -188,33 +227,35 @@ class Door:
             self.value_error(f"{name} is {value}, expected a finite number{span if math.isfinite(low) else ''}")
 
     def share(self, name: str, value: float) -> None:
-        """A number above 0 and below 1."""
+        """Checks a number above 0 and below 1."""
         self.between(name, value, 0.0, 1.0)
         if value in (0.0, 1.0):
             self.value_error(f"{name} is {value}, expected a number above 0 and below 1")
 
     def threshold(self, name: str, value: float) -> None:
-        """A number from 0 to 1, 1 excluded: a row's largest entry is never below it."""
+        """Checks a number from 0 to 1, 1 excluded: a row's largest entry is never below the threshold."""
         self.between(name, value, 0.0, 1.0)
         if value == 1.0:
             self.value_error(f"{name} is {value}, expected a number below 1")
 
-    def sparse_gradient(self, threshold: float, backend: str, dtype: torch.dtype, plan: str) -> None:
-        """Where entries of the logits' gradient may be left out."""
+    def sparse_gradient(self, threshold: float, backend: str, dtype: torch.dtype, plan: Plan) -> None:
+        """Checks that a call can leave out entries of the logits' gradient."""
         given = f"gradient_threshold is {threshold}"
         if backend != "cpu":
             self.value_error(f"{given} with backend={backend!r}, expected 'cpu': only its products leave entries out")
         if dtype == torch.float16:
             self.type_error(f"{given} with float16 hidden states, expected float32 or bfloat16")
-        if plan == "recompute":
+        if plan.recomputes_logits:
             self.value_error(
                 f"{given} with plan 'recompute', expected 'gradient_in_forward' or 'frozen_head' (row weights known "
                 "in order): with six products there is little to gain"
             )
 
     def normalizer(self, normalizer: float | Tensor | None, student_hidden: Tensor) -> float | Tensor | None:
-        """A number above 0, or a tensor with one element (its value is not read), here of shape [] and of the loss's
-        dtype, without gradient."""
+        """Checks a number above 0, or a tensor with one element, whose value is not read.
+
+        Returns it; a tensor with shape [], the loss's dtype, and no gradient.
+        """
         if not isinstance(normalizer, Tensor):
             self.positive("normalizer", normalizer)
             return normalizer
@@ -224,6 +265,7 @@ class Door:
         return normalizer.detach().reshape(()).to(accumulation_dtype(student_hidden.dtype))
 
     def one_of(self, name: str, value: object, choices: tuple[str, ...]) -> None:
+        """Checks a choice by name."""
         if value not in choices:
             self.value_error(f"{name} is {value!r}, expected one of {list(choices)}")
 
@@ -268,7 +310,7 @@ class Door:
 
 
 def check_tokens(tokens: Tensor | None, counted: Tensor | None, vocab_size: int) -> None:
-    """Token ids of rows that count lie in the vocabulary (looked at on the CPU only)."""
+    """Checks that the token ids of rows that count lie in the vocabulary (on the CPU only)."""
     if tokens is None or tokens.device.type != "cpu":
         return
     ids = tokens if counted is None else tokens[counted]
@@ -279,8 +321,28 @@ def check_tokens(tokens: Tensor | None, counted: Tensor | None, vocab_size: int)
         )
 
 
-def sequence_lengths(cu_seqlens: Tensor, num_rows: int, group_size: int) -> Tensor:
-    """[B] int64 lengths on the CPU; a `cu_seqlens` on a GPU is read once, before any work."""
+def check_named_tokens(ids: Tensor, logprobs: Tensor, counted: Tensor | None, vocab_size: int) -> None:
+    """Checks the values of named tokens [N, K] of rows that count (on the CPU only)."""
+    if ids.device.type != "cpu":
+        return
+    if counted is not None:
+        ids, logprobs = ids[counted], logprobs[counted]
+    if ids.numel() == 0:
+        return
+    if int(ids.min()) < -1 or int(ids.max()) >= vocab_size:
+        raise ValueError(
+            f"teacher_ids holds ids from {int(ids.min())} to {int(ids.max())}, expected 0 to {vocab_size - 1}, or -1"
+        )
+    ordered = ids.sort(-1).values
+    if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
+        raise ValueError("teacher_ids names a token twice in one row, expected different tokens")
+    mass = torch.where(ids >= 0, logprobs.double().exp(), 0.0).sum(-1)
+    if not (mass <= _MAX_MASS).all():
+        raise ValueError(f"teacher_logprobs has a row of probability {float(mass.max())}, expected at most 1")
+
+
+def sequence_lengths(cu_seqlens: Tensor, num_rows: int, group_size: int | None) -> Tensor:
+    """Returns the lengths [B] int64 on the CPU; a `cu_seqlens` on a GPU is read once, before any work."""
     borders = cu_seqlens.to("cpu", torch.int64)
     lengths = borders.diff()
     if int(borders[0]) != 0 or int(borders[-1]) != num_rows or bool((lengths < 0).any()):
@@ -288,6 +350,6 @@ def sequence_lengths(cu_seqlens: Tensor, num_rows: int, group_size: int) -> Tens
             f"cu_seqlens goes from {int(borders[0])} to {int(borders[-1])}"
             f"{', and falls' if bool((lengths < 0).any()) else ''}; expected to rise from 0 to the {num_rows} rows"
         )
-    if lengths.numel() % group_size:
+    if group_size is not None and lengths.numel() % group_size:
         raise ValueError(f"cu_seqlens has {lengths.numel()} sequences, expected a multiple of group_size {group_size}")
     return lengths

@@ -18,9 +18,7 @@ know the row's own rollout leave the expected gradient alone; discount, horizon,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal, NamedTuple
 
@@ -35,52 +33,52 @@ BASELINES = ("position_mean", "leave_one_out")
 CreditSpan = Literal["none", "future", "sequence"]
 
 
-@dataclass(frozen=True)
-class Credit:
-    """How future cost becomes the weight of a token's log-prob gradient."""
+class Credit(NamedTuple):
+    """Settings by which future cost becomes the weight of a token's log-prob gradient."""
 
     span: str = "future"
-    baseline: str | Tensor | None = None
-    """None, a name of BASELINES, or one value per row [N]."""
-    group_size: int = 1
-    """Consecutive sequences that share a prompt (for "leave_one_out")."""
-    behaviour_logprobs: Tensor | None = None
-    """[N] of the tokens under the policy that sampled them; None where that is the student."""
+    """One of SPANS."""
+    baseline: str | None = None
+    """None, a name of BASELINES, or "values" for one value per row."""
+    group_size: int | None = None
+    """Consecutive sequences that share a prompt (for "leave_one_out"); None: sequences are not grouped."""
     discount: float = 1.0
-    horizon: float = math.inf
-    """Costs more tokens on than this do not count."""
-    by_remaining: float = False
+    horizon: int | None = None
+    """Costs more tokens ahead than this do not count; None for no limit."""
+    by_remaining: bool = False
     """Whether G_t is divided by sum_{t < i <= t + horizon} discount^(i - t), over the rows that count."""
-    clip: float = math.inf
-    """Bound of |a_t|."""
+    clip: float | None = None
+    """Bound of |a_t|; None for no bound."""
     scale: float = 1.0
-    importance_clip: float = math.inf
+    """Factor of a_t."""
+    importance_clip: float | None = None
+    """Bound of the importance ratio; None for no bound."""
 
-    @property
-    def numbers(self) -> list[float]:
-        """The fields from `discount` to `importance_clip`, in order, for an op that takes no objects."""
-        numbers = (self.discount, self.horizon, self.by_remaining, self.clip, self.scale, self.importance_clip)
-        return [float(number) for number in numbers]
 
-    def importance(self, logprobs: Tensor, rows: slice | Tensor) -> Tensor | None:
-        """[R] truncated ratio of each row's token under the student (logprobs [R]) and where it was sampled."""
-        if self.behaviour_logprobs is None:
-            return None
-        behaviour = self.behaviour_logprobs[rows].to(logprobs.dtype)
-        return (logprobs - behaviour).exp().clamp(max=self.importance_clip)
+NO_CREDIT = Credit(span="none")
+
+
+class CreditInputs(NamedTuple):
+    """Credit settings with the tensors that they refer to."""
+
+    settings: Credit = NO_CREDIT
+    baseline_values: Tensor | None = None
+    """[N], for baseline "values"."""
+    behaviour_logprobs: Tensor | None = None
+    """[N] log-probs of the tokens under the policy that sampled them; None: the student sampled them."""
 
 
 def known_in_order(credit: Credit, num_sequences: int, num_rows: int, max_rows: int) -> bool:
-    """Whether chunks of at most `max_rows` rows, last position first, hold all that their rows' weights need."""
+    """Returns whether chunks of `max_rows` rows, last position first, hold everything that their rows' weights need."""
     if credit.span == "none":
         return True
     if credit.span == "sequence":
         return num_rows <= max_rows
-    widest_position = num_sequences if credit.baseline == "position_mean" else credit.group_size
+    widest_position = num_sequences if credit.baseline == "position_mean" else credit.group_size or 1
     return min(widest_position, num_rows) <= max_rows
 
 
-class Chunk(NamedTuple):
+class CreditChunk(NamedTuple):
     """Rows that are processed together: some consecutive positions of a block of sequences."""
 
     rows: Tensor
@@ -97,26 +95,27 @@ class Chunk(NamedTuple):
 
 def reverse_chunks(
     lengths: Tensor, counted: Tensor | None, credit: Credit, max_rows: int, device: torch.device | None = None
-) -> Iterator[Chunk]:
+) -> Iterator[CreditChunk]:
     """Cuts packed rows into chunks, last position first; a position of a block of sequences is never divided.
 
-    One by one: a GPU is at work on the first while the next is cut.
+    Chunks are yielded one by one: a GPU works on the first while the next is cut. A block is as many whole groups as
+    leave a chunk at least eight positions (every sequence for "position_mean"), so that chunks come out nearly full.
 
     Args:
         lengths: [B] int64 on the CPU.
         counted: [N] bool on the CPU, rows that exist for the loss; None for all.
         max_rows: rows of a chunk, exceeded only where one position of one block has more.
         device: of the chunks' indices; None for the CPU.
-
-    A block is as many whole groups as leave a chunk at least eight positions (every sequence for "position_mean"),
-    so that chunks come out nearly full.
     """
     num_sequences = lengths.numel()
     if credit.baseline == "position_mean":
         block_size = num_sequences
     else:
-        groups = max(1, max_rows // 8 // credit.group_size)
-        block_size = min(num_sequences, groups * credit.group_size)
+        group_size = credit.group_size or 1
+        groups = max(1, max_rows // 8 // group_size)
+        block_size = min(num_sequences, groups * group_size)
+
+    # Sequence and position of every row; then the rows that count, sorted by block and by falling position.
     cpu = lengths.device  # whatever the default device is
     sequences = torch.repeat_interleave(torch.arange(num_sequences, device=cpu), lengths)
     every = torch.arange(sequences.numel(), device=cpu)
@@ -129,68 +128,93 @@ def reverse_chunks(
     rows = rows[torch.argsort(key[rows], stable=True)]
     key = key[rows]
 
-    # Where a chunk may end: the ends of runs of equal (block, position).
+    # A chunk may end where a run of equal (block, position) ends.
     ends = torch.cat([(key[1:] != key[:-1]).nonzero()[:, 0] + 1, torch.tensor([key.numel()], device=cpu)])
     blocks = (sequences[rows] // block_size)[ends - 1]
     begin = previous_low = 0
     previous_sequence = -1
     while begin < rows.numel():
+        # The last end within `max_rows` and within the block of the first row.
         first = int(torch.searchsorted(ends, begin, right=True))
         last = int(torch.searchsorted(ends, begin + max_rows, right=True)) - 1
         last = max(first, min(last, int(torch.searchsorted(blocks, blocks[first], right=True)) - 1))
         end = int(ends[last])
         chunk_rows = rows[begin:end]
+
+        # The grid of the chunk: from its first position to the first one of the chunk before.
         first_sequence = int(blocks[first]) * block_size
         chunk_positions = positions[chunk_rows]
         low = int(chunk_positions.min())
         high = previous_low if first_sequence == previous_sequence else int(chunk_positions.max()) + 1
-        where = (chunk_positions - low, sequences[chunk_rows] - first_sequence)
+        cells = (chunk_positions - low, sequences[chunk_rows] - first_sequence)
         slots = rows.new_full((high - low, min(block_size, num_sequences - first_sequence)), -1)
-        slots[where] = torch.arange(end - begin, device=cpu)
+        slots[cells] = torch.arange(end - begin, device=cpu)
         begin, previous_low, previous_sequence = end, low, first_sequence
-        chunk = Chunk(chunk_rows, where[1], where[0], slots, first_sequence)
+        chunk = CreditChunk(chunk_rows, cells[1], cells[0], slots, first_sequence)
         yield chunk if device is None else _on_device(chunk, device)
 
 
-def _on_device(chunk: Chunk, device: torch.device) -> Chunk:
-    """One copy, for which nothing waits."""
+def _on_device(chunk: CreditChunk, device: torch.device) -> CreditChunk:
+    """Returns the chunk with its indices on a device, in one copy that does not synchronise."""
     fields = chunk[:4]
     flat = torch.cat([field.flatten() for field in fields])
     if device.type == "cuda":
         flat = flat.pin_memory()
     parts = flat.to(device, non_blocking=True).split([field.numel() for field in fields])
     rows, sequences, positions, slots = (part.view_as(field) for part, field in zip(parts, fields, strict=True))
-    return Chunk(rows, sequences, positions, slots, chunk.first_sequence)
+    return CreditChunk(rows, sequences, positions, slots, chunk.first_sequence)
 
 
 class CreditScan:
-    """Turns the costs of chunks, given in `reverse_chunks` order, into the weights and costs-to-go of their rows."""
+    """Computes weights and costs-to-go of rows from the costs of their chunks, given in `reverse_chunks` order.
 
-    def __init__(self, credit: Credit, lengths: Tensor, kernels: ModuleType) -> None:
+    Args:
+        lengths: [B] int64 on the CPU.
+        kernels: the back end, whose `cost_to_go` runs if it has one.
+        baseline_values, behaviour_logprobs: as in `CreditInputs`.
+    """
+
+    def __init__(
+        self,
+        credit: Credit,
+        lengths: Tensor,
+        kernels: ModuleType,
+        baseline_values: Tensor | None = None,
+        behaviour_logprobs: Tensor | None = None,
+    ) -> None:
         self._credit = credit
-        self._costs_to_go = _ToGo(credit, lengths, kernels)
-        self._tokens_to_go = _ToGo(credit, lengths, kernels)
+        self._baseline_values, self._behaviour_logprobs = baseline_values, behaviour_logprobs
+        self._costs_to_go = _CostToGo(credit, lengths, kernels)
+        self._tokens_to_go = _CostToGo(credit, lengths, kernels)
 
     def row_weights(
-        self, statistics: Tensor, cost: int, row_weight: Tensor, rows: slice | Tensor, chunk: Chunk | None
+        self, statistics: Tensor, cost: int, row_weight: Tensor, rows: slice | Tensor, chunk: CreditChunk | None
     ) -> tuple[Tensor, Tensor]:
-        """Of rows with statistics [NUM_STATISTICS, R]: weights [R] of their cost's gradient; a_t and G_t as [2, R].
+        """Returns the weights [R] of the rows' cost gradients, and a_t and G_t as [2, R].
 
-        `chunk` is None where there is no credit. Costs of other rows are not weighted by importance (see `distil`).
+        Args:
+            statistics: [NUM_STATISTICS, R].
+            cost: the statistic that rows cost.
+            rows: which of the N rows these are.
+            chunk: None without credit.
+
+        The importance ratio of a row weighs its own gradient; costs of later rows are not weighted (see `distil`).
         """
         if chunk is None:
             credit = torch.zeros_like(statistics[:2])
         else:
             credit = self.weights(row_weight * statistics[cost], chunk)
-        ratio = self._credit.importance(statistics[Statistic.LOGPROB], rows)
-        if ratio is not None:
+        if self._behaviour_logprobs is not None:
+            ratio = self._importance(statistics[Statistic.LOGPROB], self._behaviour_logprobs[rows])
             row_weight, credit = row_weight * ratio, torch.stack([credit[0] * ratio, credit[1]])
         return row_weight, credit
 
-    def weights(self, costs: Tensor, chunk: Chunk) -> Tensor:
-        """[2, R]: a_t and G_t of a chunk's rows from their costs [R] (already times the token weight)."""
+    def weights(self, costs: Tensor, chunk: CreditChunk) -> Tensor:
+        """Returns a_t and G_t [2, R] of a chunk's rows from their costs [R] (already times the token weight)."""
         credit = self._credit
-        where = (chunk.positions, chunk.sequences)
+        cells = (chunk.positions, chunk.sequences)
+
+        # Cost-to-go of every cell of the grid [positions, sequences].
         if credit.span == "sequence":
             to_go = reference.on_grid(costs, chunk.slots).sum(0, keepdim=True).expand(chunk.slots.shape)
         else:
@@ -198,37 +222,51 @@ class CreditScan:
             if credit.by_remaining:  # where no token remains both are 0
                 tokens = self._tokens_to_go(torch.ones_like(costs), chunk)
                 to_go = to_go / tokens.clamp(min=torch.finfo(costs.dtype).tiny)
-        found = weights = to_go[where]
-        if credit.baseline is not None:
-            weights = found - self._baseline(to_go, where, chunk)
-        return torch.stack([(credit.scale * weights).clamp(-credit.clip, credit.clip), found])
 
-    def _baseline(self, to_go: Tensor, where: tuple[Tensor, Tensor], chunk: Chunk) -> Tensor:
-        credit = self._credit
-        if isinstance(credit.baseline, Tensor):
-            return credit.baseline[chunk.rows].to(to_go.dtype)
-        if credit.baseline == "leave_one_out":
-            groups = to_go.unflatten(1, (-1, credit.group_size))
-            others = (groups.sum(-1, keepdim=True) - groups) / (credit.group_size - 1)
-            return others.flatten(1)[where]
+        # Baseline, scale and clip of the cells that hold a row.
+        cost_to_go = weights = to_go[cells]
+        if credit.baseline is not None:
+            weights = cost_to_go - self._baseline(to_go, cells, chunk)
+        weights = credit.scale * weights
+        if credit.clip is not None:
+            weights = weights.clamp(-credit.clip, credit.clip)
+        return torch.stack([weights, cost_to_go])
+
+    def _importance(self, logprobs: Tensor, behaviour_logprobs: Tensor) -> Tensor:
+        """Returns the bounded ratio [R] of each token's probability under the student and under the older policy."""
+        ratio = (logprobs - behaviour_logprobs.to(logprobs.dtype)).exp()
+        bound = self._credit.importance_clip
+        return ratio if bound is None else ratio.clamp(max=bound)
+
+    def _baseline(self, to_go: Tensor, cells: tuple[Tensor, Tensor], chunk: CreditChunk) -> Tensor:
+        """Returns the baseline [R] of a chunk's rows from the cost-to-go of the grid."""
+        if self._credit.baseline == "values":
+            assert self._baseline_values is not None
+            return self._baseline_values[chunk.rows].to(to_go.dtype)
+        if self._credit.baseline == "leave_one_out":
+            group_size = self._credit.group_size or 1
+            groups = to_go.unflatten(1, (-1, group_size))
+            others = (groups.sum(-1, keepdim=True) - groups) / (group_size - 1)
+            return others.flatten(1)[cells]
         alive = chunk.slots >= 0
         mean = (to_go * alive).sum(1) / alive.sum(1).clamp(min=1)
-        return mean[where[0]]
+        return mean[cells[0]]
 
 
-class _ToGo:
-    """Discounted sums of what comes after each position, chunk by chunk."""
+class _CostToGo:
+    """Discounted sums of the costs behind each position, chunk by chunk."""
 
     def __init__(self, credit: Credit, lengths: Tensor, kernels: ModuleType) -> None:
         self._discount = credit.discount
-        self._horizon = int(credit.horizon) if credit.horizon < int(lengths.max()) else None
+        is_limited = credit.horizon is not None and credit.horizon < int(lengths.max())
+        self._horizon = credit.horizon if is_limited else None
         self._cost_to_go = getattr(kernels, "cost_to_go", reference.cost_to_go)
-        self._block = -1
+        self._first_sequence = -1
         self._later: Tensor | None = None
 
-    def __call__(self, costs: Tensor, chunk: Chunk) -> Tensor:
-        """[positions, sequences] of the chunk whose rows have `costs` [R]."""
-        later = self._later if chunk.first_sequence == self._block else None
+    def __call__(self, costs: Tensor, chunk: CreditChunk) -> Tensor:
+        """Returns the cost-to-go [positions, sequences] of the chunk whose rows have `costs` [R]."""
+        later = self._later if chunk.first_sequence == self._first_sequence else None
         to_go, self._later = self._cost_to_go(costs, chunk.slots, later, self._discount, self._horizon)
-        self._block = chunk.first_sequence
+        self._first_sequence = chunk.first_sequence
         return to_go

@@ -1,20 +1,19 @@
-"""The driver: cuts rows into chunks, owns buffers, matrix products and order, and lets a back end do the rows.
+"""The driver: cuts rows into chunks, owns buffers, matrix products and order, and lets a back end compute the rows.
 
     for each chunk of rows (last position first when credit flows back in time):
         logits  = hidden @ weight^T           both models, float32
         stats   = row_stats(logits)           one pass over the vocabulary
         weights = credit of the costs         known by now: later positions came first
-        dlogits = row_grad(logits, weights)   overwrites the student's logits, or goes to the ring
-        dh      = dlogits @ W,  dW += dlogits^T @ h      per chunk, or per full ring
+        dlogits = row_grad(logits, weights)   overwrites the student's logits, or goes to the staging buffer
+        dh      = dlogits @ W,  dW += dlogits^T @ h      per chunk, or per full staging buffer
 
-Peak extra memory is one chunk of logits, the ring and the dW accumulator (formula in `plan`), whatever the number of
-rows. A shared head takes both models' hidden states in one product. Rows that do not count are never touched, so they
-may hold anything, NaN included. Callers have checked every argument.
+Peak extra memory is one chunk of logits, the staging buffer and the dW accumulator (formula in `sizes`), whatever the
+number of rows. A shared head takes both models' hidden states in one product. Rows that do not count are never read, so
+they may hold anything, NaN included. Callers have checked every argument.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -22,31 +21,93 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Self  # comes with torch
 
-from distil_kernels.backends import FORWARD_CE, NUM_STATISTICS, Cost, LogitPair, LogitTransform, Statistic
+from distil_kernels.backends import NUM_STATISTICS, LogitPair, LogitTransform, Statistic
+from distil_kernels.backends.dispatch import BACKENDS
 from distil_kernels.engine import gemm
-from distil_kernels.engine.credit import Chunk, Credit, CreditScan, reverse_chunks
+from distil_kernels.engine.checks import check_tokens, sequence_lengths
+from distil_kernels.engine.credit import CreditChunk, CreditScan, reverse_chunks
 from distil_kernels.engine.gradients import NO_GRADIENTS, Gradients, GradientSums, Needs, Rows, new_rows
-from distil_kernels.engine.kept_gradient import Kept, count_kept, new_kept
+from distil_kernels.engine.kept_gradient import KeptGradient, count_kept, new_kept
 from distil_kernels.engine.plan import Plan
+from distil_kernels.engine.spec import Spec
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Inputs of one call: N rows, V vocabulary entries."""
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Inputs of one call: N rows, V vocabulary entries, B sequences."""
 
+    spec: Spec
     student_hidden: Tensor  # [N, D]
     student_weight: Tensor  # [V, D]
+    student: LogitTransform
     teacher_hidden: Tensor | None  # [N, D_T]; None for no teacher
     teacher_weight: Tensor | None  # [V, D_T]; None shares the student's
-    student: LogitTransform
     teacher: LogitTransform
     tokens: Tensor | None  # [N] int64
     counted: Tensor | None  # [N] bool; None counts every row
-    kernels: ModuleType
-    cost: Cost = FORWARD_CE
-    gradient_threshold: float = 0.0  # smaller entries of the logits' gradient, relative to their row, are left out
-    denominator: Tensor | None = None  # [], of a scalar loss and its gradients; None for 1
+    row_weight: Tensor  # [N] in the accumulation dtype, 0 for rows that do not count
+    denominator: Tensor | None  # [], of a scalar loss and its gradients; None for 1
+    lengths: Tensor  # [B] int64 on the CPU, rows of each sequence
+    baseline_values: Tensor | None  # [N], for the credit's baseline "values"
+    behaviour_logprobs: Tensor | None  # [N]; None: the student sampled the tokens
+
+    @classmethod
+    def of(
+        cls,
+        spec: Spec,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        student_bias: Tensor | None,
+        teacher_hidden: Tensor | None,
+        teacher_weight: Tensor | None,
+        teacher_bias: Tensor | None,
+        tokens: Tensor | None,
+        counted: Tensor | None,
+        *,
+        row_weight: Tensor | None = None,
+        denominator: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        baseline_values: Tensor | None = None,
+        behaviour_logprobs: Tensor | None = None,
+        **named_tokens: Tensor,
+    ) -> Self:
+        """Makes the record from the tensors of a custom op; checks what depends on their values.
+
+        Args:
+            row_weight: None for 1.
+            cu_seqlens: [B + 1]; None for one sequence.
+            named_tokens: fields of a subclass.
+        """
+        num_rows, dtype = student_hidden.shape[0], gemm.accumulation_dtype(student_hidden.dtype)
+        check_tokens(tokens, counted, student_weight.shape[0])
+        lengths = torch.tensor([num_rows], device="cpu")
+        if cu_seqlens is not None:
+            lengths = sequence_lengths(cu_seqlens, num_rows, spec.credit.group_size)
+
+        def transform(bias: Tensor | None, temperature: float) -> LogitTransform:
+            return LogitTransform(
+                None if bias is None else bias.to(dtype).contiguous(), spec.logit_softcap, temperature
+            )
+
+        return cls(
+            spec=spec,
+            student_hidden=student_hidden,
+            student_weight=student_weight,
+            student=transform(student_bias, spec.temperature),
+            teacher_hidden=teacher_hidden,
+            teacher_weight=teacher_weight,
+            teacher=transform(teacher_bias, spec.teacher_temperature),
+            tokens=None if tokens is None else tokens.contiguous(),
+            counted=counted,
+            row_weight=student_hidden.new_ones(num_rows, dtype=dtype) if row_weight is None else row_weight,
+            denominator=denominator,
+            lengths=lengths,
+            baseline_values=baseline_values,
+            behaviour_logprobs=behaviour_logprobs,
+            **named_tokens,
+        )
 
     @property
     def num_rows(self) -> int:
@@ -58,40 +119,66 @@ class Problem:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of logits, statistics and accumulators."""
+        """The dtype of logits, statistics and sums."""
         return gemm.accumulation_dtype(self.student_hidden.dtype)
 
+    @property
+    def kernels(self) -> ModuleType:
+        """The back end's row kernels."""
+        return BACKENDS[self.spec.backend]
 
-class Policy(NamedTuple):
-    """A policy-gradient loss of tokens that were sampled under other log-probs."""
+    @property
+    def num_models(self) -> int:
+        """The number of models whose logits are formed."""
+        return 1 if self.teacher_hidden is None else 2
 
-    advantages: Tensor  # [N]
-    old_logprobs: Tensor | None  # [N]; None for the present ones, held still
-    clip_low: float | None  # the ratio stops counting below 1 - clip_low, for advantages below 0; None for never
-    clip_high: float | None  # above 1 + clip_high, for advantages above 0
-    entropy_weight: float
+    def workspace(self, chunk_rows: int) -> Workspace:
+        """Allocates the logits of one chunk."""
+        return Workspace(self, chunk_rows)
 
-    def surrogate(self, logprob: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        """-min(ratio A, clip(ratio) A) and its derivative by the log-prob, of some rows."""
-        advantages = self.advantages[rows].to(logprob.dtype)
-        old = logprob if self.old_logprobs is None else self.old_logprobs[rows].to(logprob.dtype)
-        ratio = (logprob - old).exp()
-        low = 0.0 if self.clip_low is None else 1.0 - self.clip_low
-        high = math.inf if self.clip_high is None else 1.0 + self.clip_high
-        clipped = ((ratio > high) & (advantages > 0)) | ((ratio < low) & (advantages < 0))
-        loss = -torch.where(clipped, ratio.clamp(low, high), ratio) * advantages
-        return loss, torch.where(clipped, 0.0, loss)
+    def divided(self, total: Tensor) -> Tensor:
+        """Returns a sum over the denominator."""
+        return total if self.denominator is None else total / self.denominator
 
+    def new_statistics(self) -> Tensor:
+        """Allocates zeros [NUM_STATISTICS, N]."""
+        return self.student_hidden.new_zeros(NUM_STATISTICS, self.num_rows, dtype=self.dtype)
 
-class PolicyResult(NamedTuple):
-    loss: Tensor  # []
-    statistics: Tensor  # [NUM_STATISTICS, N]
-    surrogate: Tensor  # [N]
-    clipped: Tensor  # [N] bool
-    gradients: Gradients
+    def new_sums(self, plan: Plan) -> GradientSums:
+        """Allocates the sums of the gradients that the call needs."""
+        return GradientSums(
+            self.student_hidden, self.student_weight, self.spec.needs, plan.staging_rows, self.spec.gradient_threshold
+        )
+
+    def chunks(self, chunk_rows: int) -> Iterator[Rows]:
+        """Yields the rows that count, in their own order."""
+        if self.counted is None:
+            for begin in range(0, self.num_rows, chunk_rows):
+                yield slice(begin, min(begin + chunk_rows, self.num_rows))
+        else:
+            rows = self.counted.nonzero()[:, 0]
+            if rows.numel():  # split would give one chunk of none
+                yield from rows.split(chunk_rows)
+
+    def ordered_chunks(self, max_rows: int) -> Iterator[tuple[Rows, CreditChunk | None]]:
+        """Yields the rows that count in the order that the credit needs; the second entry is None without credit."""
+        if self.spec.credit.span == "none":
+            for rows in self.chunks(max_rows):
+                yield rows, None
+        else:
+            counted = None if self.counted is None else self.counted.cpu()
+            device = self.student_hidden.device
+            for chunk in reverse_chunks(self.lengths, counted, self.spec.credit, max_rows, device):
+                yield chunk.rows, chunk
+
+    def credit_scan(self) -> CreditScan:
+        """Begins the credit of the last position."""
+        return CreditScan(self.spec.credit, self.lengths, self.kernels, self.baseline_values, self.behaviour_logprobs)
 
 
 class ScalarResult(NamedTuple):
+    """Result of `scalar_loss`."""
+
     loss: Tensor  # [], sum over rows of weight * cost, over the denominator
     statistics: Tensor  # [NUM_STATISTICS, N]
     credit: Tensor  # [2, N], weights a_t and cost-to-go G_t
@@ -99,13 +186,25 @@ class ScalarResult(NamedTuple):
     gradients: Gradients
 
 
+class PolicyResult(NamedTuple):
+    """Result of `policy_loss`."""
+
+    loss: Tensor  # []
+    statistics: Tensor  # [NUM_STATISTICS, N]
+    surrogate: Tensor  # [N]
+    clipped: Tensor  # [N] bool
+    gradients: Gradients
+
+
 class RowsResult(NamedTuple):
+    """Result of `rows_statistics`."""
+
     statistics: Tensor  # [NUM_STATISTICS, N]
     base_hidden: Tensor  # [N, D]: gradient for unit upstream of the cost (`frozen_head`), else empty
-    kept: Kept
+    kept: KeptGradient
 
 
-class _Chunk(NamedTuple):
+class LogitChunk(NamedTuple):
     """One chunk's inputs to the row kernels."""
 
     rows: Rows
@@ -114,269 +213,261 @@ class _Chunk(NamedTuple):
 
 
 class Workspace:
-    """Room for one chunk of both models' logits, filled again for every chunk."""
+    """Memory for one chunk of both models' logits, filled again for every chunk."""
 
-    def __init__(self, problem: Problem, chunk_rows: int) -> None:
-        self._problem = problem
-        self._scale = None if problem.denominator is None else problem.denominator.reciprocal()
-        num_models = 1 if problem.teacher_hidden is None else 2
-        self._logits = new_rows(problem.student_hidden, num_models * chunk_rows, problem.vocab_size, problem.dtype)
+    def __init__(self, inputs: Inputs, chunk_rows: int) -> None:
+        self._inputs = inputs
+        self._scale = None if inputs.denominator is None else inputs.denominator.reciprocal()
+        num_rows = inputs.num_models * chunk_rows
+        self._logits = new_rows(inputs.student_hidden, num_rows, inputs.vocab_size, inputs.dtype)
 
-    def load(self, rows: Rows) -> _Chunk:
-        problem = self._problem
-        hidden = problem.student_hidden[rows]
+    def load(self, rows: Rows) -> LogitChunk:
+        """Forms the logits of some rows; those of the chunk before are overwritten."""
+        inputs = self._inputs
+        hidden = inputs.student_hidden[rows]
         num_rows = hidden.shape[0]
-        tokens = None if problem.tokens is None else problem.tokens[rows]
-        if problem.teacher_hidden is None:
-            own = self._logits[:num_rows]
-            gemm.lm_head(hidden, problem.student_weight, out=own)
-            return _Chunk(rows, LogitPair(own, own), tokens)
-        teacher_hidden = problem.teacher_hidden[rows]
+        tokens = None if inputs.tokens is None else inputs.tokens[rows]
+
+        # Without a teacher the row kernels read the student's logits twice.
+        if inputs.teacher_hidden is None:
+            student_logits = self._logits[:num_rows]
+            gemm.lm_head(hidden, inputs.student_weight, out=student_logits)
+            return LogitChunk(rows, LogitPair(student_logits, student_logits), tokens)
+
+        # A shared head reads its weight once for both models.
+        teacher_hidden = inputs.teacher_hidden[rows]
         both = self._logits[: 2 * num_rows]
         pair = LogitPair(both[:num_rows], both[num_rows:])
-        if problem.teacher_weight is None:
-            gemm.lm_head(torch.cat([hidden, teacher_hidden]), problem.student_weight, out=both)
+        if inputs.teacher_weight is None:
+            gemm.lm_head(torch.cat([hidden, teacher_hidden]), inputs.student_weight, out=both)
         else:
-            gemm.lm_head(hidden, problem.student_weight, out=pair.student)
-            gemm.lm_head(teacher_hidden, problem.teacher_weight, out=pair.teacher)
-        return _Chunk(rows, pair, tokens)
+            gemm.lm_head(hidden, inputs.student_weight, out=pair.student)
+            gemm.lm_head(teacher_hidden, inputs.teacher_weight, out=pair.teacher)
+        return LogitChunk(rows, pair, tokens)
 
-    def row_stats(self, chunk: _Chunk) -> Tensor:
-        problem = self._problem
-        return problem.kernels.row_stats(chunk.logits, problem.student, problem.teacher, chunk.tokens, problem.cost)
+    def row_stats(self, chunk: LogitChunk) -> Tensor:
+        """Returns the chunk's statistics [NUM_STATISTICS, R]."""
+        inputs = self._inputs
+        return inputs.kernels.row_stats(chunk.logits, inputs.student, inputs.teacher, chunk.tokens, inputs.spec.cost)
 
     def row_grad(
-        self, chunk: _Chunk, statistics: Tensor, cost_weight: Tensor, logprob_weight: Tensor | None, out: Tensor
+        self, chunk: LogitChunk, statistics: Tensor, cost_weight: Tensor, logprob_weight: Tensor | None, out: Tensor
     ) -> Tensor | None:
-        problem = self._problem
+        """Writes the gradient of sum(cost_weight * cost + logprob_weight * logprob) by the logits to `out` [R, V].
+
+        Returns the residual [R] of its rows, or None if nothing was rounded.
+        """
+        inputs = self._inputs
         if logprob_weight is not None:
             logprob_weight = self._scaled(logprob_weight)
-        return problem.kernels.row_grad(
-            chunk.logits, problem.student, problem.teacher, chunk.tokens, statistics, problem.cost,
+        return inputs.kernels.row_grad(
+            chunk.logits, inputs.student, inputs.teacher, chunk.tokens, statistics, inputs.spec.cost,
             self._scaled(cost_weight), logprob_weight, out,
         )  # fmt: skip
 
-    def _scaled(self, weight: Tensor) -> Tensor:
-        """Divided here and not once the gradients are summed: that would be a pass over dW, and round it twice."""
-        return weight if self._scale is None else weight * self._scale
-
-    def row_stats_grad(self, chunk: _Chunk, cost_weight: Tensor, out: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Both, where no weight depends on the statistics: back ends may then read the logits once."""
-        problem = self._problem
-        at_once = getattr(problem.kernels, "row_stats_grad", None)
-        if at_once is not None:
-            return at_once(
-                chunk.logits, problem.student, problem.teacher, chunk.tokens, problem.cost, self._scaled(cost_weight),
-                out,
+    def row_stats_grad(self, chunk: LogitChunk, cost_weight: Tensor, out: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Does both, if no weight depends on the statistics: a back end may then read the logits once."""
+        inputs = self._inputs
+        in_one_read = getattr(inputs.kernels, "row_stats_grad", None)
+        if in_one_read is not None:
+            return in_one_read(
+                chunk.logits, inputs.student, inputs.teacher, chunk.tokens, inputs.spec.cost,
+                self._scaled(cost_weight), out,
             )  # fmt: skip
         statistics = self.row_stats(chunk)
         return statistics, self.row_grad(chunk, statistics, cost_weight, None, out)
 
+    def _scaled(self, weight: Tensor) -> Tensor:
+        """Returns row weights over the denominator.
 
-def scalar_loss(
-    problem: Problem, plan: Plan, needs: Needs, row_weight: Tensor, credit: Credit, lengths: Tensor
-) -> ScalarResult:
-    """Sum over rows of row_weight * cost over the problem's denominator, and its sequence-level gradient.
+        Dividing the summed gradients instead would be one more pass over dW, and round it twice.
+        """
+        return weight if self._scale is None else weight * self._scale
+
+
+def scalar_loss(inputs: Inputs, plan: Plan) -> ScalarResult:
+    """Computes the sum over rows of row_weight * cost over the denominator, and its sequence-level gradient."""
+    compute = _in_one_pass if plan.forms_gradient_in_forward else _in_two_passes
+    statistics, credit_weights, sums = compute(inputs, plan)
+    total = (inputs.row_weight * statistics[inputs.spec.cost.statistic]).sum()
+    return ScalarResult(inputs.divided(total), statistics, credit_weights, sums.dropped, sums.result())
+
+
+def policy_loss(inputs: Inputs, plan: Plan, advantages: Tensor, old_logprobs: Tensor | None) -> PolicyResult:
+    """Computes the sum over rows of row_weight * (surrogate - entropy_weight * entropy) over the denominator.
+
+    The cost of the inputs is the entropy. A row's weights follow from its own log-prob, so one pass is enough for any
+    rows in any order.
 
     Args:
-        row_weight: [N] in the accumulation dtype, 0 for rows that do not count.
-        lengths: [B] int64 on the CPU, rows of each sequence.
+        advantages: [N].
+        old_logprobs: [N]; None for the present ones, held constant.
     """
-    one_pass = plan.name in ("gradient_in_forward", "frozen_head")
-    compute = _in_one_pass if one_pass else _in_two_passes
-    statistics, credit_weights, sums = compute(problem, plan, needs, row_weight, credit, lengths)
-    total = (row_weight * statistics[problem.cost.statistic]).sum()
-    return ScalarResult(_divided(total, problem), statistics, credit_weights, sums.dropped, sums.result())
-
-
-def policy_loss(problem: Problem, plan: Plan, needs: Needs, row_weight: Tensor, policy: Policy) -> PolicyResult:
-    """Sum over rows of row_weight * (surrogate - entropy_weight * entropy), over the problem's denominator.
-
-    The problem's cost is the entropy. A row's weights follow from its own log-prob, so one pass does for any rows in
-    any order.
-    """
-    statistics, surrogate, clipped, sums = _policy_pass(problem, plan, needs, row_weight, policy)
-    rows_loss = surrogate - policy.entropy_weight * statistics[Statistic.ENTROPY]
-    total = _divided((row_weight * rows_loss).sum(), problem)
+    assert inputs.spec.policy is not None
+    statistics, surrogate, clipped, sums = _policy_pass(inputs, plan, advantages, old_logprobs)
+    rows_loss = surrogate - inputs.spec.policy.entropy_weight * statistics[Statistic.ENTROPY]
+    total = inputs.divided((inputs.row_weight * rows_loss).sum())
     return PolicyResult(total, statistics, surrogate, clipped, sums.result())
 
 
 def _policy_pass(
-    problem: Problem, plan: Plan, needs: Needs, row_weight: Tensor, policy: Policy
+    inputs: Inputs, plan: Plan, advantages: Tensor, old_logprobs: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, GradientSums]:
-    """Statistics, surrogate, whether it is clipped, and the gradients, as `_in_one_pass` leaves them."""
-    statistics = _new_statistics(problem)
-    surrogate, clipped = torch.zeros_like(row_weight), torch.zeros_like(row_weight, dtype=torch.bool)
-    workspace = Workspace(problem, plan.chunk_rows)
-    sums = GradientSums(problem.student_hidden, problem.student_weight, needs, plan.ring_rows)
-    for rows in plain_chunks(problem.counted, problem.num_rows, plan.chunk_rows):
-        chunk, weight = workspace.load(rows), row_weight[rows]
+    """Returns statistics, surrogate, where it is clipped, and the sums, whose last products are not yet computed."""
+    policy = inputs.spec.policy
+    assert policy is not None
+    statistics = inputs.new_statistics()
+    surrogate = torch.zeros_like(inputs.row_weight)
+    clipped = torch.zeros_like(inputs.row_weight, dtype=torch.bool)
+    workspace, sums = inputs.workspace(plan.chunk_rows), inputs.new_sums(plan)
+    for rows in inputs.chunks(plan.chunk_rows):
+        # Log-prob and entropy of the rows, and the surrogate with its derivative by the log-prob.
+        chunk, weight = workspace.load(rows), inputs.row_weight[rows]
         statistics[:, rows] = chunk_statistics = workspace.row_stats(chunk)
-        surrogate[rows], derivative = policy.surrogate(chunk_statistics[Statistic.LOGPROB], rows)
+        old = None if old_logprobs is None else old_logprobs[rows]
+        logprob = chunk_statistics[Statistic.LOGPROB]
+        surrogate[rows], derivative = policy.surrogate(logprob, advantages[rows], old)
         clipped[rows] = (derivative == 0) & (surrogate[rows] != 0)
-        if any(needs):
-            out = sums.room(chunk.logits.student)
+
+        # The gradient comes through the entropy and through the log-prob.
+        if any(inputs.spec.needs):
+            out = sums.output_buffer(chunk.logits.student)
             cost_weight = -policy.entropy_weight * weight
-            rounding = workspace.row_grad(chunk, chunk_statistics, cost_weight, weight * derivative, out)
-            sums.add(rows, out, rounding)
+            residual = workspace.row_grad(chunk, chunk_statistics, cost_weight, weight * derivative, out)
+            sums.add(rows, out, residual)
     return statistics, surrogate, clipped, sums
 
 
-def _divided(total: Tensor, problem: Problem) -> Tensor:
-    return total if problem.denominator is None else total / problem.denominator
+def _in_one_pass(inputs: Inputs, plan: Plan) -> tuple[Tensor, Tensor, GradientSums]:
+    """Returns statistics, credit and the sums, for plans `gradient_in_forward` and `frozen_head`.
 
-
-def _in_one_pass(
-    problem: Problem, plan: Plan, needs: Needs, row_weight: Tensor, credit: Credit, lengths: Tensor
-) -> tuple[Tensor, Tensor, GradientSums]:
-    """Statistics, credit, and the gradients but for the last products, which the caller asks for when the memory of
-    the logits is free again: where they are the only ones, dW takes its place."""
-    statistics = _new_statistics(problem)
-    credit_weights = row_weight.new_zeros(2, problem.num_rows)
-    scan = CreditScan(credit, lengths, problem.kernels)
-    workspace = Workspace(problem, plan.chunk_rows)
-    sums = GradientSums(
-        problem.student_hidden, problem.student_weight, needs, plan.ring_rows, problem.gradient_threshold
-    )
-    for rows, credit_chunk in _ordered_chunks(problem, credit, lengths, plan.chunk_rows):
+    The last products run in `sums.result()`, after the logits are freed, so that dW can take their memory.
+    """
+    statistics = inputs.new_statistics()
+    credit_weights = inputs.row_weight.new_zeros(2, inputs.num_rows)
+    scan, workspace, sums = inputs.credit_scan(), inputs.workspace(plan.chunk_rows), inputs.new_sums(plan)
+    for rows, credit_chunk in inputs.ordered_chunks(plan.chunk_rows):
         chunk = workspace.load(rows)
-        cost_weight, out = row_weight[rows], sums.room(chunk.logits.student)
-        if credit_chunk is None and credit.behaviour_logprobs is None:
-            chunk_statistics, rounding = workspace.row_stats_grad(chunk, cost_weight, out)
+        cost_weight, out = inputs.row_weight[rows], sums.output_buffer(chunk.logits.student)
+
+        # Weights that are known beforehand: statistics and gradient in one read of the logits.
+        if credit_chunk is None and inputs.behaviour_logprobs is None:
+            chunk_statistics, residual = workspace.row_stats_grad(chunk, cost_weight, out)
+
+        # Else the costs give the credit of these rows, and the credit their weights.
         else:
             chunk_statistics = workspace.row_stats(chunk)
-            cost_weight, found = scan.row_weights(
-                chunk_statistics, problem.cost.statistic, cost_weight, rows, credit_chunk
+            cost_weight, chunk_credit = scan.row_weights(
+                chunk_statistics, inputs.spec.cost.statistic, cost_weight, rows, credit_chunk
             )
-            credit_weights[:, rows] = found
-            rounding = workspace.row_grad(chunk, chunk_statistics, cost_weight, found[0], out)
+            credit_weights[:, rows] = chunk_credit
+            residual = workspace.row_grad(chunk, chunk_statistics, cost_weight, chunk_credit[0], out)
         statistics[:, rows] = chunk_statistics
-        sums.add(rows, out, rounding)
+        sums.add(rows, out, residual)
     return statistics, credit_weights, sums
 
 
-def _in_two_passes(
-    problem: Problem, plan: Plan, needs: Needs, row_weight: Tensor, credit: Credit, lengths: Tensor
-) -> tuple[Tensor, Tensor, GradientSums]:
-    """Statistics of every row, then all the credit, then the gradient; for `recompute` and `stats_only`."""
-    statistics = rows_statistics(problem, plan).statistics
-    credit_weights = row_weight.new_zeros(2, problem.num_rows)
-    scan = CreditScan(credit, lengths, problem.kernels)
-    cost_weight = torch.zeros_like(row_weight)
-    for rows, credit_chunk in _ordered_chunks(problem, credit, lengths, max(1, problem.num_rows)):
+def _in_two_passes(inputs: Inputs, plan: Plan) -> tuple[Tensor, Tensor, GradientSums]:
+    """Returns statistics, credit and the sums, for plans `recompute` and `stats_only`."""
+    # Statistics of every row, then all the credit.
+    statistics = rows_statistics(inputs, plan).statistics
+    credit_weights = inputs.row_weight.new_zeros(2, inputs.num_rows)
+    scan = inputs.credit_scan()
+    cost_weight = torch.zeros_like(inputs.row_weight)
+    for rows, credit_chunk in inputs.ordered_chunks(max(1, inputs.num_rows)):
         cost_weight[rows], credit_weights[:, rows] = scan.row_weights(
-            statistics[:, rows], problem.cost.statistic, row_weight[rows], rows, credit_chunk
+            statistics[:, rows], inputs.spec.cost.statistic, inputs.row_weight[rows], rows, credit_chunk
         )
-    if plan.name == "stats_only":
-        nothing = GradientSums(problem.student_hidden, problem.student_weight, NO_GRADIENTS, ring_rows=0)
-        return statistics, credit_weights, nothing
-    logprob_weight = None if credit.span == "none" else credit_weights[0]
-    return statistics, credit_weights, rows_backward(problem, plan, needs, statistics, cost_weight, logprob_weight)
+
+    # Then the gradient, from logits that are formed a second time.
+    if plan.is_without_gradient:
+        no_sums = GradientSums(inputs.student_hidden, inputs.student_weight, NO_GRADIENTS, staging_rows=0)
+        return statistics, credit_weights, no_sums
+    logprob_weight = None if inputs.spec.credit.span == "none" else credit_weights[0]
+    return statistics, credit_weights, rows_backward(inputs, plan, statistics, cost_weight, logprob_weight)
 
 
-def rows_statistics(problem: Problem, plan: Plan) -> RowsResult:
-    """Statistics of every row that counts (0 elsewhere), and what the plan keeps for the backward pass."""
-    keeps, frozen = plan.name == "kept_gradient", plan.name == "frozen_head"
-    num_kept = count_kept(plan.name, problem.tokens)
-    kept = new_kept(problem.student_hidden, problem.vocab_size, num_kept, problem.counted)
-    sums = GradientSums(
-        problem.student_hidden, problem.student_weight, Needs(frozen, False, False), plan.ring_rows if frozen else 0
-    )
-    one_read = problem.teacher_hidden is not None and problem.cost.statistic != Statistic.JSD
-    if one_read and not (keeps or frozen) and hasattr(problem.kernels, "head_stats"):
-        return RowsResult(_head_statistics(problem), sums.result().hidden, kept)
-    statistics = _new_statistics(problem)
-    workspace = Workspace(problem, plan.chunk_rows)
-    for rows in plain_chunks(problem.counted, problem.num_rows, plan.chunk_rows):
+def rows_statistics(inputs: Inputs, plan: Plan) -> RowsResult:
+    """Computes the statistics of every row that counts (0 elsewhere), and what the plan stores for backward."""
+    num_kept = count_kept(plan, inputs.tokens)
+    kept = new_kept(inputs.student_hidden, inputs.vocab_size, num_kept, inputs.counted)
+    needs_hidden = Needs(hidden=plan.is_frozen_head, weight=False, bias=False)
+    staging_rows = plan.staging_rows if plan.is_frozen_head else 0
+    sums = GradientSums(inputs.student_hidden, inputs.student_weight, needs_hidden, staging_rows)
+    if forms_no_logits(inputs.spec, plan, inputs.num_models):
+        return RowsResult(_head_statistics(inputs), sums.result().hidden, kept)
+
+    statistics, workspace = inputs.new_statistics(), inputs.workspace(plan.chunk_rows)
+    for rows in inputs.chunks(plan.chunk_rows):
         chunk = workspace.load(rows)
-        if keeps:
+        if plan.keeps_gradient:
             statistics[:, rows] = _keep_gradient(workspace, chunk, kept)
-        elif frozen:
-            ones, out = torch.ones_like(chunk.logits.student[:, 0]), sums.room(chunk.logits.student)
-            statistics[:, rows], rounding = workspace.row_stats_grad(chunk, ones, out)
-            sums.add(rows, out, rounding)
+        elif plan.is_frozen_head:
+            ones, out = torch.ones_like(chunk.logits.student[:, 0]), sums.output_buffer(chunk.logits.student)
+            statistics[:, rows], residual = workspace.row_stats_grad(chunk, ones, out)
+            sums.add(rows, out, residual)
         else:
             statistics[:, rows] = workspace.row_stats(chunk)
     return RowsResult(statistics, sums.result().hidden, kept)
 
 
-def _head_statistics(problem: Problem) -> Tensor:
-    """Statistics of every row that counts from a kernel that forms no logits."""
-    assert problem.teacher_hidden is not None
-    rows: Rows = slice(None) if problem.counted is None else problem.counted.nonzero()[:, 0]
-    teacher_weight = problem.student_weight if problem.teacher_weight is None else problem.teacher_weight
-    found = problem.kernels.head_stats(
-        problem.student_hidden[rows], problem.student_weight, problem.teacher_hidden[rows], teacher_weight,
-        problem.student, problem.teacher, None if problem.tokens is None else problem.tokens[rows],
+def forms_no_logits(spec: Spec, plan: Plan, num_models: int) -> bool:
+    """Returns whether a kernel of the back end computes the statistics from hidden states and heads."""
+    needs_one_read = num_models == 2 and spec.cost.statistic != Statistic.JSD
+    stores_gradient = plan.keeps_gradient or plan.is_frozen_head
+    return needs_one_read and not stores_gradient and hasattr(BACKENDS[spec.backend], "head_stats")
+
+
+def _head_statistics(inputs: Inputs) -> Tensor:
+    """Returns the statistics of every row that counts, from a kernel that forms no logits."""
+    assert inputs.teacher_hidden is not None
+    rows: Rows = slice(None) if inputs.counted is None else inputs.counted.nonzero()[:, 0]
+    teacher_weight = inputs.student_weight if inputs.teacher_weight is None else inputs.teacher_weight
+    row_statistics = inputs.kernels.head_stats(
+        inputs.student_hidden[rows], inputs.student_weight, inputs.teacher_hidden[rows], teacher_weight,
+        inputs.student, inputs.teacher, None if inputs.tokens is None else inputs.tokens[rows],
     )  # fmt: skip
-    if problem.counted is None:
-        return found
-    statistics = _new_statistics(problem)
-    statistics[:, rows] = found
+    if inputs.counted is None:
+        return row_statistics
+    statistics = inputs.new_statistics()
+    statistics[:, rows] = row_statistics
     return statistics
 
 
-def _keep_gradient(workspace: Workspace, chunk: _Chunk, kept: Kept) -> Tensor:
-    """Fills the chunk's rows of `kept`, returns its statistics."""
+def _keep_gradient(workspace: Workspace, chunk: LogitChunk, kept: KeptGradient) -> Tensor:
+    """Stores the gradients of the chunk's rows in `kept`, and returns the chunk's statistics."""
     rows, vocab_size = chunk.rows, chunk.logits.student.shape[1]
     ones = torch.ones_like(chunk.logits.student[:, 0])
-    room = kept.rows[:, rows, :vocab_size]
-    statistics, lost = workspace.row_stats_grad(chunk, ones, room[0])
-    rounding = [lost]
-    if len(room) == 2:
-        rounding.append(workspace.row_grad(chunk, statistics, torch.zeros_like(ones), ones, room[1]))
-    for own, lost in zip(kept.rounding, rounding, strict=True):
-        if lost is not None:
-            own[rows] = lost
-    if isinstance(rows, Tensor):  # then `room` is a copy
-        kept.rows[:, rows, :vocab_size] = room
+    out = kept.rows[:, rows, :vocab_size]
+    statistics, residual = workspace.row_stats_grad(chunk, ones, out[0])
+    residuals = [residual]
+    if len(out) == 2:
+        residuals.append(workspace.row_grad(chunk, statistics, torch.zeros_like(ones), ones, out[1]))
+    for kept_residual, residual in zip(kept.residual, residuals, strict=True):
+        if residual is not None:
+            kept_residual[rows] = residual
+    if isinstance(rows, Tensor):  # then `out` is a copy
+        kept.rows[:, rows, :vocab_size] = out
     return statistics
 
 
 def rows_backward(
-    problem: Problem,
-    plan: Plan,
-    needs: Needs,
-    statistics: Tensor,
-    cost_weight: Tensor,
-    logprob_weight: Tensor | None,
+    inputs: Inputs, plan: Plan, statistics: Tensor, cost_weight: Tensor, logprob_weight: Tensor | None
 ) -> GradientSums:
-    """Gradients of sum(cost_weight * cost + logprob_weight * logprob), logits computed anew. Weights are [N]. The last
-    products are the caller's to ask for, as after `_in_one_pass`."""
-    workspace = Workspace(problem, plan.chunk_rows)
-    sums = GradientSums(problem.student_hidden, problem.student_weight, needs, plan.ring_rows)
-    for rows in plain_chunks(problem.counted, problem.num_rows, plan.chunk_rows):
+    """Returns the gradients of sum(cost_weight * cost + logprob_weight * logprob) from logits formed a second time.
+
+    The last products are not yet computed, as after `_in_one_pass`.
+
+    Args:
+        statistics: [NUM_STATISTICS, N].
+        cost_weight, logprob_weight: [N].
+    """
+    workspace = inputs.workspace(plan.chunk_rows)
+    sums = GradientSums(inputs.student_hidden, inputs.student_weight, inputs.spec.needs, plan.staging_rows)
+    for rows in inputs.chunks(plan.chunk_rows):
         chunk = workspace.load(rows)
-        out = sums.room(chunk.logits.student)
-        score_weight = None if logprob_weight is None else logprob_weight[rows]
-        rounding = workspace.row_grad(chunk, statistics[:, rows].contiguous(), cost_weight[rows], score_weight, out)
-        sums.add(rows, out, rounding)
+        out = sums.output_buffer(chunk.logits.student)
+        weight = None if logprob_weight is None else logprob_weight[rows]
+        residual = workspace.row_grad(chunk, statistics[:, rows].contiguous(), cost_weight[rows], weight, out)
+        sums.add(rows, out, residual)
     return sums
-
-
-def plain_chunks(counted: Tensor | None, num_rows: int, chunk_rows: int) -> Iterator[Rows]:
-    """Rows that count ([N] bool, None for all), in their own order."""
-    if counted is None:
-        for begin in range(0, num_rows, chunk_rows):
-            yield slice(begin, min(begin + chunk_rows, num_rows))
-    else:
-        rows = counted.nonzero()[:, 0]
-        if rows.numel():  # split would give one chunk of none
-            yield from rows.split(chunk_rows)
-
-
-def _ordered_chunks(
-    problem: Problem, credit: Credit, lengths: Tensor, max_rows: int
-) -> Iterator[tuple[Rows, Chunk | None]]:
-    """Chunks in the order that the credit asks for."""
-    if credit.span == "none":
-        for rows in plain_chunks(problem.counted, problem.num_rows, max_rows):
-            yield rows, None
-    else:
-        counted = None if problem.counted is None else problem.counted.cpu()
-        for chunk in reverse_chunks(lengths, counted, credit, max_rows, problem.student_hidden.device):
-            yield chunk.rows, chunk
-
-
-def _new_statistics(problem: Problem) -> Tensor:
-    return problem.student_hidden.new_zeros(NUM_STATISTICS, problem.num_rows, dtype=problem.dtype)

@@ -28,9 +28,8 @@ from distil_kernels.backends.cpu import _C
 _WIDEN_BLOCK = 4096
 """Vocabulary entries widened at a time: 4096 x 576 floats are 9 MiB, and a product of that size runs at full speed."""
 
-
 _MEAN_ROWS = 1024
-"""Rows of W whose mean stands for the mean of all: what they have in common is in any sample."""
+"""Rows of W whose mean represents the mean of all rows: what all have in common is in any sample."""
 
 _ROUND_BLOCK = 1024
 """Vocabulary entries whose dW is formed in float32 before it is rounded: 1024 x 1024 floats stay in a cache."""
@@ -40,12 +39,13 @@ _ADD_BLOCK = 16384
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, else float32."""
+    """Returns the dtype of logits, statistics and sums: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def operand_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """In which the gradient of the logits goes into its products: that of the hidden states where there are such."""
+    """Returns the dtype in which the gradient of the logits enters its products: that of the hidden states, if the
+    device multiplies it to a float32 result."""
     if device_type == "cpu" and not (dtype == torch.bfloat16 and has_bf16_product()):
         return accumulation_dtype(dtype)
     return dtype
@@ -53,7 +53,7 @@ def operand_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
 
 @cache
 def _has_wide_mm() -> bool:
-    """Whether torch multiplies half-precision matrices on a GPU to a float32 result."""
+    """Returns whether torch multiplies half-precision matrices on a GPU to a float32 result."""
     if "dtype_out" in torch.ops.aten.mm.overloads():
         return True
     warnings.warn(
@@ -67,7 +67,7 @@ def _has_wide_mm() -> bool:
 
 @cache
 def _has_wide_addmm() -> bool:
-    """Whether it also adds such a product to a float32 matrix (earlier versions wanted that in half precision too)."""
+    """Returns whether torch also adds such a product to a float32 matrix (older versions: to a half-precision one)."""
     major, minor = torch.__version__.split(".")[:2]
     return (int(major), int(minor)) >= (2, 10)
 
@@ -82,37 +82,37 @@ def _is_half_on_gpu(*operands: Tensor) -> bool:
     )
 
 
-# Asked once, at import: torch.compile takes a constant as it is, and cannot look into the extension.
+# Read once, at import: torch.compile takes a constant as it is, and cannot trace into the extension.
 UNITS: tuple[str, ...] = (
     tuple(name for name in ("tiles", "vector") if _C.cpu_supports_gemm(getattr(_C.GemmUnit, name))) if _C else ()
 )
-"""What this processor has for products of our own: "tiles" (AMX, bfloat16 only), "vector" (AVX-512 with BF16)."""
+"""Units of this processor that run our own products: "tiles" (AMX, bfloat16 only), "vector" (AVX-512 with BF16)."""
 
 _IS_INTEL = _C is not None and _C.cpu_is_intel()
 
 
 def has_bf16_product() -> bool:
-    """Whether this processor multiplies bfloat16 matrices to a float32 result."""
+    """Returns whether this processor multiplies bfloat16 matrices to a float32 result."""
     return bool(UNITS)
 
 
 def has_float32_product() -> bool:
-    """Whether our own product of float32 matrices goes before the vendor library's."""
+    """Returns whether our own product of float32 matrices is preferred to the vendor library's."""
     return "vector" in UNITS and not _IS_INTEL
 
 
 def reads_head_in_place(dtype: torch.dtype) -> bool:
-    """Whether a chunk of logits costs the same per row however few it has: W is not packed for it (CPU)."""
+    """Returns whether a row of logits costs the same in a chunk of any size, because W is not packed for it (CPU)."""
     return (dtype == torch.bfloat16 and UNITS == ("vector",)) or (dtype == torch.float32 and has_float32_product())
 
 
 def adds_to_bf16(dtype: torch.dtype, device_type: str) -> bool:
-    """Whether `add_grad_weight` takes a dW of bfloat16, rounded once a product, and keeps what that loses if asked."""
+    """Returns whether `add_grad_weight` takes a dW of bfloat16, rounded once per product, with a residual if given."""
     return device_type == "cpu" and dtype == torch.bfloat16 and UNITS == ("vector",)
 
 
 def _is_ours(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> bool:
-    """`left` may be float32 beside a bfloat16 `right`: it is rounded as it is read."""
+    """Returns whether our own product runs. A float32 `left` with a bfloat16 `right` is rounded while it is read."""
     if left.device.type != "cpu" or left.dtype not in (torch.bfloat16, torch.float32):
         return False
     if right.dtype == torch.bfloat16:
@@ -126,33 +126,39 @@ def _product(
     right: Tensor,
     out: Tensor,
     *,
-    rest: Tensor | None = None,
+    residual: Tensor | None = None,
     accumulate: bool = False,
     unit: str = "best",
 ) -> None:
-    """out [M, N] float32 or bfloat16 = (or += where accumulate) left [M, K] @ right [K, N]. `rest`, bfloat16 with the
-    strides of a bfloat16 `out`, is what `out` lost to rounding: written, and added where accumulate."""
-    if out.numel() == 0 or left.shape[1] == 0:  # the kernels have no word for nothing
-        for each in (out, rest):
-            if each is not None and not accumulate:
-                each.zero_()
+    """Computes out = left @ right, or out += left @ right with `accumulate`.
+
+    Args:
+        left, right: [M, K] and [K, N].
+        out: [M, N] float32 or bfloat16.
+        residual: bfloat16 with the strides of a bfloat16 `out`: what `out` lost to rounding. It is written, and is part
+            of the sum with `accumulate`.
+    """
+    if out.numel() == 0 or left.shape[1] == 0:  # the C++ kernels do not accept empty matrices
+        for matrix in (out, residual):
+            if matrix is not None and not accumulate:
+                matrix.zero_()
         return
 
-    def matrix(operand: Tensor) -> _C.Matrix:
+    def c_matrix(operand: Tensor) -> _C.Matrix:
         return _C.Matrix(operand.data_ptr(), operand.stride(0), operand.stride(1), operand.dtype == torch.bfloat16)
 
     left, right = (x if 1 in x.stride() else x.contiguous() for x in (left, right))
     _C.cpu_gemm(
-        matrix(left), matrix(right), out.shape[0], out.shape[1], left.shape[1],
+        c_matrix(left), c_matrix(right), out.shape[0], out.shape[1], left.shape[1],
         _C.Product(
-            out.data_ptr(), out.stride(0), out.dtype == torch.bfloat16, 0 if rest is None else rest.data_ptr()
+            out.data_ptr(), out.stride(0), out.dtype == torch.bfloat16, 0 if residual is None else residual.data_ptr()
         ),
         accumulate, torch.get_num_threads(), getattr(_C.GemmUnit, unit),
     )  # fmt: skip
 
 
 def _rounding_residual(matrix: Tensor) -> Tensor:
-    """[R]: what each row's sum loses when float32 entries [R, V] are rounded to bfloat16."""
+    """Returns what the sum of each row loses [R] when float32 entries [R, V] are rounded to bfloat16."""
     residual = matrix.new_empty(matrix.shape[0])
     _C.cpu_rounding_residual(
         matrix.data_ptr(),
@@ -166,8 +172,10 @@ def _rounding_residual(matrix: Tensor) -> Tensor:
 
 
 def round_rows(exact: Tensor, out: Tensor) -> Tensor | None:
-    """out [R, V] = exact, float32 or wider, in the dtype of an operand. Returns `rounding` for `grad_hidden`, or None
-    where nothing is rounded."""
+    """Copies `exact` [R, V], float32 or wider, to `out` in the dtype of an operand.
+
+    Returns the residual for `grad_hidden`, or None if nothing is rounded.
+    """
     out.copy_(exact)
     if out.dtype == exact.dtype:
         return None
@@ -175,7 +183,7 @@ def round_rows(exact: Tensor, out: Tensor) -> Tensor | None:
 
 
 def lm_head(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out [R, V] = hidden [R, D] @ weight [V, D]^T."""
+    """Computes the logits out [R, V] = hidden [R, D] @ weight [V, D]^T."""
     if _is_ours(hidden, weight, out.dtype) and hidden.dtype == weight.dtype:
         _product(hidden, weight.t(), out)
     elif hidden.dtype == weight.dtype == out.dtype:
@@ -188,19 +196,20 @@ def lm_head(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
             torch.mm(wide, weight_block.t(), out=out[:, block])
 
 
-def grad_hidden(grad_logits: Tensor, weight: Tensor, rounding: Tensor | None = None) -> Tensor:
-    """grad_logits [R, V] @ weight [V, D], in the accumulation dtype.
+def grad_hidden(grad_logits: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Returns dh = grad_logits [R, V] @ weight [V, D], in the accumulation dtype.
 
-    `rounding` [R] is what the sum of each row of grad_logits lost when it was rounded. A row of S - T sums to 0, so
-    what all of W's rows have in common cancels; rounded entries no longer do: what they lost times W's mean row is
-    added.
+    Args:
+        residual: [R], what the sum of each row of grad_logits lost when its entries were rounded. A row of S - T sums
+            to 0, so what all rows of W have in common cancels. Rounded entries do not sum to 0: the residual times the
+            mean row of W is added.
     """
     dtype = accumulation_dtype(weight.dtype)
     if _is_ours(grad_logits, weight, dtype):
         out = grad_logits.new_empty(grad_logits.shape[0], weight.shape[1], dtype=dtype)
         _product(grad_logits, weight, out)
         if grad_logits.dtype != weight.dtype:
-            rounding = _rounding_residual(grad_logits)
+            residual = _rounding_residual(grad_logits)
     elif grad_logits.dtype == weight.dtype == dtype:
         return grad_logits @ weight
     elif _is_half_on_gpu(grad_logits, weight):
@@ -209,16 +218,18 @@ def grad_hidden(grad_logits: Tensor, weight: Tensor, rounding: Tensor | None = N
         out = grad_logits.new_zeros(grad_logits.shape[0], weight.shape[1], dtype=dtype)
         for block, weight_block in _widened(weight, dtype):
             out.addmm_(grad_logits[:, block].to(dtype), weight_block)
-    if rounding is not None:
-        out.addr_(rounding, weight[:: -(-weight.shape[0] // _MEAN_ROWS)].mean(0, dtype=dtype))
+    if residual is not None:
+        out.addr_(residual, weight[:: -(-weight.shape[0] // _MEAN_ROWS)].mean(0, dtype=dtype))
     return out
 
 
-def add_grad_weight(grad_logits: Tensor, hidden: Tensor, out: Tensor, rest: Tensor | None = None) -> None:
-    """out [V, D] += grad_logits [R, V]^T @ hidden [R, D], out in the accumulation dtype; where `adds_to_bf16` says so
-    in bfloat16, and then out + rest is the sum that is added to."""
+def add_grad_weight(grad_logits: Tensor, hidden: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
+    """Computes out [V, D] += grad_logits [R, V]^T @ hidden [R, D].
+
+    `out` has the accumulation dtype, or bfloat16 if `adds_to_bf16`; then out + residual is the sum that is added to.
+    """
     if _is_ours(grad_logits, hidden, out.dtype):
-        _product(grad_logits.t(), hidden, out, rest=rest, accumulate=True)
+        _product(grad_logits.t(), hidden, out, residual=residual, accumulate=True)
     elif not _is_half_on_gpu(grad_logits, hidden):
         out.addmm_(grad_logits.t().to(out.dtype), hidden.to(out.dtype))
     elif _has_wide_addmm():
@@ -229,11 +240,13 @@ def add_grad_weight(grad_logits: Tensor, hidden: Tensor, out: Tensor, rest: Tens
             out[block] += torch.mm(grad_logits[:, block].t(), hidden, out_dtype=out.dtype)
 
 
-def grad_weight(grad_logits: Tensor, hidden: Tensor, out: Tensor, rest: Tensor | None = None) -> None:
-    """out [V, D] = grad_logits [R, V]^T @ hidden [R, D], out in the accumulation dtype or that of the weight; `rest` as
-    in `add_grad_weight`."""
+def grad_weight(grad_logits: Tensor, hidden: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
+    """Computes out [V, D] = grad_logits [R, V]^T @ hidden [R, D], in the accumulation dtype or that of the weight.
+
+    `residual` as in `add_grad_weight`.
+    """
     if _is_ours(grad_logits, hidden, out.dtype):
-        _product(grad_logits.t(), hidden, out, rest=rest)
+        _product(grad_logits.t(), hidden, out, residual=residual)
         return
     if _is_half_on_gpu(grad_logits, hidden) and out.dtype != hidden.dtype:
         torch.mm(grad_logits.t(), hidden, out_dtype=out.dtype, out=out)
@@ -253,7 +266,8 @@ def grad_weight(grad_logits: Tensor, hidden: Tensor, out: Tensor, rest: Tensor |
 
 
 def add_grad_bias(grad_logits: Tensor, upstream: Tensor | None, out: Tensor) -> None:
-    """out [V] += upstream [R] @ grad_logits [R, V], out in the accumulation dtype; ones without upstream."""
+    """Computes out [V] += upstream [R] @ grad_logits [R, V], with ones if `upstream` is None; in the accumulation
+    dtype."""
     if upstream is None:
         out.add_(grad_logits.sum(0, dtype=out.dtype))
     elif grad_logits.dtype == out.dtype:
@@ -263,6 +277,7 @@ def add_grad_bias(grad_logits: Tensor, upstream: Tensor | None, out: Tensor) -> 
 
 
 def _widened(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yields blocks of rows of W in a wider dtype."""
     for begin in range(0, weight.shape[0], _WIDEN_BLOCK):
         block = slice(begin, begin + _WIDEN_BLOCK)
         yield block, weight[block].to(dtype)

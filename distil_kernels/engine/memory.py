@@ -20,7 +20,7 @@ _HUGE_PAGE = 2**21
 
 
 def empty(*size: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Uninitialised, on the device of `like`."""
+    """Returns uninitialised memory on the device of `like`."""
     block = like.new_empty(*size, dtype=dtype)
     _ask_for_huge_pages(block)
     return block

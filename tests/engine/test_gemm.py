@@ -59,7 +59,7 @@ def test_product(size, transposed, types, unit, threads, generator):
         assert ((narrow[:, :columns] - 2 * exact).abs() <= exact.abs() / 64 + 3 * bound).all()
         lost = torch.full_like(narrow, torch.nan)
         for times in range(4):
-            gemm._product(left, right, narrow[:, :columns], rest=lost[:, :columns], accumulate=times > 0, unit=unit)
+            gemm._product(left, right, narrow[:, :columns], residual=lost[:, :columns], accumulate=times > 0, unit=unit)
         both = narrow[:, :columns].double() + lost[:, :columns].double()
         assert ((both - 4 * exact).abs() <= exact.abs() / 2**13 + 6 * bound).all()
         assert narrow[:, columns:].isnan().all() and lost[:, columns:].isnan().all()

@@ -8,18 +8,18 @@ from distil_kernels.engine import gemm, gradients
 from distil_kernels.engine.gradients import GradientSums, Needs
 
 
-def test_a_gradient_of_many_rings_is_rounded_once(monkeypatch, generator):
+def test_a_gradient_of_many_products_is_rounded_once(monkeypatch, generator):
     """What 40 products lose to bfloat16 is kept: dW is as exact as that of one product, where it would be twice off."""
     hidden = torch.randn(640, 24, generator=generator).bfloat16()
     weight = torch.randn(96, 24, generator=generator).bfloat16()
     grad_logits = torch.randn(640, 96, generator=generator).bfloat16()
     exact = grad_logits.t().double() @ hidden.double()
 
-    def error(ring_rows: int) -> float:
-        sums = GradientSums(hidden, weight, Needs(hidden=False, weight=True, bias=False), ring_rows)
+    def error(staging_rows: int) -> float:
+        sums = GradientSums(hidden, weight, Needs(hidden=False, weight=True, bias=False), staging_rows)
         for begin in range(0, 640, 16):
             rows = slice(begin, begin + 16)
-            sums.room(torch.empty(16, 96)).copy_(grad_logits[rows])
+            sums.output_buffer(torch.empty(16, 96)).copy_(grad_logits[rows])
             sums.add(rows, grad_logits[rows], None)
         return float((sums.result().weight - exact).norm() / exact.norm())
 

@@ -11,15 +11,8 @@ from distil_kernels.backends import cpu
 from distil_kernels.backends.dispatch import choose_backend
 from distil_kernels.engine import gemm
 from distil_kernels.engine.gemm import reads_head_in_place
-from distil_kernels.engine.plan import (
-    LOGITS_CHUNK_BYTES,
-    PLANS,
-    Shape,
-    choose_chunk_rows,
-    choose_plan,
-    extra_bytes,
-    logits_chunk_bytes,
-)
+from distil_kernels.engine.plan import PLANS, choose_plan, extra_bytes
+from distil_kernels.engine.sizes import LOGITS_CHUNK_BYTES, Shape, choose_chunk_rows, logits_chunk_bytes
 
 BIG = Shape(8192, 151_936, 4096, torch.bfloat16, "cpu", scalar=True, grad_hidden=True, grad_head=True)
 ROWS = replace(BIG, scalar=False)
@@ -105,24 +98,24 @@ def test_chunks_of_a_call_are_of_equal_size():
 
 
 @pytest.mark.parametrize("units", [(), ("tiles", "vector"), ("vector",)], ids=str)
-def test_ring_on_the_cpu_replaces_a_larger_accumulator(units, monkeypatch):
+def test_staging_on_the_cpu_replaces_a_larger_accumulator(units, monkeypatch):
     """All rows where dW is one product, half of them where two take less memory, whole chunks; no more than an
     accumulator."""
     monkeypatch.setattr(gemm, "UNITS", units)
     adds = units == ("vector",)
     few = replace(BIG, num_rows=1024, hidden_size=576, vocab_size=49_152)
-    assert choose_plan(few).ring_rows == (1024 if units else 0)
-    assert choose_plan(replace(few, num_rows=1100)).ring_rows == (576 if adds else 1100 if units else 0)
-    assert choose_plan(replace(few, num_rows=100)).ring_rows == (100 if units else 0)
-    assert choose_plan(replace(few, num_rows=2048)).ring_rows == (1056 if adds else 0)
-    assert choose_plan(replace(few, num_rows=2500)).ring_rows == (576 if adds else 0)
-    assert choose_plan(replace(few, grad_head=False)).ring_rows == (576 if adds else 0)
-    assert choose_plan(replace(few, dtype=torch.float32)).ring_rows == 0
+    assert choose_plan(few).staging_rows == (1024 if units else 0)
+    assert choose_plan(replace(few, num_rows=1100)).staging_rows == (576 if adds else 1100 if units else 0)
+    assert choose_plan(replace(few, num_rows=100)).staging_rows == (100 if units else 0)
+    assert choose_plan(replace(few, num_rows=2048)).staging_rows == (1056 if adds else 0)
+    assert choose_plan(replace(few, num_rows=2500)).staging_rows == (576 if adds else 0)
+    assert choose_plan(replace(few, grad_head=False)).staging_rows == (576 if adds else 0)
+    assert choose_plan(replace(few, dtype=torch.float32)).staging_rows == 0
 
 
 @pytest.mark.parametrize("size", [(49_152, 576), (151_936, 1024), (151_936, 896)], ids=str)
 def test_memory_on_the_cpu_has_a_bound(size, monkeypatch):
-    """bfloat16: chunk, ring and what rounding loses take no more than for many rows, and then the same for any."""
+    """bfloat16: chunk, staging buffer and residuals take no more than for many rows, and then the same for any."""
     monkeypatch.setattr(gemm, "UNITS", ("vector",))
 
     def extra(num_rows: int) -> int:
@@ -139,7 +132,7 @@ def test_memory_on_the_cpu_has_a_bound(size, monkeypatch):
 GPU = replace(BIG, device_type="cuda")
 
 
-def test_ring_on_a_gpu():
+def test_staging_on_a_gpu():
     """All rows where that spares the accumulator; what a few waves of dh's product need where there is no dW."""
     assert choose_plan(GPU)[1:3] == (1024, 8192)
     assert choose_plan(replace(GPU, num_rows=65536))[1:3] == (512, 3584)
@@ -147,7 +140,8 @@ def test_ring_on_a_gpu():
     assert choose_plan(replace(GPU, num_rows=12_288, hidden_size=1024))[1:3] == (1024, 3072)
     assert choose_plan(replace(GPU, grad_head=False))[1:3] == (512, 2048)
     assert choose_plan(replace(GPU, num_rows=37))[1:3] == (37, 37)
-    assert choose_plan(replace(GPU, dtype=torch.float32)).ring_rows == 1536  # N > D + Q: float32 rows are as wide as dW
+    # N > D + Q: float32 rows are as wide as dW.
+    assert choose_plan(replace(GPU, dtype=torch.float32)).staging_rows == 1536
 
 
 @pytest.mark.parametrize("num_rows", [1, 100, 4096, 8192, 11_000, 12_000, 65_536, 10**6])

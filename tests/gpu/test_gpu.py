@@ -24,7 +24,8 @@ from distil_kernels import (
 )
 from distil_kernels.backends import LogitPair, LogitTransform
 from distil_kernels.backends.dispatch import BACKENDS, choose_backend
-from distil_kernels.engine.plan import Plan, Shape, extra_bytes
+from distil_kernels.engine.plan import Plan, extra_bytes
+from distil_kernels.engine.sizes import Shape
 from distil_kernels.testing import (
     KINDS,
     Inputs,
@@ -130,8 +131,8 @@ def sum_of_ce(copy: Inputs) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("vocab_size", [1031, 4096, 4099])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_scalar_loss(backend, dtype, vocab_size, plan, generator):
-    if isinstance(plan, Plan) and plan.ring_rows == 0 and dtype != torch.float32:
-        pytest.skip("half precision needs a ring: the operands are not as wide as the logits")
+    if isinstance(plan, Plan) and plan.staging_rows == 0 and dtype != torch.float32:
+        pytest.skip("half precision needs staging: the operands are not as wide as the logits")
     inputs = make_inputs(37, vocab_size, 64, dtype=dtype, generator=generator)
     moved_inputs = on_gpu(inputs)
     value = fused_forward_ce(*moved_inputs.heads, reduction="sum", backend=backend, plan=plan)
@@ -271,14 +272,14 @@ def test_other_ops(backend, dtype, generator):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("name", "chunk_rows", "ring_rows"), [
+@pytest.mark.parametrize(("name", "chunk_rows", "staging_rows"), [
     ("gradient_in_forward", 8, 32), ("gradient_in_forward", 8, 64), ("frozen_head", 8, 16), ("recompute", 8, 16),
     ("kept_gradient", 8, 16), ("kept_gradient of both", 8, 16), ("stats_only", 8, 8),
 ])  # fmt: skip
-def test_memory_is_what_the_plan_says(backend, dtype, name, chunk_rows, ring_rows, generator):
+def test_memory_is_what_the_plan_says(backend, dtype, name, chunk_rows, staging_rows, generator):
     scale = 1 if IS_EMULATED else 16  # a GPU's libraries take some MiB of their own
     inputs = on_gpu(make_inputs(64 * scale, 2048 * scale, 64 * scale, dtype=dtype, generator=generator))
-    plan = Plan(name.removesuffix(" of both"), chunk_rows * scale, ring_rows * scale)
+    plan = Plan(name.removesuffix(" of both"), chunk_rows * scale, staging_rows * scale)
     both = name.endswith("both")
     frozen, nothing = plan.name == "frozen_head", plan.name == "stats_only"
     inputs.student_weight.requires_grad_(not frozen and not nothing)

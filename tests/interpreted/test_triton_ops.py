@@ -57,10 +57,10 @@ def test_every_option_at_once(vocab_size, dtype, generator):
     check(inputs)
 
 
-@pytest.mark.parametrize("ring_rows", [0, 4, 7, 100])
-def test_chunks_and_ring(ring_rows, generator):
-    # Chunks of 4 rows of 11: the ring holds none, exactly one, one and a rest, or all of them.
-    check(make_inputs(11, 67, 8, generator=generator), Plan("gradient_in_forward", 4, ring_rows))
+@pytest.mark.parametrize("staging_rows", [0, 4, 7, 100])
+def test_chunks_and_staging(staging_rows, generator):
+    # Chunks of 4 rows of 11: staged are none, exactly one, one and a part of the next, or all of them.
+    check(make_inputs(11, 67, 8, generator=generator), Plan("gradient_in_forward", 4, staging_rows))
 
 
 def check_statistics(inputs: Inputs) -> None:

@@ -1,0 +1,81 @@
+"""Everything about a call that is no tensor and no number of rows, as one record that fits into a custom op.
+
+A custom op takes no objects, so a Spec travels as text (JSON by field names, every float to its last bit) and prints as
+such in an FX graph; torch.compile makes one graph for each. The rows of chunks and staging buffer are arguments of
+their own: torch.compile keeps them symbolic, and one graph serves every number of rows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from distil_kernels.backends import FORWARD_CE, Cost, Statistic
+from distil_kernels.engine.credit import NO_CREDIT, Credit
+from distil_kernels.engine.gradients import NO_GRADIENTS, Needs
+from distil_kernels.engine.plan import Plan
+from distil_kernels.engine.policy import Policy
+
+
+class Spec(NamedTuple):
+    """What a custom op computes, and how."""
+
+    backend: str
+    """Name of the back end whose row kernels run."""
+    backend_reason: str
+    plan: str
+    """Name of the plan."""
+    plan_reason: str
+    needs: Needs = NO_GRADIENTS
+    """Which of the student's tensors need a gradient."""
+    cost: Cost = FORWARD_CE
+    """What a row costs."""
+    temperature: float = 1.0
+    """Temperature of the student."""
+    teacher_temperature: float = 1.0
+    logit_softcap: float | None = None
+    """Softcap of both models' logits; None for none."""
+    gradient_threshold: float = 0.0
+    """Entries of the logits' gradient below this share of their row's largest are left out of the products."""
+    credit: Credit = NO_CREDIT
+    """How the future cost of a token weighs its log-prob's gradient."""
+    policy: Policy | None = None
+    """Settings of a policy-gradient loss; None for any other."""
+
+    def plan_of(self, chunk_rows: int, staging_rows: int) -> Plan:
+        """Returns the plan with the rows of its buffers."""
+        return Plan(self.plan, chunk_rows, staging_rows, self.plan_reason)
+
+    def encode(self) -> str:
+        """Returns the text from which `decode` restores this record."""
+        return _encoded(self)  # plain Python, which torch.compile can trace
+
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def decode(text: str) -> Spec:
+        """Returns the record that `encode` made the text of."""
+        fields = json.loads(text, strict=False)  # a reason may hold line breaks
+        statistic, jsd_weight = fields["cost"].values()
+        fields["cost"] = Cost(Statistic(statistic), jsd_weight)
+        fields["needs"] = Needs(**fields["needs"])
+        fields["credit"] = Credit(**fields["credit"])
+        fields["policy"] = None if fields["policy"] is None else Policy(**fields["policy"])
+        return Spec(**fields)
+
+
+def _encoded(value: Any) -> str:
+    """Returns JSON of a value; a NamedTuple becomes an object by the names of its fields."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return repr(int(value))
+    if isinstance(value, float):
+        return repr(value) if math.isfinite(value) else ("Infinity" if value > 0 else "-Infinity")
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    entries = [f'"{name}": {_encoded(entry)}' for name, entry in zip(value._fields, value, strict=True)]
+    return "{" + ", ".join(entries) + "}"

@@ -1,0 +1,173 @@
+"""The driver's inputs and row arithmetic for a teacher of which only K tokens' log-probs are known in each row.
+
+    CE = - sum_k p_k log S_k  -  p_tail log S_tail,       p_tail = 1 - sum_k p_k,   S_tail = sum of S over other tokens
+
+All tokens that the teacher did not name are one bucket, so no mass is lost and nothing is claimed about its inside.
+With P = sum_k p_k + p_tail (1 but for rounding) and s the student's logits
+
+    dCE / ds_k = P S_k - p_k         dCE / ds_v = (P S_tail - p_tail) S_v / S_tail       (v in the tail)
+
+The tail has a logsumexp of its own: 1 - sum_k S_k would be rounding where the student is sure. The gradient is linear
+in S, so the credit's weight a of the log-prob needs no further pass:
+
+    w dCE / ds + a dlog S[y] / ds  =  (w P - a) S - w p + a [y]         (p_tail distributed as S is within the tail)
+
+The arithmetic of a row is plain torch on every device: three passes over a chunk of logits. Left out: a loss per token
+with its own gradient, and row kernels of the other back ends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distil_kernels.backends import LogitTransform, Statistic
+from distil_kernels.engine.checks import check_named_tokens
+from distil_kernels.engine.driver import Inputs, LogitChunk, Workspace
+from distil_kernels.engine.gemm import round_rows
+from distil_kernels.engine.gradients import Rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKInputs(Inputs):
+    """Inputs of one call whose teacher names K tokens per row, in place of hidden states and a head."""
+
+    teacher_ids: Tensor  # [N, K] int64, -1 where fewer are known
+    teacher_logprobs: Tensor  # [N, K] in the accumulation dtype
+
+    def __post_init__(self) -> None:
+        check_named_tokens(self.teacher_ids, self.teacher_logprobs, self.counted, self.vocab_size)
+
+    def workspace(self, chunk_rows: int) -> TopKWorkspace:
+        return TopKWorkspace(self, chunk_rows)
+
+
+class TopKWorkspace(Workspace):
+    """Memory for one chunk of the student's logits, and the buckets that both models put them in."""
+
+    def __init__(self, inputs: TopKInputs, chunk_rows: int) -> None:
+        super().__init__(inputs, chunk_rows)
+        self._topk = inputs
+        self._buckets: _Buckets | None = None
+
+    def load(self, rows: Rows) -> LogitChunk:
+        self._buckets = None  # its memory is free before the next chunk needs it
+        chunk = super().load(rows)
+        inputs = self._topk
+        self._buckets = _Buckets(
+            chunk.logits.student, inputs.student, inputs.teacher_ids[rows], inputs.teacher_logprobs[rows]
+        )
+        return chunk
+
+    def row_stats(self, chunk: LogitChunk) -> Tensor:
+        assert self._buckets is not None
+        return self._buckets.statistics(chunk.tokens)
+
+    def row_grad(
+        self, chunk: LogitChunk, statistics: Tensor, cost_weight: Tensor, logprob_weight: Tensor | None, out: Tensor
+    ) -> Tensor | None:
+        assert self._buckets is not None
+        if logprob_weight is not None:
+            logprob_weight = self._scaled(logprob_weight)
+        grad = self._buckets.gradient(self._scaled(cost_weight), logprob_weight, chunk.tokens)
+        return round_rows(grad, out)
+
+    def row_stats_grad(self, chunk: LogitChunk, cost_weight: Tensor, out: Tensor) -> tuple[Tensor, Tensor | None]:
+        statistics = self.row_stats(chunk)
+        return statistics, self.row_grad(chunk, statistics, cost_weight, None, out)
+
+
+class _Buckets:
+    """R rows of both models: K named tokens and the tail.
+
+    Args:
+        raw: [R, V] outputs of the student's head.
+        ids, logprobs: [R, K] of the teacher.
+    """
+
+    def __init__(self, raw: Tensor, student: LogitTransform, ids: Tensor, logprobs: Tensor) -> None:
+        num_rows, vocab_size = raw.shape
+        self._logits, self._derivative = _transformed(raw, student)
+
+        # Logits of the named tokens; the tail is what remains when they are -inf. Tokens that are not known point to a
+        # column behind the vocabulary.
+        self._ids, self._known = ids, ids >= 0
+        self._column = torch.where(self._known, ids, vocab_size)
+        self._tail = raw.new_empty(num_rows, vocab_size + 1)
+        self._tail[:, :-1] = self._logits
+        self._tail[:, -1] = -torch.inf
+        named_logits = self._tail.gather(1, self._column)
+        self._tail.scatter_(1, self._column, -torch.inf)
+        self._lse_tail = self._tail.logsumexp(1)
+        self._lse = torch.logaddexp(self._lse_tail, named_logits.logsumexp(1))
+
+        # Probabilities of the buckets: the teacher's, and the student's as log-probs.
+        self._logprobs = torch.where(self._known, logprobs, -torch.inf)
+        self._probs = self._logprobs.exp()
+        self._has_tail = self._lse_tail > -torch.inf
+        self._tail_prob = torch.where(self._has_tail, (1.0 - self._probs.sum(1)).clamp(min=0.0), 0.0)
+        self._named_logprobs = torch.where(self._known, named_logits - self._lse[:, None], 0.0)
+        self._tail_logprob = torch.where(self._has_tail, self._lse_tail - self._lse, 0.0)
+
+    def statistics(self, tokens: Tensor | None) -> Tensor:
+        """Returns the statistics [NUM_STATISTICS, R], 0 for those that K tokens do not determine.
+
+        Without tokens only the costs are computed. The teacher's log-prob of a token that it did not name is NaN.
+        """
+        statistics = self._lse.new_zeros(len(Statistic), self._lse.numel())
+        cross_entropy = -(self._probs * self._named_logprobs).sum(1) - self._tail_prob * self._tail_logprob
+        teacher_entropy = torch.special.entr(self._probs).sum(1) + torch.special.entr(self._tail_prob)
+        statistics[Statistic.FORWARD_CE] = cross_entropy
+        statistics[Statistic.FORWARD_KL] = cross_entropy - teacher_entropy
+        if tokens is None:
+            return statistics
+
+        # The teacher's log-prob is known of the tokens that it named.
+        is_token = self._ids == tokens[:, None]
+        teacher_logprob = torch.where(is_token, self._logprobs, 0.0).sum(1)
+        statistics[Statistic.TEACHER_LOGPROB] = torch.where(is_token.any(1), teacher_logprob, torch.nan)
+        statistics[Statistic.TEACHER_ENTROPY] = teacher_entropy
+
+        # The student's statistics, and whether its likeliest token is the likeliest one that was named.
+        logprobs = self._logits - self._lse[:, None]
+        likeliest = self._ids.gather(1, self._logprobs.argmax(1, keepdim=True))[:, 0]
+        statistics[Statistic.LOGPROB] = logprobs.gather(1, tokens[:, None])[:, 0]
+        statistics[Statistic.ENTROPY] = torch.special.entr(logprobs.exp()).sum(1)
+        statistics[Statistic.AGREE] = (likeliest == self._logits.argmax(1)).to(statistics.dtype)
+        statistics[Statistic.MAX_LOGIT] = self._lse  # lse is the sum of MAX_LOGIT and LOG_NORMALIZER
+        return statistics
+
+    def gradient(self, cost_weight: Tensor, logprob_weight: Tensor | None, tokens: Tensor | None) -> Tensor:
+        """Returns the gradient [R, V] of cost_weight * CE + logprob_weight * log S[tokens] by the raw logits.
+
+        It takes the memory of the tail: buckets give one gradient.
+        """
+        factor = cost_weight * (self._probs.sum(1) + self._tail_prob)
+        used = cost_weight != 0
+        if logprob_weight is not None:
+            factor, used = factor - logprob_weight, used | (logprob_weight != 0)
+
+        # Tail: its share of the gradient, distributed as the student's probabilities are.
+        tail_share = factor * self._tail_logprob.exp() - cost_weight * self._tail_prob
+        tail_share = torch.where(self._has_tail, tail_share, 0.0)
+        grad = self._tail.sub_(torch.where(self._has_tail, self._lse_tail, 0.0)[:, None]).exp_()
+        grad.mul_(tail_share[:, None])
+
+        # Named tokens, and the sampled token.
+        named = factor[:, None] * self._named_logprobs.exp() - cost_weight[:, None] * self._probs
+        grad.scatter_(1, self._column, torch.where(self._known, named, 0.0))
+        if logprob_weight is not None:
+            assert tokens is not None
+            grad.scatter_add_(1, tokens[:, None], logprob_weight[:, None])
+        return grad[:, :-1].mul_(self._derivative).masked_fill_(~used[:, None], 0.0)
+
+
+def _transformed(raw: Tensor, student: LogitTransform) -> tuple[Tensor, Tensor | float]:
+    """Returns logits [R, V] after bias, softcap and temperature (new memory), and their derivative by `raw`."""
+    biased = raw if student.bias is None else raw + student.bias
+    if student.softcap is None:
+        return biased / student.temperature, 1.0 / student.temperature
+    capped = (biased / student.softcap).tanh()
+    return capped * (student.softcap / student.temperature), (1.0 - capped.square()) / student.temperature
