@@ -1,148 +1,155 @@
-"""Programming problems with tests, in the formats of the public sets; answers are run in `sandbox`.
+"""Programming problems with tests; an answer's program is judged by processes of the sandbox's.
 
-    HumanEval       prompt, entry_point, test (defines check(candidate)), canonical_solution
-    LiveCodeBench   question_content, starter_code, public_test_cases, private_test_cases: JSON lists of input, output,
-                    testtype (stdin: a whole program; functional: a method of class Solution, a JSON argument a line)
-
-An answer's code is its last fenced block, or all of it. Score 1 where every test passes, else 0. The trace is what a
-programmer would see: the first test that fails, with the error or the wrong output. What stands in a HumanEval prompt
-before the function that is asked for (imports, helpers) is there for every answer. Private tests that are compressed
-cannot be read and are left out, which is said once.
+Score 1 where every test passes, else 0. The trace is what a programmer would see: the first test that fails, with
+input, expected and got, or the traceback's own lines; of a contest's private tests only what the contest would say,
+unless `shows_private_tests`. Records are those of the public sets (`code_records`).
 """
 
 from __future__ import annotations
 
-import json
+import ast
 import re
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-from distil_kernels.train.tasks.problem import Problem
-from distil_kernels.train.tasks.records import Record, Records, text_field
-from distil_kernels.train.tasks.sandbox import Limits, run_python
+from distil_kernels.train.tasks.code_records import Suite, definition, read
+from distil_kernels.train.tasks.records import Records
+from distil_kernels.train.tasks.sandbox import SANDBOX, Limits, Sandbox
 
-_SHOWN = 200
-"""Characters of an input or output in a trace."""
-
-
-class Case(NamedTuple):
-    """One test."""
-
-    stdin: str
-    output: str | None
-    """What must be printed; None where `tests` say it."""
-    tests: str = ""
-    """What runs after the answer's code."""
-    before: str = ""
-    """What runs before the answer's code."""
-    header: str = ""
-    """What the answer's code goes on from, unless that defines the function `defines` itself."""
-    defines: str = ""
+PROBLEM_SECONDS = 60.0
+"""CPU time of all tests of an answer."""
+_LANGUAGE = re.compile(r"(?:i?python|py|pypy|sage)[\d.]*$", re.IGNORECASE)
 
 
 class Code(Records):
-    """Records of either format; `trace` runs an answer."""
+    """Programming problems.
 
-    def __init__(self, path: Path, seed: int, limits: Limits = Limits()) -> None:  # noqa: B008  (immutable)
-        self._limits = limits
-        super().__init__(path, _read, seed)
+    Args:
+        limits: of one test; a record's own time limit, where it is longer, takes the place of the time.
+        sandbox: where programs run.
+        shows_private_tests: a trace shows private tests as it shows public ones.
+    """
 
-    def score(self, answer: str, entry: tuple[Case, ...]) -> float:
+    def __init__(
+        self,
+        path: Path,
+        seed: int,
+        limits: Limits = Limits(),  # noqa: B008  (immutable)
+        sandbox: Sandbox = SANDBOX,
+        shows_private_tests: bool = False,
+    ) -> None:
+        self._limits, self._sandbox, self._shows_private_tests = limits, sandbox, shows_private_tests
+        super().__init__(path, read, seed)
+
+    def score(self, answer: str, entry: Suite) -> float:
         return self.trace(answer, entry)[0]
 
-    def trace(self, answer: str, entry: tuple[Case, ...]) -> tuple[float, str]:
-        """1 and praise, or 0 and what happened in the first test that fails."""
-        code = code_of(answer)
-        if not code:
+    def trace(self, answer: str, entry: Suite) -> tuple[float, str]:
+        """1 and praise, or 0 and what happened in the first test that fails.
+
+        Raises:
+            JudgeFailed: the answer has no verdict.
+        """
+        code = code_of(answer, entry.defines)
+        if not code.strip():
             return 0.0, "The answer holds no code."
-        for number, case in enumerate(entry, 1):
-            whole = code if _definition(case.defines, code) else case.header + code
-            run = run_python(whole, case.stdin, self._limits, case.before, case.tests)
-            title = f"Test {number} of {len(entry)} fails"
-            if case.stdin:
-                title += f" on the input\n{_cut(case.stdin)}"
-            if not run.is_ok:
-                return 0.0, f"{title}\n{run.error}"
-            if case.output is not None and _words(run.output) != _words(case.output):
-                return 0.0, f"{title}\nexpected output\n{_cut(case.output)}\ngot\n{_cut(run.output)}"
-        return 1.0, f"All tests pass ({len(entry)})."
+        limits = self._limits._replace(seconds=max(self._limits.seconds, entry.seconds))
+        job = {
+            "kind": entry.kind,
+            "tests": entry.tests,
+            "units": units(code, entry),
+            "limits": limits,
+            "problem_seconds": max(PROBLEM_SECONDS, limits.seconds),
+            **entry.settings,
+        }
+        if entry.kind == "calls":
+            job["class"] = "Solution" if definition("Solution", code) else ""
+        result = self._sandbox.judge(job)
+        if result["failure"] is None:
+            return 1.0, f"All tests pass ({result['total']})."
+        is_shown = self._shows_private_tests or entry.num_public is None or result["passed"] < entry.num_public
+        return 0.0, _told(entry.kind, result, is_shown)
 
 
-def code_of(answer: str) -> str:
-    """The last fenced block, also one that was cut off, or the whole answer."""
-    blocks = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", answer, re.DOTALL | re.IGNORECASE)
-    return (blocks[-1] if blocks else answer).strip("\n")
+def units(code: str, suite: Suite) -> list[list[str]]:
+    """The answer's program, and what runs before it."""
+    is_whole = not suite.header or definition(suite.defines, code)
+    program = code if is_whole else suite.header + code
+    return [["before.py", suite.before], ["program.py", program.encode(errors="replace").decode()]]
 
 
-def _read(record: Record) -> Problem:
-    if "entry_point" in record:
-        prompt, name = text_field(record, "prompt"), text_field(record, "entry_point")
-        before, header = _parts(prompt, name)
-        case = Case("", None, f"{text_field(record, 'test')}\ncheck({name})", before, header, name)
-        solution = str(record.get("canonical_solution") or "")
-        whole = solution if f"def {name}" in solution else prompt + solution
-        question = f"Complete this Python function.\n```python\n{prompt.rstrip()}\n```"
-        return Problem(question, f"```python\n{whole.strip()}\n```" if solution else "", (case,), key=prompt)
-    statement, starter = text_field(record, "question_content"), str(record.get("starter_code") or "")
-    tests = _tests(record["public_test_cases"]) + _tests(record.get("private_test_cases") or [])
-    if not tests:
-        raise ValueError("public_test_cases is empty")
-    metadata = record.get("metadata") or {}
-    metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
-    cases = tuple(_case(test, metadata.get("func_name", "")) for test in tests)
-    asks = (
-        f"\nUse this header.\n```python\n{starter.rstrip()}\n```" if starter else "\nRead from standard input, print."
-    )
-    solution = str(record.get("solution") or "")
-    answer = f"```python\n{solution.strip()}\n```" if solution else ""
-    return Problem(f"Write a Python program.\n{statement}{asks}", answer, cases, key=statement)
+def code_of(answer: str, defines: str = "") -> str:
+    """The code of an answer: its last block of Python; else its last block that is a program; else all of it.
+
+    Of blocks, one that compiles and does something comes before one that does not (a run that is shown, an output), and
+    one that defines `defines` before all.
+    """
+    blocks = _blocks(answer)
+    python = [text for language, text in blocks if _LANGUAGE.match(language)]
+    candidates = python or [text for _, text in blocks]
+    if not candidates:
+        return answer.strip("\n")
+    if defines:
+        defining = [text for text in candidates if definition(defines, text)]
+        candidates = defining or candidates
+    return next((text for text in reversed(candidates) if _is_program(text)), candidates[-1])
 
 
-def _parts(prompt: str, name: str) -> tuple[str, str]:
-    """What of a prompt stands before the function that it asks for, where that is code, and the rest."""
-    found = _definition(name, prompt)
-    begin = found.start() if found else 0
+def _blocks(answer: str) -> list[tuple[str, str]]:
+    """Language and text of each fenced block, also of a last one that is not closed."""
+    blocks: list[tuple[str, list[str]]] = []
+    fence = indent = ""
+    for line in answer.splitlines():
+        match = re.match(r"([ \t]*)(`{3,}|~{3,})[ \t]*([^\s`]*)", line)
+        if match and (not fence or match[2].startswith(fence)):
+            opens = not fence or bool(match[3])
+            fence, indent = (match[2], match[1]) if opens else ("", "")
+            if opens:
+                blocks.append((match[3].strip("{}."), []))
+        elif fence:
+            blocks[-1][1].append(line.removeprefix(indent))
+    return [(language, "\n".join(lines).strip("\n")) for language, lines in blocks]
+
+
+def _is_program(text: str) -> bool:
+    """Whether a text compiles and does something: `42` compiles too."""
     try:
-        compile(prompt[:begin], "before.py", "exec")
-    except SyntaxError:
-        return "", prompt[begin:]
-    return prompt[:begin], prompt[begin:]
-
-
-def _definition(name: str, code: str) -> re.Match[str] | None:
-    return re.search(rf"^(?:async )?def {re.escape(name)}\b", code, re.MULTILINE)
-
-
-def _tests(field: object) -> list[Record]:
-    if not isinstance(field, str):
-        return list(field)  # type: ignore[call-overload]
-    try:
-        return json.loads(field)
-    except ValueError:
-        warnings.warn("compressed private_test_cases cannot be read and are left out", stacklevel=2)
-        return []
-
-
-def _case(test: Record, function: str) -> Case:
-    if test.get("testtype", "stdin") == "stdin":
-        return Case(test["input"], test["output"])
-    if not function:
-        raise ValueError("a functional test needs metadata with func_name")
-    arguments = [json.loads(line) for line in test["input"].splitlines() if line.strip()]
-    right = json.loads(test["output"])
-    call = f"{function}({', '.join(map(repr, arguments))}) gave "
-    tests = (
-        f"found, right = Solution().{function}(*{arguments!r}), {right!r}\n"
-        f"assert found == right, {call!r} + repr(found) + ', expected ' + repr(right)"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    calls = (ast.Call, ast.Await)
+    return any(
+        not isinstance(node, ast.Expr) or any(isinstance(part, calls) for part in ast.walk(node)) for node in tree.body
     )
-    return Case("", None, tests, before="from typing import Any, Dict, List, Optional, Set, Tuple")
 
 
-def _words(text: str) -> list[str]:
-    return text.split()
+def _told(kind: str, result: dict[str, Any], is_shown: bool) -> str:
+    failure, title = result["failure"], f"Test {result['passed'] + 1} of {result['total']} fails"
+    error, got, expected, called = (failure.get(name) for name in ("error", "got", "expected", "input"))
+    if not is_shown:
+        return f"{title}, which is private: {_verdict(error)}."
+    if kind == "stdin":
+        lines = [f"{title} on the input\n{called}" if called else title]
+        return "\n".join([*lines, error or f"expected output\n{expected}\ngot\n{got}"])
+    lines = [title]
+    if "assertion" in failure:
+        lines.append(f"AssertionError: assert {failure['assertion']}")
+    if called and got is not None:
+        lines.append(f"{called} gave {got}" + (f", expected {expected}" if expected is not None else ""))
+    elif called:
+        lines.append(f"in {called}")
+    return "\n".join([*lines, *([error] if error else [])])
 
 
-def _cut(text: str) -> str:
-    text = text.strip("\n")
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
+def _verdict(error: str | None) -> str:
+    """What a contest says of a test that it does not show."""
+    if not error:
+        return "the answer is wrong"
+    last = error.strip().splitlines()[-1]
+    if last.startswith(("TimeoutError", "OSError: the program wrote", "the program ", "SystemExit", "The program ")):
+        return last
+    name = re.match(r"[\w.]+", last)
+    return f"the program raised {name[0]}" if name else "the program failed"

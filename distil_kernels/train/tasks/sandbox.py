@@ -1,113 +1,63 @@
-"""Runs a Python program that a model wrote: in a process of its own, in a folder of its own, with limits on everything.
+"""Runs and judges programs that a model wrote, behind the walls of the kernel (`isolated`).
 
-    limits       wall and CPU seconds, memory, size of any file and of the output (setrlimit; the whole group is killed)
-    refused      other processes, signals to them and their limits, sockets, foreign functions, files outside the folder
-                 (those of the interpreter may be read): an audit hook, or a function in the place of one that CPython
-                 does not audit, raises PermissionError, which the program sees as its error
-    environment  empty; no user site-packages
-    network      on Linux also a namespace without any, where the system lets this process make one
+    run_python(program, stdin)      what a script prints
+    SANDBOX.judge(job)              what tests say of an answer; a verdict formed by a judge's process
 
-This holds off mistakes, which is what models make, and lazy mischief. It is no security boundary: a program that is
-built to break out of CPython gets out, and a compiled package that is installed beside the trainer may write any file.
-Run training on such tasks in a container or virtual machine of its own. `ctypes` has its data types and no functions:
-sympy works with that, scipy does not.
+A server process is started by the first call and serves all of them; calls from several threads run at once, as many as
+there are cores. A judge that hangs or dies is started again, with a new server; after three times `JudgeFailed` says
+that this answer has no verdict, which is not the answer's fault.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
-import ctypes
 import os
-import resource
-import secrets
-import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-_CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000  # sched.h
-_UNSHARE = ctypes.CDLL(None).unshare if sys.platform.startswith("linux") else None
+from distil_kernels.train.tasks.isolated import wire
+from distil_kernels.train.tasks.isolated.process import WALL_SHARE, Process, ServerGone
+from distil_kernels.train.tasks.isolated.walls import Limits, Walls
 
-_RUNNER = """
-import _posixsubprocess, ctypes, os, posix, signal, sys, types
-nonce = sys.argv.pop()
-sys.orig_argv = sys.argv = ["program.py"]
-folder = os.path.realpath(os.getcwd())
-readable = tuple({os.path.realpath(path) + os.sep for path in (sys.prefix, sys.base_prefix, *sys.path) if path})
-refused = ("socket.", "subprocess.", "ctypes.", "os.system", "os.fork", "os.exec", "os.posix_spawn", "os.spawn",
-           "os.kill", "os.startfile", "pty.", "signal.pthread_kill", "resource.prlimit", "mmap.", "fcntl.", "syslog.",
-           "os.setxattr", "os.removexattr", "sqlite3.", "sys.setprofile", "sys.settrace", "gc.", "code.__new__",
-           "cpython.run")
-not_audited = ("mkfifo", "mknod", "chroot", "sched_setaffinity", "sched_setparam", "sched_setscheduler", "setpriority",
-               "setpgid", "pidfd_open", "pidfd_send_signal", "fork_exec")
-# These reach files or memory in C. Those that are imported already, without their functions, stay.
-not_imported = {"_ctypes", "_posixsubprocess", "posix", "readline", "_dbm", "_gdbm", "_posixshmem"}
-AF_UNIX, coroutine = 1, types.coroutine.__code__
-looks = {"open", "os.listdir", "os.scandir", "os.chdir"}
-changes = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod", "os.chown",
-           "os.utime", "os.truncate", "shutil.rmtree", "shutil.move"}
+__all__ = ["SANDBOX", "JudgeFailed", "Limits", "Run", "Sandbox", "in_parallel", "run_python"]
 
-written = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+ATTEMPTS = 3
+"""Judges that may hang or die over one answer."""
+JUDGE_SECONDS = 20.0
+"""Wall time of a judge beside that of the programs."""
+WALLS = ("namespaces", "landlock", "seccomp")
 
-def refusing(name):
-    def refuse(*arguments, **named):
-        raise PermissionError(f"{name} is not allowed here")
-    return refuse
-
-def inside(path):
-    return (os.path.realpath(os.fspath(path)) + os.sep).startswith(folder + os.sep)
-
-def hook(event, arguments):
-    # asyncio needs two things that reach nothing: a socket.socketpair (connect, bind and sendto have their own events)
-    # and a flag that types.coroutine sets.
-    if event.startswith(refused) and not (
-            event == "socket.__new__" and arguments[1] == AF_UNIX
-            or event == "code.__new__" and sys._getframe(1).f_code is coroutine):
-        raise PermissionError(f"{event} is not allowed here")
-    if event == "import" and arguments[0] in not_imported:
-        raise ImportError(f"{arguments[0]} is not allowed here")
-    if event in looks or event in changes:
-        for path in arguments[:2] if event in ("os.rename", "os.link", "os.symlink", "shutil.move") else arguments[:1]:
-            if path is None or isinstance(path, int) and event in looks:
-                continue
-            path = f"/proc/self/fd/{path}" if isinstance(path, int) else os.fsdecode(path)
-            writes = event in changes or event == "open" and (  # os.open has no mode, fopen in C no flags
-                set(arguments[1] or "") & set("wax+") or arguments[2] & written)
-            if inside(path) or not writes and (os.path.realpath(path) + os.sep).startswith(readable):
-                continue
-            raise PermissionError(f"{path} is outside of this program's folder")
-
-units = []
-for name in ("before.py", "program.py", "tests.py") if nonce else ("program.py",):
-    with open(name) as file:
-        units.append(compile(file.read(), name, "exec"))
-for name in not_audited:
-    for module in (os, posix, signal, _posixsubprocess):
-        if hasattr(module, name):
-            setattr(module, name, refusing(name))
-for name in set(vars(ctypes)) - {"Array", "Structure", "Union", "alignment", "byref", "sizeof"}:
-    if not name.startswith(("__", "c_")):
-        delattr(ctypes, name)
-del sys.modules["_ctypes"]
-module = types.ModuleType("program" if nonce else "__main__")
-sys.modules[module.__name__] = module
-write = os.write
-sys.addaudithook(hook)
-for unit in units:
-    exec(unit, vars(module))
-write(1, nonce.encode())
+_BOOT = """
+import sys, types
+folder, control, new_root, kinds = sys.argv[1:]
+package = types.ModuleType("isolated")
+package.__path__ = [folder]
+sys.modules["isolated"] = package
+from isolated import server
+server.main(int(control), new_root, kinds.split())
 """
+_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+"""Of programs: threads cost address space, which is limited."""
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
-class Limits(NamedTuple):
-    """Of one program."""
+def cores() -> int:
+    """Number of processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    seconds: float = 4.0
-    """Wall time; CPU time is the same, rounded up."""
-    memory_bytes: int = 512 * 2**20
-    output_bytes: int = 2**16
+
+class JudgeFailed(RuntimeError):
+    """An answer has no verdict: its judge hung or died each time. It is neither right nor wrong."""
 
 
 class Run(NamedTuple):
@@ -124,83 +74,144 @@ class Run(NamedTuple):
         return self.exit_code == 0
 
 
-def run_python(
-    program: str,
-    stdin: str = "",
-    limits: Limits = Limits(),  # noqa: B008  (immutable)
-    before: str = "",
-    tests: str = "",
-) -> Run:
-    """Runs `program` as a script that reads `stdin`; never raises for what the program does.
+class Sandbox:
+    """A server of programs and judges, started when it is first needed.
 
-    With `tests` it is a module, run after `before` and tested by what runs after it, each compiled by itself and all in
-    one namespace. It ends well where the tests do: a program that exits has not passed them.
+    Args:
+        kinds: the walls to put up, of WALLS; fewer are for tests.
     """
-    nonce = secrets.token_hex(16) if tests else ""
-    with tempfile.TemporaryDirectory(prefix="program-") as name:
-        folder = Path(name)
-        for file, text in (("program.py", program), ("before.py", before), ("tests.py", tests)):
-            (folder / file).write_text(text, errors="replace")
-        (folder / ".stdin").write_text(stdin, errors="replace")
-        with (
-            (folder / ".stdin").open("rb") as source,
-            (folder / ".stdout").open("wb") as out,
-            (folder / ".stderr").open("wb") as err,
-        ):
-            process = subprocess.Popen(
-                [sys.executable, "-I", "-B", "-c", _RUNNER, nonce],
-                cwd=folder, stdin=source, stdout=out, stderr=err, env={}, start_new_session=True,
-                preexec_fn=lambda: _confine(limits),
-            )  # fmt: skip
+
+    def __init__(self, kinds: Sequence[str] = WALLS) -> None:
+        self._kinds = kinds
+        self._lock, self._slots = threading.Lock(), threading.Semaphore(cores())
+        self._server: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._walls = Walls(False, 0, False, 0)
+        self.is_unsafe_allowed = False
+        self._has_warned = False
+
+    def walls(self) -> Walls:
+        """The walls of this machine; the server runs afterwards."""
+        self._running()
+        return self._walls
+
+    def require_walls(self, is_unsafe_allowed: bool) -> None:
+        """Checks, before any program runs, that there are walls, or that the user does without.
+
+        Raises:
+            ValueError: there are none and `is_unsafe_allowed` is False.
+        """
+        self.is_unsafe_allowed = self.is_unsafe_allowed or is_unsafe_allowed
+        self._running()
+
+    def judge(self, job: dict[str, Any]) -> dict[str, Any]:
+        """A judge's verdict on `job` (see `isolated.judge`).
+
+        Raises:
+            JudgeFailed: no judge lived to give one.
+        """
+        seconds = WALL_SHARE * job["problem_seconds"] + JUDGE_SECONDS
+        with self._slots:
+            for _ in range(ATTEMPTS):
+                server = self._running()
+                with contextlib.suppress(ServerGone, EOFError, wire.NotPlain, BrokenPipeError, ConnectionResetError):
+                    return self._judged(server, job, seconds)
+                self._restart_if_ended()
+        raise JudgeFailed(f"no judge lived through an answer's {job['kind']} tests, {ATTEMPTS} times")
+
+    def _judged(self, server: socket.socket, job: dict[str, Any], seconds: float) -> dict[str, Any]:
+        ours, theirs = socket.socketpair()
+        with ours:
+            with theirs:
+                process = Process(server, "judge", [theirs.fileno(), server.fileno()])
             try:
-                exit_code, late = process.wait(timeout=limits.seconds), False
-            except subprocess.TimeoutExpired:
-                exit_code, late = -signal.SIGKILL, True
+                wire.send(ours.fileno(), job)
+                return dict(wire.receive(ours.fileno(), wait=lambda: wire.is_readable(ours.fileno(), seconds)))
             finally:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        output = _text(folder / ".stdout", limits.output_bytes)
-        error = _text(folder / ".stderr", limits.output_bytes)
-    if late or exit_code in (-signal.SIGXCPU, -signal.SIGKILL):
-        error = f"TimeoutError: the program ran longer than {limits.seconds:g} seconds"
-    elif exit_code == -signal.SIGXFSZ or "[Errno 27]" in error:
-        error = f"OSError: the program wrote more than {limits.output_bytes} bytes"
-    elif exit_code == 0 and nonce not in output:
-        exit_code, error = 1, "SystemExit: the program ended before its tests"
-    said = "" if exit_code == 0 else _trimmed(error) or f"the program ended with code {exit_code}"
-    return Run(exit_code, output.replace(nonce, ""), said)
+                process.close()
+
+    def _running(self) -> socket.socket:
+        with self._lock:
+            if self._server is None:
+                self._start()
+            assert self._server is not None
+            return self._server
+
+    def _start(self) -> None:
+        if sys.platform != "linux":
+            raise ValueError("[task] programs of a model are run on Linux only")
+        control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        folder = Path(__file__).parent / "isolated"
+        kept = {name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"}
+        with theirs, tempfile.TemporaryDirectory(prefix="root-") as new_root:
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-B", "-X", "utf8", "-c", _BOOT,
+                 str(folder), str(theirs.fileno()), new_root, " ".join(self._kinds)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[theirs.fileno()], start_new_session=True,
+                env=kept | _ENVIRONMENT, cwd="/",
+            )  # fmt: skip
+            assert process.stdout
+            try:
+                walls = Walls(*wire.receive(process.stdout.fileno()))
+            except EOFError:
+                raise RuntimeError(f"[task] the server of programs ended at once, code {process.wait()}") from None
+        self._server, self._process, self._walls = control, process, walls
+        if walls.are_enough:
+            return
+        about = "this machine offers neither Landlock nor namespaces, or no seccomp, to hold a model's programs off"
+        if not self.is_unsafe_allowed:
+            self._close()
+            raise ValueError(
+                f"[unsafe_sandbox] {about}: use another machine, or --unsafe_sandbox in a container of its own"
+            )
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(f"{about}: they can read and change what this user can", stacklevel=4)
+
+    def _restart_if_ended(self) -> None:
+        with self._lock:
+            if self._process is not None and self._process.poll() is not None:
+                self._close()
+
+    def _close(self) -> None:
+        if self._process is not None:
+            assert self._process.stdin and self._process.stdout and self._server
+            self._server.close()
+            self._process.stdout.close()
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+            self._process.wait()
+        self._server = self._process = None
+
+    def close(self) -> None:
+        """Ends the server and every process of its."""
+        with self._lock:
+            self._close()
+
+    def run(self, program: str, stdin: str = "", limits: Limits = Limits()) -> Run:  # noqa: B008  (immutable)
+        """Runs `program` as a script that reads `stdin`; never raises for what the program does."""
+        units = [["program.py", _sendable(program)]]
+        job = {"kind": "run", "units": units, "stdin": stdin, "limits": limits, "problem_seconds": limits.seconds}
+        result = self.judge(job)
+        return Run(result["code"], result["output"], result["error"])
 
 
-def _confine(limits: Limits) -> None:
-    """In the child, before the interpreter starts."""
-    _leave_network()
-    seconds = int(limits.seconds) + 1
-    for limit, value in (
-        (resource.RLIMIT_CPU, seconds),
-        (resource.RLIMIT_AS, limits.memory_bytes),
-        (resource.RLIMIT_FSIZE, limits.output_bytes),
-        (resource.RLIMIT_NOFILE, 32),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        resource.setrlimit(limit, (value, value))
+SANDBOX = Sandbox()
+"""This process's; forks of this process share its server."""
+atexit.register(SANDBOX.close)
 
 
-def _leave_network() -> bool:
-    """System calls only: this runs between fork and exec."""
-    return _UNSHARE is not None and (_UNSHARE(_CLONE_NEWNET) == 0 or _UNSHARE(_CLONE_NEWUSER | _CLONE_NEWNET) == 0)
+def run_python(program: str, stdin: str = "", limits: Limits = Limits()) -> Run:  # noqa: B008  (immutable)
+    """Runs `program` as a script that reads `stdin`, in this process's sandbox."""
+    return SANDBOX.run(program, stdin, limits)
 
 
-def _text(path: Path, size: int) -> str:
-    try:
-        with path.open("rb") as file:
-            return file.read(size).decode(errors="replace")
-    except OSError:  # the program removed its own files
-        return ""
+def in_parallel(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
+    """`function` of each item, for functions that wait for a sandbox: at once, as many as there are cores."""
+    with ThreadPoolExecutor(cores()) as threads:
+        return list(threads.map(function, items))
 
 
-def _trimmed(error: str) -> str:
-    """A traceback without the frames of the runner, at most its last dozen lines."""
-    lines = [line for line in error.strip().splitlines() if 'File "<string>"' not in line]
-    own = next((i for i, line in enumerate(lines) if line.startswith('  File "')), 0)
-    return "\n".join(lines[own:][-12:])
+def _sendable(text: str) -> str:
+    """Text without lone surrogates, which no source may hold."""
+    return text.encode(errors="replace").decode()

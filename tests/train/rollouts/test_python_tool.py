@@ -86,10 +86,10 @@ def test_without_a_tool_a_call_is_text(lm: Reader) -> None:
         ("<tool>)</tool>", "SyntaxError: unmatched ')'"),
         ("17</tool>", "17"),
         ("</tool>", "SyntaxError: invalid syntax"),
-        ("<tool>open('/etc/passwd')</tool>", "PermissionError: /etc/passwd is outside of this program's folder"),
+        ("<tool>open('/etc/passwd')</tool>", "FileNotFoundError: [Errno 2] No such file or directory: '/etc/passwd'"),
         ("<tool>''</tool>", ""),
         ('<tool>exit("")</tool>', "the program ended with code 1"),
-        ("<tool>exit('File \"<string>\"')</tool>", "the program ended with code 1"),
+        ("<tool>exit('File \"<string>\"')</tool>", 'File "<string>"'),
     ],
 )
 def test_results(call: str, result: str) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import pickle
 import random
 import subprocess
 import sys
 import time
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -272,18 +275,66 @@ def test_code_of_an_answer() -> None:
     assert code_of("plain") == "plain"
 
 
-def test_compressed_private_tests_are_left_out_and_said(tmp_path: Path) -> None:
-    test = [{"input": "1\n", "output": "1\n", "testtype": "stdin"}]
-    record = {"question_content": "?", "public_test_cases": json.dumps(test), "private_test_cases": "eJxrYJ0aDQAE"}
+def compressed(value: object) -> str:
+    return base64.b64encode(zlib.compress(pickle.dumps(value))).decode()
+
+
+def livecodebench(tmp_path: Path, private: str, **fields: object) -> object:
+    public = [{"input": "1\n", "output": "1\n", "testtype": "stdin"}]
+    record = {"question_content": "?", "public_test_cases": json.dumps(public), "private_test_cases": private}
     file = tmp_path / "set.jsonl"
-    file.write_text(json.dumps(record) + "\n")
-    with pytest.warns(UserWarning, match="left out"):
-        task = make_task(f"code:{file}", seed=0)
+    file.write_text(json.dumps(record | fields) + "\n")
+    return make_task(f"code:{file}", seed=0)
+
+
+def test_compressed_private_tests_are_read(tmp_path: Path) -> None:
+    task = livecodebench(tmp_path, compressed(json.dumps([{"input": "2\n", "output": "2\n", "testtype": "stdin"}])))
     problem = task.problem(0)
-    assert problem.answer == "" and task.score("print(input())", problem.entry) == 1.0
-    assert verifier("both")(task, problem, "print(input())") == Feedback(1.0, "All tests pass (1).", "")
+    assert problem.answer == "" and task.trace("print(1)", problem.entry) == (
+        0.0,
+        "Test 2 of 2 fails, which is private: the answer is wrong.",
+    )
+    assert verifier("both")(task, problem, "print(input())") == Feedback(1.0, "All tests pass (2).", "")
     with pytest.raises(ValueError, match="expected --feedback trace"):
         verifier("correction")(task, problem, "")
+
+
+class Harmful:
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("harmed",)
+
+
+@pytest.mark.parametrize(
+    ("private", "reason"),
+    [
+        (compressed(Harmful()), "asks for posix.mkdir, where a string was expected"),
+        (compressed(["[]"]), "a pickle of type list"),
+        (compressed({"a": 1}), "a pickle of type dict"),
+        ("eJxrYJ0aDQAE", "incomplete or truncated stream"),
+        ("no base64", "incorrect header check"),
+    ],
+)
+def test_private_tests_are_strings_or_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, private: str, reason: str
+) -> None:
+    """By the public tests alone, whose outputs stand in the question, an answer cannot be judged."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=rf"line 1: private_test_cases cannot be read: .*{reason}"):
+        livecodebench(tmp_path, private)
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_records_that_cannot_be_judged_are_counted_and_named(tmp_path: Path) -> None:
+    test = [{"input": "1\n", "output": "1\n", "testtype": "stdin"}]
+    good = {"question_content": "?", "public_test_cases": test}
+    lines = [good, {"question_content": "?", "public_test_cases": []}, good | {"private_test_cases": "?"}]
+    file = tmp_path / "set.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.warns(
+        UserWarning, match=r"set.jsonl: 2 of 3 records cannot be judged and are left out \(line 2: public"
+    ):
+        task = make_task(f"code:{file}", seed=0)
+    assert len(task.all_problems) == 1 and [text.partition(":")[0] for text in task.left_out] == ["line 2", "line 3"]
 
 
 def test_worked_examples_have_an_answer(tmp_path: Path) -> None:
