@@ -42,14 +42,13 @@ from distil_kernels.train.models.activation_checkpointing import checkpoint_laye
 from distil_kernels.train.models.lora import with_adapters
 from distil_kernels.train.models.reading import reader
 from distil_kernels.train.models.sharding import (
-    full_weights,
-    gather_full,
+    full_tensor,
     shard,
-    share_out_moments,
     split_sharded,
     unsharded,
     unsharded_heads,
 )
+from distil_kernels.train.models.state import load_optimizer_state, model_state, optimizer_state
 from distil_kernels.train.objective import Kept, Sums, distil_loss, means, policy_loss
 from distil_kernels.train.report import console
 from distil_kernels.train.report.chart import charts, plot
@@ -223,7 +222,7 @@ class Trainer:
         with _timed(seconds, "exchange"):  # and waiting for the others
             self.processes.sum_gradients(self.trained)
         with _timed(seconds, "optimizer"):
-            grad_norm = float(gather_full(self.accelerator.clip_grad_norm_(self.trained, self.config.max_grad_norm)))
+            grad_norm = float(full_tensor(self.accelerator.clip_grad_norm_(self.trained, self.config.max_grad_norm)))
             if math.isfinite(grad_norm):
                 self.optimizer.step()
                 self.teacher.follow()
@@ -369,10 +368,9 @@ class Trainer:
 
     @property
     def _stateful(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the model."""
+        """What a checkpoint has beside model and optimizer."""
         return {
-            "optimizer": self.optimizer, "scheduler": self.scheduler, "teacher": self.teacher,
-            "baseline": self.average, "problems": self.next_batch,
+            "scheduler": self.scheduler, "teacher": self.teacher, "baseline": self.average, "problems": self.next_batch,
         }  # fmt: skip
 
     def save(self) -> None:
@@ -386,12 +384,12 @@ class Trainer:
         if self.processes.any(not checkpoint.are_finite(self.trained)):
             raise self._diverged("the weights are not finite")
         main, model = self.processes.is_main, self.student.model
+        weights = model_state(model)
         state = {
-            "step": self.step, "start": self.start,
-            **gather_full({name: part.state_dict() for name, part in self._stateful.items()}, main),
+            "step": self.step, "start": self.start, "optimizer": optimizer_state(model, self.optimizer.optimizer),
+            **{name: part.state_dict() for name, part in self._stateful.items()},
             "generators": self.processes.gather([checkpoint.generator_states()]),
         }  # fmt: skip
-        weights = full_weights(model, main)
         if main:
             kept = self.config.keep_checkpoints
             checkpoint.save(self.directory, self.step, model, self.tokenizer, state, kept, weights)
@@ -428,7 +426,7 @@ class Trainer:
     def load(self, path: Path) -> list[dict[str, Any]]:
         """Takes up a checkpoint directory but for its generators' states, which it returns, and changes no file."""
         state = self.load_models(path)
-        state["optimizer"] = share_out_moments(state["optimizer"], self.trained)
+        load_optimizer_state(self.student.model, self.optimizer.optimizer, state["optimizer"])
         for name, part in self._stateful.items():
             part.load_state_dict(state[name])
         for group in self.optimizer.param_groups:  # by the schedule that --steps makes, which may be another

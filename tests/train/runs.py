@@ -13,7 +13,7 @@ from rich.console import Console
 
 from distil_kernels.train.__main__ import main
 from distil_kernels.train.config import Config
-from distil_kernels.train.models.sharding import gather_full
+from distil_kernels.train.models.sharding import full_tensor
 from distil_kernels.train.rollouts.python_tool import Rollouts
 from distil_kernels.train.run.checkpoint import load_state
 from distil_kernels.train.run.directory import read_lines
@@ -124,7 +124,7 @@ def two_steps(model: Path, directory: Path, prompts_per_step: int = 5, **setting
     run.roll_out = roll_out  # type: ignore[method-assign]
     gradients: list[torch.Tensor] = []
     run.optimizer.optimizer.register_step_pre_hook(
-        lambda *_: gradients.append(torch.cat([gather_full(parameter.grad).flatten() for parameter in run.trained]))
+        lambda *_: gradients.append(torch.cat([full_tensor(parameter.grad).flatten() for parameter in run.trained]))
     )
     records = [run.train_step() for _ in range(2)]
     updates = run.config.updates_per_batch

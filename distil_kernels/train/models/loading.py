@@ -11,6 +11,7 @@ from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
 from distil_kernels.train.models import lora, smollm2
+from distil_kernels.train.models.state import load_model_state
 
 
 def load(name: str, option: str = "model") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -41,7 +42,7 @@ def restore(model: PreTrainedModel, path: Path) -> None:
     if lora.has_adapters(model):
         lora.load_adapters(model, path)
     else:
-        model.load_state_dict(load(str(path))[0].state_dict())
+        load_model_state(model, load(str(path))[0].state_dict())
 
 
 def use_flash_attention(model: PreTrainedModel, device: torch.device, precision: str) -> None:

@@ -7,6 +7,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from distil_kernels.train.models.state import load_model_state
+
+ADAPTER = "default"
+"""peft's name for the one adapter of a model."""
+
 
 def with_adapters(model: PreTrainedModel, rank: int, alpha: float, targets: str) -> PreTrainedModel:
     """Returns the model with LoRA adapters, which alone need gradients; at the start they change nothing.
@@ -38,6 +43,9 @@ def has_adapters(model: PreTrainedModel) -> bool:
 
 def load_adapters(model: PreTrainedModel, path: Path) -> None:
     """Replaces the model's adapters by those of a checkpoint."""
-    from peft import load_peft_weights, set_peft_model_state_dict
+    from peft import load_peft_weights
 
-    set_peft_model_state_dict(model, load_peft_weights(str(path), device="cpu"))
+    # peft saves names without the adapter's; its own loading knows no shards.
+    names = {name.replace(f".{ADAPTER}", ""): name for name in model.state_dict()}
+    weights = load_peft_weights(str(path), device="cpu")
+    load_model_state(model, {names[name]: weight for name, weight in weights.items()}, strict=False)

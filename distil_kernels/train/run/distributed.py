@@ -1,18 +1,18 @@
-"""The processes of a run: every one takes its share of each step's problems.
+"""The processes of a run: each one takes its share of every step's problems.
 
-    own problems  ->  rollouts, loss / rollouts of the whole batch  ->  gradients summed over processes  ->  equal steps
+    share of the problems  ->  rollouts, loss / rollouts of the whole batch  ->  gradients summed over processes
+                           ->  equal steps
 
 DistributedDataParallel does not fit: it sums in hooks that its own forward arms, and here the body runs several times
 per step (prompts, then completions) while the head's weight goes into the loss without any forward of the model. So
 the gradients are summed after the last backward, in buckets of BUCKET numbers (or one larger parameter), which is the
 extra memory. All processes then hold the same bits, and take the same step without sending weights.
 
-With one process everything here is the identity.
+With one process every method returns what it was given. Every process holds the whole model, or with --shard a share of
+it (`models.sharding`), whose gradients FSDP sums.
 
-Every process holds the whole model, or with --shard a share of it (`sharding`), whose gradients FSDP sums.
-
-Left out: summing while the backward still runs, where the model is whole; what shards by accelerate's own means (FSDP,
-DeepSpeed) is refused.
+Left out: summing while the backward still runs, where the model is not sharded; accelerate's own ways of sharding
+(FSDP, DeepSpeed) are refused.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -34,22 +35,24 @@ from distil_kernels.train.config import Config
 T = TypeVar("T")
 
 BUCKET = 1 << 25
+"""Numbers in a bucket of gradients."""
 SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process and the others; what talks to them must be called by all of them in the same order."""
+    """This process and the others. A method that talks to them must be called by all of them, in the same order."""
 
     index: int = 0
     count: int = 1
 
     @staticmethod
     def of(accelerator: Accelerator, config: Config) -> Processes:
-        """Those that accelerate knows.
+        """Returns the processes that accelerate knows.
 
         Raises:
-            ValueError: it shards the model or does not know all that were started, or the batch cannot be shared out.
+            ValueError: accelerate shards the model, or does not know all processes that were started; or the batch
+                cannot be shared out among them.
         """
         kind, count = accelerator.distributed_type, accelerator.num_processes
         if kind in SHARDED:
@@ -77,46 +80,40 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is the process that prints and writes."""
         return self.index == 0
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's part of what all have; the parts follow each other, and differ by one item at most."""
+        """Returns this process's part of a list that all have. The parts are in order; lengths differ by 1 at most."""
         return items[len(items) * self.index // self.count : len(items) * (self.index + 1) // self.count]
 
     def seed(self, seed: int) -> int:
-        """A seed of this process's own; the main one's is the seed itself."""
+        """Returns another seed in every process; in the main one it is `seed`."""
         if self.is_main:
             return seed
         return int(numpy.random.SeedSequence((seed, self.index)).generate_state(1)[0])
 
     def gather(self, items: Sequence[T]) -> list[T]:
-        """The items of all processes, in their order (pickled: no tensors of a device)."""
-        if self.count == 1:
-            return list(items)
-        parts: list[Any] = [None] * self.count
-        dist.all_gather_object(parts, list(items))
-        return [item for part in parts for item in part]
+        """Returns the items of all processes, in their order. They are pickled: no tensors of a device."""
+        return gather_object(list(items)) if self.count > 1 else list(items)
 
     def from_main(self, value: T) -> T:
-        """The main process's value."""
-        values = [value]
-        if self.count > 1:
-            dist.broadcast_object_list(values)
-        return values[0]
+        """Returns the value that the main process has."""
+        return broadcast_object_list([value])[0] if self.count > 1 else value
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so in one process at least."""
+        """Returns whether the flag is true in at least one process."""
         return any(self.gather([flag]))
 
     def sum(self, tensor: Tensor) -> None:
-        """Adds the other processes' tensors, in place."""
+        """Adds the tensors of the other processes to this one's, in place."""
         if self.count > 1:
             dist.all_reduce(tensor)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Gives every process the sum of the gradients of all; a parameter that one has no gradient for adds 0.
+        """Replaces the gradients by their sums over all processes.
 
-        Those of sharded parameters are summed already.
+        Where a process has no gradient of a parameter it adds 0. Gradients of sharded parameters are sums already.
         """
         parameters = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
         if self.count == 1 or not parameters:

@@ -28,7 +28,8 @@ from distil_kernels.hf import CausalLM
 from distil_kernels.train.config import Config
 from distil_kernels.train.models import loading
 from distil_kernels.train.models.reading import Reader, reader
-from distil_kernels.train.models.sharding import local_shard, shard_like, split_sharded, unsharded
+from distil_kernels.train.models.sharding import local_shard, split_sharded, unsharded
+from distil_kernels.train.models.state import load_model_state, model_state
 from distil_kernels.train.rollouts.python_tool import Python, Rollouts, roll_out
 from distil_kernels.train.rollouts.sampling import Sampling, sample
 
@@ -123,13 +124,13 @@ class Teacher:
             torch._foreach_lerp_([local_shard(parameter) for parameter in mine], shares, self._rate)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Empty unless the teacher has a state that the start and the student do not give."""
-        return {name: mine for name, (mine, _) in self._average.items()}
+        """Returns the averaged weights by name, in the main process; empty for a teacher that is no average."""
+        state = model_state(self.lm.model) if self._average else {}
+        return {name: state[name] for name in self._average if state}
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, (mine, _) in self._average.items():
-            mine.copy_(shard_like(mine, state[name]))
+        if self._average:
+            load_model_state(self.lm.model, {name: state[name] for name in self._average}, strict=False)
 
 
 def copied(student: nn.Module, apart: bool = False) -> nn.Module:

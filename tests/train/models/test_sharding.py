@@ -142,6 +142,8 @@ def test_a_run_and_its_checkpoint_are_those_of_whole_models(sharded: Path, tiny_
     assert all(not torch.equal(value, before[name]) for name, value in weights[0].items())
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
     states = [load_state(path) for path in (ours, theirs)]
+    names = [state["optimizer"]["param_groups"][0].pop("params") for state in states]
+    assert names[0] == names[1] and set(names[0]) == set(states[0]["optimizer"]["state"])
     for name in ("optimizer", "teacher", "baseline"):
         torch.testing.assert_close(states[0][name], states[1][name], rtol=1e-3, atol=1e-5)
 
@@ -171,9 +173,11 @@ def resumed_adapters(rank: int, model: Path, directory: Path) -> None:
     again = second.train_step()
     assert all(torch.equal(local_shard(a), local_shard(b)) for a, b in zip(first.trained, second.trained, strict=True))
     states = [run.teacher.state_dict() for run in (first, second)]
-    assert states[0] and all(
-        torch.equal(local_shard(states[0][name]), local_shard(states[1][name])) for name in states[0]
-    )
+    assert bool(states[0]) == (rank == 0)
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    teachers = [dict(run.teacher.lm.model.named_parameters()) for run in (first, second)]
+    assert any("lora_" in name for name in teachers[0])
+    assert all(torch.equal(local_shard(value), local_shard(teachers[1][name])) for name, value in teachers[0].items())
     assert (step["loss"], step["grad_norm"]) == (again["loss"], again["grad_norm"])
 
 
@@ -204,7 +208,7 @@ def memory(rank: int, model: Path, directory: Path) -> None:
     held = {
         "weights": sum(local_shard(weight).numel() for weight in named.values()),
         "moments": sum(local_shard(value).numel() for value in moments),
-        "teacher": sum(local_shard(value).numel() for value in run.teacher.state_dict().values()),
+        "teacher": sum(local_shard(weight).numel() for weight in run.teacher.lm.model.parameters()),
         "gradients": gradient_sizes[0],
         "whole": sum(weight.numel() for weight in named.values()),
     }
