@@ -1,17 +1,21 @@
 """Distillation from a teacher's whole distribution, without [tokens, vocab] logits.
 
-fused_forward_ce     forward cross-entropy from hidden states and heads
-fused_reverse_kl     reverse KL
-fused_jsd            generalised Jensen-Shannon divergence
-fused_topk_ce        forward cross-entropy to a teacher of which only some tokens' log-probs are known
-fused_distil_loss    DistIL's sequence-level loss on packed sequences
-fused_topk_distil_loss   the same to a teacher of which only some tokens' log-probs are known
-fused_policy_loss    clipped policy-gradient loss, without a teacher
-token_stats          cross-entropy, KL, log-probs, entropies per token
-token_logprobs       log-probs and entropies per token, without a teacher
+    fused_forward_ce         forward cross-entropy from hidden states and heads
+    fused_reverse_kl         reverse KL
+    fused_jsd                generalised Jensen-Shannon divergence
+    fused_topk_ce            forward cross-entropy to a teacher of which only some tokens' log-probs are known
+    fused_distil_loss        DistIL's sequence-level loss on packed sequences
+    fused_topk_distil_loss   the same to a teacher of which only some tokens' log-probs are known
+    fused_policy_loss        clipped policy-gradient loss, without a teacher
+    token_stats              cross-entropy, KL, log-probs, entropies of each token
+    token_logprobs           log-probs and entropies of each token, without a teacher
+    explain                  how a call of one of these is computed: plan, rows, back end, bytes, and why
+
+Their results: ForwardCE, DistilLoss, PolicyLoss, TokenStats, TokenLogprobs, Explanation.
 """
 
 from distil_kernels.distil import DistilLoss, fused_distil_loss
+from distil_kernels.explanation import Explanation, explain
 from distil_kernels.losses import ForwardCE, fused_forward_ce, fused_jsd, fused_reverse_kl
 from distil_kernels.policy import PolicyLoss, fused_policy_loss
 from distil_kernels.token_statistics import TokenLogprobs, TokenStats, token_logprobs, token_stats
@@ -21,10 +25,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DistilLoss",
+    "Explanation",
     "ForwardCE",
     "PolicyLoss",
     "TokenLogprobs",
     "TokenStats",
+    "explain",
     "fused_distil_loss",
     "fused_forward_ce",
     "fused_jsd",

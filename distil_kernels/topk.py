@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from distil_kernels.backends import Cost
+from distil_kernels.backends.dispatch import BackendChoice
 from distil_kernels.distil import COSTS, DistilLoss, distil_result
 from distil_kernels.engine.call import Call
 from distil_kernels.engine.checks import ArgumentChecks
+
+_PLAIN_TORCH = BackendChoice("reference", "losses to named tokens are plain torch on every device")
 
 
 def fused_topk_ce(
@@ -60,7 +63,7 @@ def fused_topk_ce(
     if normalizer is not None and reduction != "mean":
         checks.value_error(f"normalizer is given with reduction={reduction!r}, expected reduction='mean'")
     call = Call(checks, student_hidden, student_weight, None, None, student_bias, None, token_mask, token_weight,
-                temperature, None, logit_softcap, "reference", has_teacher=False)  # fmt: skip
+                temperature, None, logit_softcap, _PLAIN_TORCH, has_teacher=False)  # fmt: skip
     checks.named_tokens(student_hidden, teacher_ids, teacher_logprobs)
     denominator = None if reduction == "sum" else call.denominator(checks.normalizer(normalizer, student_hidden))
     return call.topk_loss(teacher_ids, teacher_logprobs, Cost(COSTS["ce"]), denominator).total
@@ -109,7 +112,7 @@ def fused_topk_distil_loss(
     """
     checks = ArgumentChecks("fused_topk_distil_loss")
     call = Call(checks, student_hidden, student_weight, None, None, student_bias, None, token_mask, None, temperature,
-                None, logit_softcap, "reference", has_teacher=False)  # fmt: skip
+                None, logit_softcap, _PLAIN_TORCH, has_teacher=False)  # fmt: skip
     checks.one_of("cost", cost, ("ce", "kl"))
     normalizer = checks.normalizer(normalizer, student_hidden)
     checks.packed(student_hidden, cu_seqlens)

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
 
-from distil_kernels import fused_distil_loss, fused_forward_ce, fused_topk_ce, token_stats
+from distil_kernels import (
+    fused_distil_loss,
+    fused_forward_ce,
+    fused_policy_loss,
+    fused_topk_ce,
+    fused_topk_distil_loss,
+    token_stats,
+)
 from distil_kernels.engine.credit import Credit
 from distil_kernels.engine.gradients import Needs
 from distil_kernels.engine.spec import Spec
@@ -38,6 +46,10 @@ LOSSES = {
         discount=0.9, baseline="leave_one_out", group_size=2,
     ).loss,
     "topk": lambda h, w, i: fused_topk_ce(h, w, i.tokens[:, None], torch.full((12, 1), -0.5)),
+    "topk distil": lambda h, w, i: fused_topk_distil_loss(
+        h, w, i.tokens[:, None], torch.full((12, 1), -0.5), tokens=i.tokens, cu_seqlens=torch.tensor([0, 4, 12]),
+        discount=0.9, cost="kl", baseline="leave_one_out", group_size=2,
+    ).loss,
 }  # fmt: skip
 
 
@@ -57,6 +69,43 @@ def test_compiles_as_one_graph(name, dtype, generator):
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(x)
     torch.testing.assert_close(compiled, eager)
     torch.testing.assert_close(torch.autograd.grad(compiled, list(model.parameters())), expected)
+
+
+ROWS = {
+    "mean": lambda h, w, t, y, b: fused_forward_ce(h, w, t),
+    "rows": lambda h, w, t, y, b: fused_forward_ce(h, w, t, reduction="none").square().sum(),
+    "stats": lambda h, w, t, y, b: token_stats(h, w, t, tokens=y).logprob.sum(),
+    "policy": lambda h, w, t, y, b: fused_policy_loss(h, w, tokens=y, advantages=t[:, 0]).loss,
+    "distil": lambda h, w, t, y, b: fused_distil_loss(h, w, t, tokens=y, cu_seqlens=b, discount=0.9).loss,
+    "topk": lambda h, w, t, y, b: fused_topk_ce(h, w, y[:, None], t[:, :1].clamp(max=0.0) - 0.1),
+    "topk distil": lambda h, w, t, y, b: (
+        fused_topk_distil_loss(h, w, y[:, None], t[:, :1].clamp(max=0.0) - 0.1, tokens=y, cu_seqlens=b).loss
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_one_graph_serves_every_number_of_rows(name, generator):
+    """The rows of chunks and staging buffer follow the number of rows without another graph."""
+    torch.compiler.reset()
+    weight = torch.randn(300, 8, generator=generator).requires_grad_()
+    num_graphs = 0
+
+    def counted(graph, example_inputs):
+        nonlocal num_graphs
+        num_graphs += 1
+        return aot_eager(graph, example_inputs)
+
+    compiled = torch.compile(ROWS[name], fullgraph=True, backend=counted)
+    for num_rows in (12, 40, 70, 200, 300, 700, 1030):
+        hidden = torch.randn(num_rows, 8, generator=generator).requires_grad_()
+        teacher = torch.randn(num_rows, 8, generator=generator)
+        tokens = torch.randint(300, (num_rows,), generator=generator)
+        arguments = hidden, weight, teacher, tokens, torch.tensor([0, num_rows // 3, num_rows])
+        ours, eager = compiled(*arguments), ROWS[name](*arguments)
+        torch.testing.assert_close(ours, eager)
+        torch.testing.assert_close(*(torch.autograd.grad(each, [hidden, weight]) for each in (ours, eager)))
+    assert num_graphs <= 3  # the first rows, any rows, and where per-row outputs change their plan
 
 
 def test_inductor(generator):

@@ -21,6 +21,7 @@ LIBRARY = [
     {"token_statistics", "losses", "policy", "plan"},
     {"distil"},
     {"topk"},
+    {"explanation"},
     {"testing"},
     {"hf"},
     {"train"},

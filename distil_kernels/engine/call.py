@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distil_kernels.backends import Cost, Statistic
-from distil_kernels.backends.dispatch import choose_backend
+from distil_kernels.backends.dispatch import BackendChoice, choose_backend
 from distil_kernels.engine import custom_ops
 from distil_kernels.engine.checks import ArgumentChecks
 from distil_kernels.engine.credit import CreditInputs, known_in_order
@@ -66,7 +66,7 @@ class Call:
         temperature: float,
         teacher_temperature: float | None,
         logit_softcap: float | None,
-        backend: str,
+        backend: str | BackendChoice,
         *,
         has_teacher: bool = True,
     ) -> None:
@@ -75,6 +75,7 @@ class Call:
         checks.positive("temperature", temperature, optional=False)
         checks.positive("teacher_temperature", teacher_temperature)
         checks.positive("logit_softcap", logit_softcap)
+        leaves = student_hidden, student_weight, student_bias
         student_hidden, student_weight = _as_autocast(student_hidden, student_weight)
         teacher_hidden, teacher_weight = _as_autocast(teacher_hidden, teacher_weight)
         other_hidden = teacher_hidden if has_teacher else student_hidden
@@ -101,9 +102,11 @@ class Call:
             "teacher_temperature": float(temperature if teacher_temperature is None else teacher_temperature),
             "logit_softcap": None if logit_softcap is None else float(logit_softcap),
         }
-        self._backend = choose_backend(backend, student_hidden.device, student_hidden.dtype)
+        if not isinstance(backend, BackendChoice):
+            backend = choose_backend(backend, student_hidden.device, student_hidden.dtype)
+        self._backend = backend
         grad_enabled = torch.is_grad_enabled()
-        self._needs = Needs(*(grad_enabled and tensor is not None and tensor.requires_grad for tensor in self._student))
+        self._needs = Needs(*(grad_enabled and tensor is not None and tensor.requires_grad for tensor in leaves))
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -308,7 +308,7 @@ def test_memory_is_what_the_plan_says(backend, dtype, name, chunk_rows, staging_
         logprob_grad=both, grad_hidden=True, grad_head=not frozen and not nothing,
     )  # fmt: skip
     no_logits = backend == "triton" and plan.name == "stats_only"
-    # Where bfloat16 dW is summed in float32, chunk and ring are gone before dW itself is there.
+    # Where bfloat16 dW is summed in float32, chunk and staging buffer are freed before dW itself is allocated.
     assert (0.0 if no_logits else 0.6) < extra / extra_bytes(shape, plan) < 1.3
 
 
