@@ -16,10 +16,13 @@ from distil_kernels.train.run import directory as run_directory
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit status: 0 done, 1 unwritten files or a diverged run, 2 wrong options, 130 stopped by Ctrl-C."""
-    command, rest = "train", arguments
+    """Runs a command and returns the exit status.
+
+    0 is success, 1 a file that could not be written or a diverged run, 2 wrong options, 130 a stop by Ctrl-C.
+    """
+    command, options = "train", arguments
     if arguments and not arguments[0].startswith("-"):
-        command, *rest = arguments
+        command, *options = arguments
     if command not in COMMANDS:
         close = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
@@ -30,9 +33,9 @@ def main(arguments: list[str]) -> int:
         return 2
     try:
         try:
-            work = COMMANDS[command](rest)
+            work = COMMANDS[command](options)
         except ValueError as error:
-            if not str(error).startswith("["):  # the code's own, or of a user's judge
+            if not str(error).startswith("["):  # no option's: a fault of the code, or of a user's judge
                 raise
             print(f"python -m distil_kernels.train: {error}", file=sys.stderr)
             return 2
@@ -72,12 +75,12 @@ def _train(arguments: list[str]) -> commands.Work:
 
 
 def _is_main() -> bool:
-    """Whether this process makes the directory and prints; as torchrun and accelerate launch tell, before imports."""
+    """Returns whether this process makes the directory and prints, as torchrun and accelerate launch tell it."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _new_directory(config: Config) -> Path:
-    """Where the run is to stand, once all of it has been checked."""
+    """Returns the directory that a new run will have; nothing is made yet."""
     name = config.name or f"{config.task.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
     directory = Path(config.runs_dir) / name
     if directory.exists() and not config.overwrite:
@@ -88,6 +91,7 @@ def _new_directory(config: Config) -> Path:
 
 
 def _resumed(config: Config, given: set[str]) -> tuple[Config, Path]:
+    """Returns the settings of the run to resume, with the steps that are given, and its directory."""
     directory = Path(config.resume)
     path = directory / "config.json"
     if not path.exists():

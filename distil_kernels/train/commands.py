@@ -1,4 +1,4 @@
-"""The commands beside `train`: eval, inspect, report. None changes a run; report writes its file."""
+"""The commands eval, inspect and report. None of them changes a run; report writes its file."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _evaluated(trainer: Trainer, target: str, console: Console) -> None:
 
 
 def inspect(arguments: list[str]) -> Work:
-    """A sample rollout of a run, in the terminal."""
+    """Shows one held-out rollout of a run in the terminal."""
     parser = _parser("inspect", "Shows a rollout of a held-out problem, each token coloured by what it costs.")
     parser.add_argument("--step", type=int, help="evaluation to take it from [the last]")
     parser.add_argument("--problem", type=int, default=0, help="which of the problems [0]")
@@ -109,7 +109,7 @@ def inspect(arguments: list[str]) -> Work:
 
 
 def report(arguments: list[str]) -> Work:
-    """A run as one HTML file."""
+    """Writes a run as one HTML file."""
     parser = _parser("report", "Writes a run as one HTML file: curves, before and after, rollouts, configuration.")
     parser.add_argument("--output", help="the file [RUN/report.html]")
     options = parser.parse_args(arguments)
@@ -117,23 +117,25 @@ def report(arguments: list[str]) -> Work:
     from distil_kernels.train.report.html import page
 
     metrics, rollouts = (with_nan(read_lines(directory / name)) for name in ("metrics.jsonl", "rollouts.jsonl"))
-    target = Path(options.output) if options.output else directory / "report.html"
+    output = Path(options.output) if options.output else directory / "report.html"
     text = page(_config(directory), directory.resolve().name, metrics, rollouts)
 
     def write() -> None:
-        write_text(target, text)
-        print(target)
+        write_text(output, text)
+        print(output)
 
     return write
 
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
+    """Returns a parser for a command on a run directory."""
     parser = Parser(prog=f"{PROG} {command}", description=description, allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", help="run directory")
     return parser
 
 
 def _run_directory(name: str) -> Path:
+    """Returns the path of a run directory, or raises ValueError where there is none."""
     if not is_run(Path(name)):
         raise ValueError(f"[RUN] {name} is no run directory (it has no config.json of a run)")
     return Path(name)

@@ -1,12 +1,14 @@
 """How a model reads prompts with completions: three ways to the same hidden states, and the choice between them.
 
-    shared   the prefix of all prompts once, each prompt once (`prefix`), then completions padded to the longest
-    packed   whole rows one after the other in one, with positions that start anew: no padding, no mask
-    padded   whole rows, padded to the longest
+A row is a prompt with one of its completions.
+
+    shared   the prefix of all prompts once, each prompt once (`shared_prompts`), then completions padded to the longest
+    packed   all rows one after the other in one, with positions that start anew: no padding, no mask
+    padded   one row for each completion, padded to the longest
 
 The cheapest puts the fewest tokens through the layers (`choose`). A model whose cache is more than plain keys and
-values (sliding windows, recurrent layers), or that counts padding as distance (MPT), cannot share; one whose rows see
-each other in a pack cannot pack; any model reads padded rows. SmolLM2 in float32, forward and backward on one core,
+values (sliding windows, recurrent layers), or that counts padding as distance (MPT), cannot share; a model whose rows
+see each other in a pack cannot pack; any model reads padded rows. SmolLM2 in float32, forward and backward on one core,
 seconds (tokens read):
 
                                                     shared         packed          padded
@@ -36,15 +38,18 @@ from distil_kernels.hf import CausalLM
 from distil_kernels.train.models.shared_prompts import common_prefix, completion_states, pad
 
 WAYS = ("padded", "shared", "packed")
-"""The first of those that cost the same is taken."""
+"""Of ways that cost the same the first one is taken."""
 PACK_TOKENS = 512
-PACKED = 1.15
-"""Cost of a packed token beside a padded one, for masked attention; of the measured cases between 0.9 and 1.2."""
+"""Limit of a pack where attention is masked."""
+PACKED_COST = 1.15
+"""Cost of a packed token as a multiple of a padded one's, for masked attention; 0.9 to 1.2 in the measured cases."""
 
 
 class Choice(NamedTuple):
+    """A way of reading and the reason for it."""
+
     way: str
-    why: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -52,95 +57,103 @@ class Reader(CausalLM):
     """A causal LM that reads prompts and completions; `reader` makes it."""
 
     ways: tuple[str, ...]
-    """Those of WAYS that it may use."""
+    """The WAYS that it may use."""
     ways_with_gradients: tuple[str, ...]
-    """Those of them for passes that a backward pass follows."""
+    """The WAYS that it may use where a backward pass follows."""
 
     @property
     def shares_prompts(self) -> bool:
+        """Whether a prompt may be read once for all its completions."""
         return "shared" in self.ways
 
-    def states(self, prompts: Sequence[list[int]], rows: Sequence[int], completions: Sequence[list[int]]) -> Tensor:
-        """Hidden states [N, D] that predict each completion token, packed completion after completion.
+    def states(
+        self, prompts: Sequence[list[int]], prompt_index: Sequence[int], completions: Sequence[list[int]]
+    ) -> Tensor:
+        """Returns the hidden states [N, D] that predict each completion token, packed completion after completion.
 
         Args:
-            prompts: U different prompts.
-            rows: prompt of each of the B completions.
+            prompts: U different prompts, as token ids.
+            prompt_index: the prompt of each of the B completions.
             completions: B non-empty lists of token ids.
         """
         ways = self.ways_with_gradients if torch.is_grad_enabled() else self.ways
-        way = choose(ways, prompts, rows, completions).way
+        way = choose(ways, prompts, prompt_index, completions).way
         if way == "shared":
-            return completion_states(self, prompts, rows, completions)
-        whole = [prompts[row] + done[:-1] for row, done in zip(rows, completions, strict=True)]
-        lengths = [len(done) for done in completions]
-        return _packed(self, whole, lengths) if way == "packed" else _padded(self, whole, lengths)
+            return completion_states(self, prompts, prompt_index, completions)
+        rows = [prompts[index] + tokens[:-1] for index, tokens in zip(prompt_index, completions, strict=True)]
+        lengths = [len(tokens) for tokens in completions]
+        return _packed(self, rows, lengths) if way == "packed" else _padded(self, rows, lengths)
 
 
 def reader(lm: CausalLM, reading: str = "auto", recomputes: bool = False, is_sharded: bool = False) -> Reader:
-    """A model with the ways that it can read in.
+    """Returns a model with the ways that it can read in.
 
     Args:
         reading: "auto", or the one of WAYS to read in always.
-        recomputes: the backward pass runs layers again, which would fill a cache once more.
-        is_sharded: a pass with gradients is to be one forward, whatever is read.
+        recomputes: the backward pass runs layers again, which would fill a cache a second time.
+        is_sharded: a pass with gradients has to be one forward, whatever is read.
 
     Raises:
         ValueError: the model cannot read that way.
     """
-    able = _able(lm)
-    if reading != "auto" and reading not in able:
-        why = "its cache cannot be read once" if reading == "shared" else "rows of a pack see each other"
-        raise ValueError(f"[reading] {type(lm.model).__name__} reads {', '.join(able)}: got {reading}, but {why}")
-    ways = tuple(way for way in able if reading in ("auto", way))
-    barred = {"shared"} if recomputes or is_sharded else set()
+    possible = _possible_ways(lm)
+    if reading != "auto" and reading not in possible:
+        reason = "its cache cannot be read once" if reading == "shared" else "rows of a pack see each other"
+        raise ValueError(
+            f"[reading] {type(lm.model).__name__} reads {', '.join(possible)}: got {reading}, but {reason}"
+        )
+    ways = tuple(way for way in possible if reading in ("auto", way))
+    excluded = {"shared"} if recomputes or is_sharded else set()
     if is_sharded and not _has_varlen(lm):
-        barred.add("packed")
-    with_gradients = tuple(way for way in ways if way not in barred)
+        excluded.add("packed")
+    with_gradients = tuple(way for way in ways if way not in excluded)
     return Reader(lm.model, lm.body, lm.weight, lm.bias, lm.softcap, lm.scale, ways, with_gradients)
 
 
 def choose(
-    ways: Sequence[str], prompts: Sequence[list[int]], rows: Sequence[int], completions: Sequence[list[int]]
+    ways: Sequence[str], prompts: Sequence[list[int]], prompt_index: Sequence[int], completions: Sequence[list[int]]
 ) -> Choice:
-    """Of these ways the one that puts the fewest tokens through the layers, padding and PACKED counted."""
-    lengths = [len(prompts[row]) + len(done) - 1 for row, done in zip(rows, completions, strict=True)]
+    """Returns the way that puts the fewest tokens through the layers, padding and PACKED_COST counted."""
+    lengths = [len(prompts[index]) + len(tokens) - 1 for index, tokens in zip(prompt_index, completions, strict=True)]
     prefix = common_prefix(prompts)
-    rest = max(map(len, prompts)) - 1 - prefix
+    longest_suffix = max(map(len, prompts)) - 1 - prefix
     tokens = {
         "padded": len(lengths) * max(lengths),
-        "shared": prefix + len(prompts) * rest + len(rows) * max(map(len, completions)),
+        "shared": prefix + len(prompts) * longest_suffix + len(completions) * max(map(len, completions)),
         "packed": sum(lengths),
     }
-    way = min((way for way in WAYS if way in ways), key=lambda way: tokens[way] * (PACKED if way == "packed" else 1))
+    cost = {way: count * (PACKED_COST if way == "packed" else 1) for way, count in tokens.items()}
+    way = min((way for way in WAYS if way in ways), key=lambda way: cost[way])
     return Choice(way, f"{way} reads {tokens[way]} tokens, " + ", ".join(f"{other} {tokens[other]}" for other in ways))
 
 
-def _padded(lm: CausalLM, whole: Sequence[list[int]], lengths: Sequence[int]) -> Tensor:
-    ids, mask = pad(whole, lm.weight.device)
+def _padded(lm: CausalLM, rows: Sequence[list[int]], lengths: Sequence[int]) -> Tensor:
+    """Returns `Reader.states` of rows whose completions have these lengths, each row padded to the longest."""
+    ids, mask = pad(rows, lm.weight.device)
     hidden = lm.hidden(ids, attention_mask=mask)
-    starts = torch.tensor([len(row) - length for row, length in zip(whole, lengths, strict=True)], device=ids.device)
+    starts = torch.tensor([len(row) - length for row, length in zip(rows, lengths, strict=True)], device=ids.device)
     return hidden[(mask > 0) & (torch.arange(ids.shape[1], device=ids.device) >= starts[:, None])]
 
 
-def _packed(lm: CausalLM, whole: Sequence[list[int]], lengths: Sequence[int]) -> Tensor:
+def _packed(lm: CausalLM, rows: Sequence[list[int]], lengths: Sequence[int]) -> Tensor:
+    """Returns `Reader.states` of rows whose completions have these lengths, several rows in one."""
     parts = []
-    for pack in _packs([len(row) for row in whole], math.inf if _has_varlen(lm) else PACK_TOKENS):
-        ids = [token for row in whole[pack] for token in row]
-        positions = [position for row in whole[pack] for position in range(len(row))]
-        kept = [
-            place >= len(row) - length
-            for row, length in zip(whole[pack], lengths[pack], strict=True)
-            for place in range(len(row))
+    for pack in _packs([len(row) for row in rows], math.inf if _has_varlen(lm) else PACK_TOKENS):
+        ids = [token for row in rows[pack] for token in row]
+        positions = [position for row in rows[pack] for position in range(len(row))]
+        predicts_completion = [
+            position >= len(row) - length
+            for row, length in zip(rows[pack], lengths[pack], strict=True)
+            for position in range(len(row))
         ]
         device = lm.weight.device
         hidden = lm.hidden(torch.tensor([ids], device=device), position_ids=torch.tensor([positions], device=device))
-        parts.append(hidden[0, torch.tensor(kept, device=device)])
+        parts.append(hidden[0, torch.tensor(predicts_completion, device=device)])
     return torch.cat(parts)
 
 
 def _packs(lengths: Sequence[int], limit: float) -> Iterator[slice]:
-    """Rows that follow each other, `limit` tokens together at most or one row."""
+    """Yields packs of adjacent rows: `limit` tokens together at most, or one longer row."""
     begin = total = 0
     for row, length in enumerate(lengths):
         if total and total + length > limit:
@@ -151,45 +164,54 @@ def _packs(lengths: Sequence[int], limit: float) -> Iterator[slice]:
 
 
 def _has_varlen(lm: CausalLM) -> bool:
-    """Whether attention is by flash-attn's kernels."""
+    """Returns whether attention is by flash-attn's kernels, which keep the rows of a pack apart."""
     return "flash" in str(getattr(lm.body.config, "_attn_implementation", ""))
 
 
 @torch.no_grad()
-def _able(lm: CausalLM) -> list[str]:
-    """Those of WAYS in which short rows have the same hidden states as alone; tried, because no attribute says it."""
+def _possible_ways(lm: CausalLM) -> list[str]:
+    """Returns the WAYS in which short rows have the hidden states that each has alone.
+
+    They are tried, because no attribute of a model tells.
+    """
     prompts = [[1, 2], [1, *[3, 2] * 8]]  # a start in common, then a gap
     continued = [[*prompt, 3] for prompt in prompts]
-    rows = [[1, 2, 3], [3, 1]]
+    short_rows = [[1, 2, 3], [3, 1]]
 
-    def agrees(found: Tensor, whole: Sequence[list[int]], lengths: Sequence[int]) -> bool:
-        alone = torch.cat([_padded(lm, [row], [length]) for row, length in zip(whole, lengths, strict=True)])
-        return bool((found - alone).abs().max() <= limit * alone.abs().max())
+    def agrees(states: Tensor, rows: Sequence[list[int]], lengths: Sequence[int]) -> bool:
+        alone = torch.cat([_padded(lm, [row], [length]) for row, length in zip(rows, lengths, strict=True)])
+        return bool((states - alone).abs().max() <= limit * alone.abs().max())
 
     # bfloat16 moves shared states of SmolLM2 by .006 of the largest; what a wrong way moves is .09 and more.
     limit = 0.03 if torch.is_autocast_enabled(lm.weight.device.type) else 1e-3
-    able = ["padded"]
+    ways = ["padded"]
     training = [module for module in lm.model.modules() if module.training]
     lm.model.eval()
     try:
         if _has_plain_cache(lm) and agrees(completion_states(lm, prompts, [0, 1], [[3, 0]] * 2), continued, [2, 2]):
-            able.append("shared")
-        if _knows_positions(lm) and agrees(_packed(lm, rows, [3, 2]), rows, [3, 2]):
-            able.append("packed")
+            ways.append("shared")
+        if _knows_positions(lm) and agrees(_packed(lm, short_rows, [3, 2]), short_rows, [3, 2]):
+            ways.append("packed")
     finally:
         for module in training:
             module.training = True
-    return able
+    return ways
 
 
 def _has_plain_cache(lm: CausalLM) -> bool:
-    """Keys and values of all tokens, and no window over them by place (GPT-Neo's, which is longer than the trial)."""
+    """Returns whether the cache has keys and values of all tokens, without a window over them.
+
+    GPT-Neo's window is longer than the rows that are tried.
+    """
     config = lm.model.config
     is_plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
     return is_plain and "local" not in getattr(config, "attention_layers", ())
 
 
 def _knows_positions(lm: CausalLM) -> bool:
-    """And does not round them to bfloat16, which differs along a pack (Falcon's ALiBi: by 1.5% at 300 tokens)."""
+    """Returns whether the model takes positions, and exact ones.
+
+    Falcon's ALiBi rounds them to bfloat16, which differs along a pack: by 1.5% at 300 tokens.
+    """
     has_argument = "position_ids" in inspect.signature(lm.body.forward).parameters
     return has_argument and not getattr(lm.body.config, "alibi", False)

@@ -22,7 +22,7 @@ from distil_kernels.hf import CausalLM
 
 
 class Context(NamedTuple):
-    """B prompts that were read up to, not including, their last token."""
+    """The prompts of B completions, read up to, not including, their last token."""
 
     ids: Tensor
     """[B, P] int64, padded in the middle and ending in the last prompt token (which is not in the cache)."""
@@ -31,50 +31,57 @@ class Context(NamedTuple):
     cache: DynamicCache
 
 
-def read(lm: CausalLM, prompts: Sequence[list[int]], rows: Sequence[int]) -> Context:
-    """Reads each of the U different prompts once and expands to B rows; row b continues prompts[rows[b]]."""
+def read(lm: CausalLM, prompts: Sequence[list[int]], prompt_index: Sequence[int]) -> Context:
+    """Reads each of the U different prompts once and expands to B rows; row b continues prompts[prompt_index[b]]."""
     device = lm.weight.device
     shared = common_prefix(prompts)
+
+    # The prefix that all prompts share, once for all.
     cache = DynamicCache(config=lm.model.config)
     if shared:
         lm.hidden(torch.tensor([prompts[0][:shared]], device=device), cache=cache)
         cache.batch_repeat_interleave(len(prompts))
-    rest, rest_mask = pad([prompt[shared:-1] for prompt in prompts], device)
-    mask = torch.cat([rest_mask.new_ones(len(prompts), shared), rest_mask], 1)
-    if rest.shape[1]:
+
+    # What each prompt has after it, once for all its completions.
+    suffix, suffix_mask = pad([prompt[shared:-1] for prompt in prompts], device)
+    mask = torch.cat([suffix_mask.new_ones(len(prompts), shared), suffix_mask], 1)
+    if suffix.shape[1]:
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
-        lm.hidden(rest, attention_mask=mask, position_ids=positions, cache=cache)
-    index = torch.tensor(rows, device=device)
-    if shared or rest.shape[1]:
+        lm.hidden(suffix, attention_mask=mask, position_ids=positions, cache=cache)
+
+    # A row for each completion.
+    index = torch.tensor(prompt_index, device=device)
+    if shared or suffix.shape[1]:
         cache.batch_select_indices(index)
     prefix = torch.tensor(prompts[0][:shared], device=device, dtype=torch.int64).expand(len(prompts), -1)
     last = torch.tensor([prompt[-1:] for prompt in prompts], device=device)
-    ids = torch.cat([prefix, rest, last], 1)
+    ids = torch.cat([prefix, suffix, last], 1)
     return Context(ids[index], torch.cat([mask, torch.ones_like(last)], 1)[index], cache)
 
 
 def completion_states(
-    lm: CausalLM, prompts: Sequence[list[int]], rows: Sequence[int], completions: Sequence[list[int]]
+    lm: CausalLM, prompts: Sequence[list[int]], prompt_index: Sequence[int], completions: Sequence[list[int]]
 ) -> Tensor:
-    """As `reading.Reader.states`, with prompts read once."""
-    context = read(lm, prompts, rows)
+    """Returns what `reading.Reader.states` does, with prompts read once."""
+    context = read(lm, prompts, prompt_index)
     last = context.ids[:, -1].tolist()
-    ids, mask = pad([[token, *done[:-1]] for token, done in zip(last, completions, strict=True)], context.ids.device)
-    whole_mask = torch.cat([context.mask[:, :-1], mask], 1)
-    positions = (whole_mask.cumsum(1) - 1)[:, -ids.shape[1] :]
-    hidden = lm.hidden(ids, attention_mask=whole_mask, position_ids=positions, cache=context.cache)
+    inputs = [[token, *tokens[:-1]] for token, tokens in zip(last, completions, strict=True)]
+    ids, mask = pad(inputs, context.ids.device)
+    full_mask = torch.cat([context.mask[:, :-1], mask], 1)
+    positions = (full_mask.cumsum(1) - 1)[:, -ids.shape[1] :]
+    hidden = lm.hidden(ids, attention_mask=full_mask, position_ids=positions, cache=context.cache)
     return hidden[mask > 0]
 
 
 def common_prefix(prompts: Sequence[list[int]]) -> int:
-    """Number of tokens that all prompts begin with, each prompt's last token not counted."""
+    """Returns the number of tokens that all prompts begin with; no prompt's last token is one of them."""
     first, last = min(prompts), max(prompts)
     shortest = min(map(len, prompts)) - 1
     return next((i for i in range(shortest) if first[i] != last[i]), shortest)
 
 
 def pad(lists: Sequence[list[int]], device: torch.device, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Token ids [B, L] and mask [B, L], both int64; padding is token 0."""
+    """Returns token ids [B, L] and their mask [B, L], both int64; padding is token 0, at the right or the `left`."""
     width = max(map(len, lists))
     gaps = [[0] * (width - len(tokens)) for tokens in lists]
     ones = [[1] * len(tokens) for tokens in lists]

@@ -1,4 +1,4 @@
-"""What is wrong with a run, in words, from its records: said once each, while there is time to stop it.
+"""Warnings of what is wrong with a run, from its records, while there is time to stop it.
 
     no signal          every group's rollouts scored alike (policy_gradient), no rollout has feedback, or the teacher
                        agrees with the student
@@ -8,8 +8,8 @@
     teacher            it answers no better than its student, or much worse than at the start
     server             the rollout server samples from other weights than the student's
 
-Means over the last WINDOW steps against the first WINDOW; nothing but of the server is said before there are twice as
-many.
+They compare means over the last WINDOW steps with those over the first WINDOW. Those of teacher and server apart, none
+comes before there are twice as many steps.
 """
 
 from __future__ import annotations
@@ -25,13 +25,17 @@ Record = dict[str, Any]
 
 WINDOW = 5
 _OTHER_WEIGHTS = 0.1
-"""Nats a token that rounding does not explain."""
+"""Nats a token; rounding does not explain a larger difference of log-probs."""
 _NO_DISAGREEMENT = 1e-4
 """Nats of KL per token below which there is nothing left to learn."""
 
 
 def warnings(records: Sequence[Record], config: Config) -> Iterator[tuple[str, str]]:
-    """(kind, what to say) for everything that is wrong now; `records` are those of metrics.jsonl so far."""
+    """Yields (kind, sentence) for everything that is wrong now.
+
+    Args:
+        records: the records of metrics.jsonl so far.
+    """
     steps = [record for record in records if record["kind"] == "step"]
     evaluations = [record for record in records if record["kind"] == "evaluation"]
     if evaluations:
@@ -85,6 +89,7 @@ def warnings(records: Sequence[Record], config: Config) -> Iterator[tuple[str, s
 
 
 def _teacher(first: Record, last: Record, config: Config) -> Iterator[tuple[str, str]]:
+    """Yields warnings from the first and the last evaluation."""
     if config.objective == "policy_gradient":
         return
     if last["step"] == 0 and last["teacher"] <= last["sampled"]:
@@ -102,6 +107,7 @@ def _teacher(first: Record, last: Record, config: Config) -> Iterator[tuple[str,
 
 
 def _server(first: float, last: float) -> Iterator[tuple[str, str]]:
+    """Yields warnings from the rollout server's mismatch in the first and the last step."""
     if last > min(_OTHER_WEIGHTS, 5.0 * first + 0.01):
         text = (
             f"the rollout server's log-probs differ by {last:.2g} nats a token from the student's, {first:.2g} in the "
