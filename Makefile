@@ -23,7 +23,8 @@ test-all: $(VENV)/dev
 	$(BIN)/python -m pytest $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted tests/gpu $(ARGS)
 
-bench: $(VENV)/train
+# --plot draws with matplotlib, as the studies do.
+bench: $(VENV)/studies
 	$(BIN)/python bench/run.py $(ARGS)
 
 theory: $(VENV)/studies
