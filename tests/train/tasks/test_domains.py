@@ -80,7 +80,7 @@ def test_held_out_problems_are_different_ones() -> None:
 @pytest.mark.parametrize(
     ("answer", "right"),
     [
-        ("B", 1), ("b) Carbon dioxide", 0), ("B. Carbon dioxide", 1), ("(B)", 1), ("The answer is B.", 1),
+        ("B", 1), ("b) Carbon dioxide", 1), ("B. Carbon dioxide", 1), ("(B)", 1), ("The answer is B.", 1),
         ("A or B? The answer is (B)", 1), ("I first thought answer A, but the answer is: B", 1), ("\\boxed{B}", 1),
         ("C", 0), ("", 0), ("Because oxygen", 0), ("Option C, not B", 0),
     ],
