@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from timing import reset_high_water, resident_bytes
 
+from distil_kernels.train.build import build
 from distil_kernels.train.config import Config
 from distil_kernels.train.models import loading
 from distil_kernels.train.trainer import Trainer
@@ -51,13 +52,16 @@ class Work:
     @staticmethod
     def of(config: Config, steps: int, endless: bool, threads: int) -> Work:
         """Our trainer's batches; `endless` completions run to the limit of their length."""
-        trainer = Trainer(config, Path(), Console(quiet=True))
-        entries = [entry for _ in range(steps) for entry in trainer.next_batch()]
+        parts = build(config, Path())
+        tutor = parts.data.tutor
+        groups = [group for _ in range(steps) for group in next(parts.data.batches)]
         # The teacher reads a correction, which does not depend on the rollout.
-        read = [trainer.prompts.teacher(e.problem, trainer.verify(trainer.task, e.problem, "")) for e in entries]
-        stop_ids = [trainer.student.weight.shape[0]] if endless else list(trainer.sampling.stop_ids)
-        answers = [entry.problem.answer for entry in entries]
-        return Work(config, [entry.prompt for entry in entries], read, answers, stop_ids, threads)
+        teacher_prompts = [
+            tutor.prompts.teacher(group.problem, tutor.verifier(tutor.task, group.problem, "")) for group in groups
+        ]
+        stop_ids = [parts.models.student.weight.shape[0]] if endless else list(parts.data.sampling.stop_ids)
+        answers = [group.problem.answer for group in groups]
+        return Work(config, [group.prompt for group in groups], teacher_prompts, answers, stop_ids, threads)
 
 
 class Gate:
@@ -101,11 +105,11 @@ def work_through(name: str, work: Work, pipe: Connection) -> None:
 
 def _ours(work: Work, gate: Gate, folder: Path) -> None:
     class Ours(Trainer):
-        def roll_out(self, batch: Any, *rest: Any) -> None:
-            super().roll_out(batch, *rest)
-            gate.rolled_out([done for entry in batch for done in entry.completions])
+        def roll_out(self, groups: Any, *rest: Any) -> None:
+            super().roll_out(groups, *rest)
+            gate.rolled_out([rollout.tokens for group in groups for rollout in group.rollouts])
 
-    trainer = Ours(work.config, folder, Console(quiet=True))
+    trainer = Ours(work.config, build(work.config, folder), Console(quiet=True))
     trainer.sampling = dataclasses.replace(trainer.sampling, stop_ids=work.stop_ids)
     for _ in range(work.steps):
         gate.begin()

@@ -60,11 +60,12 @@ def _train(arguments: list[str]) -> commands.Work:
     # Late, so that wrong options are reported before seconds of imports.
     from rich.console import Console
 
+    from distil_kernels.train.build import build
     from distil_kernels.train.trainer import Trainer
 
     console = Console(width=None if sys.stdout.isatty() else 160, quiet=not _is_main())
     console.print(resolved(config), highlight=False, markup=False)
-    trainer = Trainer(config, directory, console)
+    trainer = Trainer(config, build(config, directory), console)
     if resumes:
         trainer.resume()
         if "steps" in given and _is_main():

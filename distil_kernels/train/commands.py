@@ -20,7 +20,7 @@ from distil_kernels.train.run.checkpoint import newest_undamaged
 from distil_kernels.train.run.directory import is_run, json_line, read_lines, with_nan, write_text
 
 if TYPE_CHECKING:
-    from distil_kernels.train.trainer import Trainer
+    from distil_kernels.train.build import Parts
 
 Work = Callable[[], int | None]
 """What a command does once its options have been checked: returns the exit status, None for 0."""
@@ -29,7 +29,7 @@ PROG = "python -m distil_kernels.train"
 EVAL_OPTIONS = {
     "task", "max_new_tokens", "eval_problems", "eval_samples", "eval_seed", "precision", "backend", "reading",
 }  # fmt: skip
-"""What may be asked of a run otherwise than it was trained."""
+"""Options that `eval` may override for a trained run."""
 
 
 def evaluate(arguments: list[str]) -> Work:
@@ -41,10 +41,10 @@ def evaluate(arguments: list[str]) -> Work:
         "RUN_OR_MODEL",
     )
     parser.add_argument("target", metavar="RUN_OR_MODEL", help="run directory, or path or hub name of a model")
-    config, given, own = read_options(parser, arguments)
-    target = own["target"]
-    console = _console()
-    from distil_kernels.train.trainer import Trainer
+    config, given, others = read_options(parser, arguments)
+    target = others["target"]
+    # Late, so that wrong options are reported before seconds of imports.
+    from distil_kernels.train.build import build
 
     if is_run(Path(target)):
         extra = sorted(given - EVAL_OPTIONS)
@@ -53,43 +53,35 @@ def evaluate(arguments: list[str]) -> Work:
         path = newest_undamaged(Path(target), lambda text: print(text, file=sys.stderr))
         if path is None:
             raise ValueError(f"[eval] {target} has no checkpoint yet")
-        trained = dataclasses.replace(_config(Path(target)), **{name: getattr(config, name) for name in given})
-        trained = dataclasses.replace(trained, tracker="none", shard=False, rollout_url="")
-        trained.check()
-        trainer = Trainer(trained, Path(target), console)
-        trainer.load_models(path)
+        config = dataclasses.replace(_config(Path(target)), **{name: getattr(config, name) for name in given})
+        config = dataclasses.replace(config, tracker="none", shard=False)
+        config.check()
+        parts = build(config, Path(target))
+        step = parts.models.restore(path)["step"]
     else:
         if "model" in given:
             raise ValueError(f"[model] the model to evaluate is {target}, got --model {config.model} too")
-        alone = dataclasses.replace(
-            config,
-            model=target,
-            teacher="live",
-            teacher_model="",
-            teacher_url="",
-            tracker="none",
-            shard=False,
-            rollout_url="",
+        config = dataclasses.replace(
+            config, model=target, teacher="live", teacher_model="", teacher_url="", tracker="none", shard=False
         )
-        trainer = Trainer(alone, Path(), console)
-    return partial(_evaluated, trainer, target, console)
+        parts, step = build(config, Path()), 0
+    return partial(_print_evaluation, parts, config.task, target, step)
 
 
-def _evaluated(trainer: Trainer, target: str, console: Console) -> None:
-    with trainer.accelerator.autocast():
-        result = trainer.evaluate(trainer.student, trainer.teacher)
+def _print_evaluation(parts: Parts, task: str, target: str, step: int) -> None:
+    result = parts.data.evaluator.evaluate(parts.models.student, parts.models.teacher)
     assert result is not None
-    if not trainer.processes.is_main:
+    if not parts.processes.is_main:
         return
-    table = Table(title=f"{target}: {result.problems} held-out problems of {trainer.config.task}")
+    table = Table(title=f"{target}: {result.problems} held-out problems of {task}")
     for column in ("", "mean", "standard error"):
         table.add_column(column, justify="right" if column else "left")
     rows = [("greedy", result.greedy, result.greedy_se), ("sampled", result.sampled, result.sampled_se)]
     rows += [(f"pass@{k}", *value) for k, value in result.pass_at.items()]
     for label, mean, error in [*rows, ("sampled, having read the feedback", result.teacher, result.teacher_se)]:
         table.add_row(label, f"{mean:.3f}", f"{error:.3f}" if math.isfinite(error) else "-")
-    console.print(table)
-    print(json_line({"target": target, "step": trainer.step, **dataclasses.asdict(result)}))
+    _console().print(table)
+    print(json_line({"target": target, "step": step, **dataclasses.asdict(result)}))
 
 
 def inspect(arguments: list[str]) -> Work:

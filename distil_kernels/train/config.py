@@ -19,6 +19,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+from distil_kernels.train.feedback.kinds import FEEDBACK
+
 
 class Range(NamedTuple):
     """The values that a number may have."""
@@ -247,26 +249,19 @@ class Config:
         if self.credit_span == "none" or self.objective == "policy_gradient":
             return []
         remarks = []
-        if self.feedback not in ("correction", "siblings") and self.credit_span == "future":
+        feedback_kind = FEEDBACK.get(self.feedback)  # None: a user's function, of which nothing is known
+        if (feedback_kind is None or feedback_kind.depends_on_rollout) and self.credit_span == "future":
             remarks.append(
                 f"feedback {self.feedback} is computed from the rollout: credit_span future is then biased; sequence "
                 "(with discount 1) is exact, none leaves the credit out"
             )
-        if self.feedback == "siblings" and self.baseline in ("leave_one_out", "position_mean"):
+        compares_rollouts = feedback_kind is not None and feedback_kind.compares_rollouts
+        if compares_rollouts and self.baseline in ("leave_one_out", "position_mean"):
             remarks.append(
-                f"feedback siblings shows a rollout to the teachers of those that baseline {self.baseline} compares it "
-                "with, a small bias; moving_average and none have none"
+                f"feedback {self.feedback} shows a rollout to the teachers of those that baseline {self.baseline} "
+                "compares it with, a small bias; moving_average and none have none"
             )
         return remarks
-
-    def rate_share(self, step: int) -> float:
-        """Share of the peak learning rate at a step from 0, where transformers' warm-ups give 0 and waste the batch."""
-        if step < self.warmup_steps:
-            return (step + 1) / (self.warmup_steps + 1)
-        done = min(1.0, (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps))
-        if self.learning_rate_schedule == "cosine":
-            return 0.5 * (1.0 + math.cos(math.pi * done))
-        return 1.0 - done if self.learning_rate_schedule == "linear" else 1.0
 
     def check(self) -> None:
         """Raises ValueError naming the field, what came and what was expected."""
@@ -289,10 +284,11 @@ class Config:
             self._expect("credit_span sequence", sequence)
         if self.alignment_every:  # a teacher's objectives against rewards
             self._expect("alignment_every", {"objective": ("forward_ce", "reverse_kl", "jsd")})
+        feedback_kind = FEEDBACK.get(self.feedback)  # None: a user's function
         compares = {
             "objective policy_gradient": self.objective == "policy_gradient",
             "alignment_every": self.alignment_every > 0,
-            "feedback siblings": self.feedback == "siblings",
+            f"feedback {self.feedback}": feedback_kind is not None and feedback_kind.compares_rollouts,
             "baseline leave_one_out": self.baseline == "leave_one_out" and self.credit_span != "none",
         }
         if self.rollouts_per_prompt < 2 and any(compares.values()):
@@ -301,7 +297,7 @@ class Config:
                 f"[rollouts_per_prompt] {option_name} compares rollouts of a prompt: expected at least 2, got "
                 f"{self.rollouts_per_prompt}"
             )
-        if self.feedback in ("trace", "self_evaluation"):  # words without a demonstration
+        if feedback_kind is not None and not feedback_kind.has_demonstration:
             self._expect(f"feedback {self.feedback}", {"teacher_reads": ("text", "both")})
         endpoint = self.teacher in ("remote", "samples")
         if bool(self.teacher_model) != (self.teacher == "local") and not endpoint:

@@ -1,8 +1,8 @@
-"""Accuracy on held-out problems, greedy and sampled, with standard errors, and the teacher's own as an alarm.
+"""Accuracy on held-out problems, greedy and sampled, with standard errors, and the teacher's, whose fall is an alarm.
 
-The problems are the same at each evaluation, and shared out among the processes. Sampling starts from the same seed,
-its own in each process, in a forked generator that leaves the training's draws alone. Standard errors are over
-problems: a problem's samples are averaged first, because they are not independent.
+The problems are the same at each evaluation, and shared out among the processes. Each process samples from the same
+seed of its own each time, in a forked generator that leaves the one of training as it is. Standard errors are over
+problems: the scores of a problem's samples are averaged first, because they are not independent.
 """
 
 from __future__ import annotations
@@ -16,23 +16,22 @@ from typing import NamedTuple
 
 import torch
 
-from distil_kernels.train.batches import fits
-from distil_kernels.train.feedback.kinds import Prompts, Verifier
-from distil_kernels.train.feedback.siblings import Said, Say
+from distil_kernels.train.feedback.tutor import Tutor
 from distil_kernels.train.models.reading import Reader
-from distil_kernels.train.rollouts.python_tool import Python, Rollouts, roll_out
-from distil_kernels.train.rollouts.sampling import Sampling, sample
+from distil_kernels.train.rollouts.prompt_group import PromptGroup
+from distil_kernels.train.rollouts.python_tool import Python, RollOut, roll_out
+from distil_kernels.train.rollouts.sampling import Sampling, generate
 from distil_kernels.train.run.distributed import ALONE, Processes
-from distil_kernels.train.tasks import Problem, Task
-from distil_kernels.train.teachers.local import Teacher
-from distil_kernels.train.teachers.remote import RemoteTeacher
+from distil_kernels.train.tasks import Problem
+from distil_kernels.train.teachers.base import Teacher
 
 BATCH_ROWS = 128
+"""Completions that are sampled at once."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means in 0 to 1 with their standard errors, and mean length in tokens."""
+    """Mean scores from 0 to 1 with their standard errors, and the mean length in tokens."""
 
     sampled: float
     sampled_se: float
@@ -41,29 +40,39 @@ class Evaluation:
     teacher: float
     teacher_se: float
     length: float
+    """Of the sampled answers, without the tokens of a tool."""
     problems: int
     pass_at: dict[int, tuple[float, float]]
-    """Chance that one of k sampled answers is right, with its standard error, by k: 1, 2, 4, ..., eval_samples."""
+    """By k = 1, 2, 4, ..., eval_samples: the chance that one of k sampled answers is right, and its standard error."""
     correct: list[int]
-    """Of each problem, how many of its sampled answers are right (score 1)."""
+    """For each problem, the number of its sampled answers that are right (score 1)."""
 
 
-class _Answers(NamedTuple):
-    scores: list[list[list[float]]]
-    """Of the sampled, the greedy and the teacher's answers to each problem."""
+class _Scores(NamedTuple):
+    """A process's part of an evaluation."""
+
+    by_kind: tuple[list[list[float]], ...]
+    """Of sampled, greedy and teacher's answers: for each problem the scores of its answers."""
     num_tokens: int
-    """Of the sampled answers."""
+    """Tokens of the model in the sampled answers."""
 
 
 class Evaluator:
-    """Holds the held-out problems and how to answer them."""
+    """The held-out problems, and how they are answered.
+
+    Args:
+        held_out: problems; those whose prompts do not fit are left out.
+        sampling: parameters of the student's sampled answers.
+        num_samples: sampled answers to each problem.
+        teacher_temperature: temperature of the teacher's answers.
+
+    Raises:
+        ValueError: none of the problems fits.
+    """
 
     def __init__(
         self,
-        task: Task,
-        verify: Verifier,
-        say: Say,
-        prompts: Prompts,
+        tutor: Tutor,
         held_out: Sequence[Problem],
         sampling: Sampling,
         num_samples: int,
@@ -72,90 +81,81 @@ class Evaluator:
         processes: Processes = ALONE,
         teacher_temperature: float = 1.0,
     ) -> None:
-        self._task, self._verify, self._say, self._prompts, self._sampling = task, verify, say, prompts, sampling
-        self._num_samples, self._seed, self._tool, self._processes = num_samples, seed, tool, processes
-        self._teachers_sampling = replace(sampling, temperature=teacher_temperature)
-        fitting = []
-        for problem in held_out:
-            student = prompts.student(problem)
-            if student and fits(task, verify, prompts, problem):
-                fitting.append((problem, student))
-        self.student_prompts: list[tuple[Problem, list[int]]] = processes.from_main(fitting)
-        """The held-out problems that fit, with what the student reads."""
-        if not self.student_prompts:
+        self.tutor, self._sampling, self._num_samples, self._seed = tutor, sampling, num_samples, seed
+        self._tool, self._processes = tool, processes
+        self._teacher_sampling = replace(sampling, temperature=teacher_temperature)
+        fitting = [group for group in map(tutor.group, held_out) if group is not None]
+        self._groups: list[PromptGroup] = processes.from_main(fitting)
+        if not self._groups:
             raise ValueError(f"[max_prompt_tokens] none of {len(held_out)} held-out problems fits")
 
+    def groups(self, count: int | None = None) -> list[PromptGroup]:
+        """The first `count` held-out problems, without rollouts; None for all."""
+        return [PromptGroup(group.problem, group.prompt) for group in self._groups[:count]]
+
     @contextmanager
-    def own_draws(self, student: Reader) -> Iterator[None]:
-        """In it, sampling starts from the evaluation's seed; training's generator is left alone."""
-        devices = [student.weight.device] if student.weight.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+    def seeded(self, device: torch.device) -> Iterator[None]:
+        """Inside, sampling starts from the evaluation's seed; the generator of training is left as it is."""
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self._processes.seed(self._seed))
             yield
 
-    def __call__(
-        self, student: Reader, teacher: Teacher | RemoteTeacher, stop: Callable[[], bool] = lambda: False
+    def evaluate(
+        self, student: Reader, teacher: Teacher, stop: Callable[[], bool] = lambda: False
     ) -> Evaluation | None:
-        """None when `stop` became true between batches, in any process."""
-        with self.own_draws(student):
-            parts = self._processes.gather([self._own_answers(student, teacher, stop)])
-        found = [part for part in parts if part is not None]
-        if len(found) < len(parts):
+        """None if `stop` became true between batches, in any process."""
+        with student.opened(), teacher.opened(), self.seeded(student.weight.device):
+            parts = self._processes.gather([self._scores(student, teacher, stop)])
+        complete = [part for part in parts if part is not None]
+        if len(complete) < len(parts):
             return None
-        scores = [[own for part in found for own in part.scores[kind]] for kind in range(3)]
-        means = [mean_and_error([sum(own) / len(own) for own in by_problem]) for by_problem in scores]
-        length = sum(part.num_tokens for part in found) / (len(scores[0]) * self._num_samples)
-        correct = [sum(score >= 1.0 for score in own) for own in scores[0]]
-        return Evaluation(*means[0], *means[1], *means[2], length, len(scores[0]), pass_at(scores[0]), correct)
-
-    def _own_answers(
-        self, student: Reader, teacher: Teacher | RemoteTeacher, stop: Callable[[], bool]
-    ) -> _Answers | None:
-        """To this process's share of the problems."""
-        problems = self._processes.share(self.student_prompts)
-        draw = partial(roll_out, partial(sample, student))
-        sampled, num_tokens = self._answers(draw, problems, self._num_samples, self._sampling, stop)
-        greedy, _ = self._answers(draw, problems, 1, replace(self._sampling, temperature=0.0), stop)
-        if stop():
-            return None
-        # The teacher reads what is said of the greedy answer, whose siblings are the sampled ones; where that is
-        # nothing, what the student reads.
-        groups = [first + others for first, others in zip(greedy, sampled, strict=True)]
-        said = self._say(student, [problem for problem, _ in problems], groups, 1)
-        read = [
-            (problem, self._prompts.teacher(problem, first[0]) or prompt)
-            for (problem, prompt), first in zip(problems, said, strict=True)
+        sampled, greedy, by_teacher = ([s for part in complete for s in part.by_kind[kind]] for kind in range(3))
+        means = [
+            mean_and_error([sum(scores) / len(scores) for scores in kind]) for kind in (sampled, greedy, by_teacher)
         ]
-        taught, _ = self._answers(teacher.answers, read, 1, self._teachers_sampling, stop)
+        return Evaluation(
+            *means[0], *means[1], *means[2],
+            length=sum(part.num_tokens for part in complete) / (len(sampled) * self._num_samples),
+            problems=len(sampled),
+            pass_at=pass_at(sampled),
+            correct=[sum(score >= 1.0 for score in scores) for scores in sampled],
+        )  # fmt: skip
+
+    def _scores(self, student: Reader, teacher: Teacher, stop: Callable[[], bool]) -> _Scores | None:
+        """The scores of this process's share of the problems; None if `stop` became true."""
+        share = self._processes.share(self.groups())
+        by_student = partial(roll_out, partial(generate, student))
+
+        def collect(groups: Sequence[PromptGroup], count: int, by: RollOut, sampling: Sampling) -> list[PromptGroup]:
+            """Copies of the groups with `count` rollouts each; of fewer groups if `stop` became true."""
+            copies = [PromptGroup(group.problem, group.prompt) for group in groups]
+            size = max(1, BATCH_ROWS // count)
+            for begin in range(0, len(copies), size):
+                if stop():
+                    return copies[:begin]
+                self.tutor.collect(copies[begin : begin + size], count, by, sampling, self._tool)
+            return copies
+
+        sampled = collect(share, self._num_samples, by_student, self._sampling)
+        greedy = collect(share, 1, by_student, replace(self._sampling, temperature=0.0))
         if stop():
             return None
-        scores = [[[feedback.score for _, feedback in own] for own in answers] for answers in (sampled, greedy, taught)]
-        return _Answers(scores, num_tokens)
-
-    def _answers(
-        self,
-        draw: Callable[[Sequence[list[int]], Sequence[int], Sampling, Python | None], Rollouts],
-        problems: Sequence[tuple[Problem, list[int]]],
-        num_samples: int,
-        sampling: Sampling,
-        stop: Callable[[], bool],
-    ) -> tuple[list[list[Said]], int]:
-        """The answers to each problem, behind its prompt, with what is said of them, and their number of tokens."""
-        per_batch = max(1, BATCH_ROWS // num_samples)
-        answers: list[list[Said]] = []
-        num_tokens = 0
-        for begin in range(0, len(problems), per_batch):
-            if stop():
-                break
-            batch = problems[begin : begin + per_batch]
-            rows = [row for row in range(len(batch)) for _ in range(num_samples)]
-            found = draw([prompt for _, prompt in batch], rows, sampling, self._tool)
-            num_tokens += sum(map(sum, found.written))
-            for row, (problem, _) in enumerate(batch):
-                done = found.completions[row * num_samples : (row + 1) * num_samples]
-                own = [self._prompts.answer(tokens) for tokens in done]
-                answers.append([(text, self._verify(self._task, problem, text)) for text in own])
-        return answers, num_tokens
+        # The teacher's prompt contains the feedback on the greedy answer (the sampled answers are its siblings).
+        # Without feedback it is the student's prompt.
+        siblings = [
+            PromptGroup(first.problem, first.prompt, first.rollouts + others.rollouts)
+            for first, others in zip(greedy, sampled, strict=True)
+        ]
+        self.tutor.give_feedback(student, siblings, 1)
+        advised = [PromptGroup(group.problem, group.rollouts[0].teacher_prompt or group.prompt) for group in siblings]
+        by_teacher = collect(advised, 1, teacher.roll_out, self._teacher_sampling)
+        if stop():
+            return None
+        kinds = (sampled, greedy, by_teacher)
+        return _Scores(
+            tuple([[rollout.feedback.score for rollout in group.rollouts] for group in kind] for kind in kinds),
+            sum(sum(rollout.by_model) for group in sampled for rollout in group.rollouts),
+        )
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -176,8 +176,8 @@ def pass_at(scores: Sequence[Sequence[float]]) -> dict[int, tuple[float, float]]
     rates = {}
     for k in sorted({*(2**i for i in range(num_samples.bit_length())), num_samples}):
         chances = []
-        for own in scores:
-            wrong = sum(score < 1.0 for score in own)
-            chances.append(1.0 - math.comb(wrong, k) / math.comb(num_samples, k))
+        for of_problem in scores:
+            num_wrong = sum(score < 1.0 for score in of_problem)
+            chances.append(1.0 - math.comb(num_wrong, k) / math.comb(num_samples, k))
         rates[k] = mean_and_error(chances)
     return rates

@@ -1,6 +1,6 @@
 """The study of a real language model: the trainer itself, with one objective after the other, on the grid of `grid`.
 
-A run is `train.loop.Trainer` in this process: `steps` updates on problems that never repeat, then `final_samples`
+A run is `train.trainer.Trainer` in this process: `steps` updates on problems that never repeat, then `final_samples`
 sampled answers to each held-out problem. The course of training costs nothing more: it is the accuracy of each step's
 own rollouts, sampled at temperature 1 before its update, of problems that are the same for all objectives of a seed.
 A rate is chosen for an objective on all TUNING tasks together. Nothing of a run is kept but its line.
@@ -56,6 +56,7 @@ class Run:
 def execute(run: Run) -> tuple[Run, Result]:
     from rich.console import Console
 
+    from distil_kernels.train.build import build
     from distil_kernels.train.trainer import Trainer
 
     begin = time.process_time()
@@ -68,7 +69,8 @@ def execute(run: Run) -> tuple[Run, Result]:
     )  # fmt: skip
     config.check()
     with TemporaryDirectory() as directory:
-        trainer = Trainer(config, Path(directory), Console(quiet=True))
+        parts = build(config, Path(directory))
+        trainer = Trainer(config, parts, Console(quiet=True))
         records = [trainer.train_step() for _ in range(run.steps)]
         result = Result(
             list(range(run.steps)), [record["accuracy"] for record in records], [], [],
@@ -76,10 +78,10 @@ def execute(run: Run) -> tuple[Run, Result]:
             [record["teacher_entropy"] for record in records if "teacher_entropy" in record],
         )  # fmt: skip
         if run.final_samples:
-            with trainer.accelerator.autocast():
-                found = trainer.evaluate(trainer.student, trainer.teacher)
-            assert found is not None
-            result.greedy, result.teacher, result.correct = [found.greedy], [found.teacher], found.correct
+            evaluation = parts.data.evaluator.evaluate(parts.models.student, parts.models.teacher)
+            assert evaluation is not None
+            result.greedy, result.teacher = [evaluation.greedy], [evaluation.teacher]
+            result.correct = evaluation.correct
     result.seconds = time.process_time() - begin
     return run, result
 

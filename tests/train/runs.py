@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,16 @@ import torch
 from rich.console import Console
 
 from distil_kernels.train.__main__ import main
+from distil_kernels.train.build import build
 from distil_kernels.train.config import Config
+from distil_kernels.train.metrics import PhaseTimer
 from distil_kernels.train.models.sharding import full_tensor
-from distil_kernels.train.rollouts.python_tool import Rollouts
+from distil_kernels.train.objective import Sums, UpdateState
+from distil_kernels.train.rollouts.packed_batch import PackedBatch
+from distil_kernels.train.rollouts.prompt_group import PromptGroup, Rollout
 from distil_kernels.train.run.checkpoint import load_state
 from distil_kernels.train.run.directory import read_lines
+from distil_kernels.train.tasks import Problem
 from distil_kernels.train.trainer import Trainer
 
 QUICK = [
@@ -48,12 +54,55 @@ def trainer(model: Path, directory: Path, **changes: object) -> Trainer:
         "model": str(model), "prompts_per_step": 4, "rollouts_per_prompt": 2, "max_new_tokens": 4, "num_examples": 1,
         "eval_problems": 2, "cost": "ce", **changes,
     }  # fmt: skip
-    return Trainer(Config(**settings), directory, Console(quiet=True))
+    config = Config(**settings)
+    return Trainer(config, build(config, directory), Console(quiet=True))
 
 
-def written(*completions: list[int]) -> Rollouts:
-    """Without a tool."""
-    return Rollouts(list(completions), [[True] * len(tokens) for tokens in completions])
+def sampled(*completions: list[int]) -> list[Rollout]:
+    """Rollouts without a tool."""
+    return [Rollout.sampled(tokens) for tokens in completions]
+
+
+def give_rollouts(run: Trainer, groups: Sequence[PromptGroup], rollouts: Sequence[list[Rollout]]) -> None:
+    """Gives each group these rollouts, with scores, feedback and teacher prompts as if the student had sampled them."""
+    for group, given in zip(groups, rollouts, strict=True):
+        run.tutor.verify(group.problem, given)
+        group.rollouts = given
+    run.tutor.give_feedback(run.student, groups, max(map(len, rollouts)))
+
+
+def set_scores(group: PromptGroup, *scores: float) -> None:
+    for rollout, score in zip(group.rollouts, scores, strict=True):
+        rollout.feedback = rollout.feedback._replace(score=score)
+
+
+def pack(groups: Sequence[PromptGroup]) -> PackedBatch:
+    return PackedBatch.of(groups, torch.device("cpu"))
+
+
+def packed(
+    prompts: Sequence[list[int]],
+    prompt_index: Sequence[int],
+    completions: Sequence[list[int]],
+    by_model: Sequence[list[bool]] | None = None,
+    scores: Sequence[float] | None = None,
+) -> PackedBatch:
+    """Completions behind these prompts, which are the teacher's too; all of them have feedback."""
+    groups = [PromptGroup(Problem("", "", None, ""), prompt) for prompt in prompts]
+    for row, (index, tokens) in enumerate(zip(prompt_index, completions, strict=True)):
+        rollout = Rollout.sampled(tokens)
+        rollout.teacher_prompt = prompts[index]
+        rollout.by_model = by_model[row] if by_model else rollout.by_model
+        rollout.feedback = rollout.feedback._replace(score=scores[row] if scores else 0.0)
+        groups[index].rollouts.append(rollout)
+    return pack(groups)
+
+
+def micro_batch(
+    run: Trainer, groups: Sequence[PromptGroup], normalizer: float, state: UpdateState | None = None
+) -> tuple[torch.Tensor, Sums]:
+    """The trainer's forward and backward on these groups."""
+    return run.micro_batch(pack(groups), normalizer, PhaseTimer(), state or UpdateState())
 
 
 def assert_equal(ours: Any, theirs: Any) -> None:
@@ -114,17 +163,18 @@ def two_steps(model: Path, directory: Path, prompts_per_step: int = 5, **setting
     settings |= {"prompts_per_step": prompts_per_step, "learning_rate": 0.0, "weight_decay": 0.0, "max_grad_norm": 1e9}
     run = trainer(model, directory, **settings)
 
-    def roll_out(batch: Any, *_: Any) -> None:
-        for entry in batch:
-            a, b, c = entry.prompt[-9:-6]
-            run.answered([entry], [written([a, b, c, 40][: 1 + a % 4], [21, c])])
-            first, second = entry.feedback
-            entry.feedback = [first._replace(score=a / 300), second._replace(score=b / 300)]
+    def roll_out(groups: Sequence[PromptGroup], *_: Any) -> None:
+        for group in groups:
+            a, b, c = group.prompt[-9:-6]
+            give_rollouts(run, [group], [sampled([a, b, c, 40][: 1 + a % 4], [21, c])])
+            set_scores(group, a / 300, b / 300)
 
     run.roll_out = roll_out  # type: ignore[method-assign]
     gradients: list[torch.Tensor] = []
     run.optimizer.optimizer.register_step_pre_hook(
-        lambda *_: gradients.append(torch.cat([full_tensor(parameter.grad).flatten() for parameter in run.trained]))
+        lambda *_: gradients.append(
+            torch.cat([full_tensor(parameter.grad).flatten() for parameter in run.models.trained])
+        )
     )
     records = [run.train_step() for _ in range(2)]
     updates = run.config.updates_per_batch
@@ -138,8 +188,9 @@ def two_steps(model: Path, directory: Path, prompts_per_step: int = 5, **setting
 def states(run: Trainer) -> list[torch.Tensor]:
     """Log-probs [T, V] of the student for each completion of the last batch, by the model's own head."""
     found = []
-    for entry in run.seen:  # type: ignore[attr-defined]
-        for done in entry.completions:
-            logits = run.student.model(torch.tensor([entry.prompt + done])).logits[0, len(entry.prompt) - 1 : -1]
+    for group in run.seen:  # type: ignore[attr-defined]
+        for rollout in group.rollouts:
+            tokens = torch.tensor([group.prompt + rollout.tokens])
+            logits = run.student.model(tokens).logits[0, len(group.prompt) - 1 : -1]
             found.append((logits / run.config.temperature).double().log_softmax(-1))
     return found

@@ -8,8 +8,9 @@ import pytest
 
 from distil_kernels.train.batches import Batches
 from distil_kernels.train.evaluate import Evaluator
-from distil_kernels.train.feedback.kinds import Prompts, Verifier, correct
-from distil_kernels.train.feedback.siblings import as_verified
+from distil_kernels.train.feedback.kinds import FEEDBACK, FeedbackKind, users_kind
+from distil_kernels.train.feedback.prompts import Prompts
+from distil_kernels.train.feedback.tutor import Tutor
 from distil_kernels.train.models import loading
 from distil_kernels.train.rollouts.sampling import Sampling
 from distil_kernels.train.run.distributed import ALONE
@@ -29,16 +30,21 @@ class Lengths:
         return float(answer == "1")
 
 
-def batches(model: Path, task: Lengths, count: int, verify: Verifier = correct, worked: int = 0) -> Batches:
+def tutor(model: Path, task: Lengths, kind: FeedbackKind) -> Tutor:
     prompts = Prompts(loading.load(str(model))[1], [], max_tokens=60, end_ids=[0])
-    return Batches(task, verify, prompts, {str(index) for index in range(worked)}, count, ALONE)
+    return Tutor.of(kind, task, prompts, max_critique_tokens=1)
+
+
+def batches(model: Path, task: Lengths, count: int, worked: int = 0) -> Batches:
+    example_keys = {str(index) for index in range(worked)}
+    return Batches(tutor(model, task, FEEDBACK["correction"]), example_keys, count, ALONE)
 
 
 def test_a_batch_may_pass_over_more_than_a_thousand(tiny_model: Path) -> None:
-    next_batch = batches(tiny_model, Lengths(every=25), 64)
-    keys = [entry.problem.key for _ in range(2) for entry in next_batch()]
+    endless = batches(tiny_model, Lengths(every=25), 64)
+    keys = [group.problem.key for _ in range(2) for group in next(endless)]
     assert len(keys) == len(set(keys)) == 128 and not any(int(key) % 25 for key in keys)
-    assert next_batch.skipped > 2 * 1000
+    assert endless.num_skipped > 2 * 1000
 
 
 @pytest.mark.parametrize(
@@ -47,7 +53,7 @@ def test_a_batch_may_pass_over_more_than_a_thousand(tiny_model: Path) -> None:
 )
 def test_a_thousand_in_a_row_end_the_run_with_advice(tiny_model: Path, every: int, worked: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        batches(tiny_model, Lengths(every), 1, worked=worked)()
+        next(batches(tiny_model, Lengths(every), 1, worked=worked))
 
 
 def test_a_users_judge_is_asked_of_answers_only(tiny_model: Path) -> None:
@@ -57,10 +63,10 @@ def test_a_users_judge_is_asked_of_answers_only(tiny_model: Path) -> None:
         return Feedback(float(int(answer) == 1), "No." * 100, "")
 
     task = Lengths(every=1)
-    prompts = Prompts(loading.load(str(tiny_model))[1], [], max_tokens=60, end_ids=[0])
-    (entry,) = batches(tiny_model, task, 1, judge)()
-    read = prompts.teacher(entry.problem, judge(task, entry.problem, "2"))
+    judged = tutor(tiny_model, task, users_kind(judge))
+    (group,) = next(Batches(judged, set(), 1, ALONE))
+    read = judged.prompts.teacher(group.problem, judge(task, group.problem, "2"))
     assert read is not None and len(read) <= 60  # as much as fits
     held_out = [task.problem(index) for index in range(40) if is_held_out(task.problem(index))]
-    evaluate = Evaluator(task, judge, as_verified, prompts, held_out, Sampling(5, [0]), 1, seed=1)
-    assert [problem for problem, _ in evaluate.student_prompts] == held_out
+    evaluator = Evaluator(judged, held_out, Sampling(5, [0]), 1, seed=1)
+    assert [group.problem for group in evaluator.groups()] == held_out

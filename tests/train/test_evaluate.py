@@ -12,14 +12,15 @@ import torch
 
 from distil_kernels.hf import split
 from distil_kernels.train.evaluate import Evaluator, mean_and_error
-from distil_kernels.train.feedback.kinds import Prompts, correct
-from distil_kernels.train.feedback.siblings import as_verified
+from distil_kernels.train.feedback.kinds import FEEDBACK
+from distil_kernels.train.feedback.prompts import Prompts
+from distil_kernels.train.feedback.tutor import Tutor
 from distil_kernels.train.models import loading
 from distil_kernels.train.models.reading import Reader, reader
-from distil_kernels.train.rollouts.python_tool import Rollouts
+from distil_kernels.train.rollouts.prompt_group import Rollout
 from distil_kernels.train.rollouts.sampling import Sampling
-from distil_kernels.train.tasks import Problem, make_task, problems
-from distil_kernels.train.teachers.local import Teacher
+from distil_kernels.train.tasks import Problem, Task, make_task, problems
+from distil_kernels.train.teachers.local import LocalTeacher
 
 
 def test_mean_and_standard_error() -> None:
@@ -48,15 +49,19 @@ def parts(tiny_model: Path) -> tuple[Reader, Prompts]:
     return reader(split(model)), Prompts(tokenizer, [], end_ids=[0])
 
 
+def corrector(task: Task, prompts: Prompts) -> Tutor:
+    return Tutor.of(FEEDBACK["correction"], task, prompts, max_critique_tokens=1)
+
+
 def test_every_problem_and_sample_counts_once(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distil_kernels.train.evaluate.BATCH_ROWS", 5)  # two problems a batch, the last batch not full
     lm, prompts = parts(tiny_model)
     answers: list[str] = []
     task = Vowels(answers)
     held_out = [problem for _, problem in islice(problems(task, held_out=True), 7)]
-    evaluate = Evaluator(task, correct, as_verified, prompts, held_out, Sampling(5, prompts.stop_ids()), 2, seed=1)
+    evaluator = Evaluator(corrector(task, prompts), held_out, Sampling(5, prompts.stop_ids()), 2, seed=1)
     answers.clear()
-    result = evaluate(lm, Teacher(lm, "live", 0.0))
+    result = evaluator.evaluate(lm, LocalTeacher(lm, "live", 0.0))
     assert result is not None and len(answers) == 7 * 2 + 7 + 7
     odd = [float(len(answer) % 2) for answer in answers]
     by_problem = [(odd[2 * i] + odd[2 * i + 1]) / 2 for i in range(7)]
@@ -71,31 +76,29 @@ def test_repeats_itself_and_leaves_the_generator_alone(tiny_model: Path) -> None
     lm, prompts = parts(tiny_model)
     task = Vowels([])
     held_out = [problem for _, problem in islice(problems(task, held_out=True), 4)]
-    evaluate = Evaluator(task, correct, as_verified, prompts, held_out, Sampling(5, prompts.stop_ids()), 3, seed=1)
+    evaluator = Evaluator(corrector(task, prompts), held_out, Sampling(5, prompts.stop_ids()), 3, seed=1)
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    first = evaluate(lm, Teacher(lm, "frozen", 0.0))
+    first = evaluator.evaluate(lm, LocalTeacher(lm, "frozen", 0.0))
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(3)
-    assert evaluate(lm, Teacher(lm, "frozen", 0.0)) == first
-    assert evaluate(lm, Teacher(lm, "frozen", 0.0), stop=lambda: True) is None
+    assert evaluator.evaluate(lm, LocalTeacher(lm, "frozen", 0.0)) == first
+    assert evaluator.evaluate(lm, LocalTeacher(lm, "frozen", 0.0), stop=lambda: True) is None
 
 
 def test_the_teacher_answers_at_its_own_temperature(tiny_model: Path) -> None:
     lm, prompts = parts(tiny_model)
 
-    class Seen(Teacher):
-        def answers(self, prompts: object, rows: object, sampling: Sampling, tool: object) -> Rollouts:
+    class Seen(LocalTeacher):
+        def roll_out(self, prompts: object, index: object, sampling: Sampling, tool: object) -> list[Rollout]:
             seen.append(sampling)
-            return super().answers(prompts, rows, sampling, tool)
+            return super().roll_out(prompts, index, sampling, tool)
 
     seen: list[Sampling] = []
     task, sampling = Vowels([]), Sampling(5, prompts.stop_ids(), temperature=0.9)
     held_out = [problem for _, problem in islice(problems(task, held_out=True), 4)]
-    evaluate = Evaluator(
-        task, correct, as_verified, prompts, held_out, sampling, 1, seed=1, teacher_temperature=0.25
-    )  # fmt: skip
-    assert evaluate(lm, Seen(lm, "live", 0.0)) is not None
+    evaluator = Evaluator(corrector(task, prompts), held_out, sampling, 1, seed=1, teacher_temperature=0.25)
+    assert evaluator.evaluate(lm, Seen(lm, "live", 0.0)) is not None
     assert seen == [replace(sampling, temperature=0.25)]
 
 
@@ -103,4 +106,4 @@ def test_problems_that_do_not_fit_are_an_error_when_none_does(tiny_model: Path) 
     _, tokenizer = loading.load(str(tiny_model))
     prompts = Prompts(tokenizer, [], max_tokens=3, end_ids=[0])
     with pytest.raises(ValueError, match="max_prompt_tokens"):
-        Evaluator(Vowels([]), correct, as_verified, prompts, [Vowels([]).problem(0)], Sampling(5, [0]), 1, 1)
+        Evaluator(corrector(Vowels([]), prompts), [Vowels([]).problem(0)], Sampling(5, [0]), 1, 1)

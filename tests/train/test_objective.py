@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import metrics, train, trainer
+from runs import metrics, micro_batch, packed, set_scores, train, trainer
 
 from distil_kernels.train.command_line import parse
 from distil_kernels.train.config import PRESETS
-from distil_kernels.train.objective import distil_loss, group_advantages, means
-from distil_kernels.train.teachers.remote import TopK
+from distil_kernels.train.metrics import token_means
+from distil_kernels.train.objective import distil_loss, group_advantages
+from distil_kernels.train.teachers.base import TopKTarget
 
 
 def logprobs(run, prompt: list[int], completion: list[int]) -> torch.Tensor:
@@ -25,25 +26,25 @@ def logprobs(run, prompt: list[int], completion: list[int]) -> torch.Tensor:
 def test_gradient_by_definition(tiny_model: Path, tmp_path: Path, objective: str) -> None:
     run = trainer(tiny_model, tmp_path / "run", objective=objective, credit_span="none", teacher="live", jsd_weight=0.3,
                   normalize_advantages=False)  # fmt: skip
-    batch = run.next_batch()
+    batch = next(run.batches)
     run.roll_out(batch)
     scores = torch.rand(8, dtype=torch.float64)
-    for index, entry in enumerate(batch):  # random scores: a random model's are all 0
-        entry.feedback = [f._replace(score=float(scores[2 * index + i])) for i, f in enumerate(entry.feedback)]
-    run.micro_batch(batch, 8.0, {})
+    for index, group in enumerate(batch):  # random scores: a random model's are all 0
+        set_scores(group, *scores[2 * index : 2 * index + 2].tolist())
+    micro_batch(run, batch, 8.0)
     found = {name: p.grad.clone() for name, p in run.student.model.named_parameters()}
     run.student.model.zero_grad()
     total = torch.zeros((), dtype=torch.float64)
-    for index, entry in enumerate(batch):
+    for index, group in enumerate(batch):
         mean = scores[2 * index : 2 * index + 2].mean()
-        for i, done in enumerate(entry.completions):
-            s = logprobs(run, entry.prompt, done)
+        for i, rollout in enumerate(group.rollouts):
+            s = logprobs(run, group.prompt, rollout.tokens)
             if objective == "policy_gradient":
                 advantage = scores[2 * index + i] - mean
-                total = total - advantage * s.gather(1, torch.tensor(done)[:, None]).sum() / 8
+                total = total - advantage * s.gather(1, torch.tensor(rollout.tokens)[:, None]).sum() / 8
                 continue
             with torch.no_grad():
-                t = logprobs(run, entry.teacher_prompts[i], done)
+                t = logprobs(run, rollout.teacher_prompt, rollout.tokens)
             m = torch.logaddexp(t + torch.tensor(0.3).log(), s + torch.tensor(0.7).log())
             reverse_kl = (s.exp() * (s - t)).sum()
             jsd = 0.3 * (t.exp() * (t - m)).sum() + 0.7 * (s.exp() * (s - m)).sum()
@@ -62,13 +63,10 @@ def test_means_of_a_top_k_teacher_are_over_tokens_that_count(tiny_model: Path, t
         torch.manual_seed(0)
         hidden = torch.randn(4, run.student.weight.shape[1])[: len(completion)]
         probabilities = torch.rand(4, 2).sort(1, descending=True).values / 2
-        taught = TopK(torch.tensor([[3, 4]] * 4), probabilities.log(), torch.rand(4) / 10)
-        taught = TopK(*(part[: len(completion)] for part in taught))
-        counts = [[index < len(spoken) for index in range(len(completion))]]
-        sums = distil_loss(
-            run.student, hidden, run.teacher, taught, [completion], run.config, run.average, 1.0, counts
-        )[1]
-        return means([sums])
+        target = TopKTarget(torch.tensor([[3, 4]] * 4), probabilities.log(), torch.rand(4) / 10)
+        target = TopKTarget(*(part[: len(completion)] for part in target))
+        batch = packed([[1]], [0], [completion], [[index < len(spoken) for index in range(len(completion))]])
+        return token_means([distil_loss(run.student, hidden, target, batch, run.config, run.average, 1.0)[1]])
 
     found, expected = logged(heard), logged(spoken)
     assert expected["tail"] > 0 and expected["unmapped"] > 0 and expected["cost"] > 0

@@ -10,7 +10,7 @@ from tiny import byte_tokenizer, llama_config
 from transformers import AutoModelForCausalLM
 
 from distil_kernels.hf import split
-from distil_kernels.train.feedback.kinds import Prompts
+from distil_kernels.train.feedback.prompts import Prompts
 from distil_kernels.train.models.reading import Reader, reader
 from distil_kernels.train.tasks import make_task
 

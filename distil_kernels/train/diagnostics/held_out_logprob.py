@@ -1,11 +1,11 @@
-"""What a step changed where it was not trained: the log-prob of right answers to held-out problems, before and after.
+"""The effect of a step on held-out problems: the log-prob of their right answers before and after it.
 
-    held_out_logprob   mean over the problems of log p(the expert's answer | what the student reads), after the step
-    held_out_change    the same less its value before the step
+    held_out_logprob   mean over the problems of log p(the expert's answer | the student's prompt), after the step
+    held_out_change    its difference to the value before the step
 
-By the bound of theory/success.py an objective that raises this raises the success probability's lower bound; unlike an
-accuracy it moves with every step and needs no sampling. Costs two forward passes over the held-out prompts. An answer's
-end is not counted, because it may be written in more than one way.
+By the bound of studies/theory/success.py an objective that raises this raises a lower bound of the success probability.
+Unlike an accuracy it moves with every step and needs no sampling. It costs two forward passes over the held-out
+prompts. The stop token of an answer is not counted, because there may be several.
 """
 
 from __future__ import annotations
@@ -17,37 +17,35 @@ import torch
 from distil_kernels import token_logprobs
 from distil_kernels.train.config import Config
 from distil_kernels.train.evaluate import BATCH_ROWS
-from distil_kernels.train.feedback.kinds import Prompts
+from distil_kernels.train.feedback.prompts import Prompts
 from distil_kernels.train.models.reading import Reader
-from distil_kernels.train.tasks import Problem
+from distil_kernels.train.rollouts.prompt_group import PromptGroup
 
 
 @torch.no_grad()
-def right_logprob(
-    student: Reader, posed: Sequence[tuple[Problem, list[int]]], prompts: Prompts, config: Config
-) -> float:
-    """Mean log-prob of the expert's whole answers; `posed` are problems with what the student reads of them.
+def held_out_logprob(student: Reader, groups: Sequence[PromptGroup], prompts: Prompts, config: Config) -> float:
+    """The mean over problems of the log-prob of the expert's answer, after the student's prompt.
 
-    Problems without an expert's answer are left out; NaN where no problem has one.
+    Problems without an expert's answer are left out; NaN if no problem has one.
     """
-    known = [(prompt, prompts.written(problem.answer)) for problem, prompt in posed if problem.answer]
-    if not known:
+    answered = [(group.prompt, prompts.answer_tokens(group.problem.answer)) for group in groups if group.problem.answer]
+    if not answered:
         return float("nan")
     total = 0.0
-    for begin in range(0, len(known), BATCH_ROWS):
-        batch, answers = zip(*known[begin : begin + BATCH_ROWS], strict=True)
+    for begin in range(0, len(answered), BATCH_ROWS):
+        batch, answers = zip(*answered[begin : begin + BATCH_ROWS], strict=True)
         hidden = student.states(batch, range(len(batch)), answers)
         tokens = torch.tensor([token for answer in answers for token in answer], device=hidden.device)
-        found = token_logprobs(
+        out = token_logprobs(
             hidden.to(student.weight.dtype), student.weight, tokens=tokens, student_bias=student.bias,
             temperature=config.temperature, logit_softcap=student.softcap, backend=config.backend,
         )  # fmt: skip
-        total += found.logprob.sum().item()
-    return total / len(known)
+        total += out.logprob.sum().item()
+    return total / len(answered)
 
 
-def figures(before: float | None, after: float | None) -> dict[str, float]:
-    """What a record shows: nothing where the change was not asked for."""
+def change_metrics(before: float | None, after: float | None) -> dict[str, float]:
+    """The metrics of a step, from the log-prob before and after it; none in a step that does not record it."""
     if before is None or after is None:
         return {}
     return {"held_out_logprob": after, "held_out_change": after - before}

@@ -1,17 +1,18 @@
-"""What every token of a rollout costs, and what the teacher would have said instead: for `inspect` and `report`.
+"""The cost of every token of a rollout, and the teacher's likeliest tokens in its place: for `inspect` and `report`.
 
     ce      H(teacher, student) at the token's position, nats
-    kl      KL(teacher || student) there
-    credit  the weight of grad log S[token]: discounted cost to come, less its baseline
+    kl      KL(teacher || student) there, nats
+    credit  the weight of grad log S[token]: the discounted cost to come, minus its baseline
     top     the teacher's likeliest tokens with both models' probabilities
 
-The numbers are those of the loss on these rollouts (the same op without gradients): 0 where a token does not count.
+The numbers are those of the loss on these rollouts (the same op without gradients): 0 for a token that does not learn.
 Logits exist for BLOCK_ROWS tokens at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,12 +21,12 @@ from transformers import PreTrainedTokenizerBase
 
 from distil_kernels.hf import CausalLM
 from distil_kernels.train.baseline import PositionAverage
-from distil_kernels.train.batches import Sample
 from distil_kernels.train.config import Config
 from distil_kernels.train.models.reading import Reader
-from distil_kernels.train.objective import fused_loss, token_mask
-from distil_kernels.train.teachers.local import Teacher
-from distil_kernels.train.teachers.remote import RemoteTeacher, TopK
+from distil_kernels.train.objective import fused_loss
+from distil_kernels.train.rollouts.packed_batch import PackedBatch
+from distil_kernels.train.rollouts.prompt_group import PromptGroup
+from distil_kernels.train.teachers.base import Target, Teacher, TopKTarget
 
 NUM_TOP = 5
 BLOCK_ROWS = 64
@@ -34,59 +35,50 @@ BLOCK_ROWS = 64
 @torch.no_grad()
 def token_columns(
     student: Reader,
-    teacher: Teacher | RemoteTeacher,
-    batch: Sequence[Sample],
+    teacher: Teacher,
+    groups: Sequence[PromptGroup],
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
     average: PositionAverage,
 ) -> list[dict[str, Any]]:
-    """For each rollout of each problem: prompts as text, and lists with one entry per token."""
-    completions = [done for entry in batch for done in entry.completions]
-    rows = [row for row, entry in enumerate(batch) for _ in entry.completions]
-    teacher_prompts = [prompt for entry in batch for prompt in entry.teacher_prompts]
-    hidden = student.states([entry.prompt for entry in batch], rows, completions)
-    counts = [row for entry in batch for row in entry.counts]
-    taught = teacher.at_states(teacher_prompts, range(len(completions)), completions, counts)
-    hidden = hidden.to(student.weight.dtype)
-    lengths = [len(done) for done in completions]
-    mask = token_mask(counts, hidden.device)
-    out = fused_loss(student, hidden, teacher, taught, completions, config, average, token_mask=mask)
-    numbers = {"ce": out.stats.ce, "kl": out.stats.kl, "credit": out.credit}
-    by_rollout = {name: values.split(lengths) for name, values in numbers.items()}
-    tops = _tops(student, hidden, teacher, taught, tokenizer, config)
+    """For each rollout of each group: its prompts as text, and lists with one entry per token."""
+    batch = PackedBatch.of(groups, student.weight.device)
+    hidden = student.states(batch.prompts, batch.prompt_index, batch.completions).to(student.weight.dtype)
+    target = teacher.target(batch)
+    out = fused_loss(student, hidden, target, batch, config, average, token_mask=batch.learns.values)
+    values = {"ce": out.stats.ce, "kl": out.stats.kl, "credit": out.credit}
+    by_rollout = {name: column.split(batch.lengths) for name, column in values.items()}
+    tops = _likeliest(student, hidden, target, tokenizer, config)
     columns = []
-    for index, done in enumerate(completions):
+    for index, completion in enumerate(batch.completions):
         columns.append(
             {
-                "problem": rows[index],
-                "prompt": tokenizer.decode(batch[rows[index]].prompt),
-                "teacher_prompt": tokenizer.decode(teacher_prompts[index]),
-                "texts": [tokenizer.decode([token]) for token in done],
-                **{name: [round(float(v), 5) for v in values[index]] for name, values in by_rollout.items()},
-                "top": [next(tops) for _ in done],
+                "problem": batch.prompt_index[index],
+                "prompt": tokenizer.decode(batch.prompts[batch.prompt_index[index]]),
+                "teacher_prompt": tokenizer.decode(batch.teacher_prompts[batch.teacher_prompt_index[index]]),
+                "texts": [tokenizer.decode([token]) for token in completion],
+                **{name: [round(float(v), 5) for v in column[index]] for name, column in by_rollout.items()},
+                "top": [next(tops) for _ in completion],
             }
         )
     return columns
 
 
-def _tops(
-    student: CausalLM,
-    hidden: Tensor,
-    teacher: Teacher | RemoteTeacher,
-    taught: Tensor | TopK,
-    tokenizer: PreTrainedTokenizerBase,
-    config: Config,
+def _likeliest(
+    student: CausalLM, student_hidden: Tensor, target: Target, tokenizer: PreTrainedTokenizerBase, config: Config
 ) -> Iterator[list[tuple[str, float, float]]]:
-    """For each token position the teacher's likeliest tokens: text, teacher's and student's probability."""
-    for begin in range(0, len(hidden), BLOCK_ROWS):
+    """For each token the teacher's likeliest tokens: text, probability under the teacher, under the student."""
+    for begin in range(0, len(student_hidden), BLOCK_ROWS):
         block = slice(begin, begin + BLOCK_ROWS)
-        own = (student.logits(hidden[block]).float() / config.temperature).softmax(-1)
-        if isinstance(taught, TopK):
-            best, ids = taught.logprobs[block, :NUM_TOP].exp(), taught.ids[block, :NUM_TOP]
+        student_probs = (student.logits(student_hidden[block]).float() / config.temperature).softmax(-1)
+        if isinstance(target, TopKTarget):
+            probs, ids = target.logprobs[block, :NUM_TOP].exp(), target.ids[block, :NUM_TOP]
         else:
-            assert isinstance(teacher, Teacher)
-            logits = teacher.lm.logits(taught[block].to(student.weight.dtype)).float() / config.teacher_temperature
-            best, ids = logits.softmax(-1).topk(min(NUM_TOP, logits.shape[1]))
-        for p, q, tokens in zip(best.tolist(), own.gather(1, ids.clamp(min=0)).tolist(), ids.tolist(), strict=True):
+            weight = student.weight if target.weight is None else target.weight
+            teacher = replace(student, weight=weight, bias=target.bias)
+            logits = teacher.logits(target.states[block].to(student.weight.dtype)).float() / config.teacher_temperature
+            probs, ids = logits.softmax(-1).topk(min(NUM_TOP, logits.shape[1]))
+        same = student_probs.gather(1, ids.clamp(min=0))
+        for tokens, p, q in zip(ids.tolist(), probs.tolist(), same.tolist(), strict=True):
             known = [entry for entry in zip(tokens, p, q, strict=True) if entry[0] >= 0]
             yield [(str(tokenizer.decode([token])), round(a, 5), round(b, 5)) for token, a, b in known]

@@ -1,45 +1,39 @@
-"""Demonstrations from siblings: a rollout's teacher is shown another rollout of the same problem that scored full.
+"""Demonstrations from siblings: a rollout's teacher reads another rollout of the same problem that scored full.
 
-Never the rollout itself, even where it is the only one that is right: that one is left out of distillation, as all are
-where none is right. So what a rollout's teacher reads, and whether it reads anything, is a function of its siblings
-alone. Given them the teacher is a fixed distribution at every state, the costs before a token do not depend on it, and
-credit_span="future" is the exact gradient of each rollout's expected cost. What a rollout does to its siblings'
-teachers is not part of that cost: the siblings are held fixed, as problems are.
+It never reads the rollout itself. A rollout without a right sibling is left out of distillation, even if it is right.
+So the feedback to a rollout, and whether it gets any, is a function of its siblings alone. Given the siblings, the
+teacher is a fixed distribution at every state, the costs before a token do not depend on it, and credit_span="future"
+is the exact gradient of each rollout's expected cost. The effect of a rollout on its siblings' teachers is not part of
+that cost: the siblings are held fixed, as problems are.
 
-A baseline over the same siblings is not quite free: their costs were taken under teachers that may have been shown this
-rollout. Without bias are the baselines moving_average and none.
+A baseline over the same siblings has a small bias: their costs were taken under teachers that may have read this
+rollout. The baselines moving_average and none have no bias.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
-from distil_kernels.train.models.reading import Reader
-from distil_kernels.train.tasks import Feedback, Problem
+from distil_kernels.train.tasks import Feedback
 
-Said = tuple[str, Feedback]
-"""An answer, and what the verifier says of it alone."""
-Say = Callable[[Reader, Sequence[Problem], Sequence[Sequence[Said]], int], list[list[Feedback]]]
-"""(student, problems, the answers to each, count) -> feedback to the first `count` answers to each problem."""
+if TYPE_CHECKING:
+    from distil_kernels.train.models.reading import Reader
+    from distil_kernels.train.rollouts.prompt_group import PromptGroup
 
 
-def as_verified(
-    student: Reader, problems: Sequence[Problem], answers: Sequence[Sequence[Said]], count: int
-) -> list[list[Feedback]]:
-    """What the verifier says is all."""
-    return [[feedback for _, feedback in own[:count]] for own in answers]
+def right_sibling(student: Reader, groups: Sequence[PromptGroup], count: int) -> list[list[Feedback]]:
+    """A `FeedbackFn`: one of the other right answers, by torch's global generator; empty if there is none."""
+    return [
+        [_of_another([rollout.feedback for rollout in group.rollouts], index) for index in range(count)]
+        for group in groups
+    ]
 
 
-def from_siblings(
-    student: Reader, problems: Sequence[Problem], answers: Sequence[Sequence[Said]], count: int
-) -> list[list[Feedback]]:
-    """One right answer of the others to the same problem, drawn from torch's global generator; empty without any."""
-    return [[_another([feedback for _, feedback in own], index) for index in range(count)] for own in answers]
-
-
-def _another(group: list[Feedback], own: int) -> Feedback:
-    score = group[own].score
-    right = [feedback for index, feedback in enumerate(group) if index != own and feedback.score >= 1.0]
+def _of_another(verified: list[Feedback], index: int) -> Feedback:
+    """The feedback of a right answer that is not the one at `index`, with the score of the one at `index`."""
+    score = verified[index].score
+    right = [feedback for other, feedback in enumerate(verified) if other != index and feedback.score >= 1.0]
     return right[int(torch.randint(len(right), ()))]._replace(score=score) if right else Feedback(score, "", "")

@@ -25,7 +25,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from distil_kernels.hf import CausalLM
+from distil_kernels.train.models.sharding import unsharded
 from distil_kernels.train.models.shared_prompts import common_prefix, completion_states, pad
 
 WAYS = ("padded", "shared", "packed")
@@ -60,11 +62,22 @@ class Reader(CausalLM):
     """The WAYS that it may use."""
     ways_with_gradients: tuple[str, ...]
     """The WAYS that it may use where a backward pass follows."""
+    autocast: Callable[[], AbstractContextManager[None]] = nullcontext
+    """A function that opens the run's precision of products."""
 
     @property
     def shares_prompts(self) -> bool:
         """Whether a prompt may be read once for all its completions."""
         return "shared" in self.ways
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """A context in which this process has all weights and computes in the run's precision.
+
+        It is for passes without gradients. With a sharded model all processes enter and leave it together.
+        """
+        with unsharded(self.model), self.autocast():
+            yield
 
     def states(
         self, prompts: Sequence[list[int]], prompt_index: Sequence[int], completions: Sequence[list[int]]
@@ -85,13 +98,20 @@ class Reader(CausalLM):
         return _packed(self, rows, lengths) if way == "packed" else _padded(self, rows, lengths)
 
 
-def reader(lm: CausalLM, reading: str = "auto", recomputes: bool = False, is_sharded: bool = False) -> Reader:
+def reader(
+    lm: CausalLM,
+    reading: str = "auto",
+    recomputes: bool = False,
+    is_sharded: bool = False,
+    autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Reader:
     """Returns a model with the ways that it can read in.
 
     Args:
         reading: "auto", or the one of WAYS to read in always.
         recomputes: the backward pass runs layers again, which would fill a cache a second time.
         is_sharded: a pass with gradients has to be one forward, whatever is read.
+        autocast: opens the run's precision of products.
 
     Raises:
         ValueError: the model cannot read that way.
@@ -107,7 +127,7 @@ def reader(lm: CausalLM, reading: str = "auto", recomputes: bool = False, is_sha
     if is_sharded and not _has_varlen(lm):
         excluded.add("packed")
     with_gradients = tuple(way for way in ways if way not in excluded)
-    return Reader(lm.model, lm.body, lm.weight, lm.bias, lm.softcap, lm.scale, ways, with_gradients)
+    return Reader(lm.model, lm.body, lm.weight, lm.bias, lm.softcap, lm.scale, ways, with_gradients, autocast)
 
 
 def choose(

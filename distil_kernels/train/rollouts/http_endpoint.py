@@ -1,4 +1,4 @@
-"""A server that is asked over HTTP: JSON there, JSON back, asked again while it is busy."""
+"""A JSON server over HTTP. Requests are repeated while the server is busy."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import torch
+
 TIMEOUT = 120.0
-"""Seconds that one request may take."""
+"""Time limit of one request, seconds."""
 WAITS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-"""Seconds before each further try, of a busy server or of one that answered before."""
+"""Seconds before each repetition of a request, to a busy server or to one that has answered before."""
 BUSY = (429, 500, 502, 503, 504)
 
 
@@ -26,13 +28,13 @@ class Endpoint:
 
     def __init__(self, option: str, url: str) -> None:
         self.option, self.url = option, url.rstrip("/")
-        self._answered = False
+        self._has_answered = False
 
     def ask(self, path: str, body: dict[str, Any] | None = None, timeout: float = TIMEOUT) -> dict[str, Any]:
-        """The answer to a POST, or without a body to a GET.
+        """The server's answer to a POST, or to a GET if there is no body.
 
         Raises:
-            ValueError: there is none, or it is no JSON object.
+            ValueError: the server does not answer, or its answer is no JSON object.
         """
         request = Request(self.url + path, None if body is None else json.dumps(body).encode())
         request.add_header("Content-Type", "application/json")
@@ -43,14 +45,14 @@ class Endpoint:
             try:
                 with urlopen(request, timeout=timeout) as response:
                     content = response.read()
-                self._answered = True
+                self._has_answered = True
                 break
             except HTTPError as error:
-                said, again = f"{error.code} {error.reason}, {short(error.read())}", error.code in BUSY
+                message, repeats = f"{error.code} {error.reason}, {short(error.read())}", error.code in BUSY
             except (OSError, HTTPException) as error:
-                said, again = str(error) or type(error).__name__, self._answered
-            if wait is None or not again:
-                raise ValueError(f"[{self.option}] {self.url}{path}: {said}")
+                message, repeats = str(error) or type(error).__name__, self._has_answered
+            if wait is None or not repeats:
+                raise ValueError(f"[{self.option}] {self.url}{path}: {message}")
             time.sleep(wait)
         try:
             answer = json.loads(content)
@@ -60,11 +62,17 @@ class Endpoint:
             raise self.unexpected(path, content, "a JSON object")
         return answer
 
-    def unexpected(self, path: str, said: Any, expected: str) -> ValueError:
-        return ValueError(f"[{self.option}] {self.url}{path} gave {short(said)}, expected {expected}")
+    def unexpected(self, path: str, answer: Any, expected: str) -> ValueError:
+        """The error to raise when an answer has not the expected form."""
+        return ValueError(f"[{self.option}] {self.url}{path} gave {short(answer)}, expected {expected}")
 
 
-def short(said: Any) -> str:
-    """The beginning of what a server said, in one line."""
-    text = said.decode(errors="replace") if isinstance(said, bytes) else json.dumps(said)
+def seeds(count: int) -> list[int]:
+    """One seed per request, from torch's global generator."""
+    return torch.randint(2**31 - 1, (count,)).tolist()
+
+
+def short(answer: Any) -> str:
+    """The beginning of a server's answer, in one line."""
+    text = answer.decode(errors="replace") if isinstance(answer, bytes) else json.dumps(answer)
     return " ".join(text.split())[:200] or "nothing"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +17,12 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from distil_kernels.train.models.reading import Reader
 from distil_kernels.train.models.shared_prompts import pad, read
+from distil_kernels.train.rollouts.prompt_group import Rollout
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn."""
+    """Parameters of sampling."""
 
     max_new_tokens: int
     stop_ids: Sequence[int]
@@ -29,71 +30,64 @@ class Sampling:
     """0 is greedy."""
     top_p: float = 1.0
     top_k: int | None = None
-    """None keeps the whole vocabulary."""
+    """None samples from the whole vocabulary."""
 
 
 Ends = Callable[[Sequence[int]], bool]
-"""Whether sampling stops after these tokens of a completion."""
+"""True if sampling stops after these tokens of a completion."""
 
-
-class Drawn(NamedTuple):
-    """B completions as token ids, each with its stop token unless it was cut."""
-
-    completions: list[list[int]]
-    logprobs: list[list[float]] | None = None
-    """Of each token under the distribution that it was drawn from; None where that is the student's own, now."""
-
-
-Draw = Callable[[Sequence[list[int]], Sequence[int], Sampling, Ends | None], Drawn]
-"""Prompts, the prompt of each completion, how, and where to stop beside that: `sample` of a model, or a server's."""
+Generate = Callable[[Sequence[list[int]], Sequence[int], Sampling, Ends | None], list[Rollout]]
+"""(prompts, prompt_index, sampling, ends) -> one rollout per entry of prompt_index: `generate` of a model, or a
+server's."""
 
 
 @torch.no_grad()
-def sample(
+def generate(
     lm: Reader,
     prompts: Sequence[list[int]],
-    rows: Sequence[int],
+    prompt_index: Sequence[int],
     sampling: Sampling,
     ends: Ends | None = None,
-) -> Drawn:
-    """One completion per entry of `rows`, which names its prompt; draws from torch's global generator.
+) -> list[Rollout]:
+    """Samples one completion per entry of `prompt_index`, an index in `prompts`, with torch's global generator.
 
-    Stops at a stop token, at the length limit, and where `ends` says so.
+    A completion stops at a stop token, at the length limit, and where `ends` is true.
     """
     greedy = sampling.temperature == 0.0
     top_k = sampling.top_k or 0  # to transformers 0 is all, and None what the model's own settings say
-    draw = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": top_k}
+    options = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": top_k}
     stops = list(sampling.stop_ids)
     generation = GenerationConfig(
         do_sample=not greedy,
         max_new_tokens=sampling.max_new_tokens,
         eos_token_id=stops,
         pad_token_id=stops[0],
-        **draw,
+        **options,
     )
     if lm.shares_prompts:
-        ids, mask, cache = read(lm, prompts, rows)
+        ids, mask, cache = read(lm, prompts, prompt_index)
     else:
-        ids, mask = pad([prompts[row] for row in rows], lm.weight.device, left=True)
+        ids, mask = pad([prompts[index] for index in prompt_index], lm.weight.device, left=True)
         cache = None
-    own_defaults, lm.model.generation_config = lm.model.generation_config, GenerationConfig()
+    # Defaults that the model brings along (top-k, penalties) would bend the distribution.
+    defaults, lm.model.generation_config = lm.model.generation_config, GenerationConfig()
     try:
         out = lm.model.generate(
             ids,
             attention_mask=mask,
             generation_config=generation,
             stopping_criteria=StoppingCriteriaList([_Ending(ends, ids.shape[1])] if ends else []),
-            synced_gpus=False,  # a sharded model is whole here, and waits for nobody
+            synced_gpus=False,  # a sharded model is gathered here, and waits for no other process
             **lm.cached(cache),
         )
     finally:
-        lm.model.generation_config = own_defaults
+        lm.model.generation_config = defaults
     stopping = set(stops)
-    return Drawn([until_stop(tokens, stopping, ends) for tokens in out[:, ids.shape[1] :].tolist()])
+    return [Rollout.sampled(until_stop(tokens, stopping, ends)) for tokens in out[:, ids.shape[1] :].tolist()]
 
 
 class _Ending(StoppingCriteria):
-    """Asks of each row's tokens from `start` on."""
+    """Stops the rows whose tokens from `start` on satisfy `ends`."""
 
     def __init__(self, ends: Ends, start: int) -> None:
         self._ends, self._start = ends, start
@@ -104,7 +98,7 @@ class _Ending(StoppingCriteria):
 
 
 def until_stop(tokens: list[int], stops: set[int], ends: Ends | None = None) -> list[int]:
-    """Tokens to the first stop or end, which is one of them."""
+    """The tokens up to and including the first one that is a stop token or satisfies `ends`."""
     for end, token in enumerate(tokens, 1):
         if token in stops or (ends and ends(tokens[:end])):
             return tokens[:end]

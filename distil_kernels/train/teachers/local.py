@@ -1,11 +1,13 @@
-"""The teacher: the student's own body and head, now, at the start, or averaged, reading more than the student does;
-or another model of the same vocabulary.
+"""A teacher whose weights are in this process: the student's, which reads more than the student does, or another
+model of the same vocabulary.
 
-`live` follows every step and can follow the student into a collapse. `frozen` cannot, and bounds what can be learnt
-by what the start can do with the feedback. `ema`, a slow average in float32, is between. A PEFT student's frozen
-teacher is the same model with its adapters off and costs no memory, its ema teacher a second set of adapters. `local`
-is any other causal LM with the student's tokens; heads that one family pads to different sizes are brought to the
-student's. `remote` and `samples` have no weights here: `remote.RemoteTeacher`.
+    live      the student as it is; it follows every step, and can follow the student into a collapse
+    frozen    the student at the start; it cannot collapse, and what it can do with the feedback bounds what is learnt
+    ema       a slow average of the student, in float32
+    local     any other causal LM with the student's tokens; its head is brought to the size of the student's
+
+The frozen teacher of a PEFT student is the same model with its adapters off and costs no memory; its ema teacher is a
+second set of adapters. The kinds `remote` and `samples` have no weights here: `remote.RemoteTeacher`.
 
 Left out: a local teacher whose softcap is not the student's (the loss knows one).
 """
@@ -28,24 +30,27 @@ from distil_kernels.hf import CausalLM
 from distil_kernels.train.config import Config
 from distil_kernels.train.models import loading
 from distil_kernels.train.models.reading import Reader, reader
-from distil_kernels.train.models.sharding import local_shard, split_sharded, unsharded
+from distil_kernels.train.models.sharding import local_shard, split_sharded, unsharded, unsharded_heads
 from distil_kernels.train.models.state import load_model_state, model_state
-from distil_kernels.train.rollouts.python_tool import Python, Rollouts, roll_out
-from distil_kernels.train.rollouts.sampling import Sampling, sample
+from distil_kernels.train.rollouts.packed_batch import PackedBatch
+from distil_kernels.train.rollouts.prompt_group import Rollout
+from distil_kernels.train.rollouts.python_tool import Python, roll_out
+from distil_kernels.train.rollouts.sampling import Sampling, generate
+from distil_kernels.train.teachers.base import HiddenTarget
 
 ABSENT = -1e4
-"""Logit of tokens that the teacher's head lacks: their probability is 0, and 0 times it is no NaN."""
+"""Logit of tokens that the teacher's head lacks. Their probability is 0, and 0 times the logit is not NaN."""
 
 
-class Teacher:
-    """Answers with hidden states, and a head where it is not the student's own.
+class LocalTeacher:
+    """A `Teacher` that answers with hidden states and a head.
 
     Args:
         kind: "live", "frozen", "ema" or "local".
         rate: share of the student that enters the average each step.
-        other: the model that teaches when kind is "local"; that an average or frozen teacher starts from where it is
-            not to be `copied` here, because the student is sharded.
-        reading: how a model of its own reads (`reader`).
+        other: the model of kind "local", or the copy of a sharded student that an ema or frozen teacher starts from
+            (`copied` here if None).
+        reading: the way in which a model that is not the student reads (`reader`).
 
     Raises:
         ValueError: the loss cannot express `other`.
@@ -62,66 +67,57 @@ class Teacher:
             assert other is not None
             other = other.requires_grad_(False).eval().to(student.weight.device)
             with unsharded(other):
-                self.lm = reader(_with_head_like(split_sharded(other), student), reading)
+                self.lm = reader(_with_head_like(split_sharded(other), student), reading, autocast=student.autocast)
         else:
             start = other or copied(student.model)
             with unsharded(start):
-                self.lm = reader(split_sharded(start, check=False), reading)
+                self.lm = reader(split_sharded(start, check=False), reading, autocast=student.autocast)
         self._average: dict[str, tuple[Tensor, Tensor]] = {}
-        """Each parameter of an ema teacher that moves, with the student's that it follows."""
+        """By name, each averaged parameter of an ema teacher and the student's parameter that it follows."""
         if kind == "ema":
-            mine = dict(self.lm.model.named_parameters())
-            trained = {name: theirs for name, theirs in student.model.named_parameters() if theirs.requires_grad}
-            self._average = {name: (mine[name], theirs) for name, theirs in trained.items()}
+            averages = dict(self.lm.model.named_parameters())
+            trained = {name: weight for name, weight in student.model.named_parameters() if weight.requires_grad}
+            self._average = {name: (averages[name], weight) for name, weight in trained.items()}
 
     @property
     def moves(self) -> bool:
-        """Whether the next update changes its answers."""
         return self.kind in ("live", "ema")
 
     @property
-    def models(self) -> tuple[nn.Module, ...]:
-        """Whose weights its answers take."""
-        return (self.lm.model,)
-
-    @property
     def head(self) -> tuple[Tensor | None, Tensor | None]:
-        """Weight and bias of the teacher's head; weight None where it shares the student's."""
+        """Weight and bias of the teacher's head; the weight is None if it is the student's."""
         return (None if self.lm.weight is self._student.weight else self.lm.weight), self.lm.bias
 
+    def opened(self) -> contextlib.AbstractContextManager[None]:
+        return self.lm.opened()
+
+    def head_opened(self) -> contextlib.AbstractContextManager[None]:
+        return unsharded_heads(self.lm.model)
+
     @torch.no_grad()
-    def at_states(
-        self,
-        prompts: Sequence[list[int]],
-        rows: Sequence[int],
-        completions: Sequence[list[int]],
-        counts: Sequence[Sequence[bool]] | None = None,
-    ) -> Tensor:
-        """Hidden states [N, D] that predict the completions' tokens; arguments of `Reader.states`.
+    def target(self, batch: PackedBatch) -> HiddenTarget:
+        """The hidden states that predict the completions' tokens, and the head."""
+        with self.opened(), self._adapters_disabled():
+            states = self.lm.states(batch.teacher_prompts, batch.teacher_prompt_index, batch.completions)
+        return HiddenTarget(states, *self.head)
 
-        Tokens that do not count are read with the others of their row.
-        """
-        with self._reading():
-            return self.lm.states(prompts, rows, completions)
+    def roll_out(
+        self, prompts: Sequence[list[int]], prompt_index: Sequence[int], sampling: Sampling, tool: Python | None
+    ) -> list[Rollout]:
+        with self.opened(), self._adapters_disabled():
+            return roll_out(partial(generate, self.lm), prompts, prompt_index, sampling, tool)
 
-    def answers(
-        self, prompts: Sequence[list[int]], rows: Sequence[int], sampling: Sampling, tool: Python | None
-    ) -> Rollouts:
-        """Its own completions; arguments of `roll_out`."""
-        with self._reading():
-            return roll_out(partial(sample, self.lm), prompts, rows, sampling, tool)
-
-    def _reading(self) -> contextlib.AbstractContextManager[None]:
-        """In it, `lm` gives the teacher's values."""
+    def _adapters_disabled(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the model of a PEFT student is the one that it started from, if that one teaches."""
         return self._student.model.disable_adapter() if self._adapters_off else contextlib.nullcontext()
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Moves the average after an optimiser step."""
+        """Moves the average after an optimizer step."""
         if self._average:
-            mine, theirs = zip(*self._average.values(), strict=True)
-            shares = [local_shard(parameter).to(torch.float32) for parameter in theirs]
-            torch._foreach_lerp_([local_shard(parameter) for parameter in mine], shares, self._rate)
+            averages, trained = zip(*self._average.values(), strict=True)
+            shares = [local_shard(parameter).to(torch.float32) for parameter in trained]
+            torch._foreach_lerp_([local_shard(parameter) for parameter in averages], shares, self._rate)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the averaged weights by name, in the main process; empty for a teacher that is no average."""
@@ -133,51 +129,54 @@ class Teacher:
             load_model_state(self.lm.model, {name: state[name] for name in self._average}, strict=False)
 
 
-def copied(student: nn.Module, apart: bool = False) -> nn.Module:
-    """What an ema or frozen teacher starts from.
+def copied(student: nn.Module, copies_all: bool = False) -> nn.Module:
+    """A copy of the student, from which an ema or frozen teacher starts.
 
-    Unless it is to be kept apart, what is not trained stays the student's own: the average of an adapted model is that
-    of its adapters.
+    Unless it `copies_all`, the copy shares the parameters that are not trained: the average of an adapted model is the
+    average of its adapters.
     """
-    fixed = {} if apart else {id(weight): weight for weight in student.parameters() if not weight.requires_grad}
+    fixed = {} if copies_all else {id(weight): weight for weight in student.parameters() if not weight.requires_grad}
     return copy.deepcopy(student, fixed).requires_grad_(False).eval()
 
 
 def other_model(
     config: Config, student: Any, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, is_sharded: bool
 ) -> Any:
-    """`Teacher`'s argument of that name, before student and teacher are sharded.
+    """The argument `other` of `LocalTeacher`, made before student and teacher are sharded.
 
     Raises:
-        ValueError: teacher_model cannot be loaded, or its tokens are others.
+        ValueError: teacher_model cannot be loaded, or its token ids mean other tokens.
     """
     if config.teacher == "local":
-        model, its_tokenizer = loading.load(config.teacher_model, "teacher_model")
-        check_same_tokens(tokenizer, its_tokenizer)
+        model, teacher_tokenizer = loading.load(config.teacher_model, "teacher_model")
+        check_same_tokens(tokenizer, teacher_tokenizer)
         loading.use_flash_attention(model, accelerator.device, accelerator.mixed_precision)
-        # A student that learns to end as its teacher does must be heard to, here and by who loads its checkpoint.
-        ends = {*loading.end_ids(student, tokenizer), *loading.end_ids(model, its_tokenizer)}
+        # The student learns to end answers as its teacher does: its checkpoint must name those end tokens too.
+        ends = {*loading.end_ids(student, tokenizer), *loading.end_ids(model, teacher_tokenizer)}
         student.generation_config.eos_token_id = sorted(ends)
         return model
     copies = config.teacher == "ema" or (config.teacher == "frozen" and not config.lora_rank)
-    return copied(student, apart=True) if is_sharded and copies else None
+    return copied(student, copies_all=True) if is_sharded and copies else None
 
 
 def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError where a token id that both tokenizers know is not the same token."""
-    mine, other = ({index: token for token, index in tokenizer.get_vocab().items()} for tokenizer in (student, teacher))
-    shared = sorted(mine.keys() & other.keys())
-    different = [index for index in shared if mine[index] != other[index]]
+    """Raises ValueError if a token id that both tokenizers know is not the same token."""
+    ours, theirs = (
+        {index: token for token, index in tokenizer.get_vocab().items()} for tokenizer in (student, teacher)
+    )
+    shared = sorted(ours.keys() & theirs.keys())
+    different = [index for index in shared if ours[index] != theirs[index]]
     if different or not shared:
         first = different[0] if different else 0
         raise ValueError(
             f"[teacher_model] {len(different)} of {len(shared)} token ids mean something else to the teacher, expected "
-            f"one vocabulary: id {first} is {mine.get(first)!r} to the student, {other.get(first)!r} to the teacher"
+            f"one vocabulary: id {first} is {ours.get(first)!r} to the student, {theirs.get(first)!r} to the teacher"
         )
 
 
 def _with_head_like(lm: CausalLM, student: CausalLM) -> CausalLM:
-    """Rows that the student's head lacks are cut off; rows that the teacher's lacks have probability 0."""
+    """The teacher with a head of as many rows as the student's: further rows are cut off, missing ones have
+    probability 0."""
     if lm.softcap != student.softcap:
         raise ValueError(
             f"[teacher_model] its logits are capped at {lm.softcap}, expected the student's {student.softcap}"

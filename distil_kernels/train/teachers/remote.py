@@ -1,17 +1,17 @@
 """A teacher behind an OpenAI-compatible endpoint, asked for its next token at every state that the student visits.
 
     remote    its K likeliest tokens with their log-probs; all others are one bucket (`fused_topk_distil_loss`)
-    samples   n tokens drawn from it, each with its share: for an expert that only answers
+    samples   n tokens sampled from it, each with its share: for an expert that only answers
 
-A state is what the teacher reads and the completion up to there, as token ids: one request each (`samples`: one for
-AT_ONCE draws), from THREADS threads; a state that several rollouts visit is asked about once. Tokens come back as ids
-(llama.cpp, vLLM; log-probs only) or as text, which the tokenizer maps; what is no token of the student's goes to the
-bucket, and its probability is logged as `unmapped`, the whole bucket's as `tail`.
+A state is the teacher's prompt and a part of the completion, as token ids: one request each (`samples`: one for
+DRAWS_PER_REQUEST draws), from THREADS threads. The same state of several rollouts is one request. Tokens come back as
+ids (llama.cpp, vLLM; log-probs only) or as text, which the tokenizer maps. A token that the student does not have goes
+to the bucket; the probability of such tokens is logged as `unmapped`, that of the whole bucket as `tail`.
 
 The shares of `samples` are unbiased for the teacher's probabilities T, and cross-entropy, gradient and credit are
 linear in them, so these are unbiased too. At one state the cross-entropy has variance Var_{v ~ T}(log S_v) / n;
 rollouts that share the state share its draws. Entropy is not linear: with m different tokens drawn `teacher_entropy`
-is too low, and `kl` too high, by about (m - 1) / 2n. What ends the answer and has no text is the tokenizer's end.
+is too low, and `kl` too high, by about (m - 1) / 2n. An empty text that ends the answer is the tokenizer's end token.
 
 A resumed run repeats an uninterrupted one as far as the server repeats itself; draws have seeds from torch's generator.
 Left out: one request per sequence (prompt_logprobs, which few servers have), chats, which cannot be continued from a
@@ -20,55 +20,42 @@ state, and servers that refuse top_k and min_p, without which their own defaults
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from distil_kernels.train.batches import unique
 from distil_kernels.train.config import Config
-from distil_kernels.train.rollouts.http_endpoint import Endpoint, short
-from distil_kernels.train.rollouts.python_tool import Python, Rollouts
+from distil_kernels.train.rollouts.http_endpoint import Endpoint, seeds, short
+from distil_kernels.train.rollouts.packed_batch import PackedBatch, distinct
+from distil_kernels.train.rollouts.prompt_group import Rollout
+from distil_kernels.train.rollouts.python_tool import Python
 from distil_kernels.train.rollouts.sampling import Sampling, until_stop
+from distil_kernels.train.teachers.base import TopKTarget
 
 THREADS = 8
-AT_ONCE = 4
-"""Draws of one request; a server that gives fewer is asked again."""
+DRAWS_PER_REQUEST = 4
+"""A server that returns fewer draws is asked again."""
 PATH = "/completions"
-WHOLE = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "return_tokens_as_token_ids": True}
-"""The whole distribution, whatever a server's defaults; the last asks vLLM for ids."""
+PLAIN = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "return_tokens_as_token_ids": True}
+"""Options that keep the whole distribution, whatever a server's defaults; the last one asks vLLM for ids."""
 PRINTABLE = "root ::= [ -~]+"
-"""A grammar as llama.cpp writes them."""
+"""A grammar in the notation of llama.cpp."""
 PROBE = "The 12345 quick-brown foxes' größte Überraschung: 日本語, привет!\n\tif (x[i] += 3.14159) { return 'naïve'; }"
 
 
-class TopK(NamedTuple):
-    """What the teacher says of N next tokens."""
-
-    ids: Tensor
-    """[N, K] int64, likeliest first; -1 where fewer are known."""
-    logprobs: Tensor
-    """[N, K] float32."""
-    unmapped: Tensor
-    """[N] float32, probability of named tokens that the student does not have."""
-
-    @property
-    def tail(self) -> Tensor:
-        """[N], probability of all that `ids` do not name."""
-        return (1.0 - self.logprobs.exp().sum(1)).clamp(min=0.0)
-
-
 class RemoteTeacher:
-    """In the place of `Teacher`, for the kinds "remote" and "samples".
+    """A `Teacher` of the kinds "remote" and "samples".
 
     Args:
-        tokenizer, vocab_size: of the student; what it reads and can say.
-        device: of what `at_states` returns.
+        tokenizer, vocab_size: the student's.
+        device: the device of its targets.
 
     Raises:
         ValueError: there is no such endpoint, it does not read the student's tokens, or (kind "remote") it gives no
@@ -76,9 +63,6 @@ class RemoteTeacher:
     """
 
     moves = False
-    """An endpoint stays as it is."""
-    models = ()
-    """None are here."""
 
     def __init__(
         self, config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int, device: torch.device
@@ -89,61 +73,55 @@ class RemoteTeacher:
         self._id_of = _ids_by_text(tokenizer)
         self._check()
 
-    @torch.no_grad()
-    def at_states(
-        self,
-        prompts: Sequence[list[int]],
-        rows: Sequence[int],
-        completions: Sequence[list[int]],
-        counts: Sequence[Sequence[bool]] | None = None,
-    ) -> TopK:
-        """For the completions' tokens, packed; arguments of `Reader.states`.
+    def opened(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
-        Of tokens that do not count (one entry of `counts` for each) nothing is asked and nothing known.
-        """
-        counts = counts or [[True] * len(done) for done in completions]
-        counted = [own for row in counts for own in row]
-        states, asked = unique(
-            [
-                prompts[row] + done[:n]
-                for row, done, own in zip(rows, completions, counts, strict=True)
-                for n in range(len(done))
-                if own[n]
-            ]
-        )
+    def head_opened(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    @torch.no_grad()
+    def target(self, batch: PackedBatch) -> TopKTarget:
+        """Asks for the next token at the states of the tokens that learn; at the others nothing is known."""
+        learns = [True] * len(batch.tokens) if batch.learns.values is None else batch.learns.values.tolist()
+        visited = [
+            batch.teacher_prompts[index] + completion[:length]
+            for index, completion in zip(batch.teacher_prompt_index, batch.completions, strict=True)
+            for length in range(len(completion))
+        ]
+        states, state_index = distinct([state for state, asks in zip(visited, learns, strict=True) if asks])
         with ThreadPoolExecutor(THREADS) as pool:
-            found = [*pool.map(self._distribution, states, seeds(len(states))), ({}, 0.0)]
-        places = iter(asked)
-        index = [next(places) if own else len(states) for own in counted]
-        width = max(1, *(len(known) for known, _ in found))
-        ids, logprobs = torch.full((len(found), width), -1), torch.full((len(found), width), -torch.inf)
-        for row, (known, _) in enumerate(found):
+            answers = [*pool.map(self._distribution, states, seeds(len(states))), ({}, 0.0)]
+        # The last row is for tokens that do not learn.
+        positions = iter(state_index)
+        rows = [next(positions) if asks else len(states) for asks in learns]
+        width = max(1, *(len(known) for known, _ in answers))
+        ids, logprobs = torch.full((len(answers), width), -1), torch.full((len(answers), width), -torch.inf)
+        for row, (known, _) in enumerate(answers):
             likeliest = sorted(known.items(), key=lambda item: -item[1])
             ids[row, : len(known)] = torch.tensor([token for token, _ in likeliest], dtype=torch.int64)
             logprobs[row, : len(known)] = torch.tensor([value for _, value in likeliest])
-        unmapped = torch.tensor([mass for _, mass in found])
-        return TopK(*(part[index].to(self._device) for part in (ids, logprobs, unmapped)))
+        unmapped = torch.tensor([mass for _, mass in answers])
+        return TopKTarget(*(part[rows].to(self._device) for part in (ids, logprobs, unmapped)))
 
-    def answers(
-        self, prompts: Sequence[list[int]], rows: Sequence[int], sampling: Sampling, tool: Python | None
-    ) -> Rollouts:
-        """As `roll_out`, but for the tokens, which are the tokenizer's for the text that came, and without a tool."""
+    def roll_out(
+        self, prompts: Sequence[list[int]], prompt_index: Sequence[int], sampling: Sampling, tool: Python | None
+    ) -> list[Rollout]:
+        """The endpoint's completions, whose text the tokenizer makes tokens of. No tool is run."""
         options = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
-        asked = [prompts[row] for row in rows]
         with ThreadPoolExecutor(THREADS) as pool:
             texts = list(
                 pool.map(
                     lambda prompt, seed: self._choices(prompt, seed=seed, **options)[0]["text"],
-                    asked,
-                    seeds(len(asked)),
+                    [prompts[index] for index in prompt_index],
+                    seeds(len(prompt_index)),
                 )
             )
         stops = set(sampling.stop_ids)
-        done = [until_stop(self._tokenizer(text, add_special_tokens=False).input_ids, stops) for text in texts]
-        return Rollouts(done, [[True] * len(tokens) for tokens in done])
+        completions = [self._tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+        return [Rollout.sampled(until_stop(tokens, stops)) for tokens in completions]
 
     def follow(self) -> None:
-        """There is nothing to follow with."""
+        """An endpoint does not follow the student."""
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}
@@ -152,7 +130,7 @@ class RemoteTeacher:
         """There is no state."""
 
     def _distribution(self, state: list[int], seed: int) -> tuple[dict[int, float], float]:
-        """Log-probs by token id, and the probability of named tokens that are none of the student's."""
+        """Log-probs by token id, and the probability of named tokens that the student does not have."""
         if self._config.teacher == "samples":
             draws = self._draws(state, seed)
             counts = Counter(token for token in draws if token is not None)
@@ -161,30 +139,33 @@ class RemoteTeacher:
         named, unmapped = _named(self._first_choice(state)), 0.0
         known: dict[int, float] = {}
         for token, text, value in sorted(named, key=lambda entry: -entry[2])[: self._config.teacher_top]:
-            own = self._id_of.get(text) if token is None else token
-            if own is None or own >= self._vocab_size or own in known:
+            student_token = self._id_of.get(text) if token is None else token
+            if student_token is None or student_token >= self._vocab_size or student_token in known:
                 unmapped += math.exp(value)
             else:
-                known[own] = value
+                known[student_token] = value
         return known, unmapped
 
     def _draws(self, state: list[int], seed: int) -> list[int | None]:
-        """n tokens; None for one that the student does not have."""
+        """Samples `teacher_samples` next tokens; None stands for a token that the student does not have."""
         draws: list[int | None] = []
-        wanted = self._config.teacher_samples
-        while len(draws) < wanted:
+        num_draws = self._config.teacher_samples
+        while len(draws) < num_draws:
             choices = self._choices(
-                state, max_tokens=1, n=min(AT_ONCE, wanted - len(draws)), seed=seed + len(draws),
+                state, max_tokens=1, n=min(DRAWS_PER_REQUEST, num_draws - len(draws)), seed=seed + len(draws),
                 temperature=self._config.teacher_temperature,
             )  # fmt: skip
             for choice in choices:
                 ended = not choice["text"] and choice.get("finish_reason") == "stop"
                 draws.append(self._tokenizer.eos_token_id if ended else self._id_of.get(choice["text"]))
-        return draws[:wanted]
+        return draws[:num_draws]
 
     def _first_choice(self, state: list[int]) -> dict[str, Any]:
-        """The next token with its log-probs. llama.cpp has none where it drew a piece of a character, and is asked for
-        a whole one instead: what it may draw does not change the log-probs that it states."""
+        """The endpoint's answer for the next token, with log-probs.
+
+        llama.cpp gives no log-probs if it sampled a piece of a character. It is then asked for a printable one: the
+        grammar does not change the log-probs that it states.
+        """
         options = {"max_tokens": 1, "logprobs": self._config.teacher_top, "temperature": 1.0}
         choice = self._choices(state, **options)[0]
         if "\ufffd" in choice["text"] and not choice.get("logprobs"):
@@ -192,7 +173,7 @@ class RemoteTeacher:
         return choice
 
     def _check(self) -> None:
-        """One question as text and as ids, before any work."""
+        """Raises ValueError if the endpoint does not read the student's tokens, or names none of them."""
         ids = self._tokenizer(PROBE).input_ids
         answer = self._ask(PROBE, max_tokens=1)
         count = (answer.get("usage") or {}).get("prompt_tokens", len(ids))
@@ -203,11 +184,11 @@ class RemoteTeacher:
             )
         if self._config.teacher == "remote":
             for token, text in _identities(self._first_choice(ids)):
-                own = str(self._tokenizer.decode([token])) if token < len(self._tokenizer) else text
-                if text and "\ufffd" not in own + text and own.strip() != text.strip():
+                decoded = str(self._tokenizer.decode([token])) if token < len(self._tokenizer) else text
+                if text and "\ufffd" not in decoded + text and decoded.strip() != text.strip():
                     raise ValueError(
-                        f"[teacher_url] token {token} is {text!r} to {self._url} and {own!r} to the student, expected "
-                        "one vocabulary"
+                        f"[teacher_url] token {token} is {text!r} to {self._url} and {decoded!r} to the student, "
+                        "expected one vocabulary"
                     )
         if not self._distribution(ids, 0)[0]:
             raise ValueError(f"[teacher_url] {self._url} names no token of the student's, expected one vocabulary")
@@ -221,11 +202,11 @@ class RemoteTeacher:
 
     def _ask(self, prompt: str | list[int], **options: Any) -> dict[str, Any]:
         model = {"model": self._config.teacher_model} if self._config.teacher_model else {}
-        return self._endpoint.ask(PATH, {**model, "prompt": prompt, **WHOLE, **options})
+        return self._endpoint.ask(PATH, {**model, "prompt": prompt, **PLAIN, **options})
 
 
 def _named(choice: dict[str, Any]) -> list[tuple[int | None, str, float]]:
-    """Id (None where there is only text), text and log-prob of each token that a choice names at its first position."""
+    """Id (None if the server gives text only), text and log-prob of each token that a choice names first."""
     try:
         logprobs = choice["logprobs"]
         if "content" in logprobs:  # llama.cpp
@@ -242,28 +223,27 @@ def _named(choice: dict[str, Any]) -> list[tuple[int | None, str, float]]:
 
 
 def _identities(choice: dict[str, Any]) -> list[tuple[int, str]]:
-    """(id, text) pairs of a choice: of all named tokens, or where ids stand in the texts' place of the one chosen."""
+    """(id, text) of all tokens that a choice names, or, if the server writes ids as texts, of the sampled one."""
     named = [(token, text) for token, text, _ in _named(choice) if token is not None and _token_id(text) is None]
     chosen = _token_id((choice["logprobs"].get("tokens") or [""])[0])
     return named if chosen is None else [*named, (chosen, choice["text"])]
 
 
 def _token_id(text: str) -> int | None:
-    """5 of "token_id:5", as vLLM writes ids."""
+    """The id in a text "token_id:5", which vLLM writes; None for any other text."""
     number = text.removeprefix("token_id:")
     return int(number) if number != text and number.isdecimal() else None
 
 
 def _ids_by_text(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Token ids by their text inside a sentence. Pieces of characters have none; of two tokens with one text it is the
-    later, because bytes come first in the vocabularies that have them beside letters."""
+    """Token ids by their text inside a sentence.
+
+    Pieces of characters have no text. Of two tokens with one text the later one is taken, because vocabularies that
+    have both bytes and letters begin with the bytes.
+    """
     before = tokenizer("a", add_special_tokens=False).input_ids[-1:]
     start = len(tokenizer.decode(before))
     texts = tokenizer.batch_decode(
         [[*before, token] for token in range(len(tokenizer))], clean_up_tokenization_spaces=False
     )
     return {text[start:]: token for token, text in enumerate(texts) if text[start:] and "\ufffd" not in text}
-
-
-def seeds(count: int) -> list[int]:
-    return torch.randint(2**31 - 1, (count,)).tolist()

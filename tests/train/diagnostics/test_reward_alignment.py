@@ -7,20 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import trainer, written
+from runs import give_rollouts, micro_batch, pack, sampled, set_scores, trainer
 
-from distil_kernels.train.diagnostics.reward_alignment import NAMES, figures
+from distil_kernels.train.diagnostics.reward_alignment import NAMES, alignment_metrics
 from distil_kernels.train.models.reading import reader
 
 
-def by_hand(run, batch) -> dict[str, float]:
-    """The same figures from whole logits in float64."""
-    done = [tokens for entry in batch for tokens in entry.completions]
-    rows = [row for row, entry in enumerate(batch) for _ in entry.completions]
-    prompts = [entry.prompt for entry in batch]
-    teacher_prompts = [prompt for entry in batch for prompt in entry.teacher_prompts]
+def by_hand(run, groups) -> dict[str, float]:
+    """The same metrics from whole logits in float64."""
+    batch = pack(groups)
+    done = batch.completions
+    teacher_prompts = [rollout.teacher_prompt for group in groups for rollout in group.rollouts]
     with torch.no_grad():
-        hidden = reader(run.student, "padded").states(prompts, rows, done).double()
+        hidden = reader(run.student, "padded").states(batch.prompts, batch.prompt_index, done).double()
         taught = reader(run.teacher.lm, "padded").states(teacher_prompts, range(len(done)), done).double()
     hidden.requires_grad_()
     weight = run.student.weight.detach().double()
@@ -28,7 +27,7 @@ def by_hand(run, batch) -> dict[str, float]:
     p = t.exp()
     tokens = torch.tensor([token for own in done for token in own])
     logprob = s[torch.arange(len(tokens)), tokens]
-    scores = torch.tensor([feedback.score for entry in batch for feedback in entry.feedback], dtype=torch.float64)
+    scores = batch.scores.double()
     advantages = (scores.unflatten(0, (-1, 2)) - scores.unflatten(0, (-1, 2)).mean(1, keepdim=True)).flatten()
     lengths = torch.tensor([len(own) for own in done])
     ce = -(p * s).sum(-1)
@@ -55,22 +54,22 @@ def by_hand(run, batch) -> dict[str, float]:
 
 
 def batch_of(run, scores) -> list:
-    batch = run.next_batch()
-    run.answered(batch, [written([20 + i, 30, 41], [21, 31 + i]) for i in range(len(batch))])
-    for entry in batch:
-        entry.feedback = [said._replace(score=score) for said, score in zip(entry.feedback, scores, strict=True)]
-    return batch
+    groups = next(run.batches)
+    give_rollouts(run, groups, [sampled([20 + i, 30, 41], [21, 31 + i]) for i in range(len(groups))])
+    for group in groups:
+        set_scores(group, *scores)
+    return groups
 
 
-@pytest.mark.parametrize("micro_batch", [4, 1])
-def test_figures_are_those_of_plain_autograd(tiny_model: Path, tmp_path: Path, micro_batch: int) -> None:
+@pytest.mark.parametrize("size", [4, 1])
+def test_figures_are_those_of_plain_autograd(tiny_model: Path, tmp_path: Path, size: int) -> None:
     run = trainer(
         tiny_model, tmp_path / "run", alignment_every=1, cost="ce", baseline="none", discount=0.9, credit_span="future",
         teacher="frozen",
     )  # fmt: skip
     batch = batch_of(run, (1.0, 0.0))
-    parts = [run.micro_batch(batch[i : i + micro_batch], 8.0, {})[1] for i in range(0, len(batch), micro_batch)]
-    found = figures([part.inner_products for part in parts])
+    parts = [micro_batch(run, batch[i : i + size], 8.0)[1] for i in range(0, len(batch), size)]
+    found = alignment_metrics([part.inner_products for part in parts])
     expected = by_hand(run, batch)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -81,7 +80,7 @@ def test_figures_are_those_of_plain_autograd(tiny_model: Path, tmp_path: Path, m
 def test_no_figure_without_a_reward(tiny_model: Path, tmp_path: Path) -> None:
     run = trainer(tiny_model, tmp_path / "run", alignment_every=1)
     batch = batch_of(run, (1.0, 1.0))
-    found = figures([run.micro_batch(batch, 8.0, {})[1].inner_products])
+    found = alignment_metrics([micro_batch(run, batch, 8.0)[1].inner_products])
     assert all(found[f"align_{name}"] is None for name in NAMES)
     assert found["credit_to_local"] > 0
     json.dumps(found, allow_nan=False)

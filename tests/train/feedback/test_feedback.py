@@ -6,7 +6,8 @@ import pytest
 from tiny import CHAT, byte_tokenizer
 
 from distil_kernels.train.config import Config
-from distil_kernels.train.feedback.kinds import Prompts, correct
+from distil_kernels.train.feedback.kinds import correction_feedback
+from distil_kernels.train.feedback.prompts import Prompts
 from distil_kernels.train.tasks import Feedback, Problem, make_task
 
 TOKENIZER = byte_tokenizer()
@@ -24,7 +25,7 @@ def text(ids: list[int] | None) -> str:
 def test_a_verifier_scores_and_corrects() -> None:
     task = make_task("largest", 0)
     problem = task.problem(0)
-    right, wrong = correct(task, problem, f" {problem.answer} "), correct(task, problem, "0")
+    right, wrong = (correction_feedback(task, problem, answer) for answer in (f" {problem.answer} ", "0"))
     assert (right.score, wrong.score) == (1.0, 0.0)
     assert right.text == wrong.text and problem.answer in wrong.text  # the correction does not depend on the rollout
 
@@ -73,7 +74,7 @@ def test_too_long_feedback_goes_first_then_the_demonstration_never_the_question(
     assert taught(len(without_feedback) - 1) is None  # nothing left that the student has not read
     for limit in (len(without_feedback), len(whole) - 1, len(whole), len(whole) + 1):
         prompts = Prompts(TOKENIZER, [], reads="both", max_tokens=limit)
-        assert prompts.cuts(PROBLEM, FEEDBACK) == (limit < len(whole))
+        assert prompts.shortens(PROBLEM, FEEDBACK) == (limit < len(whole))
     for limit in range(len(without_feedback), len(whole)):
         shown = text(taught(limit))
         assert len(shown) <= limit and shown.endswith("\nA:") and shown.count("Q: 3, 9") == 2

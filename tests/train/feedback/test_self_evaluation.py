@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import metrics, train, trainer, written
+from runs import give_rollouts, metrics, sampled, train, trainer
 from tiny import byte_tokenizer
 
 from distil_kernels.train.__main__ import main
 from distil_kernels.train.command_line import parse
 from distil_kernels.train.config import Config
-from distil_kernels.train.feedback.kinds import JUDGE, Prompts, affirmed
-from distil_kernels.train.feedback.self_evaluation import Critic
+from distil_kernels.train.feedback.kinds import self_evaluation_feedback
+from distil_kernels.train.feedback.prompts import JUDGE, Prompts
+from distil_kernels.train.feedback.self_evaluation import SelfEvaluation
+from distil_kernels.train.rollouts.prompt_group import PromptGroup, Rollout
 from distil_kernels.train.run.directory import read_lines
 from distil_kernels.train.tasks import Feedback, Problem, make_task
 from distil_kernels.train.trainer import Trainer
@@ -27,11 +29,12 @@ PROBLEM = Problem("3, 9", "9", "9", "")
 def test_worked_examples_carry_the_critique_of_a_right_answer(tiny_model: Path, tmp_path: Path) -> None:
     task = make_task("largest", 0)
     problem = task.problem(0)
-    assert affirmed(task, problem, f" {problem.answer}") == (1.0, f"Yes, the correct answer is {problem.answer}.", "")
-    assert affirmed(task, problem, "0") == (0.0, "", "")
+    expected = (1.0, f"Yes, the correct answer is {problem.answer}.", "")
+    assert self_evaluation_feedback(task, problem, f" {problem.answer}") == expected
+    assert self_evaluation_feedback(task, problem, "0") == (0.0, "", "")
     run = trainer(tiny_model, tmp_path / "run", feedback="self_evaluation")
-    problem = run.next_batch()[0].problem
-    read = run.tokenizer.decode(run.prompts.teacher(problem, Feedback(0.0, "No, I think 12.", "")))
+    problem = next(run.batches)[0].problem
+    read = run.models.tokenizer.decode(run.tutor.prompts.teacher(problem, Feedback(0.0, "No, I think 12.", "")))
     assert read.count("Feedback: Yes, the correct answer is ") == 1
     assert read.endswith(f"Q: {problem.question}\nFeedback: No, I think 12.\nA:")
 
@@ -55,10 +58,16 @@ def test_what_the_model_reads_to_judge() -> None:
 def greedy(run: Trainer, prompt: list[int], count: int) -> list[int]:
     """By the model's own forward, token by token."""
     done: list[int] = []
-    while len(done) < count and not (done and done[-1] in run.prompts.stop_ids()):
+    while len(done) < count and not (done and done[-1] in run.tutor.prompts.stop_ids()):
         with torch.no_grad():
             done.append(int(run.student.model(torch.tensor([prompt + done])).logits[0, -1].argmax()))
     return done
+
+
+def group(problem: Problem, answers: list[str]) -> PromptGroup:
+    return PromptGroup(
+        problem, [], [Rollout([], [], None, text, Feedback(0.5, "by the task", "x")) for text in answers]
+    )
 
 
 @pytest.mark.parametrize("layout", ["examples", "chat"])
@@ -69,35 +78,40 @@ def test_it_says_what_the_student_says_now(
     run = trainer(tiny_model, tmp_path / "run", layout=layout, teacher="frozen", reading="padded")
     answers = [["12", "13", "12"], ["14", "", "15"]]
     problems = [make_task("largest", 1).problem(index) for index in range(2)]
-    said = [[(text, Feedback(0.5, "by the task", "x")) for text in own] for own in answers]
-    critic = Critic(run.prompts, 6)
+    groups = [group(problem, texts) for problem, texts in zip(problems, answers, strict=True)]
+    critic = SelfEvaluation(run.tutor.prompts, 6)
     for _ in range(2):
-        found = critic(run.student, problems, said, 3)
+        found = critic(run.student, groups, 3)
         for problem, own, feedback in zip(problems, answers, found, strict=True):
             for text, (score, critique, demonstration) in zip(own, feedback, strict=True):
-                expected = run.prompts.answer(greedy(run, run.prompts.critic(problem, text), 6)).strip()
+                expected = run.tutor.prompts.answer(greedy(run, run.tutor.prompts.critic(problem, text), 6)).strip()
                 assert (score, critique, demonstration) == (0.5, expected, "")
         with torch.no_grad():  # the live weights, not the start's
             for parameter in run.student.model.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    assert critic(run.student, problems, said, 1) == [own[:1] for own in critic(run.student, problems, said, 3)]
+    assert critic(run.student, groups, 1) == [feedback[:1] for feedback in critic(run.student, groups, 3)]
     assert all(parameter.grad is None for parameter in run.student.model.parameters())
 
 
 def test_in_a_run_the_teacher_reads_it(tiny_model: Path, tmp_path: Path) -> None:
     run = trainer(tiny_model, tmp_path / "run", feedback="self_evaluation", max_critique_tokens=5)
-    run.say = lambda student, problems, answers, count: [
-        [Feedback(f.score, f"{text} is nonsense." if index else "", "") for index, (text, f) in enumerate(own)]
-        for own in answers
+    run.tutor.respond = lambda student, groups, count: [
+        [
+            Feedback(rollout.feedback.score, f"{rollout.answer} is nonsense." if index else "", "")
+            for index, rollout in enumerate(group.rollouts)
+        ]
+        for group in groups
     ]
-    batch = run.next_batch()
-    run.answered(batch, [written([20], [21, 22])] * len(batch))
-    assert [entry.taught for entry in batch] == [[False, True]] * len(batch)  # an empty critique leaves out
-    text = run.tokenizer.decode([21, 22])
-    assert run.tokenizer.decode(batch[0].teacher_prompts[1]).endswith(f"\nFeedback: {text} is nonsense.\nA:")
-    short = Prompts(run.tokenizer, [], max_tokens=10)
-    (said,) = Critic(short, 5)(run.student, [PROBLEM], [[("12345", YES)]], 1)
-    assert said == [Feedback(1.0, "", "")]
+    batch = next(run.batches)
+    give_rollouts(run, batch, [sampled([20], [21, 22]) for _ in batch])
+    for judged in batch:  # an empty critique leaves out
+        assert [rollout.has_feedback for rollout in judged.rollouts] == [False, True]
+    decode = run.models.tokenizer.decode
+    text = decode([21, 22])
+    assert decode(batch[0].rollouts[1].teacher_prompt).endswith(f"\nFeedback: {text} is nonsense.\nA:")
+    short = Prompts(run.models.tokenizer, [], max_tokens=10)
+    (feedback,) = SelfEvaluation(short, 5)(run.student, [group(PROBLEM, ["12345"])], 1)
+    assert feedback == [Feedback(0.5, "", "")]
 
 
 def test_a_resumed_run_repeats_an_uninterrupted_one(tiny_model: Path, tmp_path: Path) -> None:

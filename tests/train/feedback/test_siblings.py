@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import metrics, train, trainer, written
+from runs import give_rollouts, metrics, micro_batch, sampled, train, trainer
 
 from distil_kernels import fused_distil_loss
 from distil_kernels.train.__main__ import main
-from distil_kernels.train.batches import prefers_right
 from distil_kernels.train.command_line import parse
 from distil_kernels.train.config import Config
-from distil_kernels.train.feedback.kinds import shown
-from distil_kernels.train.feedback.siblings import from_siblings
+from distil_kernels.train.feedback.kinds import sibling_feedback
+from distil_kernels.train.feedback.siblings import right_sibling
+from distil_kernels.train.metrics import teacher_prefers_right
+from distil_kernels.train.rollouts.prompt_group import PromptGroup, Rollout
 from distil_kernels.train.run.directory import read_lines
 from distil_kernels.train.tasks import Feedback, Problem, make_task
 from distil_kernels.train.tasks.numbers import LargestNumber
@@ -23,39 +24,46 @@ from distil_kernels.train.tasks.numbers import LargestNumber
 WRONG = Feedback(0.25, "", "")
 
 
-def group(scores: str) -> list[tuple[str, Feedback]]:
+def group(feedback: list[Feedback]) -> PromptGroup:
+    return PromptGroup(Problem("", "", None, ""), [], [Rollout([], [], feedback=each) for each in feedback])
+
+
+def scored(scores: str) -> PromptGroup:
     """r for a right answer: the i-th one says i."""
-    return [("", Feedback(1.0, f"right {i}", str(i)) if score == "r" else WRONG) for i, score in enumerate(scores)]
+    return group([Feedback(1.0, f"right {i}", str(i)) if score == "r" else WRONG for i, score in enumerate(scores)])
 
 
 def test_an_answer_corrects_others_where_it_is_right() -> None:
     task = make_task("largest", 0)
     problem = task.problem(0)
     expected = Feedback(1.0, f"The correct answer is {problem.answer}.", problem.answer)
-    assert shown(task, problem, f" {problem.answer} ") == expected
-    assert shown(task, problem, "0") == Feedback(0.0, "", "")
+    assert sibling_feedback(task, problem, f" {problem.answer} ") == expected
+    assert sibling_feedback(task, problem, "0") == Feedback(0.0, "", "")
 
 
 def test_each_is_shown_another_that_is_right_or_nothing() -> None:
-    groups = [group("rwrr"), group("wrww"), group("wwww")]
+    groups = [scored("rwrr"), scored("wrww"), scored("wwww")]
     seen: dict[int, set[str]] = {i: set() for i in range(4)}
     for _ in range(100):
-        several, one, none = from_siblings(None, [], groups, 4)
+        several, one, none = right_sibling(None, groups, 4)
         for i, feedback in enumerate(several):
             seen[i].add(feedback.demonstration)
-            assert feedback.text == f"right {feedback.demonstration}" and feedback.score == groups[0][i][1].score
+            assert (
+                feedback.text == f"right {feedback.demonstration}"
+                and feedback.score == groups[0].rollouts[i].feedback.score
+            )
         assert [feedback.demonstration for feedback in one] == ["1", "", "1", "1"]  # the only one is not shown itself
         assert [feedback.score for feedback in one] == [0.25, 1.0, 0.25, 0.25]
         assert none == [WRONG] * 4
     assert seen == {0: {"2", "3"}, 1: {"0", "2", "3"}, 2: {"0", "3"}, 3: {"0", "2"}}
-    assert len(from_siblings(None, [], groups[:1], 1)[0]) == 1
+    assert len(right_sibling(None, groups[:1], 1)[0]) == 1
 
 
 def test_the_choice_is_drawn_from_torchs_generator() -> None:
     drawn = []
     for seed in (3, 3, 4):
         torch.manual_seed(seed)
-        drawn.append(from_siblings(None, [], [group("r" * 8)] * 4, 8))
+        drawn.append(right_sibling(None, [scored("r" * 8)] * 4, 8))
     assert drawn[0] == drawn[1] != drawn[2]
 
 
@@ -71,7 +79,7 @@ def test_future_credit_is_exact_given_the_siblings(baseline: str | None) -> None
     by_op = expected = 0.0
     for first, second in product(range(9), range(9)):
         pair = [answers[first], answers[second]]
-        said = from_siblings(None, [], [[("", _said(index)) for index in (first, second)]], 2)[0]
+        said = right_sibling(None, [group([_said(index) for index in (first, second)])], 2)[0]
         rows = torch.tensor([0, 1 + pair[0][0], 0, 1 + pair[1][0]])
         own = states[rows]
         taught = torch.cat(
@@ -99,24 +107,25 @@ def _said(index: int) -> Feedback:
 
 def test_in_a_run_those_without_a_right_sibling_are_left_out(tiny_model: Path, tmp_path: Path) -> None:
     run = trainer(tiny_model, tmp_path / "run", feedback="siblings", rollouts_per_prompt=3, max_new_tokens=8)
-    batch = run.next_batch()
+    batch = next(run.batches)
 
     def tokens(text: str) -> list[int]:
-        return run.tokenizer(f" {text}\n").input_ids
+        return run.models.tokenizer(f" {text}\n").input_ids
 
-    right = [tokens(entry.problem.answer) for entry in batch]
+    right = [tokens(group.problem.answer) for group in batch]
     groups = [[right[0], tokens("0"), tokens("1")], [tokens("0")] * 3, [right[2]] * 3, [right[3]] * 3]
-    run.answered(batch, [written(*own) for own in groups])
-    assert [entry.taught for entry in batch] == [[False, True, True], [False] * 3, [True] * 3, [True] * 3]
-    read, first = run.tokenizer.decode(batch[0].teacher_prompts[1]), batch[0].problem
+    give_rollouts(run, batch, [sampled(*completions) for completions in groups])
+    has_feedback = [[rollout.has_feedback for rollout in group.rollouts] for group in batch]
+    assert has_feedback == [[False, True, True], [False] * 3, [True] * 3, [True] * 3]
+    read, first = run.models.tokenizer.decode(batch[0].rollouts[1].teacher_prompt), batch[0].problem
     assert read.endswith(f"Q: {first.question}\nFeedback: The correct answer is {first.answer}.\nA:")
-    _, sums = run.micro_batch(batch, 12.0, {})
-    assert sums.tokens == 2 * len(tokens("0")) + 3 * len(right[2]) + 3 * len(right[3])
-    # A right rollout without feedback pairs with none; only taught ones are compared.
-    batch[2].feedback[0] = batch[2].feedback[0]._replace(score=0.0)
+    _, sums = micro_batch(run, batch, 12.0)
+    assert sums.num_tokens == 2 * len(tokens("0")) + 3 * len(right[2]) + 3 * len(right[3])
+    # A right rollout without feedback pairs with none; only those with feedback are compared.
+    batch[2].rollouts[0].feedback = batch[2].rollouts[0].feedback._replace(score=0.0)
     logprobs = torch.tensor([9.0, 1.0, 1.0, *[0.0] * 3, 1.0, 2.0, 0.5, *[0.0] * 3])
-    assert prefers_right(batch, [logprobs]) == 0.5
-    run.micro_batch(batch[1:2], 12.0, {})  # nothing to learn from is no error
+    assert teacher_prefers_right(batch, [logprobs]) == 0.5
+    micro_batch(run, batch[1:2], 12.0)  # nothing to learn from is no error
 
 
 def test_a_random_model_is_never_right_and_stays_as_it_is(tiny_model: Path, tmp_path: Path) -> None:
@@ -150,16 +159,16 @@ def test_the_evaluated_teacher_is_shown_a_right_sampled_answer(tiny_model: Path,
     run = trainer(tiny_model, tmp_path / "run", feedback="siblings", eval_problems=3, eval_samples=5)
     seen: dict[str, list[str]] = {}
 
-    def scored(task: object, problem: Problem, answer: str) -> Feedback:
+    def verify(task: object, problem: Problem, answer: str) -> Feedback:
         said = seen.setdefault(problem.question, [])
         said.append(answer)
         right = len(said) in (2, 4)  # of the sampled answers, which come first
         return Feedback(1.0, "", answer) if right and len(seen) < 3 else Feedback(0.0, "", "")
 
     read = []
-    run.evaluate._verify, teacher = scored, run.prompts.teacher
-    run.prompts.teacher = lambda problem, said: read.append((problem.question, said)) or teacher(problem, said)
-    assert run.evaluate(run.student, run.teacher).teacher_se == 0.0
+    run.evaluator.tutor.verifier, teacher = verify, run.tutor.prompts.teacher
+    run.tutor.prompts.teacher = lambda problem, said: read.append((problem.question, said)) or teacher(problem, said)
+    assert run.evaluator.evaluate(run.student, run.teacher).teacher_se == 0.0
     assert [question for question, _ in read] == list(seen)
     for index, (question, said) in enumerate(read):
         expected = {seen[question][1], seen[question][3]} if index < 2 else {""}

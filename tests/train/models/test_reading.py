@@ -25,7 +25,7 @@ from transformers import (
 from distil_kernels.hf import CausalLM, split
 from distil_kernels.train.models import reading
 from distil_kernels.train.models.reading import choose, reader
-from distil_kernels.train.rollouts.sampling import Sampling, sample
+from distil_kernels.train.rollouts.sampling import Sampling, generate
 
 SHARED = {"llama", "learnt positions", "parallel layers", "distances"}
 PACKED = set(KINDS) - {"distances", "distances by key", "convolutions", "recurrent"}
@@ -116,7 +116,8 @@ def test_states_and_rollouts_behind_prompts_longer_than_a_window(kind: str) -> N
         assert reader(lm).ways == lm.ways
     tokens = torch.randint(1, 260, (300,), generator=torch.Generator().manual_seed(0)).tolist()
     prompts = [tokens, [*tokens[:270], 5, 6], tokens[:7]]
-    done = sample(lm, prompts, [0, 1, 2], Sampling(4, [0], temperature=0.0)).completions
+    rollouts = generate(lm, prompts, [0, 1, 2], Sampling(4, [0], temperature=0.0))
+    done = [rollout.tokens for rollout in rollouts]
     with torch.no_grad():
         alone = by_hand(lm, prompts, [0, 1, 2], done)
         for way in lm.ways:

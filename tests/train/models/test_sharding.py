@@ -18,11 +18,12 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from two_processes import together
 
-from distil_kernels.train import trainer as loop
 from distil_kernels.train.__main__ import main
 from distil_kernels.train.models.sharding import local_shard, shard
+from distil_kernels.train.rollouts.prompt_group import PromptGroup
 from distil_kernels.train.run.checkpoint import load_state, restore_generators
 from distil_kernels.train.run.directory import read_lines
+from distil_kernels.train.trainer import Trainer
 
 METHODS: dict[str, dict[str, Any]] = {
     "frozen teacher": {"teacher": "frozen"},
@@ -104,15 +105,15 @@ def test_products_in_bfloat16_are_as_exact(tiny_model: Path, tmp_path: Path) -> 
 
 def run_unevenly(rank: int, arguments: list[str]) -> int:
     """The second process samples everything twice."""
-    roll_out = loop.roll_out
+    roll_out = Trainer.roll_out
 
-    def sample(*arguments: Any) -> Any:
+    def twice(self: Trainer, groups: Sequence[PromptGroup], *rest: Any) -> None:
         with torch.random.fork_rng([]):
-            roll_out(*arguments)
-        return roll_out(*arguments)
+            roll_out(self, [PromptGroup(group.problem, group.prompt) for group in groups], *rest)
+        roll_out(self, groups, *rest)
 
     if rank == 1:
-        loop.roll_out = sample  # type: ignore[assignment]
+        Trainer.roll_out = twice  # type: ignore[method-assign]
     return main(arguments)
 
 
@@ -171,7 +172,10 @@ def resumed_adapters(rank: int, model: Path, directory: Path) -> None:
     generators = second.load(directory / "first 0" / "checkpoint")
     restore_generators(generators[rank])
     again = second.train_step()
-    assert all(torch.equal(local_shard(a), local_shard(b)) for a, b in zip(first.trained, second.trained, strict=True))
+    assert all(
+        torch.equal(local_shard(a), local_shard(b))
+        for a, b in zip(first.models.trained, second.models.trained, strict=True)
+    )
     states = [run.teacher.state_dict() for run in (first, second)]
     assert bool(states[0]) == (rank == 0)
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
@@ -201,7 +205,7 @@ def memory(rank: int, model: Path, directory: Path) -> None:
     run.accelerator.backward = note  # type: ignore[method-assign]
     gradient_sizes: list[int] = []
     run.optimizer.optimizer.register_step_pre_hook(
-        lambda *_: gradient_sizes.append(sum(local_shard(weight.grad).numel() for weight in run.trained))
+        lambda *_: gradient_sizes.append(sum(local_shard(weight.grad).numel() for weight in run.models.trained))
     )
     run.train_step()
     moments = [value for state in run.optimizer.optimizer.state.values() for value in state.values() if value.ndim]

@@ -7,15 +7,15 @@ from reading_cases import PROMPTS, ROWS, make
 
 from distil_kernels.train.models.reading import reader
 from distil_kernels.train.models.shared_prompts import common_prefix, read
-from distil_kernels.train.rollouts.sampling import Sampling, sample
+from distil_kernels.train.rollouts.sampling import Sampling, generate
 
 
 @pytest.mark.parametrize("kind", ["llama", "learnt positions"])
 def test_greedy_rollouts_equal_whole_rows(kind: str) -> None:
     lm = make(kind)
     sampling = Sampling(max_new_tokens=8, stop_ids=[0], temperature=0.0)
-    shared = sample(reader(lm, "shared"), PROMPTS, ROWS, sampling).completions
-    assert shared == sample(reader(lm, "padded"), PROMPTS, ROWS, sampling).completions
+    shared = generate(reader(lm, "shared"), PROMPTS, ROWS, sampling)
+    assert shared == generate(reader(lm, "padded"), PROMPTS, ROWS, sampling)
     assert shared[0] == shared[1] == shared[6]
 
 

@@ -8,18 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import metrics, train, trainer
+from runs import give_rollouts, metrics, micro_batch, packed, train, trainer
 from tool_model import KNOWN, STOP, TOKENIZER, ids, shown
 
 from distil_kernels.testing import credit_by_definition
 from distil_kernels.train.__main__ import main
-from distil_kernels.train.feedback.kinds import Prompts
+from distil_kernels.train.feedback.prompts import Prompts
+from distil_kernels.train.metrics import token_means
 from distil_kernels.train.models.reading import Reader, reader
-from distil_kernels.train.objective import distil_loss, means, policy_loss, token_mask
-from distil_kernels.train.rollouts.python_tool import CLOSE, Python, Rollouts, roll_out
-from distil_kernels.train.rollouts.sampling import Sampling, sample
+from distil_kernels.train.objective import distil_loss, policy_loss
+from distil_kernels.train.rollouts.prompt_group import Rollout
+from distil_kernels.train.rollouts.python_tool import CLOSE, Python, roll_out
+from distil_kernels.train.rollouts.sampling import Sampling, generate
 from distil_kernels.train.run.directory import read_lines
 from distil_kernels.train.tasks import Problem
+from distil_kernels.train.teachers.base import HiddenTarget
 
 
 def greedy(lm: Reader, prompts: str, limit: int, max_calls: int = 2) -> list[str]:
@@ -27,10 +30,10 @@ def greedy(lm: Reader, prompts: str, limit: int, max_calls: int = 2) -> list[str
     tool = Python(TOKENIZER, max_calls, 3)
     read = [ids(f"{letter}:") for letter in prompts]
     sampling = Sampling(limit, STOP, temperature=0.0)
-    done = roll_out(partial(sample, lm), read, range(len(read)), sampling, tool)
-    assert all(sum(own) <= limit for own in done.written)
-    assert all(len(tokens) <= limit + tool.longest for tokens in done.completions)
-    return [shown(*pair) for pair in zip(done.completions, done.written, strict=True)]
+    rollouts = roll_out(partial(generate, lm), read, range(len(read)), sampling, tool)
+    assert all(sum(rollout.by_model) <= limit for rollout in rollouts)
+    assert all(len(rollout.tokens) <= limit + tool.longest for rollout in rollouts)
+    return [shown(rollout.tokens, rollout.by_model) for rollout in rollouts]
 
 
 @pytest.mark.parametrize("reading", ["shared", "padded"])
@@ -67,13 +70,13 @@ def test_each_row_has_its_own_length_left(lm: Reader) -> None:
 
 def test_a_token_that_ends_the_answer_ends_it_even_where_it_closes_a_call(lm: Reader) -> None:
     sampling = Sampling(60, [*STOP, *ids(">")], temperature=0.0)
-    done = roll_out(partial(sample, lm), [ids("a:<tool>6*7")], [0], sampling, Python(TOKENIZER, 2, 3))
-    assert done == Rollouts([ids(CLOSE)], [[True] * len(CLOSE)])
+    done = roll_out(partial(generate, lm), [ids("a:<tool>6*7")], [0], sampling, Python(TOKENIZER, 2, 3))
+    assert done == [Rollout.sampled(ids(CLOSE))]
 
 
 def test_without_a_tool_a_call_is_text(lm: Reader) -> None:
-    done = roll_out(partial(sample, lm), [ids("a:")], [0], Sampling(60, STOP, temperature=0.0), None)
-    assert done == Rollouts([ids(KNOWN["a:"])], [[True] * len(KNOWN["a:"])])
+    done = roll_out(partial(generate, lm), [ids("a:")], [0], Sampling(60, STOP, temperature=0.0), None)
+    assert done == [Rollout.sampled(ids(KNOWN["a:"]))]
 
 
 @pytest.mark.parametrize(
@@ -111,10 +114,8 @@ def test_prompts_show_the_tool_and_answers_are_without_calls() -> None:
     assert Prompts(TOKENIZER, []).answer(ids("<tool>1</tool>")) == "<tool>1</tool>"
 
 
-MIXED = Rollouts(
-    [[20, 30, 40, 50, 60], [21, 31], [22, 32, 42, 52], [23, 33, 43]],
-    [[True, True, False, False, True], [True, True], [True, False, True, True], [True, True, True]],
-)
+COMPLETIONS = [[20, 30, 40, 50, 60], [21, 31], [22, 32, 42, 52], [23, 33, 43]]
+BY_MODEL = [[True, True, False, False, True], [True, True], [True, False, True, True], [True, True, True]]
 """Two rollouts of each of two problems."""
 
 
@@ -122,7 +123,8 @@ MIXED = Rollouts(
 def test_rows_that_were_put_in_are_not_read(tiny_model: Path, tmp_path: Path, objective: str) -> None:
     """NaN there changes nothing, and its gradient is zero to the last bit."""
     run = trainer(tiny_model, tmp_path / "run", objective=objective, baseline="moving_average", tools="python")
-    mask = torch.tensor([own for row in MIXED.written for own in row])
+    mask = torch.tensor([flag for row in BY_MODEL for flag in row])
+    batch = packed([[1, 2], [1, 3]], [0, 0, 1, 1], COMPLETIONS, BY_MODEL, [1.0, 0.0, 0.5, 0.7])
     values, taught = torch.randn(2, len(mask), 32)
     results = []
     for filling in (0.5, float("nan")):
@@ -130,40 +132,38 @@ def test_rows_that_were_put_in_are_not_read(tiny_model: Path, tmp_path: Path, ob
         hidden[~mask] = taught[~mask] = filling
         hidden.requires_grad_()
         if objective == "policy_gradient":
-            loss, sums = policy_loss(
-                run.student, hidden, MIXED.completions, [1.0, 0.0, 0.5, 0.7], run.config, 4.0, MIXED.written
-            )
+            loss, sums = policy_loss(run.student, hidden, batch, run.config, 4.0)
         else:
-            loss, sums = distil_loss(
-                run.student, hidden, run.teacher, taught, MIXED.completions, run.config, run.average, 4.0, MIXED.written
-            )
+            target = HiddenTarget(taught, *run.teacher.head)
+            loss, sums = distil_loss(run.student, hidden, target, batch, run.config, run.average, 4.0)
         (gradient,) = torch.autograd.grad(loss, hidden)
         assert (gradient[~mask] == 0).all() and (gradient[mask] != 0).any(1).all()
-        assert sums.tokens == int(mask.sum())
-        results.append((loss.item(), gradient, means([sums])))
+        assert sums.num_tokens == int(mask.sum())
+        results.append((loss.item(), gradient, token_means([sums])))
     assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
     assert results[0][2] == results[1][2]
     if objective == "forward_ce":
         run.average.follow()
         lengths = [5, 2, 4, 3]
         seen = run.average.state_dict()["met"]
-        assert seen.tolist() == [True] * 5 + [False] * (len(seen) - 5) and len(seen) == 4 + run.tool.longest
+        assert seen.tolist() == [True] * 5 + [False] * (len(seen) - 5) and len(seen) == 4 + run.data.tool.longest
         assert torch.isfinite(run.average.values(lengths)).all()
-    assert token_mask([[True], [True, True]], mask.device) is None
+    assert packed([[1]], [0, 0], [[2], [3, 4]]).by_model == (None, 3)  # no mask where every token counts
 
 
 def test_gradient_and_means_by_definition(tiny_model: Path, tmp_path: Path) -> None:
     run = trainer(tiny_model, tmp_path / "run", teacher="live", tools="python", prompts_per_step=2)
-    batch = run.next_batch()
-    run.answered(batch, [Rollouts(MIXED.completions[i : i + 2], MIXED.written[i : i + 2]) for i in (0, 2)])
-    loss, sums = run.micro_batch(batch, 4.0, {})
+    batch = next(run.batches)
+    rollouts = [Rollout(*pair) for pair in zip(COMPLETIONS, BY_MODEL, strict=True)]
+    give_rollouts(run, batch, [rollouts[:2], rollouts[2:]])
+    loss, sums = micro_batch(run, batch, 4.0)
     found = {name: p.grad.clone() for name, p in run.student.model.named_parameters()}
     run.student.model.zero_grad()
-    mask = torch.tensor([own for row in MIXED.written for own in row])
+    mask = torch.tensor([flag for row in BY_MODEL for flag in row])
     own, taught = [], []
-    for row, done in enumerate(MIXED.completions):
-        entry = batch[row // 2]
-        for part, prompt in ((own, entry.prompt), (taught, entry.teacher_prompts[row % 2])):
+    for row, done in enumerate(COMPLETIONS):
+        group = batch[row // 2]
+        for part, prompt in ((own, group.prompt), (taught, group.rollouts[row % 2].teacher_prompt)):
             logits = run.student.model(torch.tensor([prompt + done])).logits[0]
             part.append(logits[len(prompt) - 1 : -1].double().log_softmax(-1))
     own, taught = torch.cat(own), torch.cat(taught).detach()
@@ -171,12 +171,12 @@ def test_gradient_and_means_by_definition(tiny_model: Path, tmp_path: Path) -> N
     credit = credit_by_definition(
         costs.detach(), [5, 2, 4, 3], discount=0.9, baseline="leave_one_out", group_size=2, counted=mask
     )
-    tokens = torch.tensor([token for done in MIXED.completions for token in done])
+    tokens = torch.tensor([token for done in COMPLETIONS for token in done])
     (costs + credit * mask * own.gather(1, tokens[:, None])[:, 0]).sum().div(4.0).backward()
     for name, parameter in run.student.model.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=2e-3, atol=2e-5)
     assert loss.item() == pytest.approx(costs.sum().item() / 4.0, rel=1e-5)
-    mean = means([sums])
+    mean = token_means([sums])
     assert mean["ce"] == pytest.approx(float(costs.sum() / mask.sum()), rel=1e-5)
     entropy = -(own.exp() * own).sum(1)[mask].mean()
     assert mean["entropy"] == pytest.approx(float(entropy), rel=1e-5)

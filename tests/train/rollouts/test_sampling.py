@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from distil_kernels.hf import split
 from distil_kernels.train.models.reading import Reader, reader
-from distil_kernels.train.rollouts.sampling import Sampling, sample
+from distil_kernels.train.rollouts.sampling import Sampling, generate
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +30,11 @@ def test_first_tokens_follow_the_softmax(lm: Reader, reading: str, temperature: 
     prompts = [[1, 2, 3], [1, 4]]
     count = 4000
     torch.manual_seed(1)
-    done = sample(reader(lm, reading), prompts, [0] * count + [1] * count, Sampling(1, [0], temperature)).completions
+    prompt_index = [0] * count + [1] * count
+    rollouts = generate(reader(lm, reading), prompts, prompt_index, Sampling(1, [0], temperature))
     assert lm.model.generation_config is before
     for index, prompt in enumerate(prompts):
-        drawn = torch.tensor([tokens[0] for tokens in done[index * count : (index + 1) * count]])
+        drawn = torch.tensor([rollout.tokens[0] for rollout in rollouts[index * count : (index + 1) * count]])
         frequency = torch.bincount(drawn, minlength=12) / count
         with torch.no_grad():
             probs = (lm.model(torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1)
@@ -44,7 +45,7 @@ def test_first_tokens_follow_the_softmax(lm: Reader, reading: str, temperature: 
 def test_the_stop_token_is_kept_and_a_cut_rollout_has_none(lm: Reader) -> None:
     torch.manual_seed(0)
     stops = {0, 5, 7}
-    done = sample(lm, [[1, 2, 3]], [0] * 200, Sampling(6, sorted(stops))).completions
+    done = [rollout.tokens for rollout in generate(lm, [[1, 2, 3]], [0] * 200, Sampling(6, sorted(stops)))]
     assert any(tokens[-1] not in stops for tokens in done) and any(tokens[-1] in stops for tokens in done)
     for tokens in done:
         assert not stops & set(tokens[:-1])
@@ -53,7 +54,7 @@ def test_the_stop_token_is_kept_and_a_cut_rollout_has_none(lm: Reader) -> None:
 
 
 def test_temperature_zero_is_greedy(lm: Reader) -> None:
-    done = sample(lm, [[1, 2, 3]], [0, 0], Sampling(1, [0], temperature=0.0)).completions
+    rollouts = generate(lm, [[1, 2, 3]], [0, 0], Sampling(1, [0], temperature=0.0))
     with torch.no_grad():
         best = int(lm.model(torch.tensor([[1, 2, 3]])).logits[0, -1].argmax())
-    assert done == [[best], [best]]
+    assert [rollout.tokens for rollout in rollouts] == [[best], [best]]

@@ -19,18 +19,19 @@ from urllib.request import urlopen
 
 import pytest
 import torch
-from runs import metrics, states, train, trainer
+from runs import metrics, micro_batch, set_scores, states, train, trainer
 from safetensors.torch import load_file
 from tool_model import STOP, TOKENIZER, ids
 from transformers import AutoModelForCausalLM
 
 from distil_kernels.train.__main__ import main
-from distil_kernels.train.batches import sampled_logprobs
 from distil_kernels.train.config import Config
+from distil_kernels.train.metrics import token_means
 from distil_kernels.train.models import loading, smollm2
-from distil_kernels.train.objective import Kept, means
+from distil_kernels.train.objective import UpdateState
+from distil_kernels.train.rollouts.prompt_group import Rollout
 from distil_kernels.train.rollouts.python_tool import Python, roll_out
-from distil_kernels.train.rollouts.sampling import Draw, Drawn, Sampling, sample
+from distil_kernels.train.rollouts.sampling import Generate, Sampling, generate
 from distil_kernels.train.rollouts.vllm_server import (
     RolloutServer,
     completion,
@@ -117,20 +118,19 @@ def test_the_gradient_by_definition(tiny_model: Path, tmp_path: Path, objective:
         tiny_model, tmp_path / "run", objective=objective, credit_span="none", teacher="frozen", temperature=0.8,
         importance_clip=1.05, normalize_advantages=False,
     )  # fmt: skip
-    batch = run.next_batch()
+    batch = next(run.batches)
     run.roll_out(batch)
     run.seen = batch  # type: ignore[attr-defined]
     torch.manual_seed(3)
     apart, weighted, total = [], [], torch.zeros((), dtype=torch.float64)
     students = iter(states(run))
-    for index, entry in enumerate(batch):
-        entry.feedback = [f._replace(score=float(index + i)) for i, f in enumerate(entry.feedback)]
-        entry.logprobs = []
-        for i, done in enumerate(entry.completions):
-            s = next(students)
+    for index, group in enumerate(batch):
+        set_scores(group, float(index), float(index + 1))
+        for i, rollout in enumerate(group.rollouts):
+            s, done = next(students), rollout.tokens
             own = s.gather(1, torch.tensor(done)[:, None])[:, 0]
             said = own.detach() + 0.2 * torch.randn(len(done))
-            entry.logprobs.append(said.tolist())
+            rollout.logprobs = said.tolist()
             ratio = (own - said).exp()
             apart += (own.detach() - said).abs().tolist()
             weighted += ratio.tolist()
@@ -138,7 +138,7 @@ def test_the_gradient_by_definition(tiny_model: Path, tmp_path: Path, objective:
                 advantage = 0.5 if i else -0.5
                 total = total - torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).sum()
                 continue
-            prompt = entry.teacher_prompts[i]
+            prompt = rollout.teacher_prompt
             with torch.no_grad():
                 t = run.teacher.lm.model(torch.tensor([prompt + done])).logits[0, len(prompt) - 1 : -1]
                 t = t.double().log_softmax(-1)
@@ -146,47 +146,45 @@ def test_the_gradient_by_definition(tiny_model: Path, tmp_path: Path, objective:
     (total / 8).backward()
     expected = {name: parameter.grad.clone() for name, parameter in run.student.model.named_parameters()}
     run.student.model.zero_grad()
-    kept = Kept(sampled_logprobs(batch, torch.device("cpu")))
-    _, sums = run.micro_batch(batch, 8.0, {}, kept)
+    state = UpdateState()
+    _, sums = micro_batch(run, batch, 8.0, state)
     assert min(weighted) < 0.8 and max(weighted) > 1.2
     for name, parameter in run.student.model.named_parameters():
         scale = float(expected[name].abs().max())
         torch.testing.assert_close(parameter.grad, expected[name], rtol=2e-3, atol=2e-4 * scale)
-    figures = means([sums, sums])
+    figures = token_means([sums, sums])
     assert figures["mismatch"] == pytest.approx(sum(apart) / len(apart), rel=1e-3)
     assert figures["mismatch_max"] == pytest.approx(max(apart), rel=1e-3) and "drift" not in figures
-    _, later = run.micro_batch(batch, 8.0, {}, kept)
-    assert "mismatch" not in means([later]) and "drift" in means([later])
+    _, later = micro_batch(run, batch, 8.0, state)
+    assert "mismatch" not in token_means([later]) and "drift" in token_means([later])
 
 
 def test_tokens_that_do_not_count_are_in_no_mismatch(tiny_model: Path, tmp_path: Path) -> None:
     run = trainer(tiny_model, tmp_path / "run")
-    batch = run.next_batch()
+    batch = next(run.batches)
     run.roll_out(batch)
     run.seen = batch  # type: ignore[attr-defined]
-    own = iter([s.gather(1, torch.tensor(done)[:, None])[:, 0] for s, done in zip(
-        states(run), [done for entry in batch for done in entry.completions], strict=True)])  # fmt: skip
-    for entry in batch:
-        entry.logprobs = [next(own).tolist() for _ in entry.completions]
-    batch[0].taught[0] = False
-    batch[0].logprobs[0] = [-99.0] * len(batch[0].completions[0])  # type: ignore[index]
-    _, sums = run.micro_batch(batch, 8.0, {}, Kept(sampled_logprobs(batch, torch.device("cpu"))))
-    assert means([sums])["mismatch_max"] < 1e-4
+    rollouts = [rollout for group in batch for rollout in group.rollouts]
+    for rollout, s in zip(rollouts, states(run), strict=True):
+        rollout.logprobs = s.gather(1, torch.tensor(rollout.tokens)[:, None])[:, 0].tolist()
+    rollouts[0].teacher_prompt = None
+    rollouts[0].logprobs = [-99.0] * len(rollouts[0].tokens)
+    _, sums = micro_batch(run, batch, 8.0)
+    assert token_means([sums])["mismatch_max"] < 1e-4
 
 
 def test_log_probs_go_with_their_tokens_through_tool_calls(lm: Any) -> None:
-    def draw(*arguments: Any) -> Drawn:
+    def server(*arguments: Any) -> list[Rollout]:
         """The log-prob of a token is minus its id."""
-        done = sample(lm, *arguments).completions
-        return Drawn(done, [[-float(token) for token in row] for row in done])
+        rollouts = generate(lm, *arguments)
+        return [Rollout.sampled(rollout.tokens, [-float(token) for token in rollout.tokens]) for rollout in rollouts]
 
     prompts = [ids(f"{letter}:") for letter in "abca"]
-    done = roll_out(draw, prompts, range(4), Sampling(20, STOP, temperature=0.0), Python(TOKENIZER, 2, 3))
-    assert done.logprobs is not None and not all(map(all, done.written))
-    for row in range(4):
-        expected = [-float(t) if own else 0.0 for t, own in zip(done.completions[row], done.written[row], strict=True)]
-        assert done.logprobs[row] == expected
-    assert done.part(slice(1, 3)).logprobs == done.logprobs[1:3]
+    rollouts = roll_out(server, prompts, range(4), Sampling(20, STOP, temperature=0.0), Python(TOKENIZER, 2, 3))
+    assert not all(all(rollout.by_model) for rollout in rollouts)
+    for rollout in rollouts:
+        expected = [-float(t) if own else 0.0 for t, own in zip(rollout.tokens, rollout.by_model, strict=True)]
+        assert rollout.logprobs == expected
 
 
 @pytest.mark.parametrize(
@@ -263,20 +261,21 @@ def answers(url: str) -> bool:
         return False
 
 
-def draws(server: str, directory: Path, model: Any, **settings: Any) -> Draw:
+def draws(server: str, directory: Path, model: Any, **settings: Any) -> Generate:
     config = Config(rollout_url=server, **settings)
     config.check()
     return RolloutServer(config, config.max_new_tokens, directory, ALONE).with_weights(model)
 
 
 @torch.no_grad()
-def apart(model: Any, prompt: list[int], drawn: Drawn, temperature: float) -> float:
+def apart(model: Any, prompt: list[int], rollouts: list[Rollout], temperature: float) -> float:
     """The largest |log-prob difference| between the server and the model."""
     largest = 0.0
-    for done, said in zip(drawn.completions, drawn.logprobs or [], strict=True):
+    for rollout in rollouts:
+        done = rollout.tokens
         logits = model(torch.tensor([prompt + done])).logits[0, len(prompt) - 1 : -1] / temperature
         own = logits.log_softmax(-1).gather(1, torch.tensor(done)[:, None])[:, 0]
-        largest = max(largest, float((own - torch.tensor(said)).abs().max()))
+        largest = max(largest, float((own - torch.tensor(rollout.logprobs)).abs().max()))
     return largest
 
 
@@ -288,12 +287,12 @@ def test_what_the_server_samples(server: str, tmp_path: Path) -> None:
     draw = draws(server, tmp_path, model, temperature=0.7)
     torch.manual_seed(0)
     first = draw([[1], prompt], [1] * 6, sampling, None)
-    assert apart(model, prompt, first, 0.7) < 1e-3 and len(set(map(tuple, first.completions))) > 2
-    for done in first.completions:
+    assert apart(model, prompt, first, 0.7) < 1e-3 and len({tuple(rollout.tokens) for rollout in first}) > 2
+    for done in (rollout.tokens for rollout in first):
         assert done[-1] in stops or len(done) == 12
         assert not set(done[:-1]) & set(stops)
     torch.manual_seed(0)
-    assert draw([prompt], [0] * 6, sampling, None).completions == first.completions
+    assert draw([prompt], [0] * 6, sampling, None) == first
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.01).add_(0.05 * parameter.std() * torch.randn_like(parameter))
@@ -302,7 +301,7 @@ def test_what_the_server_samples(server: str, tmp_path: Path) -> None:
     assert apart(model, prompt, draw([prompt], [0] * 6, sampling, None), 0.7) < 1e-3
     assert not list(tmp_path.iterdir())
     short = draw([prompt], [0] * 6, sampling, lambda tokens: len(tokens) == 2)
-    assert all(len(done) <= 2 for done in short.completions)
+    assert all(len(rollout.tokens) <= 2 for rollout in short)
     with pytest.raises(ValueError, match=r"\[rollout_url\] .* takes 1100 tokens, expected .* 1112"):
         draws(server, tmp_path, model, max_prompt_tokens=1100)
 

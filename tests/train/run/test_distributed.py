@@ -96,9 +96,9 @@ def test_gradients_are_summed_bucket_by_bucket(tmp_path: Path) -> None:
 
 def same_problem(rank: int, model: Path, directory: Path, seed: int) -> None:
     run = trainer(model, directory / f"{seed} {rank}", seed=seed, prompts_per_step=2, rollouts_per_prompt=8)
-    (first, _) = run.next_batch()
+    (first, _) = next(run.batches)
     run.roll_out([first])
-    torch.save(first.completions, directory / f"{seed} {rank}.pt")
+    torch.save([rollout.tokens for rollout in first.rollouts], directory / f"{seed} {rank}.pt")
 
 
 def test_each_draws_its_own_rollouts_and_the_seed_says_which(tiny_model: Path, tmp_path: Path) -> None:

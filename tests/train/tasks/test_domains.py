@@ -18,10 +18,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import QUICK, train, trainer, written
+from runs import QUICK, give_rollouts, micro_batch, sampled, train, trainer
 
 from distil_kernels.train.__main__ import main
-from distil_kernels.train.feedback.kinds import verifier
+from distil_kernels.train.feedback.kinds import feedback_kind
 from distil_kernels.train.run.directory import read_lines
 from distil_kernels.train.tasks import (
     Feedback,
@@ -196,7 +196,7 @@ def code_problem(name: str) -> tuple:
 
 def test_a_trace_shows_the_first_failing_test() -> None:
     task, problem = code_problem("digit_sum")
-    trace = verifier("trace")
+    trace = feedback_kind("trace").verifier
     wrong = trace(task, problem, "Here:\n```python\ndef digit_sum(number):\n    return sum(map(int, str(number)))\n```")
     assert wrong.score == 0.0 and wrong.demonstration == ""
     assert "Test 1 of 1 fails" in wrong.text and "ValueError: invalid literal for int() with base 10: '-'" in wrong.text
@@ -204,7 +204,7 @@ def test_a_trace_shows_the_first_failing_test() -> None:
     body_only = trace(task, problem, "```python\n    return sum(int(digit) for digit in str(abs(number)))\n```")
     assert (body_only.score, body_only.text) == (1.0, "All tests pass (1).")
     assert "no code" in trace(task, problem, "").text
-    shown = verifier("both")(task, problem, "")
+    shown = feedback_kind("both").verifier(task, problem, "")
     assert "The correct answer is ```python" in shown.text and shown.demonstration == problem.answer
 
 
@@ -294,9 +294,9 @@ def test_compressed_private_tests_are_read(tmp_path: Path) -> None:
         0.0,
         "Test 2 of 2 fails, which is private: the answer is wrong.",
     )
-    assert verifier("both")(task, problem, "print(input())") == Feedback(1.0, "All tests pass (2).", "")
+    assert feedback_kind("both").verifier(task, problem, "print(input())") == Feedback(1.0, "All tests pass (2).", "")
     with pytest.raises(ValueError, match="expected --feedback trace"):
-        verifier("correction")(task, problem, "")
+        feedback_kind("correction").verifier(task, problem, "")
 
 
 class Harmful:
@@ -361,22 +361,22 @@ def shout(problem: object, answer: str) -> tuple[float, str]:
 
 def test_feedback_by_a_function_of_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make_task("largest", seed=0).problem(0)
-    found = verifier(f"{__name__}:shout")(None, problem, "")
+    found = feedback_kind(f"{__name__}:shout").verifier(None, problem, "")
     assert found == Feedback(1.0, "EMPTY", problem.answer)
     for wrong in (2.0, (2.0, ""), ("good", ""), (None, "", ""), [1.0, ""]):
         monkeypatch.setitem(globals(), "shout", lambda problem, answer, wrong=wrong: wrong)
         with pytest.raises(ValueError, match=r"\[feedback\] .*:shout gave .*, expected \(score") as caught:
-            verifier(f"{__name__}:shout")(None, problem, "")
+            feedback_kind(f"{__name__}:shout").verifier(None, problem, "")
         assert "distil_kernels.train.tasks.Feedback(score" in str(caught.value)
     monkeypatch.setitem(globals(), "shout", lambda problem, answer: 1 / 0)
     with pytest.raises(RuntimeError, match=rf"\[feedback\] {__name__}:shout raised ZeroDivisionError: ") as raised:
-        verifier(f"{__name__}:shout")(None, problem, "")
+        feedback_kind(f"{__name__}:shout").verifier(None, problem, "")
     assert isinstance(raised.value.__cause__, ZeroDivisionError)
     for path, message in (("nowhere", "expected one of"), ("nowhere:f", "cannot import"), (f"{__name__}:g", "cannot")):
         with pytest.raises(ValueError, match=rf"\[feedback\] .*{message}"):
-            verifier(path)
+            feedback_kind(path)
     with pytest.raises(ValueError, match="answers of this task are not run"):
-        verifier("trace")(make_task("largest", seed=0), problem, "")
+        feedback_kind("trace").verifier(make_task("largest", seed=0), problem, "")
 
 
 @pytest.mark.parametrize(
@@ -427,17 +427,18 @@ def test_a_rollout_whose_teacher_reads_nothing_is_left_out(tiny_model: Path, tmp
     gradients = []
     for keep in (True, False):
         run = trainer(tiny_model, tmp_path / str(keep), credit_span="none")
-        batch = run.next_batch()
+        batch = next(run.batches)
         run.roll_out(batch)
         if keep:  # the second problem's rollouts count nothing
-            batch[1].taught = [False, False]
+            for rollout in batch[1].rollouts:
+                rollout.teacher_prompt = None
         else:
             del batch[1]
-        run.micro_batch(batch, 8.0, {})
+        micro_batch(run, batch, 8.0)
         gradients.append([parameter.grad.clone() for parameter in run.student.model.parameters()])
-        assert run.prompts.teacher(batch[0].problem, Feedback(0.0, "", "")) is None
-        run.answered(batch[:1], [written(*batch[0].completions)])
-        assert batch[0].taught == [True, True]
+        assert run.tutor.prompts.teacher(batch[0].problem, Feedback(0.0, "", "")) is None
+        give_rollouts(run, batch[:1], [sampled(*(rollout.tokens for rollout in batch[0].rollouts))])
+        assert [rollout.has_feedback for rollout in batch[0].rollouts] == [True, True]
     for masked, without in zip(*gradients, strict=True):
         torch.testing.assert_close(masked, without, rtol=1e-3, atol=1e-6)
 
@@ -451,11 +452,12 @@ def test_the_teacher_is_evaluated_on_what_is_said_of_the_greedy_answer(tiny_mode
         return Feedback(0.5, f"You said {answer!r}.", problem.answer)
 
     run = trainer(tiny_model, tmp_path / "run", teacher="live", num_examples=0)
-    run.evaluate._verify = spy
+    tutor = run.evaluator.tutor
+    tutor.verifier = spy
     read = []
-    original = run.evaluate._prompts.teacher
-    run.evaluate._prompts.teacher = lambda problem, said: read.append(said.text) or original(problem, said)
-    result = run.evaluate(run.student, run.teacher)
+    original = tutor.prompts.teacher
+    tutor.prompts.teacher = lambda problem, said: read.append(said.text) or original(problem, said)
+    result = run.evaluator.evaluate(run.student, run.teacher)
     assert result.sampled == result.teacher == 0.5
     greedy = seen[2 * run.config.eval_samples :][: len(read)]
     assert read == [f"You said {answer!r}." for answer in greedy] and len(read) == 2

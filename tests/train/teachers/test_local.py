@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from runs import packed
 from tiny import llama_config
 from transformers import AutoModelForCausalLM
 
 from distil_kernels.hf import split
 from distil_kernels.train.models.reading import Reader, reader
-from distil_kernels.train.teachers.local import Teacher
+from distil_kernels.train.teachers.local import LocalTeacher
 
-PROMPTS, ROWS, COMPLETIONS = [[1, 2, 3], [1, 4]], [0, 0, 1], [[5, 6], [7], [8, 9]]
+BATCH = packed([[1, 2, 3], [1, 4]], [0, 0, 1], [[5, 6], [7], [8, 9]])
 
 
 def student(lora: bool = False) -> Reader:
@@ -30,34 +31,34 @@ def shift(lm: Reader) -> None:
                 parameter.add_(0.05)
 
 
-def answers(teacher: Teacher) -> torch.Tensor:
-    return teacher.at_states(PROMPTS, ROWS, COMPLETIONS)
+def states(teacher: LocalTeacher) -> torch.Tensor:
+    return teacher.target(BATCH).states
 
 
 def test_live_follows_at_once_and_shares_the_head() -> None:
     lm = student()
-    teacher = Teacher(lm, "live", 0.5)
-    before = answers(teacher)
+    teacher = LocalTeacher(lm, "live", 0.5)
+    before = states(teacher)
     shift(lm)
-    assert not torch.allclose(answers(teacher), before)
-    assert teacher.head == (None, None) and not answers(teacher).requires_grad
+    assert not torch.allclose(states(teacher), before)
+    assert teacher.head == (None, None) and not states(teacher).requires_grad
 
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_frozen_stays_at_the_start(lora: bool) -> None:
     lm = student(lora)
-    teacher = Teacher(lm, "frozen", 0.5)
-    before = answers(teacher)
+    teacher = LocalTeacher(lm, "frozen", 0.5)
+    before = states(teacher)
     shift(lm)
     teacher.follow()
-    torch.testing.assert_close(answers(teacher), before)
+    torch.testing.assert_close(states(teacher), before)
     assert (teacher.lm is lm) == lora  # adapters off instead of a second model
     assert (teacher.head[0] is None) == lora
 
 
 def test_ema_is_the_average_in_float32_and_comes_back_from_a_checkpoint() -> None:
     lm = student()
-    teacher = Teacher(lm, "ema", 0.25)
+    teacher = LocalTeacher(lm, "ema", 0.25)
     start = [parameter.clone() for parameter in lm.model.parameters()]
     for _ in range(2):
         shift(lm)
@@ -68,16 +69,16 @@ def test_ema_is_the_average_in_float32_and_comes_back_from_a_checkpoint() -> Non
         assert mine.dtype == torch.float32 and not mine.requires_grad
         torch.testing.assert_close(mine, begin + expected)
     assert teacher.head[0] is teacher.lm.weight
-    other = Teacher(student(), "ema", 0.25)
+    other = LocalTeacher(student(), "ema", 0.25)
     other.load_state_dict(teacher.state_dict())
-    torch.testing.assert_close(answers(other), answers(teacher))
-    assert Teacher(lm, "frozen", 0.1).state_dict() == {}
+    torch.testing.assert_close(states(other), states(teacher))
+    assert LocalTeacher(lm, "frozen", 0.1).state_dict() == {}
 
 
 def test_ema_of_adapters_is_a_second_set_of_adapters() -> None:
     lm = student(lora=True)
     start = {name: parameter.clone() for name, parameter in lm.model.named_parameters()}
-    teacher = Teacher(lm, "ema", 0.25)
+    teacher = LocalTeacher(lm, "ema", 0.25)
     shift(lm)
     teacher.follow()
     own = dict(lm.model.named_parameters())
@@ -86,6 +87,6 @@ def test_ema_of_adapters_is_a_second_set_of_adapters() -> None:
         assert own[name].requires_grad == ("lora_" in name) and not mine.requires_grad
         torch.testing.assert_close(mine, start[name] + 0.25 * 0.05 * ("lora_" in name))
     assert teacher.head == (None, None)  # the student's: both models' logits in one product
-    other = Teacher(student(lora=True), "ema", 0.25)
+    other = LocalTeacher(student(lora=True), "ema", 0.25)
     other.load_state_dict(teacher.state_dict())
-    torch.testing.assert_close(answers(other), answers(teacher))
+    torch.testing.assert_close(states(other), states(teacher))

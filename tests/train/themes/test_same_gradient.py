@@ -15,7 +15,7 @@ import torch
 from runs import trainer, two_steps
 from two_processes import together
 
-from distil_kernels.train.models import loading
+from distil_kernels.train.models import activation_checkpointing
 
 WAYS = {
     "whole": {},
@@ -72,6 +72,6 @@ def test_layers_run_again_where_there_are_gradients_alone(
         with_gradients.append(torch.is_grad_enabled())
         return forward(*inputs, **options)
 
-    monkeypatch.setattr(loading, "checkpoint", checkpoint)
+    monkeypatch.setattr(activation_checkpointing, "checkpoint", checkpoint)
     trainer(tiny_model, tmp_path / "run", gradient_checkpointing=True).train_step()
     assert with_gradients and all(with_gradients)

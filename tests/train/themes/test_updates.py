@@ -11,13 +11,13 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from runs import metrics, states, train, trainer
+from runs import metrics, set_scores, states, train, trainer
 from two_processes import together
 
 from distil_kernels.train.__main__ import main
 from distil_kernels.train.models.sharding import local_shard
 from distil_kernels.train.run.directory import read_lines
-from distil_kernels.train.teachers.local import Teacher
+from distil_kernels.train.teachers.local import LocalTeacher
 from distil_kernels.train.trainer import Trainer
 
 
@@ -43,8 +43,8 @@ def test_the_second_gradient_by_definition(tiny_model: Path, tmp_path: Path, obj
 
     def seen(batch: Any, *rest: Any) -> None:
         roll_out(batch, *rest)
-        for index, entry in enumerate(batch):
-            entry.feedback = [f._replace(score=float(index + i)) for i, f in enumerate(entry.feedback)]
+        for index, group in enumerate(batch):
+            set_scores(group, float(index), float(index + 1))
         run.seen = batch  # type: ignore[attr-defined]
         run.old = [logprobs.detach() for logprobs in states(run)]  # type: ignore[attr-defined]
 
@@ -62,9 +62,9 @@ def test_the_second_gradient_by_definition(tiny_model: Path, tmp_path: Path, obj
     run.student.model.zero_grad()
     total, drift, ratios = torch.zeros((), dtype=torch.float64), [], []
     new = states(run)
-    completions = [done for entry in run.seen for done in entry.completions]  # type: ignore[attr-defined]
-    for index, (done, old, s) in enumerate(zip(completions, run.old, new, strict=True)):  # type: ignore[attr-defined]
-        entry = run.seen[index // 2]  # type: ignore[attr-defined]
+    rollouts = [rollout for group in run.seen for rollout in group.rollouts]  # type: ignore[attr-defined]
+    for index, (rollout, old, s) in enumerate(zip(rollouts, run.old, new, strict=True)):  # type: ignore[attr-defined]
+        done = rollout.tokens
         tokens = torch.tensor(done)[:, None]
         log_ratio = (s - old).gather(1, tokens)[:, 0]
         drift += (-log_ratio).tolist()
@@ -74,7 +74,7 @@ def test_the_second_gradient_by_definition(tiny_model: Path, tmp_path: Path, obj
             ratio = log_ratio.exp()
             total = total - torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).sum()
             continue
-        prompt = entry.teacher_prompts[index % 2]
+        prompt = rollout.teacher_prompt
         with torch.no_grad():
             t = run.teacher.lm.model(torch.tensor([prompt + done])).logits[0, len(prompt) - 1 : -1]
             t = t.double().log_softmax(-1)
@@ -93,8 +93,8 @@ def test_the_teacher_is_asked_again_only_where_it_moved(
     tiny_model: Path, tmp_path: Path, teacher: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    at_states = Teacher.at_states
-    monkeypatch.setattr(Teacher, "at_states", lambda self, *rest: (calls.append(1), at_states(self, *rest))[1])
+    target = LocalTeacher.target
+    monkeypatch.setattr(LocalTeacher, "target", lambda self, *rest: (calls.append(1), target(self, *rest))[1])
     run = trainer(tiny_model, tmp_path / "run", teacher=teacher, updates_per_batch=3, micro_batch_prompts=2)
     run.train_step()
     assert len(calls) == (2 if teacher == "frozen" else 6)
@@ -144,7 +144,7 @@ def harmed(run: Trainer, bad: float, at: set[int]) -> None:
         out = update(*rest)
         if next(count) in at:
             run.average.observe(torch.tensor([bad]), [1])
-            for weight in run.trained:
+            for weight in run.models.trained:
                 weight.grad.view(-1)[0] = bad
         return out
 
@@ -209,7 +209,7 @@ def test_weights_that_are_not_finite_are_not_saved(tiny_model: Path, tmp_path: P
     run = trainer(tiny_model, tmp_path / "run")
     run.train_step()
     with torch.no_grad():
-        run.trained[-1].view(-1)[0] = math.inf
+        run.models.trained[-1].view(-1)[0] = math.inf
     with pytest.raises(FloatingPointError, match="stopped at step 1: the weights are not finite"):
         run.save()
     assert list(run.directory.glob("checkpoint*")) == []
@@ -221,15 +221,15 @@ def harmed_in_one(rank: int, model: Path, directory: Path, is_sharded: bool) -> 
 
     def sum_gradients(parameters: Any) -> None:
         if rank == 1:
-            local_shard(run.trained[0].grad).view(-1)[0] = math.nan
+            local_shard(run.models.trained[0].grad).view(-1)[0] = math.nan
         summed(parameters)
 
     object.__setattr__(run.processes, "sum_gradients", sum_gradients)
-    before = [local_shard(weight).clone() for weight in run.trained]
+    before = [local_shard(weight).clone() for weight in run.models.trained]
     record = run.train_step()
     assert record["not_finite"] == 1 and math.isnan(record["grad_norm"])
-    assert all(torch.equal(local_shard(weight), old) for weight, old in zip(run.trained, before, strict=True))
-    run.trained[0].data.fill_(math.nan if rank == 0 else 0.0)
+    assert all(torch.equal(local_shard(weight), old) for weight, old in zip(run.models.trained, before, strict=True))
+    run.models.trained[0].data.fill_(math.nan if rank == 0 else 0.0)
     with pytest.raises(FloatingPointError):
         run.save()
 

@@ -1,0 +1,210 @@
+"""Models and data of a configuration, as `Trainer`, the command eval, benches and studies take them.
+
+    build(config, directory)  ->  Parts: processes, models, data
+
+The order of the steps matters where it is not obvious; the comments say why.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from distil_kernels.train.batches import Batches
+from distil_kernels.train.config import Config
+from distil_kernels.train.evaluate import Evaluator
+from distil_kernels.train.feedback.kinds import FeedbackKind, feedback_kind
+from distil_kernels.train.feedback.prompts import Prompts
+from distil_kernels.train.feedback.tutor import Tutor
+from distil_kernels.train.models import loading
+from distil_kernels.train.models.activation_checkpointing import checkpoint_layers
+from distil_kernels.train.models.lora import with_adapters
+from distil_kernels.train.models.reading import Reader, reader
+from distil_kernels.train.models.sharding import shard, split_sharded, unsharded
+from distil_kernels.train.rollouts.python_tool import Python
+from distil_kernels.train.rollouts.sampling import Sampling
+from distil_kernels.train.run import checkpoint
+from distil_kernels.train.run.accelerator import check_backend, make_accelerator
+from distil_kernels.train.run.distributed import Processes
+from distil_kernels.train.tasks import Task, answered_problems, held_out_problems, make_task
+from distil_kernels.train.teachers.base import Teacher
+from distil_kernels.train.teachers.local import LocalTeacher, other_model
+from distil_kernels.train.teachers.remote import RemoteTeacher
+
+
+@dataclass
+class Models:
+    """The student, its teacher, and what belongs to them."""
+
+    config: Config
+    student: Reader
+    teacher: Teacher
+    tokenizer: PreTrainedTokenizerBase
+    end_ids: list[int]
+    """Tokens that end any answer of the student."""
+    trained: list[nn.Parameter]
+    fingerprint: list[int]
+    """Of the start weights that no checkpoint has: of a frozen or local teacher, and below adapters."""
+
+    def restore(self, path: Path) -> dict[str, Any]:
+        """Takes student and teacher from a checkpoint, and returns all of the checkpoint's state.
+
+        Raises:
+            ValueError: the start model has other weights than the one of the run.
+        """
+        state = checkpoint.load_state(path)
+        if state["start"] != self.fingerprint:
+            config = self.config
+            raise ValueError(
+                f"[resume] {config.teacher_model or config.model} has other weights than when the run started, and a "
+                f"{config.teacher} teacher or adapters are made for them: expected the same model"
+            )
+        loading.restore(self.student.model, path)
+        self.teacher.load_state_dict(state["teacher"])
+        return state
+
+
+@dataclass
+class Data:
+    """The problems of training and evaluation, and how rollouts of them are made."""
+
+    tutor: Tutor
+    batches: Batches
+    sampling: Sampling
+    """Parameters of training rollouts."""
+    tool: Python | None
+    longest: int
+    """The largest number of tokens of a completion, tool results included."""
+    evaluator: Evaluator
+    notes: list[str]
+    """What a person should know of the data before the run."""
+
+
+@dataclass
+class Parts:
+    """Everything that a configuration determines, on the processes of the run."""
+
+    accelerator: Accelerator
+    processes: Processes
+    directory: Path
+    """The run directory of the main process."""
+    models: Models
+    data: Data
+
+
+def build(config: Config, directory: Path) -> Parts:
+    """The parts of a run in `directory`, where nothing is written.
+
+    Raises:
+        ValueError: an option names something that does not exist or does not fit.
+    """
+    accelerator = make_accelerator(config, directory)
+    processes = Processes.of(accelerator, config)
+    directory = processes.from_main(directory)
+    # Names that are wrong are errors before any weights are read.
+    task, kind = make_task(config.task, config.seed), feedback_kind(config.feedback)
+    check_backend(config.backend, accelerator)
+    models = build_models(config, accelerator, processes)
+    data = build_data(config, models, task, kind, processes)
+    # The processes begin alike, new adapters included; from here on each samples from its own stream.
+    if not processes.is_main:
+        set_seed(processes.seed(config.seed))
+    return Parts(accelerator, processes, directory, models, data)
+
+
+def build_models(config: Config, accelerator: Accelerator, processes: Processes) -> Models:
+    """Loads student and teacher onto the device; torch's generator starts from the seed."""
+    # Before loading: new adapters are random.
+    set_seed(config.seed)
+    model, tokenizer = loading.load(config.model)
+    loading.use_flash_attention(model, accelerator.device, accelerator.mixed_precision)
+
+    # Before adapters: the fingerprint is of the start weights. A checkpoint of adapters does not contain them, nor does
+    # one of a run whose frozen teacher they are.
+    fingerprint = checkpoint.fingerprint(model) if config.teacher == "frozen" or config.lora_rank else []
+    if config.lora_rank:
+        model = with_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets)
+
+    # Before sharding: a teacher that starts as a copy of the student is copied from whole weights.
+    is_sharded = config.shard and processes.count > 1
+    other = other_model(config, model, tokenizer, accelerator, is_sharded)
+    fingerprint += checkpoint.fingerprint(other) if config.teacher == "local" else []
+    end_ids = loading.end_ids(model, tokenizer)  # with those of a local teacher
+
+    # Before the optimizer, which must see the shares of the parameters.
+    if is_sharded:
+        shard([part for part in (model, other) if part], accelerator)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # evaluation_mode: the model is placed and its forward set for autocast, without DistributedDataParallel.
+    prepared = accelerator.prepare_model(model, evaluation_mode=True)
+    # The ways of reading are tried out here: as the model runs, with whole weights and under autocast.
+    with unsharded(model), accelerator.autocast():
+        lm = split_sharded(accelerator.unwrap_model(prepared))
+        student = reader(lm, config.reading, config.gradient_checkpointing, is_sharded, accelerator.autocast)
+    teacher: Teacher
+    if config.teacher_url:
+        teacher = RemoteTeacher(config, tokenizer, student.weight.shape[0], student.weight.device)
+    else:
+        with accelerator.autocast():
+            teacher = LocalTeacher(student, config.teacher, config.ema_rate, other, config.reading)
+    # After the teacher, whose copy of the student needs no checkpointing.
+    if config.gradient_checkpointing:
+        checkpoint_layers(student.model)
+    return Models(config, student, teacher, tokenizer, end_ids, trained, fingerprint)
+
+
+def build_data(config: Config, models: Models, task: Task, kind: FeedbackKind, processes: Processes) -> Data:
+    """Prompts, training problems and held-out problems."""
+    tool = None
+    if config.tools == "python":
+        tool = Python(models.tokenizer, config.max_tool_calls, config.max_tool_tokens)
+    longest = config.max_new_tokens + (tool.longest if tool else 0)
+    _check_positions(config, models, longest)
+
+    examples = answered_problems(task, config.num_examples)
+    prompts = Prompts(
+        models.tokenizer,
+        [(problem, kind.verifier(task, problem, problem.answer)) for problem in examples],
+        config.layout,
+        config.teacher_reads,
+        config.max_prompt_tokens,
+        models.end_ids,
+        tool is not None,
+        config.chat_options(),
+    )
+    tutor = Tutor.of(kind, task, prompts, config.max_critique_tokens)
+    example_keys = {problem.key for problem in examples}
+    batches = Batches(tutor, example_keys, config.prompts_per_step, processes)
+
+    stop_ids = prompts.stop_ids()
+    sampling = Sampling(config.max_new_tokens, stop_ids, config.temperature, config.top_p, config.top_k)
+    held_out_task = make_task(config.task, config.eval_seed)
+    evaluator = Evaluator(
+        tutor.for_task(held_out_task),
+        held_out_problems(held_out_task, config.eval_problems),
+        Sampling(config.max_new_tokens, stop_ids, config.temperature),  # the model's own distribution
+        config.eval_samples,
+        config.eval_seed,
+        tool,
+        processes,
+        config.teacher_temperature,
+    )
+    notes = []
+    if len(examples) < config.num_examples:
+        count = f"{len(examples)} of {config.num_examples} worked examples"
+        notes.append(f"{count}: no other problem comes with an answer")
+    return Data(tutor, batches, sampling, tool, longest, evaluator, notes)
+
+
+def _check_positions(config: Config, models: Models, longest: int) -> None:
+    """Raises ValueError if prompt and completion, or prompt and critique, do not fit into a model's positions."""
+    critique = config.max_critique_tokens if config.feedback == "self_evaluation" else 0
+    readers = [models.student, models.teacher.lm] if isinstance(models.teacher, LocalTeacher) else [models.student]
+    for lm in readers:
+        loading.check_positions(lm.model, config.max_prompt_tokens, max(longest, critique))

@@ -1,0 +1,181 @@
+"""The prompts of the student and its teacher, as token ids.
+
+The student reads worked examples and the question. The teacher reads the feedback too: in words ("text"), as the same
+question answered once before ("demonstration"), or both. Its examples carry the feedback to their right answers, which
+shows a small model what feedback is for: accuracy with the correction .81, against .40 for a demonstration after plain
+examples (SmolLM2-135M, two examples, task `largest`).
+
+    student   Q: 12, 45, 78, 33      teacher   Q: 12, 45, 78, 33
+              A: 78                            Feedback: The correct answer is 78.
+                                               A: 78
+
+              Q: 51, 76, 16, 67                Q: 51, 76, 16, 67
+              A:                               Feedback: The correct answer is 76.
+                                               A:
+
+A prompt over the limit loses the end of the feedback first, then of the demonstration, never the question or the
+header. If it still does not fit, or if no feedback is left, there is no prompt.
+
+Left out: answers of several lines in the "examples" format, whose answers end with the line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from distil_kernels.train.feedback.kinds import verdict
+from distil_kernels.train.tasks import Feedback, Problem
+
+JUDGE = "Is this answer right? Say yes or no, and what the correct answer is."
+
+
+class _Turn(NamedTuple):
+    """A question, the feedback to read with it, and its answer; the answer of the last turn is None."""
+
+    question: str
+    text: str
+    answer: str | None
+
+
+TOOL_EXAMPLE = _Turn(
+    "17 * 23? (Python gives the value of <tool>EXPRESSION</tool>.)", "", "<tool>17 * 23</tool> <result>391</result> 391"
+)
+_CALLS = re.compile(r"<(tool|result)>.*?</\1>", re.DOTALL)
+
+
+class Prompts:
+    """Builds prompts as token ids, and reads answers from completions.
+
+    Args:
+        examples: problems worked before the question, in both prompts, with the feedback to their right answers.
+        layout: "examples" for `Q: ... A: ...` text, "chat" for the tokenizer's chat template.
+        reads: "text", "demonstration" or "both": the parts of the feedback that the teacher reads.
+        max_tokens: length limit of a prompt.
+        end_ids: tokens that end any answer of this model.
+        tool: True if the prompts show how to call `python_tool.Python`, whose calls are no part of an answer.
+        chat_options: further arguments of the chat template.
+
+    Raises:
+        ValueError: the layout does not suit the tokenizer, the model or the task's answers.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Sequence[tuple[Problem, Feedback]],
+        layout: str = "examples",
+        reads: str = "text",
+        max_tokens: int = 1024,
+        end_ids: Sequence[int] = (),
+        tool: bool = False,
+        chat_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        if layout == "chat" and not tokenizer.chat_template:
+            raise ValueError("[layout] this tokenizer has no chat template: use layout examples")
+        self._tokenizer = tokenizer
+        self._layout, self._max_tokens, self._end_ids = layout, max_tokens, end_ids
+        self._reads_text, self._reads_demonstration = reads in ("text", "both"), reads in ("demonstration", "both")
+        self._tool, self._chat_options = tool, chat_options or {}
+        tool_examples = [TOOL_EXAMPLE] if tool else []
+        self._plain = [*tool_examples, *(_Turn(problem.question, "", problem.answer) for problem, _ in examples)]
+        self._with_feedback = tool_examples + [
+            turn
+            for problem, feedback in examples
+            for turn in self._turns(problem.question, feedback.text, feedback.demonstration, problem.answer)
+        ]
+        # Every second answer is that of the example before it, so that a model sees both verdicts.
+        judged = [(problem, examples[index - index % 2][0].answer) for index, (problem, _) in enumerate(examples)]
+        self._judged = [(problem.question, answer, verdict(answer, problem.answer)) for problem, answer in judged]
+
+    def student(self, problem: Problem) -> list[int] | None:
+        """The prompt that rollouts continue; None if it is over the limit."""
+        if self._layout == "examples" and "\n" in problem.answer.strip():
+            raise ValueError("[layout] answers of this task have several lines, which layout examples cuts: use chat")
+        ids = self._render([*self._plain, _Turn(problem.question, "", None)])
+        return ids if len(ids) <= self._max_tokens else None
+
+    def teacher(self, problem: Problem, feedback: Feedback) -> list[int] | None:
+        """The teacher's prompt; None if no part of the feedback is left or fits."""
+        text = feedback.text if self._reads_text else ""
+        demonstration = feedback.demonstration if self._reads_demonstration else ""
+        while text or demonstration:
+            ids = self._render([*self._with_feedback, *self._turns(problem.question, text, demonstration, None)])
+            excess = len(ids) - self._max_tokens
+            if excess <= 0:
+                return ids
+            if text:
+                text = self._without_end(text, excess)
+            else:
+                demonstration = self._without_end(demonstration, excess)
+        return None
+
+    def critic(self, problem: Problem, answer: str) -> list[int] | None:
+        """The prompt of a model that judges an answer, after judged examples; None if it is over the limit."""
+        judged = [*self._judged, (problem.question, answer.strip(), None)]
+        if self._layout == "chat":
+            ids = self._render([turn for q, a, text in judged for turn in (_Turn(q, "", a), _Turn(JUDGE, "", text))])
+        else:
+            blocks = (f"Q: {q}\nA: {a}\nFeedback:" + (f" {text}\n\n" if text else "") for q, a, text in judged)
+            ids = self._tokenizer("".join(blocks)).input_ids
+        return ids if len(ids) <= self._max_tokens else None
+
+    def fits(self, problem: Problem, known: Feedback) -> bool:
+        """True if the teacher can read a part of feedback that is `known` before any answer, or if nothing is known."""
+        return not (known.text or known.demonstration) or self.teacher(problem, known) is not None
+
+    def shortens(self, problem: Problem, feedback: Feedback) -> bool:
+        """True if the whole feedback does not fit in the teacher's prompt."""
+        turns = self._turns(problem.question, feedback.text, feedback.demonstration, None)
+        return len(self._render([*self._with_feedback, *turns])) > self._max_tokens
+
+    def stop_ids(self) -> list[int]:
+        """The tokens that end an answer; they are part of the completion."""
+        stops = set(self._end_ids)
+        if self._layout == "examples":
+            texts = self._tokenizer.batch_decode([[token] for token in range(len(self._tokenizer))])
+            stops |= {token for token, text in enumerate(texts) if "\n" in text}
+        if not stops:
+            raise ValueError("[model] neither tokenizer nor generation config names a token that ends an answer")
+        return sorted(stops)
+
+    def answer(self, completion: list[int]) -> str:
+        """The text of a completion that a verifier reads."""
+        text = str(self._tokenizer.decode(completion, skip_special_tokens=True))
+        text = text.split("\n")[0] if self._layout == "examples" else text
+        return _CALLS.sub("", text) if self._tool else text
+
+    def answer_tokens(self, answer: str) -> list[int]:
+        """The tokens of a completion with this answer, without its stop token."""
+        text = f" {answer}" if self._layout == "examples" else answer
+        return self._tokenizer(text, add_special_tokens=False).input_ids
+
+    def _turns(self, question: str, text: str, demonstration: str, answer: str | None) -> list[_Turn]:
+        before = [_Turn(question, "", demonstration)] if demonstration and self._reads_demonstration else []
+        return [*before, _Turn(question, text if self._reads_text else "", answer)]
+
+    def _render(self, turns: Sequence[_Turn]) -> list[int]:
+        """The token ids of some turns."""
+        if self._layout == "chat":
+            messages = []
+            for question, text, answer in turns:
+                messages.append({"role": "user", "content": f"{question}\n{text}" if text else question})
+                if answer is not None:
+                    messages.append({"role": "assistant", "content": answer})
+            rendered = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **self._chat_options
+            )
+            return self._tokenizer(rendered, add_special_tokens=False).input_ids
+        blocks = []
+        for question, text, answer in turns:
+            hint = f"Feedback: {text}\n" if text else ""
+            blocks.append(f"Q: {question}\n{hint}A:" + ("" if answer is None else f" {answer}\n\n"))
+        return self._tokenizer("".join(blocks)).input_ids
+
+    def _without_end(self, text: str, num_tokens: int) -> str:
+        ids = self._tokenizer(text, add_special_tokens=False).input_ids
+        shorter = str(self._tokenizer.decode(ids[: max(0, len(ids) - num_tokens)]))
+        return shorter if len(shorter) < len(text) else text[:-1]
