@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 ARGS ?=
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc python -type f)
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find cmake csrc python -type f)
 
 .PHONY: train test test-all bench theory compare lint format clean
 

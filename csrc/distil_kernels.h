@@ -166,6 +166,14 @@ void cpu_sparse_product(const SparseRows& rows, const DenseRows& dense, float* o
 int cuda_device_error();
 const char* cuda_error_text(int error);
 
+struct DeviceLimits {
+  int capability_major, capability_minor;
+  int shared_bytes;  // shared memory that a kernel may ask for per block
+};
+
+// Asks the CUDA runtime: torch before 2.7, and torch for ROCm, do not know the shared memory.
+int cuda_device_limits(int device, DeviceLimits& limits);
+
 int cuda_row_stats(const RowTask& task, void* stream);
 
 // The gradient may also be float16. Only a float32 gradient may begin where the raw logits do, and it has no
@@ -173,9 +181,13 @@ int cuda_row_stats(const RowTask& task, void* stream);
 int cuda_row_grad(const RowTask& task, const GradRows& grad, void* stream);
 
 // Statistics and gradient in one read of the logits, for kForwardCe and kForwardKl without logprob_weight, on
-// compute capability 9.0. A row lies in the shared memory of cluster_size blocks (1, 2, 4 or 8). All rows begin at
-// multiples of 16 bytes. The residual is [num_rows, cluster_size], a sum for each block.
+// compute capability 9.0 and later. A row lies in the shared memory of cluster_size blocks (1, 2, 4 or 8). All rows
+// begin at multiples of 16 bytes. The residual is [num_rows, cluster_size], a sum for each block.
 int cuda_row_stats_grad(const RowTask& task, const GradRows& grad, int cluster_size, void* stream);
+
+// Sets num_clusters to the number of such clusters that the current device runs at once: 0 where none fits, as on a
+// slice of a GPU with too few multiprocessors.
+int cuda_max_clusters(std::int64_t vocab_size, bool softcap, int cluster_size, int& num_clusters);
 
 // The costs of a chunk's rows on a grid [num_positions, num_sequences], and the totals of the positions after it.
 struct CostGrid {

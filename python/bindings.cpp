@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <utility>
 
 #include "distil_kernels.h"
 
@@ -198,9 +199,22 @@ PYBIND11_MODULE(_C, m) {
       py::arg("rows"), py::arg("dense"), py::arg("out"), py::arg("position"), py::arg("num_threads"),
       py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
 
-#if defined(DISTIL_CUDA)
+#if !defined(DISTIL_CUDA)
+#if !defined(DISTIL_CUDA_MISSING)
+#define DISTIL_CUDA_MISSING "it was built without nvcc"
+#endif
+  m.attr("cuda_missing") = DISTIL_CUDA_MISSING;
+#else
   m.def("cuda_device_error", &dk::cuda_device_error);
   m.def("cuda_error_text", &dk::cuda_error_text, py::arg("error"));
+
+  py::class_<dk::DeviceLimits>(m, "DeviceLimits")
+      .def(py::init<>())
+      .def_readonly("capability_major", &dk::DeviceLimits::capability_major)
+      .def_readonly("capability_minor", &dk::DeviceLimits::capability_minor)
+      .def_readonly("shared_bytes", &dk::DeviceLimits::shared_bytes);
+
+  m.def("cuda_device_limits", &dk::cuda_device_limits, py::arg("device"), py::arg("limits"));
 
   m.def(
       "cuda_row_stats",
@@ -220,6 +234,15 @@ PYBIND11_MODULE(_C, m) {
         return dk::cuda_row_stats_grad(task, grad, cluster_size, pointer<void>(stream));
       },
       py::arg("task"), py::arg("grad"), py::arg("cluster_size"), py::arg("stream"));
+
+  m.def(
+      "cuda_max_clusters",
+      [](std::int64_t vocab_size, bool softcap, int cluster_size) {
+        int num_clusters = 0;
+        const int error = dk::cuda_max_clusters(vocab_size, softcap, cluster_size, num_clusters);
+        return std::pair<int, int>(error, num_clusters);
+      },
+      py::arg("vocab_size"), py::arg("softcap"), py::arg("cluster_size"));
 
   py::class_<dk::CostGrid>(m, "CostGrid")
       .def(py::init(&cost_grid), py::arg("costs"), py::arg("slots"), py::arg("later"), py::arg("num_positions"),

@@ -27,6 +27,7 @@ LIBRARY = [
     {"train"},
 ]
 ENGINE = [
+    {"gpu_products"},
     {"gemm", "memory", "sparse"},
     {"sizes", "policy"},
     {"credit", "gradients", "plan"},

@@ -1,9 +1,12 @@
 """Registers, spills and shared memory of every GPU kernel, compiled ahead of time; no GPU needed.
 
-    python bench/gpu/resources.py [triton] [cuda]      prints a table, exits 1 where a kernel spills or keeps a stack
+    python bench/gpu/resources.py [triton] [amd] [cuda]      prints a table, exits 1 where a kernel spills
 
-Triton's kernels for sm_80 and sm_90a, the files of csrc/cuda for sm_80, sm_90a and sm_100a. Registers are per thread;
-65536 of them serve the threads of a multiprocessor. The assembler that comes with triton 3.6 (3.9's does not) keeps 8
+Triton's kernels for sm_80 and sm_90a, and for AMD's gfx942 and gfx950; the files of csrc/cuda for sm_80, sm_90a,
+sm_100a and sm_120a, and the instructions that they execute per pair of logits on sm_90a (`sass`). Registers are per
+thread; 65536 of them serve the threads of a multiprocessor.
+
+The assembler that comes with triton 3.6 (3.9's does not) keeps 8
 bytes of stack on sm_80 for row_grad of the reverse KL and for head_partials. In row_grad that is a spill: one register,
 stored and loaded once, because it stops at 80; head_partials has all 255 and was not looked into.
 """
@@ -19,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import sass
 import torch
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +38,11 @@ class Resources(NamedTuple):
     """Bytes known at compile time; row_stats_grad asks for more at launch."""
 
 
-def triton_resources() -> Iterator[Resources]:
+NVIDIA = (("cuda", 80), ("cuda", 90))
+AMD = (("hip", "gfx942"), ("hip", "gfx950"))
+
+
+def triton_resources(targets: tuple[tuple[str, int | str], ...]) -> Iterator[Resources]:
     from distil_kernels.backends import Statistic, triton_scan
     from distil_kernels.backends import triton as backend
     from distil_kernels.backends import triton_kernels as kernels
@@ -43,23 +51,32 @@ def triton_resources() -> Iterator[Resources]:
     # What a launch makes of arguments that are None or 1.
     plain = {**dict.fromkeys(flags, False), "student_bias_ptr": None, "teacher_bias_ptr": None, "tokens_ptr": None,
              "token_logits_ptr": None, "num_splits": 1}  # fmt: skip
-    for capability in (80, 90):
-        tile = backend.choose_tile(divmod(capability, 10), torch.bfloat16)
+    for target in targets:
+        tile = backend.choose_tile(_gpu(backend, target), torch.bfloat16)
         shape = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
-        yield _triton(kernels.row_partials, {**flags, "HAS_TOKENS": True, "BLOCK": 4096}, capability, 8, 3)
-        yield _triton(kernels.row_partials, {**plain, "HAS_TOKENS": False, "BLOCK": 4096}, capability, 8, 3)
-        yield _triton(kernels.merge_partials, {"HAS_TOKENS": True, "SPLITS": 64}, capability, 1, 3)
-        yield _triton(kernels.mixture_partials, {**flags, "BLOCK": 4096}, capability, 8, 3)
+        yield _triton(kernels.row_partials, {**flags, "HAS_TOKENS": True, "BLOCK": 4096}, target, 8, 3)
+        yield _triton(kernels.row_partials, {**plain, "HAS_TOKENS": False, "BLOCK": 4096}, target, 8, 3)
+        yield _triton(kernels.merge_partials, {"HAS_TOKENS": True, "SPLITS": 64}, target, 1, 3)
+        yield _triton(kernels.mixture_partials, {**flags, "BLOCK": 4096}, target, 8, 3)
         for cost in (Statistic.FORWARD_CE, Statistic.REVERSE_KL, Statistic.JSD, Statistic.ENTROPY):
             constants = {**flags, "HAS_LOGPROB": True, "ROUNDS": True, "COST": int(cost), "BLOCK": 4096}
-            yield _triton(kernels.row_grad, constants, capability, 8, 3)
-        yield _triton(kernels.head_partials, {**flags, **shape, "HAS_TOKENS": True, "WIDEN": False}, capability,
+            yield _triton(kernels.row_grad, constants, target, 8, 3)
+        yield _triton(kernels.head_partials, {**flags, **shape, "HAS_TOKENS": True, "WIDEN": False}, target,
                       tile.num_warps, tile.num_stages)  # fmt: skip
         for constants in ({"HAS_HORIZON": True}, {"HAS_HORIZON": False, "num_later": 1}):
-            yield _triton(triton_scan.cost_to_go, {**constants, "BLOCK": 256}, capability, 1, 3)
+            yield _triton(triton_scan.cost_to_go, {**constants, "BLOCK": 256}, target, 1, 3)
 
 
-def _triton(kernel, constants: dict[str, object], capability: int, num_warps: int, num_stages: int) -> Resources:
+def _gpu(backend, target: tuple[str, int | str]):
+    vendor, name = target
+    if vendor == "hip":
+        return backend.Gpu("hip", (9, 4), 0)
+    return backend.Gpu("cuda", divmod(int(name), 10), 0)
+
+
+def _triton(
+    kernel, constants: dict[str, object], target: tuple[str, int | str], num_warps: int, num_stages: int
+) -> Resources:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -73,9 +90,14 @@ def _triton(kernel, constants: dict[str, object], capability: int, num_warps: in
     signature = {name: _triton_type(name, constants) for name in kernel.arg_names}
     compiled = triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned),
-        target=GPUTarget("cuda", capability, 32),
+        target=GPUTarget(*target, 64 if target[0] == "hip" else 32),
         options={"num_warps": num_warps, "num_stages": num_stages},
     )
+    if target[0] == "hip":
+        code = compiled.asm["amdgcn"]
+        found = {name: int(value) for name, value in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", code)}
+        registers, spilled = found["vgpr_count"], found["vgpr_spill_count"]
+        return Resources(kernel.__name__, str(target[1]), registers, 4 * spilled, compiled.metadata.shared)
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -83,8 +105,8 @@ def _triton(kernel, constants: dict[str, object], capability: int, num_warps: in
         command = [cuobjdump, "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    target = "sm_90a" if capability == 90 else f"sm_{capability}"
-    return Resources(kernel.__name__, target, found["REG"], found["STACK"] + found["LOCAL"], compiled.metadata.shared)
+    name = "sm_90a" if target[1] == 90 else f"sm_{target[1]}"
+    return Resources(kernel.__name__, name, found["REG"], found["STACK"] + found["LOCAL"], compiled.metadata.shared)
 
 
 def _triton_type(name: str, constants: dict[str, object]) -> str:
@@ -106,14 +128,33 @@ def _triton_type(name: str, constants: dict[str, object]) -> str:
 def cuda_resources(nvcc: str) -> Iterator[Resources]:
     for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
         # There are no clusters before 90.
-        for target in ("90a", "100a") if source.name == "row_cluster.cu" else ("80", "90a", "100a"):
-            architecture = f"arch=compute_{target},code=sm_{target}"
-            command = [nvcc, "-std=c++17", "-O3", "-gencode", architecture, "-Xptxas", "-v", "-I", ROOT / "csrc",
-                       "-cubin", "-o", "/dev/null", source]  # fmt: skip
-            run = subprocess.run(command, capture_output=True, text=True, check=False)
-            if run.returncode != 0:
-                raise RuntimeError(f"{source.name} does not compile for sm_{target}:\n{run.stdout}{run.stderr}")
-            yield from _ptxas(run.stdout + run.stderr, f"sm_{target}")
+        for target in ("90a", "100a", "120a") if source.name == "row_cluster.cu" else ("80", "90a", "100a", "120a"):
+            yield from _ptxas(compile_cubin(nvcc, source, target, Path("/dev/null")), f"sm_{target}")
+
+
+def compile_cubin(nvcc: str, source: Path, target: str, cubin: Path) -> str:
+    """Compiles a file of csrc/cuda as CMakeLists.txt does; returns what the assembler says."""
+    architecture = f"arch=compute_{target},code=sm_{target}"
+    command = [nvcc, "-std=c++17", "-O3", "-ftz=true", "-gencode", architecture, "-Xptxas", "-v", "-I", ROOT / "csrc",
+               "-cubin", "-o", cubin, source]  # fmt: skip
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode != 0:
+        raise RuntimeError(f"{source.name} does not compile for sm_{target}:\n{run.stdout}{run.stderr}")
+    return run.stdout + run.stderr
+
+
+def cuda_instructions(nvcc: str) -> Iterator[sass.Count]:
+    """Of every loop of the row kernels on sm_90a. nvcc has no disassembler of its own; triton has one."""
+    cuobjdump = shutil.which("cuobjdump")
+    if cuobjdump is None:
+        import triton
+
+        cuobjdump = str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("row_kernels", "row_cluster"):
+            cubin = Path(folder) / f"{name}.cubin"
+            compile_cubin(nvcc, ROOT / "csrc/cuda" / f"{name}.cu", "90a", cubin)
+            yield from sass.counts(cubin, cuobjdump)
 
 
 def _ptxas(output: str, target: str) -> Iterator[Resources]:
@@ -128,17 +169,28 @@ def _ptxas(output: str, target: str) -> Iterator[Resources]:
 
 def main(names: list[str]) -> int:
     table: list[Resources] = []
+    instructions: list[sass.Count] = []
     if not names or "triton" in names:
-        table += triton_resources()
+        table += triton_resources(NVIDIA)
+    if not names or "amd" in names:
+        table += triton_resources(AMD)
     if not names or "cuda" in names:
         nvcc = shutil.which("nvcc")
         if nvcc is None:
             print("no nvcc: csrc/cuda is left out")
         else:
             table += cuda_resources(nvcc)
+            instructions += cuda_instructions(nvcc)
     print(f"{'kernel':<24}{'target':<9}{'registers':>10}{'spills':>8}{'shared':>8}")
     for row in table:
         print(f"{row.kernel:<24}{row.target:<9}{row.registers:>10}{row.spills:>8}{row.shared:>8}")
+    if instructions:
+        print(
+            f"\ninstructions per pair of logits, sm_90a\n{'kernel':<24}{'loop':<12}{'all':>6}", *sass.CLASSES, "integer"
+        )
+    for count in instructions:
+        classes = "  ".join(f"{name} {value:.1f}" for name, value in sorted(count.per_pair.items()))
+        print(f"{count.kernel:<24}{count.loop:<12}{count.total:>6.1f}  {classes}")
     return int(any(row.spills for row in table))
 
 

@@ -7,8 +7,6 @@
 // Left out: several blocks per row. A chunk has hundreds of rows, several for every multiprocessor.
 #include <cuda_runtime.h>
 
-#include <type_traits>
-
 #include "rows.cuh"
 
 namespace distil_kernels {
@@ -22,31 +20,32 @@ template <int kWidth, bool kSoftcap>
 __global__ void __launch_bounds__(kThreads, 2) row_stats(RowTask task) {
   __shared__ BlockScratch scratch;
   const LogitRows &student = task.student, &teacher = task.teacher;
-  const std::int64_t row = blockIdx.x, vocab_size = task.vocab_size;
-  constexpr std::int64_t kStep = kThreads * kWidth;
+  const std::int64_t row = blockIdx.x;
+  const int vocab_size = static_cast<int>(task.vocab_size);
   RowState<float> state;
-  for (std::int64_t first = threadIdx.x * kWidth; first < vocab_size; first += kGroup * kStep) {
+  for_groups<kWidth, kGroup>(vocab_size, [&](int first, auto whole) {
+    constexpr int kStep = kThreads * kWidth;
     float s[kGroup][kWidth], t[kGroup][kWidth];
     Peak student_peak = state.student, teacher_peak = state.teacher;
     bool raised = false;
 #pragma unroll
     for (int g = 0; g < kGroup; ++g) {
-      const std::int64_t column = first + g * kStep;
-      load_raw<kWidth>(student, row, column, vocab_size - column, s[g]);
-      load_raw<kWidth>(teacher, row, column, vocab_size - column, t[g]);
+      const int column = first + g * kStep, count = decltype(whole)::value ? kWidth : vocab_size - column;
+      load_raw<kWidth>(student, row, column, count, s[g]);
+      load_raw<kWidth>(teacher, row, column, count, t[g]);
     }
 #pragma unroll
     for (int g = 0; g < kGroup; ++g) {
-      const std::int64_t column = first + g * kStep;
-      transform<kWidth, kSoftcap>(student, column, vocab_size - column, s[g]);
-      transform<kWidth, kSoftcap>(teacher, column, vocab_size - column, t[g]);
+      const int column = first + g * kStep, count = decltype(whole)::value ? kWidth : vocab_size - column;
+      transform<kWidth, kSoftcap>(student, column, count, s[g]);
+      transform<kWidth, kSoftcap>(teacher, column, count, t[g]);
       raised |= raise<kWidth>(student_peak, s[g], column);
       raised |= raise<kWidth>(teacher_peak, t[g], column);
     }
     if (raised) move_to(state, student_peak, teacher_peak);
 #pragma unroll
     for (int g = 0; g < kGroup; ++g) accumulate<kWidth>(state, s[g], t[g]);
-  }
+  });
   const RowState<double> total = block_state(state, scratch);
   if (threadIdx.x == 0) {
     const std::int64_t token = task.tokens != nullptr ? task.tokens[row] : -1;
@@ -60,16 +59,18 @@ template <int kWidth, bool kSoftcap>
 __global__ void __launch_bounds__(kThreads) row_mixture(RowTask task) {
   __shared__ double scratch[2][kWarps];
   const LogitRows &student = task.student, &teacher = task.teacher;
-  const std::int64_t row = blockIdx.x, vocab_size = task.vocab_size;
+  const std::int64_t row = blockIdx.x;
+  const int vocab_size = static_cast<int>(task.vocab_size);
   const float jsd_weight = task.cost.jsd_weight;
   const auto statistic = [&](Statistic which) -> float& { return task.statistics[which * task.num_rows + row]; };
   const float student_max = statistic(kMaxLogit), teacher_max = statistic(kTeacherMaxLogit);
   const float log_normalizer = statistic(kLogNormalizer), teacher_log_normalizer = statistic(kTeacherLogNormalizer);
   MixtureTerm sums{0.0f, 0.0f};
-  for (std::int64_t column = threadIdx.x * kWidth; column < vocab_size; column += kThreads * kWidth) {
+  for_groups<kWidth, 1>(vocab_size, [&](int column, auto whole) {
+    const int count = decltype(whole)::value ? kWidth : vocab_size - column;
     float s[kWidth], t[kWidth];
-    load_logits<kWidth, kSoftcap>(student, row, column, vocab_size - column, s);
-    load_logits<kWidth, kSoftcap>(teacher, row, column, vocab_size - column, t);
+    load_logits<kWidth, kSoftcap>(student, row, column, count, s);
+    load_logits<kWidth, kSoftcap>(teacher, row, column, count, t);
     MixtureTerm of_vector{0.0f, 0.0f};  // sums a vector's terms before the thread's, as `accumulate` does
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) row_mixture(RowTask task) {
     }
     sums.student += of_vector.student;
     sums.teacher += of_vector.teacher;
-  }
+  });
   const double student_sum = block_sum(sums.student, scratch[0]), teacher_sum = block_sum(sums.teacher, scratch[1]);
   if (threadIdx.x == 0) {
     statistic(kStudentMixtureKl) = static_cast<float>(student_sum);
@@ -89,16 +90,18 @@ __global__ void __launch_bounds__(kThreads) row_mixture(RowTask task) {
   }
 }
 
-template <int kWidth, bool kSoftcap>
+// kIsForward: the cost is the cross-entropy or the forward KL. The other costs are chosen when the kernel runs.
+template <int kWidth, bool kSoftcap, bool kIsForward>
 __global__ void __launch_bounds__(kThreads) row_grad(RowTask task, GradRows grad) {
   __shared__ double scratch[kWarps];
   float residual = 0.0f;
   const LogitRows &student = task.student, &teacher = task.teacher;
-  const std::int64_t row = blockIdx.x, vocab_size = task.vocab_size;
+  const std::int64_t row = blockIdx.x;
+  const int vocab_size = static_cast<int>(task.vocab_size);
   const float cost_weight = grad.cost_weight[row];
   const float logprob_weight = grad.logprob_weight ? grad.logprob_weight[row] : 0.0f;
   const bool used = cost_weight != 0.0f || logprob_weight != 0.0f;
-  const std::int64_t token = logprob_weight != 0.0f ? task.tokens[row] : -1;
+  const int token = logprob_weight != 0.0f ? static_cast<int>(task.tokens[row]) : -1;
   const auto statistic = [&](Statistic which) { return task.statistics[which * task.num_rows + row]; };
   const float student_max = statistic(kMaxLogit), teacher_max = statistic(kTeacherMaxLogit);
   const RowGradient gradient{statistic(kLogNormalizer),
@@ -107,35 +110,37 @@ __global__ void __launch_bounds__(kThreads) row_grad(RowTask task, GradRows grad
                              logprob_weight,
                              statistic(mean_statistic(task.cost.statistic)),
                              task.cost.jsd_weight};
-  constexpr std::int64_t kStep = kThreads * kWidth;
-  for (std::int64_t first = threadIdx.x * kWidth; first < vocab_size; first += kGroup * kStep) {
+  for_groups<kWidth, kGroup>(vocab_size, [&](int first, auto whole) {
+    constexpr int kStep = kThreads * kWidth;
     float s[kGroup][kWidth], t[kGroup][kWidth];
     if (used) {
 #pragma unroll
       for (int g = 0; g < kGroup; ++g) {
-        const std::int64_t column = first + g * kStep;
-        load_raw<kWidth>(student, row, column, vocab_size - column, s[g]);
-        load_raw<kWidth>(teacher, row, column, vocab_size - column, t[g]);
+        const int column = first + g * kStep, count = decltype(whole)::value ? kWidth : vocab_size - column;
+        load_raw<kWidth>(student, row, column, count, s[g]);
+        load_raw<kWidth>(teacher, row, column, count, t[g]);
       }
     }
 #pragma unroll
     for (int g = 0; g < kGroup; ++g) {
-      const std::int64_t column = first + g * kStep;
+      const int column = first + g * kStep, count = decltype(whole)::value ? kWidth : vocab_size - column;
       float out[kWidth] = {};
       if (used) {
-        transform<kWidth, kSoftcap>(student, column, vocab_size - column, s[g]);
-        transform<kWidth, kSoftcap>(teacher, column, vocab_size - column, t[g]);
+        transform<kWidth, kSoftcap>(student, column, count, s[g]);
+        transform<kWidth, kSoftcap>(teacher, column, count, t[g]);
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
-          out[i] = grad_logit_of(task.cost.statistic, at_least_floor(s[g][i] - student_max),
-                                 at_least_floor(t[g][i] - teacher_max), gradient);
+          const float shifted_s = at_least_floor(s[g][i] - student_max);
+          const float shifted_t = at_least_floor(t[g][i] - teacher_max);
+          out[i] = kIsForward ? grad_logit<kForwardCe>(shifted_s, shifted_t, gradient)
+                              : grad_logit_of(task.cost.statistic, shifted_s, shifted_t, gradient);
           if (column + i == token) out[i] += logprob_weight;
           out[i] *= derivative_at<kSoftcap>(student, s[g][i]);
         }
       }
-      residual += store_grad<kWidth>(grad, row, column, vocab_size - column, out);
+      residual += store_grad<kWidth>(grad, row, column, count, out);
     }
-  }
+  });
   if (grad.residual == nullptr) return;
   const double total = block_sum(residual, scratch);
   if (threadIdx.x == 0) grad.residual[row] = static_cast<float>(total);
@@ -158,6 +163,14 @@ int cuda_device_error() {
   return cudaGetDeviceCount(&count);
 }
 
+int cuda_device_limits(int device, DeviceLimits& limits) {
+  int error = cudaDeviceGetAttribute(&limits.capability_major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&limits.capability_minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (error != cudaSuccess) return error;
+  return cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}
+
 const char* cuda_error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 int cuda_row_stats(const RowTask& task, void* stream) {
@@ -175,7 +188,9 @@ int cuda_row_grad(const RowTask& task, const GradRows& grad, void* stream) {
   const bool vectors =
       starts_at_vectors(task.student) && starts_at_vectors(task.teacher) && starts_at_vectors(grad);
   return with_variant(task, vectors, [&](auto width, auto softcap) {
-    return launch(row_grad<width, softcap>, task.num_rows, stream, task, grad);
+    const bool is_forward = task.cost.statistic == kForwardCe || task.cost.statistic == kForwardKl;
+    const auto kernel = is_forward ? row_grad<width, softcap, true> : row_grad<width, softcap, false>;
+    return launch(kernel, task.num_rows, stream, task, grad);
   });
 }
 

@@ -2,8 +2,8 @@
 
     row_stats, row_grad    a block per row
     cost_to_go             a block per 512 positions of a sequence
-    row_stats_grad         on compute capability 9.0 a cluster of blocks holds a row in shared memory and reads its
-                           logits once, where the row fits (`choose_row_kernel`); else the two above
+    row_stats_grad         from compute capability 9.0 on a cluster of blocks may hold a row in shared memory and read
+                           its logits once (`choose_row_kernel`); else the first two
 
 float32 logits only, so float32, bfloat16 and float16 inputs; float64 belongs to `reference`. Kernels go to torch's
 current stream and never wait.
@@ -11,7 +11,8 @@ current stream and never wait.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,17 +34,47 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it runs on NVIDIA GPUs, these tensors are on {device}"
     if dtype == torch.float64:
         return "its kernels keep float32 logits, float64 needs backend='reference'"
+    return _device_problem(device)
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot look into the extension
+def _device_problem(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return "it runs on NVIDIA GPUs, this torch is built for AMD's"
     if _C is None:
         return f"the extension is not built ({_IMPORT_ERROR}); run pip install -e . in the repository"
     if not hasattr(_C, "cuda_row_stats"):
-        return "the extension was built without nvcc; install the CUDA toolkit and run pip install -e . again"
+        return f"the extension has no CUDA kernels: {_C.cuda_missing}; then run pip install -e . again"
     error = _C.cuda_device_error()
     if error != 0:
         return f"the CUDA runtime finds no GPU: {_C.cuda_error_text(error)}"
-    capability = torch.cuda.get_device_capability(device)
+    capability = device_limits(_index(device)).capability
     if capability < (8, 0):
         return f"it is compiled for compute capability 8.0 and later, this GPU has {capability[0]}.{capability[1]}"
     return None
+
+
+class DeviceLimits(NamedTuple):
+    """What the CUDA runtime says about a GPU."""
+
+    capability: tuple[int, int]
+    block_bytes: int
+    """Shared memory that a kernel may ask for per block."""
+
+
+@cache
+def device_limits(index: int) -> DeviceLimits:
+    limits = _C.DeviceLimits()
+    _check(_C.cuda_device_limits(index, limits))
+    return DeviceLimits((limits.capability_major, limits.capability_minor), limits.shared_bytes)
+
+
+@cache
+def cluster_fits(index: int, vocab_size: int, softcap: bool, cluster_size: int) -> bool:
+    """False where the GPU cannot run one such cluster, as on a slice of it with too few multiprocessors."""
+    with torch.cuda.device(index):
+        error, num_clusters = _C.cuda_max_clusters(vocab_size, softcap, cluster_size)
+    return error == 0 and num_clusters > 0
 
 
 class RowKernel(NamedTuple):
@@ -54,34 +85,40 @@ class RowKernel(NamedTuple):
     reason: str
 
 
+TWO_KERNELS = 0
+
+
 def cluster_bytes(vocab_size: int, cluster_size: int) -> int:
     """Shared memory of one block: its share of both models' row in whole vectors, and a reduction's scratch."""
     return 2 * 16 * -(-vocab_size // (4 * cluster_size)) + 2048
 
 
-def choose_row_kernel(capability: tuple[int, int], block_bytes: int, vocab_size: int, aligned: bool) -> RowKernel:
-    """A pure choice.
+def choose_row_kernel(limits: DeviceLimits, vocab_size: int, softcap: bool, aligned: bool) -> RowKernel:
+    """Chooses the smallest cluster of which two blocks share a multiprocessor (one loads while the other computes),
+    else two kernels. Not yet timed: bench/gpu/check.py `tune` times every choice.
+
+    A cluster with one block to a multiprocessor, as for a vocabulary of more than 114,000 entries on an H100, loads,
+    sums and writes one after another: by its instruction count it takes 8.3 to 9.9 ms for 8192 rows of 151,936, two
+    kernels 6.0 to 6.5 ms. A softcap takes more registers than two blocks have.
 
     Args:
-        block_bytes: shared memory that one block may have.
         aligned: every row begins at a multiple of 16 bytes.
-
-    The smallest cluster whose memory lets two blocks share a multiprocessor (one loads while the other computes), else
-    the largest if the row fits at all. With a softcap the registers leave room for one (71 a thread on sm_90; held to
-    64 they spill). Not yet timed.
     """
-    if capability < (9, 0):
-        return RowKernel(0, f"compute capability {capability[0]}.{capability[1]} has no clusters")
+    if limits.capability < (9, 0):
+        return RowKernel(TWO_KERNELS, "compute capability {}.{} has no clusters".format(*limits.capability))
     if not aligned:
-        return RowKernel(0, "rows do not all begin at multiples of 16 bytes")
+        return RowKernel(TWO_KERNELS, "rows do not all begin at multiples of 16 bytes")
+    if softcap:
+        return RowKernel(TWO_KERNELS, "a softcap takes the registers of a second block to a multiprocessor")
     for size in _CLUSTER_SIZES:
-        if 2 * cluster_bytes(vocab_size, size) <= block_bytes:
+        if 2 * cluster_bytes(vocab_size, size) <= limits.block_bytes:
             return RowKernel(size, "two blocks to a multiprocessor")
-    largest = _CLUSTER_SIZES[-1]
-    needed = cluster_bytes(vocab_size, largest)
-    if needed <= block_bytes:
-        return RowKernel(largest, "one block to a multiprocessor")
-    return RowKernel(0, f"a row takes {needed} bytes in each of {largest} blocks, there are {block_bytes}")
+    needed = cluster_bytes(vocab_size, _CLUSTER_SIZES[-1])
+    return RowKernel(
+        TWO_KERNELS,
+        f"a row takes {needed} bytes in each of {_CLUSTER_SIZES[-1]} blocks, a multiprocessor has {limits.block_bytes} "
+        f"for two of them",
+    )
 
 
 def row_stats(
@@ -121,13 +158,16 @@ def row_stats_grad(
     cost_weight: Tensor,
     out: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
+    device, index = logits.student.device, _index(logits.student.device)
     num_rows, vocab_size = logits.student.shape
-    device = logits.student.device
-    properties: Any = torch.cuda.get_device_properties(device)  # torch's types lack this field
-    block_bytes = properties.shared_memory_per_block_optin
+    softcap = student.softcap is not None or teacher.softcap is not None
     aligned = all(_aligned(tensor) for tensor in (*logits, out, student.bias, teacher.bias))
-    kernel = choose_row_kernel(torch.cuda.get_device_capability(device), block_bytes, vocab_size, aligned)
-    if kernel.cluster_size == 0 or cost.statistic not in (Statistic.FORWARD_CE, Statistic.FORWARD_KL):
+    kernel = choose_row_kernel(device_limits(index), vocab_size, softcap, aligned)
+    if (
+        kernel.cluster_size == TWO_KERNELS
+        or cost.statistic not in (Statistic.FORWARD_CE, Statistic.FORWARD_KL)
+        or not cluster_fits(index, vocab_size, softcap, kernel.cluster_size)
+    ):
         statistics = row_stats(logits, student, teacher, tokens, cost)
         return statistics, row_grad(logits, student, teacher, tokens, statistics, cost, cost_weight, None, out)
     statistics, residual = _new_statistics(logits), _new_residual(out, num_rows, kernel.cluster_size)
@@ -160,6 +200,10 @@ def _new_statistics(logits: LogitPair) -> Tensor:
 def _new_residual(out: Tensor, *size: int) -> Tensor | None:
     """What the sum of each gradient row loses to rounding; None where `out` is float32."""
     return None if out.dtype == torch.float32 else out.new_empty(size, dtype=torch.float32)
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _check(error: int) -> None:

@@ -55,6 +55,7 @@ def interprets() -> bool:
     return not isinstance(_kernels().row_grad, triton.JITFunction)
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the import
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype == torch.float64:
         return "its kernels keep float32 logits, float64 needs backend='reference'"
@@ -127,8 +128,9 @@ def head_stats(
     """`row_stats` of hidden [R, D] @ weight [V, D]^T; beyond its result it needs 40 bytes per row and split."""
     num_rows, vocab_size = student_hidden.shape[0], student_weight.shape[0]
     widest = torch.promote_types(student_hidden.dtype, teacher_hidden.dtype)
-    tile = choose_tile(_capability(student_hidden.device), widest)
-    split_size, num_splits = choose_splits(num_rows, vocab_size, tile, _num_processors(student_hidden.device))
+    gpu = _gpu(student_hidden.device)
+    tile = choose_tile(gpu, widest)
+    split_size, num_splits = choose_splits(num_rows, vocab_size, tile, gpu.num_processors)
     operands = [_operand(each) for each in (student_hidden, student_weight, teacher_hidden, teacher_weight)]
 
     def new(*shape: int) -> Tensor:
@@ -167,6 +169,15 @@ def cost_to_go(
     return to_go, next_later
 
 
+class Gpu(NamedTuple):
+    """What the choice of a tile depends on."""
+
+    vendor: str
+    """One of "cuda", "hip" and "interpreter"."""
+    capability: tuple[int, int]
+    num_processors: int
+
+
 class Tile(NamedTuple):
     """One program's share of the product in `head_stats`."""
 
@@ -177,13 +188,19 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def choose_tile(capability: tuple[int, int], dtype: torch.dtype) -> Tile:
-    """The largest tile whose two accumulators stay in registers (compiled for each; not yet timed)."""
-    if capability == (0, 0):
-        return Tile(rows=16, columns=64, depth=32, num_warps=4, num_stages=1)  # the interpreter
+def choose_tile(gpu: Gpu, dtype: torch.dtype) -> Tile:
+    """Returns the largest tile whose two accumulators stay in registers (compiled for each; not yet timed).
+
+    On AMD's GPUs the loads have two stages, which is what Triton's pipeliner is made for there. The capability does not
+    tell them apart: that of an MI300 is (9, 4).
+    """
+    if gpu.vendor == "interpreter":
+        return Tile(rows=16, columns=64, depth=32, num_warps=4, num_stages=1)
     if dtype.itemsize > 2:
         return Tile(rows=64, columns=64, depth=32, num_warps=8, num_stages=2)
-    if capability >= (9, 0):
+    if gpu.vendor == "hip":
+        return Tile(rows=128, columns=64, depth=64, num_warps=8, num_stages=2)
+    if gpu.capability >= (9, 0):
         return Tile(rows=128, columns=64, depth=64, num_warps=8, num_stages=3)
     return Tile(rows=64, columns=128, depth=32, num_warps=8, num_stages=3)
 
@@ -197,12 +214,12 @@ def choose_splits(num_rows: int, vocab_size: int, tile: Tile, num_processors: in
     return split_size, -(-vocab_size // split_size)
 
 
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-
-
-def _num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+def _gpu(device: torch.device) -> Gpu:
+    if device.type != "cuda":
+        return Gpu("interpreter", (0, 0), 1)
+    vendor = "cuda" if torch.version.hip is None else "hip"
+    num_processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return Gpu(vendor, torch.cuda.get_device_capability(device), num_processors)
 
 
 def _operand(matrix: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ the GPU too, which is several times slower and is said once. The GPU routes are 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from functools import cache
 
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from distil_kernels.backends.cpu import _C
+from distil_kernels.engine.gpu_products import exact_if_half, float32_precision, has_float32_result
 
 _WIDEN_BLOCK = 4096
 """Vocabulary entries widened at a time: 4096 x 576 floats are 9 MiB, and a product of that size runs at full speed."""
@@ -52,20 +52,6 @@ def operand_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
 
 
 @cache
-def _has_wide_mm() -> bool:
-    """Returns whether torch multiplies half-precision matrices on a GPU to a float32 result."""
-    if "dtype_out" in torch.ops.aten.mm.overloads():
-        return True
-    warnings.warn(
-        f"distil_kernels widens half-precision operands to float32 on the GPU, several times slower: torch "
-        f"{torch.__version__} has no product with out_dtype, 2.8 and later do",
-        UserWarning,
-        stacklevel=2,
-    )
-    return False
-
-
-@cache
 def _has_wide_addmm() -> bool:
     """Returns whether torch also adds such a product to a float32 matrix (older versions: to a half-precision one)."""
     major, minor = torch.__version__.split(".")[:2]
@@ -78,7 +64,7 @@ def _is_half_on_gpu(*operands: Tensor) -> bool:
         operands[0].device.type != "cpu"
         and dtype in (torch.bfloat16, torch.float16)
         and all(operand.dtype == dtype for operand in operands)
-        and _has_wide_mm()
+        and has_float32_result(operands[0].device)
     )
 
 
@@ -187,13 +173,15 @@ def lm_head(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     if _is_ours(hidden, weight, out.dtype) and hidden.dtype == weight.dtype:
         _product(hidden, weight.t(), out)
     elif hidden.dtype == weight.dtype == out.dtype:
-        torch.mm(hidden, weight.t(), out=out)
+        with float32_precision(out.device, "ieee"):
+            torch.mm(hidden, weight.t(), out=out)
     elif _is_half_on_gpu(hidden, weight):
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
     else:
         wide = hidden.to(out.dtype)
-        for block, weight_block in _widened(weight, out.dtype):
-            torch.mm(wide, weight_block.t(), out=out[:, block])
+        with float32_precision(out.device, "ieee"), exact_if_half(hidden, weight):
+            for block, weight_block in _widened(weight, out.dtype):
+                torch.mm(wide, weight_block.t(), out=out[:, block])
 
 
 def grad_hidden(grad_logits: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -216,8 +204,9 @@ def grad_hidden(grad_logits: Tensor, weight: Tensor, residual: Tensor | None = N
         out = torch.mm(grad_logits, weight, out_dtype=dtype)
     else:
         out = grad_logits.new_zeros(grad_logits.shape[0], weight.shape[1], dtype=dtype)
-        for block, weight_block in _widened(weight, dtype):
-            out.addmm_(grad_logits[:, block].to(dtype), weight_block)
+        with exact_if_half(grad_logits, weight):
+            for block, weight_block in _widened(weight, dtype):
+                out.addmm_(grad_logits[:, block].to(dtype), weight_block)
     if residual is not None:
         out.addr_(residual, weight[:: -(-weight.shape[0] // _MEAN_ROWS)].mean(0, dtype=dtype))
     return out
@@ -231,7 +220,8 @@ def add_grad_weight(grad_logits: Tensor, hidden: Tensor, out: Tensor, residual: 
     if _is_ours(grad_logits, hidden, out.dtype):
         _product(grad_logits.t(), hidden, out, residual=residual, accumulate=True)
     elif not _is_half_on_gpu(grad_logits, hidden):
-        out.addmm_(grad_logits.t().to(out.dtype), hidden.to(out.dtype))
+        with exact_if_half(grad_logits, hidden):
+            out.addmm_(grad_logits.t().to(out.dtype), hidden.to(out.dtype))
     elif _has_wide_addmm():
         torch.addmm(out, grad_logits.t(), hidden, out_dtype=out.dtype, out=out)
     else:
@@ -261,7 +251,8 @@ def grad_weight(grad_logits: Tensor, hidden: Tensor, out: Tensor, residual: Tens
         if _is_ours(rows, hidden, wide.dtype):
             _product(rows, hidden, block)
         else:
-            torch.mm(rows.to(wide.dtype), hidden.to(wide.dtype), out=block)
+            with exact_if_half(rows, hidden):
+                torch.mm(rows.to(wide.dtype), hidden.to(wide.dtype), out=block)
         out[begin : begin + _ROUND_BLOCK].copy_(block)
 
 

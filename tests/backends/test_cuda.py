@@ -28,8 +28,10 @@ def test_unavailable_says_why(monkeypatch):
     )
     monkeypatch.setattr(cuda, "_C", no_driver)
     assert cuda.unavailable(gpu, dtype) == "the CUDA runtime finds no GPU: error 35"
-    monkeypatch.setattr(cuda, "_C", types.SimpleNamespace())
-    assert "built without nvcc" in cuda.unavailable(gpu, dtype)
+    monkeypatch.setattr(cuda, "_C", types.SimpleNamespace(cuda_missing="there is no nvcc"))
+    assert "no CUDA kernels: there is no nvcc; then run pip install" in cuda.unavailable(gpu, dtype)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert cuda.unavailable(gpu, dtype) == "it runs on NVIDIA GPUs, this torch is built for AMD's"
     with pytest.raises(RuntimeError, match="backend='cuda' cannot run here: it runs on NVIDIA GPUs"):
         choose_backend("cuda", torch.device("cpu"), dtype)
 
@@ -42,13 +44,54 @@ def test_the_built_extension_asks_the_driver():
     assert cuda._C.cuda_error_text(35) == "CUDA driver version is insufficient for CUDA runtime version"
 
 
+H100 = cuda.DeviceLimits((9, 0), 227 * 1024)
+
+
 def test_choose_row_kernel():
-    h100 = 227 * 1024
-    assert cuda.choose_row_kernel((9, 0), h100, 32_000, True).cluster_size == 4
-    assert cuda.choose_row_kernel((9, 0), h100, 151_936, True) == (8, "one block to a multiprocessor")
-    assert cuda.choose_row_kernel((8, 0), h100, 32_000, True) == (0, "compute capability 8.0 has no clusters")
-    assert "multiples of 16 bytes" in cuda.choose_row_kernel((9, 0), h100, 32_000, False).reason
-    assert "in each of 8 blocks" in cuda.choose_row_kernel((9, 0), h100, 262_144, True).reason
+    assert cuda.choose_row_kernel(H100, 32_000, False, True) == (4, "two blocks to a multiprocessor")
+    assert cuda.choose_row_kernel(H100, 100_352, False, True).cluster_size == 8
+    a100 = H100._replace(capability=(8, 0))
+    assert cuda.choose_row_kernel(a100, 32_000, False, True) == (0, "compute capability 8.0 has no clusters")
+    assert "multiples of 16 bytes" in cuda.choose_row_kernel(H100, 32_000, False, False).reason
+    assert "registers" in cuda.choose_row_kernel(H100, 32_000, True, True).reason
+    for vocab_size in (151_936, 262_144):  # one block to a multiprocessor, and none
+        kernel = cuda.choose_row_kernel(H100, vocab_size, False, True)
+        assert kernel.cluster_size == cuda.TWO_KERNELS and "in each of 8 blocks" in kernel.reason
+
+
+def test_limits_come_from_the_cuda_runtime(emulated_extension, monkeypatch):
+    """torch 2.6's properties have no shared memory per block, and ROCm's never had."""
+    monkeypatch.setattr(cuda, "_C", emulated_extension)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(major=9, minor=0))
+    cuda.device_limits.cache_clear()
+    assert cuda.device_limits(0) == H100
+    assert cuda.unavailable(torch.device("cuda", 0), torch.bfloat16) is None
+    cuda.device_limits.cache_clear()
+
+
+@pytest.mark.parametrize("requested", ["auto", "cuda"])
+def test_the_choice_is_a_constant_to_dynamo(requested, emulated_extension, monkeypatch):
+    """torch.compile(fullgraph=True) meets it in every op; with tensors on a GPU no probe returns early."""
+    monkeypatch.setattr(cuda, "_C", emulated_extension)
+    gpu = torch.device("cuda", 0)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def chosen(x):
+        return x + (choose_backend(requested, gpu, torch.bfloat16).name == "cuda")
+
+    assert chosen(torch.zeros(1)) == 1
+
+
+def test_a_triton_choice_is_a_constant_to_dynamo(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(cuda, "_C", types.SimpleNamespace(cuda_missing="there is no nvcc"))
+    gpu = torch.device("cuda", 0)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def chosen(x):
+        return x + (choose_backend("auto", gpu, torch.bfloat16).name == "triton")
+
+    assert chosen(torch.zeros(1)) == 1
 
 
 @pytest.fixture
@@ -56,6 +99,9 @@ def kernels(emulated_extension, monkeypatch):
     monkeypatch.setattr(cuda, "_C", emulated_extension)
     monkeypatch.setattr(cuda, "_stream", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda, "device_limits", lambda index: H100)
+    cuda.cluster_fits.cache_clear()
     return cuda
 
 
@@ -126,10 +172,6 @@ def test_credit_of_a_chunk_takes_few_launches(kernels):
 @pytest.mark.parametrize(("vocab_size", "cluster_size"), [(3, 1), (131, 1), (131, 2), (131, 8), (4099, 4), (9, 8)])
 def test_cluster_equals_two_passes(kernels, vocab_size, cluster_size, softcap, dtype, generator, monkeypatch):
     # 131 over 8: the last block holds 12 of 20; 9 over 8: most blocks hold nothing.
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(shared_memory_per_block_optin=0)
-    )
     logits = row_checks.make_logits(3, vocab_size, generator, "near", padding=-vocab_size % 4)
     logits.student[2] = float("nan")
     bias = torch.randn(vocab_size, generator=generator)
@@ -156,10 +198,6 @@ def test_cluster_equals_two_passes(kernels, vocab_size, cluster_size, softcap, d
 
 @pytest.mark.slow
 def test_a_cluster_is_not_asked_for_a_cost_that_it_has_not(kernels, generator, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(shared_memory_per_block_optin=0)
-    )
     monkeypatch.setattr(cuda, "choose_row_kernel", lambda *_: cuda.RowKernel(2, "cluster"))
     logits, plain = row_checks.make_logits(3, 131, generator), LogitTransform(None, None, 1.0)
     weights, cost = torch.tensor([0.3, 1.7, 0.0]), row_checks.COSTS["reverse_kl"]
@@ -168,3 +206,25 @@ def test_a_cluster_is_not_asked_for_a_cost_that_it_has_not(kernels, generator, m
     kernels.row_grad(logits, plain, plain, None, statistics, cost, weights, None, expected)
     found, _ = kernels.row_stats_grad(logits, plain, plain, None, cost, weights, out)
     assert torch.equal(found, statistics) and torch.equal(out, expected)
+
+
+def test_a_cluster_that_does_not_fit_is_not_launched(kernels, emulated_extension, generator, monkeypatch):
+    """A slice of a GPU may have too few multiprocessors for any cluster of 8."""
+
+    class Slice:
+        def __getattr__(self, name):
+            return getattr(emulated_extension, name)
+
+        def cuda_max_clusters(self, *_):
+            return 0, 0
+
+        def cuda_row_stats_grad(self, *_):
+            raise AssertionError("launched")
+
+    monkeypatch.setattr(cuda, "_C", Slice())
+    monkeypatch.setattr(cuda, "choose_row_kernel", lambda *_: cuda.RowKernel(8, "cluster"))
+    logits, plain = row_checks.make_logits(3, 131, generator, padding=1), LogitTransform(None, None, 1.0)
+    statistics, _ = kernels.row_stats_grad(
+        logits, plain, plain, None, FORWARD_CE, torch.ones(3), torch.empty_like(logits.student)
+    )
+    assert torch.equal(statistics, kernels.row_stats(logits, plain, plain, None, FORWARD_CE))

@@ -15,6 +15,8 @@ from distil_kernels.backends import Cost, LogitPair, LogitTransform, Statistic
 from distil_kernels.backends import triton as backend
 from distil_kernels.backends.dispatch import choose_backend
 
+HOPPER = backend.Gpu("cuda", (9, 0), 132)
+
 
 @pytest.fixture
 def compile_only(monkeypatch):
@@ -36,7 +38,7 @@ def compile_only(monkeypatch):
         compiled.append(self.fn.__name__)
 
     monkeypatch.setattr(JITFunction, "run", compile_it)
-    monkeypatch.setattr(backend, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backend, "_gpu", lambda device: HOPPER)
     driver.set_active(stand_in)
     yield compiled
     driver.set_active(None)  # the default, when it is next asked for
@@ -87,10 +89,12 @@ def test_import_does_not_import_triton():
 
 
 def test_tiles_and_splits():
-    assert backend.choose_tile((9, 0), torch.bfloat16).rows == 128
-    assert backend.choose_tile((8, 0), torch.bfloat16).rows == 64
-    assert backend.choose_tile((9, 0), torch.float32).columns == 64
-    tile = backend.choose_tile((9, 0), torch.bfloat16)
+    assert backend.choose_tile(HOPPER, torch.bfloat16).rows == 128
+    assert backend.choose_tile(HOPPER._replace(capability=(8, 0)), torch.bfloat16).rows == 64
+    # An MI300 says that it is of capability 9.4: its vendor decides.
+    assert backend.choose_tile(backend.Gpu("hip", (9, 4), 304), torch.bfloat16).num_stages == 2
+    assert backend.choose_tile(HOPPER, torch.float32).columns == 64
+    tile = backend.choose_tile(HOPPER, torch.bfloat16)
     for num_rows, vocab_size in [(1, 1), (8192, 151936), (100, 4099), (5, 129)]:
         size, count = backend.choose_splits(num_rows, vocab_size, tile, num_processors=132)
         assert size % tile.columns == 0

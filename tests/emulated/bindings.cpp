@@ -4,6 +4,9 @@
 #define DISTIL_THREADS 64
 #define DISTIL_ISA portable
 #include <cuda_runtime.h>
+#include <pybind11/pybind11.h>
+
+#define __CUDA_ARCH__ 900  // from here on the code of a GPU: its exponential
 
 namespace distil_kernels {
 namespace {

@@ -118,6 +118,19 @@ struct ThreadIndex {
 };
 inline ThreadIndex threadIdx;
 
+// The hardware's exponential: 2 to the power of a rounded product, here off by up to 2 ulp in either direction.
+inline float __expf(float x) {
+  const float power = x * 1.44269504f;
+  const float exact = static_cast<float>(std::exp2(static_cast<double>(power)));
+  if (!std::isnormal(exact)) return exact < 1.0f ? 0.0f : exact;  // infinity, NaN, or flushed to 0
+  std::uint32_t bits;
+  std::memcpy(&bits, &power, sizeof bits);
+  const int ulps = static_cast<int>((bits * 2654435761u) >> 29) % 5 - 2;  // -2 to 2, the same for the same x
+  float result = exact;
+  for (int i = 0; i < (ulps < 0 ? -ulps : ulps); ++i) result = std::nextafter(result, ulps < 0 ? 0.0f : INFINITY);
+  return std::isnormal(result) ? result : exact;
+}
+
 inline void __syncthreads() { emulated::wait(emulated::block->all, emulated::block->fibers.size()); }
 
 template <typename T>
@@ -147,6 +160,19 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 inline int cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+// Of an H100.
+constexpr int cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76;
+constexpr int cudaDevAttrMaxSharedMemoryPerBlockOptin = 97;
+inline int cudaDeviceGetAttribute(int* value, int attribute, int) {
+  *value = attribute == cudaDevAttrComputeCapabilityMajor   ? 9
+           : attribute == cudaDevAttrComputeCapabilityMinor ? 0
+                                                            : 227 * 1024;
+  return cudaSuccess;
+}
+template <typename Kernel>
+int cudaOccupancyMaxActiveClusters(int* count, Kernel, const struct cudaLaunchConfig_t*) {
+  return *count = 1, cudaSuccess;
+}
 inline const char* cudaGetErrorString(int) { return "emulated"; }
 template <typename Kernel>
 int cudaFuncSetAttribute(Kernel, int, int) {

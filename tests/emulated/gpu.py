@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map_only
 
 GPU = torch.device("cuda", 0)
 CAPABILITY = (9, 0)
-PROPERTIES = SimpleNamespace(shared_memory_per_block_optin=227 * 1024, multi_processor_count=2)
+PROPERTIES = SimpleNamespace(multi_processor_count=2)
 
 aten = torch.ops.aten
 
@@ -175,12 +175,14 @@ def emulated_gpu() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, value in (
             ("device", nothing), ("stream", nothing), ("Stream", lambda: None), ("synchronize", lambda: None),
-            ("is_available", lambda: True), ("get_device_capability", lambda device=None: CAPABILITY),
+            ("is_available", lambda: True), ("current_device", lambda: 0),
+            ("get_device_capability", lambda device=None: CAPABILITY),
             ("get_device_properties", lambda device=None: PROPERTIES), ("set_sync_debug_mode", _set_sync_debug_mode),
             ("memory_allocated", _memory.live), ("max_memory_allocated", lambda device=None: _memory.peak),
             ("reset_peak_memory_stats", _memory.forget_peak),
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
+        stack.enter_context(mock.patch.object(torch.cuda.tunable, "is_enabled", lambda: False))
         stack.enter_context(_ToGpu())
         gc.freeze()  # what was there before is no garbage of this GPU's, and `_Memory` looks for it often
         stack.callback(gc.unfreeze)

@@ -92,7 +92,8 @@ def test_statistics_without_logits(num_rows, vocab_size, sizes, dtype, generator
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_splits_of_the_vocabulary_meet(kind, generator, monkeypatch):
-    monkeypatch.setattr(triton, "_num_processors", lambda device: 2)  # six splits of 64 columns for one tile of rows
+    # Two processors: six splits of 64 columns for one tile of rows.
+    monkeypatch.setattr(triton, "_gpu", lambda device: triton.Gpu("interpreter", (0, 0), 2))
     check_statistics(make_inputs(3, 330, 8, kind=kind, generator=generator))
 
 

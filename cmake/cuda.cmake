@@ -1,0 +1,46 @@
+# Asks the nvcc of this machine what it can compile, before CMake does: enable_language(CUDA) ends the whole build, and
+# with it the CPU kernels, where nvcc is too old for an architecture or does not accept the host compiler.
+
+# Sets `architectures` to what the nvcc that is found compiles for, or `missing` to the reason why nothing is compiled.
+# Machine code for sm_80 and sm_90, from 12.8 on also for sm_100 and sm_120, and PTX of the newest for later ones.
+function(distil_find_cuda architectures missing)
+  set(${architectures} "" PARENT_SCOPE)
+  if(NOT DISTIL_CUDA)
+    set(${missing} "it was built with DISTIL_CUDA=OFF" PARENT_SCOPE)
+    return()
+  endif()
+  find_program(DISTIL_NVCC nvcc HINTS ENV CUDA_HOME PATH_SUFFIXES bin PATHS /usr/local/cuda/bin)
+  if(NOT DISTIL_NVCC)
+    set(${missing} "there is no nvcc, install the CUDA toolkit 11.8 or later" PARENT_SCOPE)
+    return()
+  endif()
+  execute_process(COMMAND ${DISTIL_NVCC} --version OUTPUT_VARIABLE output ERROR_QUIET)
+  string(REGEX MATCH "release ([0-9]+\\.[0-9]+)" match "${output}")
+  set(version "${CMAKE_MATCH_1}")
+  if(NOT match OR version VERSION_LESS 11.8)
+    set(${missing} "nvcc is of CUDA ${version}, it takes 11.8 or later (${DISTIL_NVCC})" PARENT_SCOPE)
+    return()
+  endif()
+  set(all 80-real 90)
+  set(newest 90)
+  if(version VERSION_GREATER_EQUAL 12.8)
+    set(all 80-real 90-real 100-real 120)
+    set(newest 120)
+  endif()
+  # One kernel for the newest architecture shows whether nvcc accepts the host compiler.
+  set(trial ${CMAKE_CURRENT_BINARY_DIR}/distil_trial.cu)
+  file(WRITE ${trial} "#include <cuda_runtime.h>\n#include <cmath>\n__global__ void trial(float* x) { *x = expf(*x); }\n")
+  execute_process(
+    COMMAND ${DISTIL_NVCC} -std=c++17 -gencode arch=compute_${newest},code=sm_${newest} -c ${trial} -o ${trial}.o
+    RESULT_VARIABLE code OUTPUT_VARIABLE output ERROR_VARIABLE output)
+  if(NOT code EQUAL 0)
+    string(REGEX REPLACE "\n.*" "" first_line "${output}")
+    string(REGEX REPLACE "[\"\\;#$]" "" first_line "${first_line}")
+    set(${missing} "nvcc fails: ${first_line}" PARENT_SCOPE)
+    return()
+  endif()
+  set(CMAKE_CUDA_COMPILER ${DISTIL_NVCC} PARENT_SCOPE)
+  set(CMAKE_CUDA_ARCHITECTURES ${all} PARENT_SCOPE)
+  set(${architectures} "${all}" PARENT_SCOPE)
+  set(${missing} "" PARENT_SCOPE)
+endfunction()
