@@ -159,3 +159,11 @@ def test_opcheck_row_statistics(plan, generator):
         ),
         {"spec": spec.encode(), "chunk_rows": 4, "staging_rows": 0},
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("op", ["scalar_loss", "topk_loss", "policy_loss", "row_statistics", "rows_backward"])
+def test_no_op_is_captured_in_a_cuda_graph(op):
+    """A mask on a GPU is read by the host inside the op, which ends a capture with an error."""
+    if not hasattr(torch.Tag, "cudagraph_unsafe"):
+        pytest.skip("this torch captures whatever it is given")
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.distil_kernels, op).default.tags

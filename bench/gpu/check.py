@@ -2,30 +2,46 @@
 
     python bench/gpu/check.py [STAGE ...] [--out FOLDER] [--minutes 9] [--peers FOLDER] [--commit HASH] [--rehearse]
 
-Stages, the most valuable first (default: all of them):
+Stages, in the order of the first fifteen minutes on a GPU (default: the first nine; the times are of an H200):
 
-    build      the extension, in place
-    smoke      small calls of each back end against plain torch
-    time       the issue's targets: times over the four bare products, extra memory
-    accuracy   gradient errors against float64, with teacher and student apart and nearly equal
-    parts      each product at several row counts, each row kernel's bandwidth: what bounds what
-    sweep      rows of chunk and ring
-    profile    milliseconds by kernel of one step
-    peers      what others have, timed in the same rounds (--peers: a folder of their packages)
-    test       tests/gpu
-    sanitize   compute-sanitizer, memcheck and racecheck, on the row kernels
-    resources  registers and spills
-    install    pip install -e . --no-build-isolation --no-deps
+    build      the extension, in place                                                        20 s
+    smoke      small calls of each back end against plain torch; clusters of every size
+               against two kernels; more than 2^31 entries                                    40 s
+    parts      each product at several row counts, each row kernel's bandwidth                35 s
+    tune       clusters and two kernels by vocabulary: what choose_row_kernel should say      15 s
+    time       the targets: times over the four bare products, extra memory                   35 s
+    accuracy   gradient errors against float64, teacher and student apart and nearly equal    20 s
+    profile    milliseconds by kernel of one step                                             20 s
+    test       tests/gpu, eight processes where pytest-xdist is there                         60 s
+    sanitize   compute-sanitizer, memcheck and racecheck, on the kernels of csrc/cuda        120 s
+    sweep      rows of chunk and staging                                                      20 s
+    peers      what others have, timed in the same rounds (--peers: a folder of packages)    120 s
+    resources  registers, spills, instructions per pair of logits (needs no GPU)              40 s
+    install    pip install -e . --no-build-isolation --no-deps (needs no GPU)                 30 s
 
-This file needs no torch and no built extension; what runs on the GPU is in stages.py, a process per stage. FOLDER
-(default bench/results) gets gpu_check.json, written anew after every number, and gpu_check.log: a run that is killed
-leaves what it has measured, and a second run of other stages adds to it. Nothing begins after --minutes. Without a
-GPU it says so and exits 2; --rehearse runs the stages from smoke to peers on the CPU, whose numbers mean nothing.
+Fifteen minutes (a start takes 1:30):
+
+    1:30   check.py build smoke parts tune time accuracy profile --minutes 5 --commit HASH
+    5:00   check.py test sanitize --minutes 4
+    8:00   ncu --clock-control none --kernel-name regex:row_ --launch-count 3 --section SpeedOfLight
+           --section WarpStateStats python bench/gpu/stages.py RECORD parts;  check.py sweep
+    9:30   a fault to mend, or check.py peers --minutes 3
+
+If only one thing may run: build smoke parts (90 s). Where smoke fails nothing after it means anything, and nothing
+runs: try CUDA_LAUNCH_BLOCKING=1, and memcheck, on the failing back end alone.
+
+This file needs no torch and no built extension; what runs on the GPU is in stages.py: neighbouring stages in one
+process, a new one after a stage that fails. FOLDER (default bench/results) gets gpu_check.json, written anew after
+every number, and gpu_check.log: a run that is killed leaves what it has measured, and a second run of other stages
+adds to it. Nothing begins after --minutes. Without a GPU it says so and exits 2; --rehearse runs the stages of one
+process on the CPU, whose numbers mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -37,30 +53,66 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 STAGES = {
-    "build": 240, "smoke": 120, "time": 240, "accuracy": 120, "parts": 120, "sweep": 120, "profile": 90, "peers": 300,
-    "test": 400, "sanitize": 300, "resources": 200, "install": 240,
+    "build": 240, "smoke": 120, "parts": 120, "tune": 60, "time": 240, "accuracy": 120, "profile": 90, "test": 400,
+    "sanitize": 300, "sweep": 120, "peers": 300, "resources": 200, "install": 240,
 }  # fmt: skip
 """By name, the most seconds each may take."""
 
+DEFAULT = list(STAGES)[:9]
+ON_GPU = ("smoke", "parts", "tune", "time", "accuracy", "profile", "sweep", "peers")
 
-def commands(stage: str, record: Path, rehearse: bool) -> list[list[str]]:
+
+def commands(stage: str, record: Path) -> dict[str, list[str]]:
+    """The commands of a stage that is not in ON_GPU, by the name on record."""
     python = sys.executable
     if stage == "build":
-        return [[python, "setup.py", "build_ext", "--inplace"]]
+        return {stage: [python, "setup.py", "build_ext", "--inplace"]}
     if stage == "install":
-        return [[python, "-m", "pip", "install", "-q", "-e", str(ROOT), "--no-build-isolation", "--no-deps"]]
+        return {stage: [python, "-m", "pip", "install", "-q", "-e", str(ROOT), "--no-build-isolation", "--no-deps"]}
     if stage == "test":
-        return [[python, "-m", "pytest", "-q", "--durations=5", "tests/gpu"]]
+        parallel = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+        return {stage: [python, "-m", "pytest", "-q", *parallel, "--durations=5", "tests/gpu"]}
     if stage == "resources":
-        return [[python, "bench/gpu/resources.py"]]
-    own = [python, "bench/gpu/stages.py", stage, str(record), *(["--rehearse"] if rehearse else [])]
-    if stage != "sanitize":
-        return [own]
+        return {stage: [python, "bench/gpu/resources.py"]}
     if shutil.which("compute-sanitizer") is None:
         print("no compute-sanitizer: nothing looks for races", flush=True)
-        return []
-    only_ours = ["--kernel-name", "kernel_substring=row_", "--error-exitcode", "1"]
-    return [["compute-sanitizer", "--tool", tool, *only_ours, *own] for tool in ("memcheck", "racecheck")]
+        return {}
+    ours = [part for name in ("row_", "cost_to_go") for part in ("--kernel-name", f"kernel_substring={name}")]
+    program = [python, "bench/gpu/stages.py", str(record), stage]
+    return {
+        f"{stage} {tool}": ["compute-sanitizer", "--tool", tool, *ours, "--error-exitcode", "1", *program]
+        for tool in ("memcheck", "racecheck")
+    }
+
+
+def run_on_gpu(stages: list[str], record: Path, log: Path, peers: str | None, rehearse: bool, end: float) -> bool:
+    """Runs stages in one process, and in a new one those after a stage that fails. Returns whether all passed."""
+    waiting = list(stages)
+    for stage in stages:
+        note(record, stage, "not run")
+    while waiting:
+        remaining = end - time.monotonic()
+        if remaining <= 10:
+            for stage in waiting:
+                note(record, stage, "no time left")
+            return False
+        program = [sys.executable, "bench/gpu/stages.py", str(record), *waiting]
+        ended = run([*program, *(["--rehearse"] if rehearse else [])], remaining, log, peers)
+        results = json.loads(record.read_text())["stages"]
+        waiting = [stage for stage in waiting if results[stage] != "passed"]
+        if waiting:
+            note(record, waiting[0], ended)
+            print(f"== {waiting[0]}: {ended}", flush=True)
+            if waiting[0] == "smoke":
+                return False
+            waiting = waiting[1:]
+    return all(json.loads(record.read_text())["stages"][stage] == "passed" for stage in stages)
+
+
+def note(record: Path, stage: str, ended: str) -> None:
+    results = json.loads(record.read_text())
+    results["stages"][stage] = ended
+    record.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def run(command: list[str], seconds: float, log: Path, peers: str | None) -> str:
@@ -112,19 +164,24 @@ def main(arguments: list[str] | None = None) -> int:
     record, log = options.out / "gpu_check.json", options.out / "gpu_check.log"
     if not record.exists():
         record.write_text(json.dumps(header(options.commit)) + "\n")
-    failed = False
-    for stage in options.stages or STAGES:
-        for command in commands(stage, record.resolve(), options.rehearse):
-            left = end - time.monotonic()
-            began = time.monotonic()
-            ended = run(command, min(STAGES[stage], left), log, options.peers) if left > 10 else "no time left"
-            name = f"{stage} {command[2]}" if stage == "sanitize" else stage
-            print(f"== {name}: {ended}, {time.monotonic() - began:.0f} s", flush=True)
-            failed |= ended != "passed"
-            found = json.loads(record.read_text())
-            found["stages"][name] = ended
-            record.write_text(json.dumps(found, indent=1) + "\n")
-    return int(failed)
+    passed = True
+    target = record.resolve()
+    for on_gpu, group in itertools.groupby(options.stages or DEFAULT, key=ON_GPU.__contains__):
+        if on_gpu:
+            passed &= run_on_gpu(list(group), target, log, options.peers, options.rehearse, end)
+            if json.loads(record.read_text())["stages"].get("smoke", "passed") not in ("passed", "no time left"):
+                break
+            continue
+        for stage in group:
+            for name, command in commands(stage, target).items():
+                remaining, began = end - time.monotonic(), time.monotonic()
+                ended = "no time left"
+                if remaining > 10:
+                    ended = run(command, min(STAGES[stage], remaining), log, options.peers)
+                print(f"== {name}: {ended}, {time.monotonic() - began:.0f} s", flush=True)
+                note(record, name, ended)
+                passed &= ended == "passed"
+    return int(not passed)
 
 
 def _has_gpu() -> bool:

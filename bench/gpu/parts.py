@@ -1,8 +1,9 @@
-"""The stage `parts` of check.py: memory, products, row kernels and credit one by one."""
+"""The stages `parts` and `tune` of check.py: memory, products, row kernels and credit one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -64,7 +65,7 @@ def _product_rates(rows: int, weight: Tensor) -> dict[str, float]:
 
 
 def _row_kernel_rates(vocab_size: int) -> dict[str, float]:
-    rows = 8 if REHEARSE else 512
+    rows = 8 if REHEARSE else 1024  # of a chunk at the headline's size
     both = new_rows(torch.empty(0, device=DEVICE), 2 * rows, vocab_size, torch.float32).normal_()
     pair = LogitPair(both[:rows], both[rows:])
     out = new_rows(pair.student, rows, vocab_size, torch.float32 if REHEARSE else DTYPE)
@@ -79,9 +80,58 @@ def _row_kernel_rates(vocab_size: int) -> dict[str, float]:
         rates[f"{backend} row_stats"] = read / 1e6 / median_ms(stats)
         rates[f"{backend} row_grad"] = (read + written) / 1e6 / median_ms(grad)
     if "cuda" in available():
-        at_once = partial(cuda.row_stats_grad, pair, plain, plain, None, FORWARD_CE, ones, out)
-        rates["cuda row_stats_grad"] = (read + written) / 1e6 / median_ms(at_once)
+        for cluster_size, milliseconds in _row_route_times(vocab_size).items():
+            name = "two kernels" if cluster_size == cuda.TWO_KERNELS else f"cluster of {cluster_size}"
+            rates[f"cuda row_stats_grad, {name}"] = (read + written) / 1e6 / milliseconds
     return rates
+
+
+@contextlib.contextmanager
+def row_kernel(cluster_size: int) -> Iterator[None]:
+    """Has `cuda.row_stats_grad` take clusters of this size, or two kernels for 0."""
+    choice = cuda.choose_row_kernel
+    cuda.choose_row_kernel = lambda *_: cuda.RowKernel(cluster_size, "asked for")  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        cuda.choose_row_kernel = choice
+
+
+def cluster_sizes(vocab_size: int) -> list[int]:
+    """Ways to a row's statistics and gradient that this GPU has: 0 for two kernels, then clusters."""
+    limits = cuda.device_limits(torch.cuda.current_device())
+    if limits.capability < (9, 0):
+        return [cuda.TWO_KERNELS]
+    fitting = [size for size in (1, 2, 4, 8) if cuda.cluster_bytes(vocab_size, size) <= limits.block_bytes]
+    return [cuda.TWO_KERNELS, *fitting]
+
+
+def _row_route_times(vocab_size: int, rows: int = 1024) -> dict[int, float]:
+    """Milliseconds of statistics and gradient of a chunk, by cluster size (0: two kernels)."""
+    both = new_rows(torch.empty(0, device=DEVICE), 2 * rows, vocab_size, torch.float32).normal_()
+    pair, plain = LogitPair(both[:rows], both[rows:]), LogitTransform(None, None, 1.0)
+    out, ones = new_rows(pair.student, rows, vocab_size, DTYPE), torch.ones(rows, device=DEVICE)
+    call = partial(cuda.row_stats_grad, pair, plain, plain, None, FORWARD_CE, ones, out)
+    times = {}
+    for cluster_size in cluster_sizes(vocab_size):
+        with row_kernel(cluster_size):
+            times[cluster_size] = median_ms(call)
+    return times
+
+
+def stage_tune(record: Record) -> None:
+    """What `cuda.choose_row_kernel` should answer on this GPU, and what it does answer."""
+    if "cuda" not in available():
+        record.put("left out", "no back end cuda")
+        return
+    limits = cuda.device_limits(torch.cuda.current_device())
+    for vocab_size in (8192, 32_000, 50_304, 100_352, 128_256, 151_936, 262_144):
+        times = _row_route_times(vocab_size)
+        best = min(times, key=lambda size: times[size])
+        chosen = cuda.choose_row_kernel(limits, vocab_size, False, True).cluster_size
+        record.put(f"V={vocab_size}", {"milliseconds": times, "best": best, "chosen": chosen})
+        listed = "  ".join(f"{size}: {milliseconds:.3f}" for size, milliseconds in times.items())
+        print(f"V={vocab_size:<8} best {best}, chosen {chosen}   {listed} ms", flush=True)
 
 
 def _credit_times() -> dict[str, float]:

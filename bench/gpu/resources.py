@@ -186,11 +186,11 @@ def main(names: list[str]) -> int:
         print(f"{row.kernel:<24}{row.target:<9}{row.registers:>10}{row.spills:>8}{row.shared:>8}")
     if instructions:
         print(
-            f"\ninstructions per pair of logits, sm_90a\n{'kernel':<24}{'loop':<12}{'all':>6}", *sass.CLASSES, "integer"
+            f"\ninstructions per pair of logits, sm_90a\n{'kernel':<24}{'loop':<22}{'all':>6}", *sass.CLASSES, "integer"
         )
     for count in instructions:
         classes = "  ".join(f"{name} {value:.1f}" for name, value in sorted(count.per_pair.items()))
-        print(f"{count.kernel:<24}{count.loop:<12}{count.total:>6.1f}  {classes}")
+        print(f"{count.kernel:<24}{count.loop:<22}{count.total:>6.1f}  {classes}")
     return int(any(row.spills for row in table))
 
 

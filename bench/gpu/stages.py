@@ -1,13 +1,16 @@
 """The stages of check.py that run on the GPU; each number is in the record as soon as it is measured.
 
-    python bench/gpu/stages.py STAGE RECORD [--rehearse]
+    python bench/gpu/stages.py RECORD STAGE ... [--rehearse]
 
-`--rehearse` runs a stage on the CPU: it shows that the script works.
+They share a process: torch and a context take 8 to 12 s to begin. `--rehearse` runs them on the CPU: it shows that the
+script works.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +32,7 @@ from measure import (
     step,
     table,
 )  # fmt: skip
-from parts import stage_parts  # noqa: F401  (found by its name below)
+from parts import cluster_sizes, row_kernel, stage_parts, stage_tune  # noqa: F401  (stages are found by name below)
 from torch import Tensor
 
 from distil_kernels.backends import FORWARD_CE, LogitPair, LogitTransform, cuda
@@ -52,6 +55,47 @@ def stage_smoke(record: Record) -> None:
                 print(f"{backend} {kind} V={vocab_size}: dh off plain torch's by {error:.1e}", flush=True)
                 if not error < 2e-2:
                     raise SystemExit("that is no rounding")
+        _check_many_elements(backend, record)
+    if "cuda" in available():
+        for vocab_size in (50_264, 151_936):
+            _check_clusters(vocab_size, record)
+
+
+def _check_many_elements(backend: str, record: Record) -> None:
+    """More than 2^31 entries of the logits' gradient in one buffer: an index of 32 bits would wrap."""
+    num_rows, vocab_size = (64, 999) if REHEARSE else (16_384, 151_936)
+    heads, last = make_heads(num_rows, vocab_size, 64), slice(num_rows - 32, num_rows)
+    step(heads, backend, "forward_ce", Plan("gradient_in_forward", num_rows // 16, num_rows))
+    few = [heads[0][last].detach().requires_grad_(), heads[1], heads[2][last], heads[3]]
+    ours = num_rows / 32 * heads[0].grad[last].float()
+    step(few, "reference", "forward_ce")
+    error = float((few[0].grad.float() - ours).norm() / ours.norm())
+    record.put(f"{backend} N={num_rows} V={vocab_size}", error)
+    print(f"{backend} N={num_rows} V={vocab_size}: dh of the last rows off plain torch's by {error:.1e}", flush=True)
+    if not error < 2e-2:
+        raise SystemExit("an index wrapped")
+
+
+def _check_clusters(vocab_size: int, record: Record) -> None:
+    """Statistics and gradient of clusters of every size beside two kernels: float32 in place, bfloat16 beside."""
+    rows, plain = 256, LogitTransform(None, None, 1.0)
+    saved = torch.randn(2 * rows, vocab_size, device=DEVICE)
+    weight = torch.rand(rows, device=DEVICE)
+    for dtype in (torch.float32, DTYPE):
+        found = {}
+        for cluster_size in cluster_sizes(vocab_size):
+            both = saved.clone()
+            pair = LogitPair(both[:rows], both[rows:])
+            out = pair.student if dtype == torch.float32 else torch.empty_like(pair.student, dtype=dtype)
+            with row_kernel(cluster_size):
+                statistics, _ = cuda.row_stats_grad(pair, plain, plain, None, FORWARD_CE, weight, out)
+            found[cluster_size] = statistics, out.float()
+        for cluster_size, pair in found.items():
+            errors = [float((a - b).norm() / b.norm()) for a, b in zip(pair, found[cuda.TWO_KERNELS], strict=True)]
+            record.put(f"V={vocab_size} cluster {cluster_size} {dtype}", errors)
+            print(f"V={vocab_size} cluster {cluster_size} {dtype}: off two kernels by {errors}", flush=True)
+            if not max(errors) < 1e-2:
+                raise SystemExit("a cluster computes something else")
 
 
 def stage_time(record: Record) -> None:
@@ -222,8 +266,22 @@ def stage_sanitize(record: Record) -> None:
     record.put("ran", len(sizes))
 
 
+def main(record: Path, names: list[str]) -> None:
+    """Runs stages one after another. One that takes longer than it may ends the process, which check.py begins anew."""
+    from check import STAGES
+
+    stages = {name.removeprefix("stage_"): stage for name, stage in globals().items() if name.startswith("stage_")}
+    for name in names:
+        began, notes = time.monotonic(), Record(record, name)
+        signal.alarm(STAGES[name])
+        stages[name](notes)
+        signal.alarm(0)
+        notes.end("passed")
+        print(f"== {name}: passed, {time.monotonic() - began:.0f} s", flush=True)
+        if not REHEARSE:
+            torch.cuda.empty_cache()
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
-    {name.removeprefix("stage_"): stage for name, stage in globals().items() if name.startswith("stage_")}[sys.argv[1]](
-        Record(Path(sys.argv[2]), sys.argv[1])
-    )
+    main(Path(sys.argv[1]), [name for name in sys.argv[2:] if name != "--rehearse"])

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from distil_kernels.backends import Statistic, reference
+from distil_kernels.engine.memory import to_device
 
 SPANS = ("none", "future", "sequence")
 BASELINES = ("position_mean", "leave_one_out")
@@ -157,10 +158,8 @@ def reverse_chunks(
 def _on_device(chunk: CreditChunk, device: torch.device) -> CreditChunk:
     """Returns the chunk with its indices on a device, in one copy that does not synchronise."""
     fields = chunk[:4]
-    flat = torch.cat([field.flatten() for field in fields])
-    if device.type == "cuda":
-        flat = flat.pin_memory()
-    parts = flat.to(device, non_blocking=True).split([field.numel() for field in fields])
+    flat = to_device(torch.cat([field.flatten() for field in fields]), device)
+    parts = flat.split([field.numel() for field in fields])
     rows, sequences, positions, slots = (part.view_as(field) for part, field in zip(parts, fields, strict=True))
     return CreditChunk(rows, sequences, positions, slots, chunk.first_sequence)
 

@@ -27,8 +27,12 @@ from distil_kernels.engine.topk import TopKInputs
 # torch reads the annotations of a custom op at run time and knows Optional[Tensor], not Tensor | None.
 # ruff: noqa: UP045
 
+# A token_mask or a cu_seqlens on a GPU is read by the host inside the op, so torch.compile(mode="reduce-overhead") must
+# not capture it in a CUDA graph. Older versions of torch have no such tag.
+_OPTIONS: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 
-@torch.library.custom_op("distil_kernels::scalar_loss", mutates_args=())
+
+@torch.library.custom_op("distil_kernels::scalar_loss", mutates_args=(), **_OPTIONS)
 def scalar_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -102,7 +106,7 @@ scalar_loss.register_fake(_fake_scalar_loss)
 scalar_loss.register_autograd(scaled_gradients, setup_context=_loss_context)
 
 
-@torch.library.custom_op("distil_kernels::topk_loss", mutates_args=())
+@torch.library.custom_op("distil_kernels::topk_loss", mutates_args=(), **_OPTIONS)
 def topk_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -136,7 +140,7 @@ topk_loss.register_fake(_fake_scalar_loss)
 topk_loss.register_autograd(scaled_gradients, setup_context=_loss_context)
 
 
-@torch.library.custom_op("distil_kernels::policy_loss", mutates_args=())
+@torch.library.custom_op("distil_kernels::policy_loss", mutates_args=(), **_OPTIONS)
 def policy_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -188,7 +192,7 @@ def _(
 policy_loss.register_autograd(scaled_gradients, setup_context=_loss_context)
 
 
-@torch.library.custom_op("distil_kernels::row_statistics", mutates_args=())
+@torch.library.custom_op("distil_kernels::row_statistics", mutates_args=(), **_OPTIONS)
 def row_statistics(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -288,7 +292,7 @@ def _(grad_hidden: Tensor, scale: Tensor) -> Tensor:
     return torch.empty_like(grad_hidden)
 
 
-@torch.library.custom_op("distil_kernels::rows_backward", mutates_args=())
+@torch.library.custom_op("distil_kernels::rows_backward", mutates_args=(), **_OPTIONS)
 def rows_backward(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -320,7 +324,7 @@ def rows_backward(
     return gradients.hidden, gradients.weight.to(student_weight.dtype), gradients.bias
 
 
-@torch.library.custom_op("distil_kernels::kept_backward", mutates_args=())
+@torch.library.custom_op("distil_kernels::kept_backward", mutates_args=(), **_OPTIONS)
 def kept_backward(
     student_hidden: Tensor,
     student_weight: Tensor,

@@ -438,7 +438,10 @@ def _keep_gradient(workspace: Workspace, chunk: LogitChunk, kept: KeptGradient) 
     """Stores the gradients of the chunk's rows in `kept`, and returns the chunk's statistics."""
     rows, vocab_size = chunk.rows, chunk.logits.student.shape[1]
     ones = torch.ones_like(chunk.logits.student[:, 0])
-    out = kept.rows[:, rows, :vocab_size]
+    if isinstance(rows, Tensor):  # rows that are not consecutive go through a buffer, with the stride of `kept`
+        out = torch.empty_like(kept.rows[:, : len(ones)])[:, :, :vocab_size]
+    else:
+        out = kept.rows[:, rows, :vocab_size]
     statistics, residual = workspace.row_stats_grad(chunk, ones, out[0])
     residuals = [residual]
     if len(out) == 2:
@@ -446,7 +449,7 @@ def _keep_gradient(workspace: Workspace, chunk: LogitChunk, kept: KeptGradient) 
     for kept_residual, residual in zip(kept.residual, residuals, strict=True):
         if residual is not None:
             kept_residual[rows] = residual
-    if isinstance(rows, Tensor):  # then `out` is a copy
+    if isinstance(rows, Tensor):
         kept.rows[:, rows, :vocab_size] = out
     return statistics
 

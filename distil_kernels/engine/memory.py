@@ -1,4 +1,4 @@
-"""Large blocks of memory on the CPU whose first touch is cheap.
+"""Large blocks of memory on the CPU whose first touch is cheap; copies to a GPU for which nothing waits.
 
 A fresh block of 200 MiB is 51,200 pages of 4 KiB, and the first write to each traps into the kernel: 5 to 10 % of a
 whole operation whose products take a second. Where Linux leaves huge pages to those who ask (`madvise`, the usual
@@ -42,3 +42,22 @@ def _madvise() -> Callable[[int, int, int], int] | None:
     function = ctypes.CDLL(None).madvise
     function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     return function
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Returns a copy of a tensor on the CPU that does not synchronise a GPU.
+
+    Raises:
+        RuntimeError: a CUDA graph is captured, and torch is older than 2.11: it reuses the pinned memory after the
+            capture, and a replay copies whatever is there then.
+    """
+    if device.type != "cuda":
+        return tensor.to(device)
+    major, minor = torch.__version__.split(".")[:2]
+    if (int(major), int(minor)) < (2, 11) and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "[distil_kernels] credit cannot be captured in a CUDA graph before torch 2.11: a replay would read "
+            "recycled memory"
+        )
+    with torch.cuda.device(device):  # pinning makes a context on the current device
+        return tensor.pin_memory().to(device, non_blocking=True)
