@@ -82,7 +82,7 @@ def counts(cubin: Path, cuobjdump: str | Path) -> list[Count]:
         for mark, path in _marked_loops(instructions, LOOPS[kernel[1]]):
             pairs = sum(each.opcode.startswith(mark.opcode) for each in path) / mark.per_pair
             classes = collections.Counter(_class(each) for each in path)
-            any_cost = kernel[1] == "row_grad" and kernel[2].endswith("Lb0")
+            any_cost = kernel[1] == "row_grad" and kernel[2].rstrip("E").endswith("Lb0")
             loop = f"{mark.loop} of any cost" if any_cost else mark.loop
             found.append(Count(kernel[1], loop, {name: n / pairs for name, n in classes.items()}))
     return found

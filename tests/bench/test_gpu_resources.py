@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-INSTRUCTIONS = {"row_stats": 30.4, "row_grad": 29.1, "row_stats_grad": 58.9}
+INSTRUCTIONS = {"row_stats": 30.4, "row_grad": 29.1, "row_stats_grad": 59.7}
 """Executed per pair of logits on sm_90a, by nvcc 13.0; docs/performance.md has the loops."""
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "gpu" / "resources.py"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "num_kernels"), [("triton", 22), ("amd", 22), ("cuda", 69)])
+@pytest.mark.parametrize(("kind", "num_kernels"), [("triton", 22), ("amd", 22), ("cuda", 74)])
 def test_no_kernel_spills(kind, num_kernels):
     if kind != "cuda":
         pytest.importorskip("triton")
