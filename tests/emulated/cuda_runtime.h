@@ -121,6 +121,7 @@ inline ThreadIndex threadIdx;
 // The hardware's exponential: 2 to the power of a rounded product, here off by up to 2 ulp in either direction.
 inline float __expf(float x) {
   const float power = x * 1.44269504f;
+  if (power == 0.0f) return 1.0f;  // this one is exact
   const float exact = static_cast<float>(std::exp2(static_cast<double>(power)));
   if (!std::isnormal(exact)) return exact < 1.0f ? 0.0f : exact;  // infinity, NaN, or flushed to 0
   std::uint32_t bits;
