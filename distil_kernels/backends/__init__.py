@@ -33,9 +33,10 @@ Nothing else of a back end is called; all other matrix products belong to `disti
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -89,3 +90,15 @@ class LogitTransform:
     """[V] in the dtype of the logits, or None."""
     softcap: float | None
     temperature: float
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant_to_dynamo(function: Function) -> Function:
+    """Has torch.compile call a function while it traces, and take the result as a constant.
+
+    torch.compiler.assume_constant_result sets the same mark, and imports torch._dynamo and triton for it.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function

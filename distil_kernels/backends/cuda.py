@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distil_kernels.backends import NUM_STATISTICS, Cost, LogitPair, LogitTransform, Statistic
+from distil_kernels.backends import NUM_STATISTICS, Cost, LogitPair, LogitTransform, Statistic, constant_to_dynamo
 from distil_kernels.backends.row_task import grad_rows, row_task
 
 try:
@@ -37,7 +37,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return _device_problem(device)
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot look into the extension
+@constant_to_dynamo  # torch.compile cannot look into the extension
 def _device_problem(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "it runs on NVIDIA GPUs, this torch is built for AMD's"

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distil_kernels.backends import NUM_STATISTICS, Cost, LogitPair, LogitTransform, Statistic
+from distil_kernels.backends import NUM_STATISTICS, Cost, LogitPair, LogitTransform, Statistic, constant_to_dynamo
 
 _MAX_BLOCK = 4096
 """Columns of one program: 16 per thread and model. One program for a row of 150k would leave most of the GPU idle."""
@@ -55,7 +55,7 @@ def interprets() -> bool:
     return not isinstance(_kernels().row_grad, triton.JITFunction)
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace the import
+@constant_to_dynamo  # torch.compile cannot trace the import
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype == torch.float64:
         return "its kernels keep float32 logits, float64 needs backend='reference'"
