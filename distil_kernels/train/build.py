@@ -59,7 +59,7 @@ class Models:
             ValueError: the start model has other weights than the one of the run.
         """
         state = checkpoint.load_state(path)
-        if state["start"] != self.fingerprint:
+        if state["fingerprint"] != self.fingerprint:
             config = self.config
             raise ValueError(
                 f"[resume] {config.teacher_model or config.model} has other weights than when the run started, and a "

@@ -73,7 +73,7 @@ def _print_evaluation(parts: Parts, task: str, target: str, step: int) -> None:
     assert result is not None
     if not parts.processes.is_main:
         return
-    table = Table(title=f"{target}: {result.problems} held-out problems of {task}")
+    table = Table(title=f"{target}: {result.num_problems} held-out problems of {task}")
     for column in ("", "mean", "standard error"):
         table.add_column(column, justify="right" if column else "left")
     rows = [("greedy", result.greedy, result.greedy_se), ("sampled", result.sampled, result.sampled_se)]

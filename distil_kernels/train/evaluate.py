@@ -41,10 +41,10 @@ class Evaluation:
     teacher_se: float
     length: float
     """Of the sampled answers, without the tokens of a tool."""
-    problems: int
+    num_problems: int
     pass_at: dict[int, tuple[float, float]]
     """By k = 1, 2, 4, ..., eval_samples: the chance that one of k sampled answers is right, and its standard error."""
-    correct: list[int]
+    num_correct: list[int]
     """For each problem, the number of its sampled answers that are right (score 1)."""
 
 
@@ -116,9 +116,9 @@ class Evaluator:
         return Evaluation(
             *means[0], *means[1], *means[2],
             length=sum(part.num_tokens for part in complete) / (len(sampled) * self._num_samples),
-            problems=len(sampled),
+            num_problems=len(sampled),
             pass_at=pass_at(sampled),
-            correct=[sum(score >= 1.0 for score in scores) for scores in sampled],
+            num_correct=[sum(score >= 1.0 for score in scores) for scores in sampled],
         )  # fmt: skip
 
     def _scores(self, student: Reader, teacher: Teacher, stop: Callable[[], bool]) -> _Scores | None:

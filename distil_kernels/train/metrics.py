@@ -59,12 +59,14 @@ def rollout_metrics(
     return {
         "accuracy": statistics.fmean(rollout.feedback.score for rollout in rollouts),
         "truncated": statistics.fmean(rollout.tokens[-1] not in stop_ids for rollout in rollouts),
-        "equal_groups": statistics.fmean(
+        "equal_score_groups": statistics.fmean(
             len({rollout.feedback.score for rollout in group.rollouts}) == 1 for group in groups
         ),
         "teacher_prefers_right": teacher_prefers_right(groups, teacher_logprobs),
-        "left_out": sum(not rollout.has_feedback for rollout in rollouts),
-        "cut": sum(prompts.shortens(group.problem, rollout.feedback) for group in groups for rollout in group.rollouts),
+        "num_without_feedback": sum(not rollout.has_feedback for rollout in rollouts),
+        "num_shortened_prompts": sum(
+            prompts.shortens(group.problem, rollout.feedback) for group in groups for rollout in group.rollouts
+        ),
     }
 
 
@@ -107,9 +109,9 @@ def rollout_records(
             "expected": group.problem.answer,
             "score": rollout.feedback.score,
             "feedback": rollout.feedback.text,
-            "taught": rollout.has_feedback,
+            "has_feedback": rollout.has_feedback,
             "tokens": rollout.tokens,
-            "put_in": [position for position, by_model in enumerate(rollout.by_model) if not by_model],
+            "tool_positions": [position for position, by_model in enumerate(rollout.by_model) if not by_model],
         }
         for group in groups
         for rollout in group.rollouts

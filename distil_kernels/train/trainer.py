@@ -139,15 +139,17 @@ class Trainer:
             **change_metrics(logprob_before, logprob_after),
             "length": num_tokens / num_rollouts,
             "grad_norm": grad_norm,
-            "not_finite": num_skipped_updates,
+            "num_skipped_updates": num_skipped_updates,
             "learning_rate": learning_rate,
-            "skipped": self.batches.num_skipped,
+            "num_skipped_problems": self.batches.num_skipped,
             "tokens_per_second": num_tokens / seconds,
             "seconds": seconds,
             **{f"seconds_{phase}": spent for phase, spent in timer.seconds.items()},
         }
-        if num_skipped_updates and not any(record.get("not_finite") for record in self.log.records):
-            self.log.print(f"warning: the gradient of step {self.step} is not finite: it is left out (not_finite)")
+        if num_skipped_updates and not any(record.get("num_skipped_updates") for record in self.log.records):
+            self.log.print(
+                f"warning: the gradient of step {self.step} is not finite, its update is skipped (num_skipped_updates)"
+            )
         self.log.add(record, rollout_records("training", self.step, batch))
         if self.num_skipped_steps == MAX_SKIPPED_STEPS:
             raise self._diverged(f"the gradient of {MAX_SKIPPED_STEPS} steps in a row was not finite")
@@ -284,7 +286,7 @@ class Trainer:
             self.roll_out(groups)
             tokenizer = self.models.tokenizer
             columns = token_columns(self.student, self.teacher, groups, tokenizer, self.config, self.average)
-        return rollout_records("sample", self.step, groups, columns)
+        return rollout_records("held_out", self.step, groups, columns)
 
     # Checkpoints.
 
@@ -292,7 +294,7 @@ class Trainer:
     def _stateful(self) -> dict[str, Any]:
         """The parts whose state a checkpoint has beside model and optimizer."""
         return {
-            "scheduler": self.scheduler, "teacher": self.teacher, "baseline": self.average, "problems": self.batches,
+            "scheduler": self.scheduler, "teacher": self.teacher, "baseline": self.average, "batches": self.batches,
         }  # fmt: skip
 
     def save(self) -> None:
@@ -309,7 +311,7 @@ class Trainer:
         model = self.student.model
         weights = model_state(model)
         state = {
-            "step": self.step, "start": self.models.fingerprint,
+            "step": self.step, "fingerprint": self.models.fingerprint,
             "optimizer": optimizer_state(model, self.optimizer.optimizer),
             **{name: part.state_dict() for name, part in self._stateful.items()},
             "generators": self.processes.gather([checkpoint.generator_states()]),

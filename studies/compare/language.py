@@ -81,7 +81,7 @@ def execute(run: Run) -> tuple[Run, Result]:
             evaluation = parts.data.evaluator.evaluate(parts.models.student, parts.models.teacher)
             assert evaluation is not None
             result.greedy, result.teacher = [evaluation.greedy], [evaluation.teacher]
-            result.correct = evaluation.correct
+            result.correct = evaluation.num_correct
     result.seconds = time.process_time() - begin
     return run, result
 

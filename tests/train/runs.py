@@ -178,7 +178,17 @@ def two_steps(model: Path, directory: Path, prompts_per_step: int = 5, **setting
     )
     records = [run.train_step() for _ in range(2)]
     updates = run.config.updates_per_batch
-    names = ("loss", "accuracy", "ce", "kl", "entropy", "length", "grad_norm", "equal_groups", "teacher_prefers_right")
+    names = (
+        "loss",
+        "accuracy",
+        "ce",
+        "kl",
+        "entropy",
+        "length",
+        "grad_norm",
+        "equal_score_groups",
+        "teacher_prefers_right",
+    )
     return [
         {**{name: record[name] for name in names if record.get(name) is not None}, "gradient": gradient}
         for record, gradient in zip(records, gradients[updates - 1 :: updates], strict=True)

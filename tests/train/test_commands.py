@@ -63,7 +63,7 @@ def test_samples_hold_the_numbers_of_plain_torch(run: Path, tiny_model: Path) ->
     """At step 0 student and frozen teacher are the start model, each behind its own prompt."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model).double()
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    samples = [r for r in read_lines(run / "rollouts.jsonl") if r["kind"] == "sample" and r["step"] == 0]
+    samples = [r for r in read_lines(run / "rollouts.jsonl") if r["kind"] == "held_out" and r["step"] == 0]
     assert len(samples) == 2 * 3
     costs: dict[int, list[list[float]]] = {0: [], 1: []}
     for sample in samples:
@@ -108,9 +108,9 @@ def test_eval_of_a_model_and_its_options(run: Path, capsys: pytest.CaptureFixtur
     options = ["--eval_problems", "2", "--eval_samples", "5", "--max_new_tokens", "3"]
     assert main(["eval", str(run / "checkpoint"), *options]) == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert list(printed["pass_at"]) == ["1", "2", "4", "5"] and printed["problems"] == 2
+    assert list(printed["pass_at"]) == ["1", "2", "4", "5"] and printed["num_problems"] == 2
     assert main(["eval", str(run), "--eval_problems", "2"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["problems"] == 2
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["num_problems"] == 2
     assert main(["eval", str(run), "--max_new_tokens", "9"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["length"] > 5
     assert main(["eval", str(run), "--eval_problems", "1"]) == 0  # a standard error of one problem is no number
@@ -124,7 +124,7 @@ def test_eval_of_a_model_and_its_options(run: Path, capsys: pytest.CaptureFixtur
 def test_inspect_shows_the_sample(run: Path, capsys: pytest.CaptureFixture[str], color: str) -> None:
     assert main(["inspect", str(run), "--step", "1", "--problem", "1", "--rollout", "2", "--color", color]) == 0
     shown = capsys.readouterr().out
-    sample = [r for r in read_lines(run / "rollouts.jsonl") if r["kind"] == "sample" and r["step"] == 1][5]
+    sample = [r for r in read_lines(run / "rollouts.jsonl") if r["kind"] == "held_out" and r["step"] == 1][5]
     assert sample["feedback"] in shown and sample["question"] in shown and "step 1, problem 1" in shown
     assert f"{sample[color][0]:.3f}" in shown
 
@@ -196,7 +196,7 @@ def test_report_is_one_file_without_scripts_or_links(run: Path, capsys: pytest.C
     text = path.read_text()
     found = Checker(text)
     assert found.links == [] and found.count["script"] == 0 and "http" not in re.sub(r"http-equiv", "", text)
-    samples = [record for record in read_lines(run / "rollouts.jsonl") if record["kind"] == "sample"]
+    samples = [record for record in read_lines(run / "rollouts.jsonl") if record["kind"] == "held_out"]
     assert text.count('class="tip"') == sum(len(sample["tokens"]) for sample in samples)
     assert found.count["svg"] == 8 and "pass@2" in text
     assert "rollouts_per_prompt: 3" in text
@@ -205,7 +205,7 @@ def test_report_is_one_file_without_scripts_or_links(run: Path, capsys: pytest.C
 def test_whatever_a_model_says_is_text(run: Path) -> None:
     evil = "</pre><script>alert(1)</script><img src=x onerror='alert(2)'>\" & $title"
     metrics = read_lines(run / "metrics.jsonl")
-    rollouts = [record for record in read_lines(run / "rollouts.jsonl") if record["kind"] == "sample"]
+    rollouts = [record for record in read_lines(run / "rollouts.jsonl") if record["kind"] == "held_out"]
     clean = Checker(page(Config(), "run", metrics, rollouts))
     for record in rollouts:
         record.update(question=evil, feedback=evil, prompt=evil, teacher_prompt=evil)
@@ -217,7 +217,7 @@ def test_whatever_a_model_says_is_text(run: Path) -> None:
 
 
 def test_what_steers_a_terminal_is_shown_as_numbers(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (record, *_) = [record for record in read_lines(run / "rollouts.jsonl") if record["kind"] == "sample"]
+    (record, *_) = [record for record in read_lines(run / "rollouts.jsonl") if record["kind"] == "held_out"]
     record["prompt"] = record["feedback"] = record["texts"][0] = "a\x1b[2Jb\u202e[red]"
     show(record, "ce", Console(width=160))
     shown = capsys.readouterr().out

@@ -68,8 +68,8 @@ def test_every_problem_and_sample_counts_once(tiny_model: Path, monkeypatch: pyt
     assert (result.sampled, result.sampled_se) == pytest.approx(mean_and_error(by_problem))
     assert (result.greedy, result.greedy_se) == pytest.approx(mean_and_error(odd[14:21]))
     assert (result.teacher, result.teacher_se) == pytest.approx(mean_and_error(odd[21:]))
-    assert result.correct == [2 * share for share in by_problem]
-    assert result.problems == 7 and 1 <= result.length <= 5
+    assert result.num_correct == [2 * share for share in by_problem]
+    assert result.num_problems == 7 and 1 <= result.length <= 5
 
 
 def test_repeats_itself_and_leaves_the_generator_alone(tiny_model: Path) -> None:

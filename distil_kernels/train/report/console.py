@@ -50,7 +50,7 @@ def evaluation_line(step: int, result: Evaluation) -> str:
 
 def final_table(evaluations: list[dict[str, Any]]) -> Table:
     """Returns a table of the first, the best and the last evaluation, from their records of metrics.jsonl."""
-    table = Table(title=f"{evaluations[0]['problems']} held-out problems, mean ± standard error")
+    table = Table(title=f"{evaluations[0]['num_problems']} held-out problems, mean ± standard error")
     for column in ("", "step", "sampled", "greedy", "teacher", "length"):
         table.add_column(column, justify="left" if not column else "right")
     best = max(evaluations, key=lambda record: record["sampled"])

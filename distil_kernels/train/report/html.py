@@ -24,7 +24,7 @@ def page(config: Config, name: str, metrics: Sequence[Record], rollouts: Sequenc
     evaluations = [record for record in metrics if record["kind"] == "evaluation"]
     if not evaluations and not steps:
         raise ValueError(f"[report] {name} has no records yet: expected at least one evaluation or step")
-    held_out = [record for record in rollouts if record["kind"] == "sample"]
+    held_out = [record for record in rollouts if record["kind"] == "held_out"]
     full = full_colors(held_out)
     length = f"{len(steps)} steps, {sum(record['seconds'] for record in metrics) / 60:.1f} minutes"
     pass_at = list(evaluations[-1]["pass_at"])[1:] if evaluations else []  # pass@1 is the sampled score
@@ -38,7 +38,7 @@ def page(config: Config, name: str, metrics: Sequence[Record], rollouts: Sequenc
         name=name,
         task=config.task,
         summary=f"{config.model}, {config.objective}, {config.teacher} teacher, credit {config.credit_span}; {length}",
-        num_problems=evaluations[-1]["problems"] if evaluations else 0,
+        num_problems=evaluations[-1]["num_problems"] if evaluations else 0,
         columns=["", "step", "sampled", "greedy", *(f"pass@{k}" for k in pass_at), "teacher", "tokens"],
         rows=_rows(evaluations, pass_at),
         charts=charts(metrics),

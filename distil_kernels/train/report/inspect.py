@@ -24,7 +24,7 @@ def choose(records: Sequence[Record], step: int | None, problem: int, rollout: i
     Raises:
         ValueError: there is no such rollout; the message says which there are.
     """
-    held_out = [record for record in records if record["kind"] == "sample"]
+    held_out = [record for record in records if record["kind"] == "held_out"]
     if not held_out:
         raise ValueError("[inspect] this run has no rollouts yet: they are written at evaluations (--eval_rollouts)")
     steps = sorted({record["step"] for record in held_out})
@@ -45,7 +45,7 @@ def show(record: Record, color: str, console: Console) -> None:
     full = full_colors([record])[color]
     completion = Text()
     for index, (text, value) in enumerate(zip(record["texts"], record[color], strict=True)):
-        style = INSERTED if index in record.get("put_in", ()) else _style(value, full)
+        style = INSERTED if index in record.get("tool_positions", ()) else _style(value, full)
         completion.append(visible(text, keep_spaces=True), style=style)
     legend = f"{COLORS[color]}, full colour at {full:.3g} nats"
     score = f"score {record['score']:.2g} ({verdict(record['score'])})"
@@ -67,7 +67,7 @@ def _alternatives(record: Record, color: str, full: float) -> Table:
         table.add_column(label, justify="right")
     table.add_column("teacher's likeliest")
     for index, text in enumerate(record["texts"]):
-        if index in record.get("put_in", ()):
+        if index in record.get("tool_positions", ()):
             table.add_row(Text(visible(text), style=INSERTED), *("" for _ in COLORS), "put in by a tool, not learnt")
             continue
         numbers = [Text(f"{record[name][index]:.3f}") for name in COLORS]

@@ -132,7 +132,7 @@ def drop_after(directory: Path, step: int) -> list[Record]:
     Rollouts of an evaluation that has no record in metrics.jsonl was cut short by a kill, and are dropped too.
     """
     metrics = _filter_lines(directory / "metrics.jsonl", lambda record: record["step"] <= step)
-    last_step = {"training": step, "sample": min(step, last_evaluation(metrics))}
+    last_step = {"training": step, "held_out": min(step, last_evaluation(metrics))}
     _filter_lines(directory / "rollouts.jsonl", lambda record: record["step"] <= last_step[record["kind"]])
     return with_nan(metrics)
 

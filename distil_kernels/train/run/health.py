@@ -50,11 +50,11 @@ def warnings(records: Sequence[Record], config: Config) -> Iterator[tuple[str, s
         return statistics.fmean(record.get(key, math.nan) for record in records)
 
     has_teacher = config.objective != "policy_gradient"
-    if has_teacher and mean(last, "left_out") == config.prompts_per_step * config.rollouts_per_prompt:
-        text = f"no signal: in the last {WINDOW} steps the teacher had nothing to read of any rollout (left_out)"
+    if has_teacher and mean(last, "num_without_feedback") == config.prompts_per_step * config.rollouts_per_prompt:
+        text = f"no signal: in the last {WINDOW} steps no rollout had feedback for the teacher (num_without_feedback)"
         yield "signal", text
         return
-    if not has_teacher and mean(last, "equal_groups") == 1.0:
+    if not has_teacher and mean(last, "equal_score_groups") == 1.0:
         text = (
             f"no signal: in the last {WINDOW} steps all rollouts of each problem scored the same, so no advantage is "
             "left; an easier or harder task, more rollouts, or an objective with a teacher"

@@ -125,7 +125,7 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(tiny_model: Path, tmp_path: 
     assert read_lines(parts / "rollouts.jsonl") == records
     assert {record["score"] for record in records} == {0.0}  # the task's, whatever the model says
     assert any(record["feedback"] for record in records)
-    assert all(bool(record["feedback"]) == record["taught"] for record in records)
+    assert all(bool(record["feedback"]) == record["has_feedback"] for record in records)
 
 
 def test_options(capsys: pytest.CaptureFixture[str]) -> None:

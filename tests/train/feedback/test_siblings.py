@@ -132,9 +132,9 @@ def test_a_random_model_is_never_right_and_stays_as_it_is(tiny_model: Path, tmp_
     directory = train(tiny_model, tmp_path, "run", "--feedback", "siblings", steps=2)
     steps = [record for record in metrics(directory) if record["kind"] == "step"]
     for record in steps:
-        assert record["left_out"] == 6 and record["loss"] == record["grad_norm"] == record["ce"] == 0.0
+        assert record["num_without_feedback"] == 6 and record["loss"] == record["grad_norm"] == record["ce"] == 0.0
         assert record["teacher_prefers_right"] is None and record["length"] > 0
-    assert all(record["taught"] is False for record in read_lines(directory / "rollouts.jsonl"))
+    assert all(record["has_feedback"] is False for record in read_lines(directory / "rollouts.jsonl"))
 
 
 def test_a_resumed_run_repeats_an_uninterrupted_one_and_evaluations_show_siblings(
@@ -149,9 +149,9 @@ def test_a_resumed_run_repeats_an_uninterrupted_one_and_evaluations_show_sibling
     assert metrics(parts) == metrics(whole)
     records = read_lines(whole / "rollouts.jsonl")
     assert read_lines(parts / "rollouts.jsonl") == records
-    assert {record["taught"] for record in records} == {True, False}
-    assert all((record["feedback"] != "") == record["taught"] for record in records)
-    for record in filter(lambda record: record["taught"], records):
+    assert {record["has_feedback"] for record in records} == {True, False}
+    assert all((record["feedback"] != "") == record["has_feedback"] for record in records)
+    for record in filter(lambda record: record["has_feedback"], records):
         assert len(record["feedback"].removeprefix("The correct answer is ").removesuffix(".")) % 2
 
 

@@ -26,8 +26,8 @@ def evaluation(step: int) -> dict[str, Any]:
 
 
 def step(number: int, value: float) -> dict[str, Any]:
-    names = ("accuracy", "truncated", "length", "equal_groups")
-    known = dict.fromkeys(names, 0.25) | {"kind": "step", "step": number, "left_out": 0, "seconds": 1.0}
+    names = ("accuracy", "truncated", "length", "equal_score_groups")
+    known = dict.fromkeys(names, 0.25) | {"kind": "step", "step": number, "num_without_feedback": 0, "seconds": 1.0}
     return known | dict.fromkeys(("loss", "ce", "kl", "entropy", "grad_norm", "held_out_change"), value)
 
 
@@ -51,7 +51,7 @@ def test_an_error_that_is_not_known_is_left_out() -> None:
 def test_records_without_numbers(value: float, tmp_path: Path) -> None:
     metrics = [evaluation(0), *(step(number, value) for number in range(1, 2 * WINDOW + 1)), evaluation(2 * WINDOW)]
     sample = {
-        "kind": "sample", "step": 0, "question": "?", "answer": "1", "expected": "1", "score": 1.0, "feedback": "",
+        "kind": "held_out", "step": 0, "question": "?", "answer": "1", "expected": "1", "score": 1.0, "feedback": "",
         "problem": 0, "prompt": "?", "teacher_prompt": "?", "texts": ["1", "2"], "ce": [value, 0.5],
         "kl": [value, 0.5], "credit": [value, 0.5], "top": [[["1", value, value]], []],
     }  # fmt: skip

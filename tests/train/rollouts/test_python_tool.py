@@ -193,30 +193,30 @@ def test_a_run(caller: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert metrics(parts) == metrics(whole)
     records = read_lines(whole / "rollouts.jsonl")
     assert read_lines(parts / "rollouts.jsonl") == records
-    calls = [record for record in records if record["put_in"]]
+    calls = [record for record in records if record["tool_positions"]]
     assert 0 < len(calls) < len(records)  # some rows call, others do not
     for record in calls:
         assert "<" not in record["answer"] or record["answer"].count("<tool>") > record["answer"].count(CLOSE)
-        put_in = TOKENIZER.decode([record["tokens"][index] for index in record["put_in"]])
+        put_in = TOKENIZER.decode([record["tokens"][index] for index in record["tool_positions"]])
         assert put_in.startswith(" <result>") and put_in.endswith("</result>")
-    for record in (record for record in calls if record["kind"] == "sample"):
+    for record in (record for record in calls if record["kind"] == "held_out"):
         for index in range(len(record["tokens"])):
-            assert (record["ce"][index] == 0) == (index in record["put_in"])
-        assert all(record[name][index] == 0 for name in ("kl", "credit") for index in record["put_in"])
+            assert (record["ce"][index] == 0) == (index in record["tool_positions"])
+        assert all(record[name][index] == 0 for name in ("kl", "credit") for index in record["tool_positions"])
     for step in (record for record in metrics(whole) if record["kind"] == "step"):
         own = [r for r in records if r["kind"] == "training" and r["step"] == step["step"]]
-        assert step["length"] == pytest.approx(sum(len(r["tokens"]) - len(r["put_in"]) for r in own) / len(own))
+        assert step["length"] == pytest.approx(sum(len(r["tokens"]) - len(r["tool_positions"]) for r in own) / len(own))
     capsys.readouterr()
     assert main(["eval", str(whole)]) == 0
     length = json.loads(capsys.readouterr().out.splitlines()[-1])["length"]
     assert length == [record for record in metrics(whole) if record["kind"] == "evaluation"][-1]["length"] <= 24
 
-    sample = next(record for record in calls if record["kind"] == "sample")
+    sample = next(record for record in calls if record["kind"] == "held_out")
     step, problem = sample["step"], sample["problem"]
-    own = [r for r in records if r["kind"] == "sample" and (r["step"], r["problem"]) == (step, problem)]
+    own = [r for r in records if r["kind"] == "held_out" and (r["step"], r["problem"]) == (step, problem)]
     where = ["--step", str(step), "--problem", str(problem), "--rollout", str(own.index(sample))]
     assert main(["inspect", str(whole), *where]) == 0
-    assert capsys.readouterr().out.count("put in by a tool") == len(sample["put_in"])
+    assert capsys.readouterr().out.count("put in by a tool") == len(sample["tool_positions"])
     assert main(["report", str(whole)]) == 0
-    number = sum(len(record["put_in"]) for record in calls if record["kind"] == "sample")
+    number = sum(len(record["tool_positions"]) for record in calls if record["kind"] == "held_out")
     assert (whole / "report.html").read_text().count('<span class="t given"') == number

@@ -31,7 +31,7 @@ def test_they_write_one_directory(whole: Path) -> None:
     records = metrics(whole)
     assert [record["step"] for record in records if record["kind"] == "step"] == [1, 2, 3, 4]
     evaluations = [record for record in records if record["kind"] == "evaluation"]
-    assert [(record["step"], record["problems"]) for record in evaluations] == [(0, 3), (2, 3), (4, 3)]
+    assert [(record["step"], record["num_problems"]) for record in evaluations] == [(0, 3), (2, 3), (4, 3)]
     rollouts = [record for record in read_lines(whole / "rollouts.jsonl") if record["kind"] == "training"]
     assert len(rollouts) == 4 * 3 * 2
     for record in records:
@@ -64,7 +64,7 @@ def test_another_number_of_processes_does_not_resume(whole: Path, capsys: pytest
 
 def test_one_process_evaluates_a_run_of_two(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(whole)]) == 0
-    assert '"problems": 3' in capsys.readouterr().out
+    assert '"num_problems": 3' in capsys.readouterr().out
 
 
 def gradients(rank: int) -> list[torch.Tensor | None]:

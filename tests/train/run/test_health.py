@@ -12,7 +12,14 @@ from distil_kernels.train.run.health import WINDOW, warnings
 
 
 def steps(first: dict, last: dict) -> list[dict]:
-    sound = {"kind": "step", "kl": 0.3, "entropy": 1.0, "length": 8.0, "equal_groups": 0.5, "left_out": 0}
+    sound = {
+        "kind": "step",
+        "kl": 0.3,
+        "entropy": 1.0,
+        "length": 8.0,
+        "equal_score_groups": 0.5,
+        "num_without_feedback": 0,
+    }
     sound["truncated"] = 0.1
     return [{**sound, **first}] * WINDOW + [{**sound, **last}] * WINDOW
 
@@ -38,9 +45,14 @@ def test_a_sound_run_is_left_alone() -> None:
 @pytest.mark.parametrize(
     ("kind", "text", "last", "settings"),
     [
-        ("signal", "scored the same", {"equal_groups": 1.0}, {"objective": "policy_gradient"}),
+        ("signal", "scored the same", {"equal_score_groups": 1.0}, {"objective": "policy_gradient"}),
         ("signal", "differ by 1.0e-05 nats", {"kl": 1e-5}, {}),
-        ("signal", "nothing to read", {"left_out": 16, "kl": 0.0, "entropy": 0.0}, {"feedback": "siblings"}),
+        (
+            "signal",
+            "no rollout had feedback",
+            {"num_without_feedback": 16, "kl": 0.0, "entropy": 0.0},
+            {"feedback": "siblings"},
+        ),
         ("entropy", "collapsed entropy: 0.01 nats", {"entropy": 0.01}, {}),
         ("length", "answers run into the limit: 60% of the last 5 steps' have 16 tokens", {"truncated": 0.6}, {}),
         ("length", "pays for stopping early; a discount", {"length": 2.2}, {}),

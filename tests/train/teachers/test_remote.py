@@ -327,7 +327,7 @@ def test_two_steps(endpoint: str, small: Path, tmp_path: Path, options: tuple[st
     evaluations = [record for record in records if record["kind"] == "evaluation"]
     assert [record["step"] for record in evaluations] == [0, 2]
     assert all(0 <= record["teacher"] <= 1 for record in evaluations)
-    (sample, *_) = [line for line in read_lines(directory / "rollouts.jsonl") if line["kind"] == "sample"]
+    (sample, *_) = [line for line in read_lines(directory / "rollouts.jsonl") if line["kind"] == "held_out"]
     assert len(sample["top"]) == len(sample["ce"]) and all(1 <= len(top) <= 5 for top in sample["top"])
     assert main(["inspect", str(directory)]) == 0 and main(["report", str(directory)]) == 0
     assert main(["--resume", str(directory), "--steps", "3"]) == 0

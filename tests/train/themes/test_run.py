@@ -353,7 +353,7 @@ def test_cut_corrections_are_counted(tiny_model: Path, tmp_path: Path) -> None:
     batch = next(loose.batches)
     give_rollouts(loose, batch, [sampled([1], [2]) for _ in batch])
     lengths = [len(rollout.teacher_prompt) for group in batch for rollout in group.rollouts]
-    assert loose.train_step()["cut"] == 0
+    assert loose.train_step()["num_shortened_prompts"] == 0
     tight = trainer(tiny_model, tmp_path / "tight", max_prompt_tokens=max(lengths) - 3)
     record = tight.train_step()
-    assert 0 < record["cut"] <= 8 and record["cut"] % 2 == 0
+    assert 0 < record["num_shortened_prompts"] <= 8 and record["num_shortened_prompts"] % 2 == 0

@@ -164,7 +164,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(tiny_model: Path, tmp_path:
         record = run.train_step()
         after = [weight for part in parts for weight in part.parameters()]
         moved = [not torch.equal(*pair) for pair in zip(before, after, strict=True)]
-        assert any(moved) == (step % 2 == 0) and record["not_finite"] == step % 2
+        assert any(moved) == (step % 2 == 0) and record["num_skipped_updates"] == step % 2
         assert bool(run.average.values([4]).isfinite().all()) and all(bool(w.isfinite().all()) for w in after)
     assert said.call_count == 1 and "step 2 is not finite" in said.call_args[0][0]
 
@@ -173,7 +173,7 @@ def test_only_the_update_with_it_is_left_out(tiny_model: Path, tmp_path: Path) -
     run = trainer(tiny_model, tmp_path / "run", updates_per_batch=3)
     harmed(run, math.nan, {1})
     record = run.train_step()
-    assert record["not_finite"] == 1 and math.isfinite(record["grad_norm"])
+    assert record["num_skipped_updates"] == 1 and math.isfinite(record["grad_norm"])
     assert {int(state["step"]) for state in run.optimizer.state.values()} == {2}
 
 
@@ -198,7 +198,7 @@ def test_a_run_that_diverges_stops_and_keeps_what_was_good(
     assert "stopped at step 7: the gradient of 5 steps in a row was not finite" in said.err
     assert {path.name for path in directory.glob("checkpoint-*")} == names
     lines = [json.loads(line, parse_constant=pytest.fail) for line in (directory / "metrics.jsonl").open()]
-    assert [line["not_finite"] for line in lines if line["kind"] == "step"] == [0, 0, 1, 1, 1, 1, 1]
+    assert [line["num_skipped_updates"] for line in lines if line["kind"] == "step"] == [0, 0, 1, 1, 1, 1, 1]
     assert lines[-1]["grad_norm"] is None
     assert main(["report", str(directory)]) == 0
     monkeypatch.undo()
@@ -227,7 +227,7 @@ def harmed_in_one(rank: int, model: Path, directory: Path, is_sharded: bool) -> 
     object.__setattr__(run.processes, "sum_gradients", sum_gradients)
     before = [local_shard(weight).clone() for weight in run.models.trained]
     record = run.train_step()
-    assert record["not_finite"] == 1 and math.isnan(record["grad_norm"])
+    assert record["num_skipped_updates"] == 1 and math.isnan(record["grad_norm"])
     assert all(torch.equal(local_shard(weight), old) for weight, old in zip(run.models.trained, before, strict=True))
     run.models.trained[0].data.fill_(math.nan if rank == 0 else 0.0)
     with pytest.raises(FloatingPointError):
