@@ -1,4 +1,4 @@
-"""`python -m distil_kernels.train [train | eval | inspect | report] ...`; no command is train. See --help of each."""
+"""`python -m distil_kernels.train [train | eval | inspect | report | check] ...`; train by default. See --help of each."""
 
 from __future__ import annotations
 
@@ -106,7 +106,13 @@ def _resumed(config: Config, given: set[str]) -> tuple[Config, Path]:
     return config_before, directory
 
 
-COMMANDS = {"train": _train, "eval": commands.evaluate, "inspect": commands.inspect, "report": commands.report}
+COMMANDS = {
+    "train": _train,
+    "eval": commands.evaluate,
+    "inspect": commands.inspect,
+    "report": commands.report,
+    "check": commands.check,
+}
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from distil_kernels.train.run import checkpoint
 from distil_kernels.train.run.accelerator import check_backend, make_accelerator
 from distil_kernels.train.run.distributed import Processes
 from distil_kernels.train.tasks import Task, answered_problems, held_out_problems, make_task
+from distil_kernels.train.tasks.sandbox import SANDBOX
 from distil_kernels.train.teachers.base import Teacher
 from distil_kernels.train.teachers.local import LocalTeacher, other_model
 from distil_kernels.train.teachers.remote import RemoteTeacher
@@ -108,7 +109,9 @@ def build(config: Config, directory: Path) -> Parts:
     processes = Processes.of(accelerator, config)
     directory = processes.from_main(directory)
     # Names that are wrong are errors before any weights are read.
-    task, kind = make_task(config.task, config.seed), feedback_kind(config.feedback)
+    SANDBOX.is_unsafe_allowed = config.unsafe_sandbox
+    task = make_task(config.task, config.seed, config.show_private_tests)
+    kind = feedback_kind(config.feedback)
     check_backend(config.backend, accelerator)
     models = build_models(config, accelerator, processes)
     data = build_data(config, models, task, kind, processes)
@@ -184,7 +187,7 @@ def build_data(config: Config, models: Models, task: Task, kind: FeedbackKind, p
 
     stop_ids = prompts.stop_ids()
     sampling = Sampling(config.max_new_tokens, stop_ids, config.temperature, config.top_p, config.top_k)
-    held_out_task = make_task(config.task, config.eval_seed)
+    held_out_task = make_task(config.task, config.eval_seed, config.show_private_tests)
     evaluator = Evaluator(
         tutor.for_task(held_out_task),
         held_out_problems(held_out_task, config.eval_problems),

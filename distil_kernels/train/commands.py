@@ -119,6 +119,27 @@ def report(arguments: list[str]) -> Work:
     return write
 
 
+def check(arguments: list[str]) -> Work:
+    """Every reference solution or right answer of a task, judged by the task's own verifier."""
+    parser = Parser(prog=f"{PROG} check", description=check.__doc__, allow_abbrev=False)
+    parser.add_argument("task", metavar="TASK", help="a task, as --task takes it: code:FILE.jsonl, math, ...")
+    parser.add_argument("--unsafe_sandbox", action="store_true", help="as in training")
+    options = parser.parse_args(arguments)
+    from distil_kernels.train.tasks import make_task
+    from distil_kernels.train.tasks.check import check as checked
+    from distil_kernels.train.tasks.sandbox import SANDBOX
+
+    SANDBOX.is_unsafe_allowed = options.unsafe_sandbox
+    task = make_task(options.task, seed=0)
+
+    def run() -> int:
+        report = checked(task)
+        print("\n".join(report.lines()))
+        return 0 if report.is_ok else 1
+
+    return run
+
+
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
     """Returns a parser for a command on a run directory."""
     parser = Parser(prog=f"{PROG} {command}", description=description, allow_abbrev=False)

@@ -98,6 +98,11 @@ class Config:
     """Calls in a completion; later ones are text."""
     max_tool_tokens: int = _number(32, AT_LEAST_1)
     """Length limit of what a call inserts; the remainder is cut off."""
+    unsafe_sandbox: bool = False
+    """Run a model's programs (task code, --tools python) also where this machine has no Landlock, seccomp or
+    namespaces to hold them off: they can then read and change what you can."""
+    show_private_tests: bool = False
+    """A trace shows a contest's private tests; else only whether one failed, and how."""
     rollout_url: str = ""
     """vLLM server that samples training rollouts, http://HOST:PORT, instead of transformers; it is given the weights
     before each batch. Its log-probs weigh each token's gradient as those of an older model do (importance_clip)."""

@@ -66,7 +66,7 @@ def sampled(*completions: list[int]) -> list[Rollout]:
 def give_rollouts(run: Trainer, groups: Sequence[PromptGroup], rollouts: Sequence[list[Rollout]]) -> None:
     """Gives each group these rollouts, with scores, feedback and teacher prompts as if the student had sampled them."""
     for group, given in zip(groups, rollouts, strict=True):
-        run.tutor.verify(group.problem, given)
+        run.tutor.verify([(group.problem, given)])
         group.rollouts = given
     run.tutor.give_feedback(run.student, groups, max(map(len, rollouts)))
 

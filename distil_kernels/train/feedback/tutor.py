@@ -16,6 +16,7 @@ from distil_kernels.train.rollouts.prompt_group import PromptGroup, Rollout
 from distil_kernels.train.rollouts.python_tool import Python, RollOut
 from distil_kernels.train.rollouts.sampling import Sampling
 from distil_kernels.train.tasks import Problem, Task
+from distil_kernels.train.tasks.verdicts import verified
 
 
 @dataclass
@@ -60,16 +61,21 @@ class Tutor:
         """Samples `num_rollouts` rollouts for each group, verifies them, and adds them to it."""
         prompt_index = [index for index in range(len(groups)) for _ in range(num_rollouts)]
         rollouts = roll_out([group.prompt for group in groups], prompt_index, sampling, tool)
-        for index, group in enumerate(groups):
-            sampled = rollouts[index * num_rollouts : (index + 1) * num_rollouts]
-            self.verify(group.problem, sampled)
-            group.rollouts += sampled
+        sampled = [rollouts[index * num_rollouts : (index + 1) * num_rollouts] for index in range(len(groups))]
+        self.verify([(group.problem, own) for group, own in zip(groups, sampled, strict=True)])
+        for group, own in zip(groups, sampled, strict=True):
+            group.rollouts += own
 
-    def verify(self, problem: Problem, rollouts: Sequence[Rollout]) -> None:
-        """Fills in answer and score of some rollouts of a problem, and the feedback that needs no other rollout."""
-        for rollout in rollouts:
-            rollout.answer = self.prompts.answer(rollout.tokens)
-            rollout.feedback = self.verifier(self.task, problem, rollout.answer)
+    def verify(self, groups: Sequence[tuple[Problem, Sequence[Rollout]]]) -> None:
+        """Fills in answer and score of some rollouts of problems, and the feedback that needs no other rollout."""
+        for _, rollouts in groups:
+            for rollout in rollouts:
+                rollout.answer = self.prompts.answer(rollout.tokens)
+        answers = [(problem, [rollout.answer for rollout in rollouts]) for problem, rollouts in groups]
+        feedback = verified(self.verifier, self.task, answers, may_thread=self.verifies_any_text)
+        for (_, rollouts), responses in zip(groups, feedback, strict=True):
+            for rollout, response in zip(rollouts, responses, strict=True):
+                rollout.feedback = response
 
     def give_feedback(self, student: Reader, groups: Sequence[PromptGroup], count: int) -> None:
         """Fills in feedback and teacher prompt of the first `count` rollouts of each group."""

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distil_kernels.train.rollouts.prompt_group import Rollout
 from distil_kernels.train.rollouts.sampling import Generate, Sampling
-from distil_kernels.train.tasks.sandbox import Limits, run_python
+from distil_kernels.train.tasks.sandbox import SANDBOX, Limits, run_python
 
 OPEN, CLOSE = "<tool>", "</tool>"
 LIMITS = Limits(seconds=2.0)
@@ -31,6 +31,7 @@ class Python:
     """The tool. A completion has at most `max_calls` calls, each with at most `max_tokens` tokens of output."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_calls: int, max_tokens: int) -> None:
+        SANDBOX.walls()  # a ValueError now, not in the first rollout
         self._tokenizer, self.max_calls, self._max_tokens = tokenizer, max_calls, max_tokens
         self._before, self._after = self._ids(" <result>"), self._ids("</result>")
         self.longest = max_calls * (len(self._before) + max_tokens + len(self._after))

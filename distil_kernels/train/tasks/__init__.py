@@ -59,7 +59,7 @@ HELD_OUT_SHARE = 8
 """One problem in eight is held out."""
 
 
-def make_task(name: str, seed: int) -> Task:
+def make_task(name: str, seed: int, show_private_tests: bool = False) -> Task:
     """A task by its name: one of OWN_TASKS, `reasoning_gym:NAME`, or a domain, DOMAIN or `DOMAIN:FILE.jsonl`.
 
     Raises:
@@ -69,7 +69,10 @@ def make_task(name: str, seed: int) -> Task:
         return ReasoningGym(name.removeprefix("reasoning_gym:"), seed)
     domain, _, file = name.partition(":")
     if domain in DOMAINS and (file or domain != "qa"):
-        return DOMAINS[domain](Path(file) if file else DATA / f"{domain}.jsonl", seed)
+        path = Path(file) if file else DATA / f"{domain}.jsonl"
+        if domain == "code":
+            return Code(path, seed, shows_private_tests=show_private_tests)
+        return DOMAINS[domain](path, seed)
     if name not in OWN_TASKS:
         close = difflib.get_close_matches(name, [*OWN_TASKS, *DOMAINS], n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""

@@ -29,6 +29,9 @@ class Code(Records):
         limits: of one test; a record's own time limit, where it is longer, takes the place of the time.
         sandbox: where programs run.
         shows_private_tests: a trace shows private tests as it shows public ones.
+
+    Raises:
+        ValueError: as Records, or programs cannot be run safely on this machine.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class Code(Records):
         shows_private_tests: bool = False,
     ) -> None:
         self._limits, self._sandbox, self._shows_private_tests = limits, sandbox, shows_private_tests
+        sandbox.walls()
         super().__init__(path, read, seed)
 
     def score(self, answer: str, entry: Suite) -> float:

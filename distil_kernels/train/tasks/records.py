@@ -41,6 +41,8 @@ class Records:
         self._seed = seed
         self._problems: list[Problem] = []
         self._pass: tuple[int, list[int]] = (-1, [])
+        self.line_numbers: list[int] = []
+        """Of each problem, in the file's order."""
         self.left_out: list[str] = []
         """Lines that cannot be judged, with the reason."""
         try:
@@ -52,6 +54,7 @@ class Records:
                 continue
             try:
                 self._problems.append(read(json.loads(line)))
+                self.line_numbers.append(number)
             except NotJudgeable as error:
                 self.left_out.append(f"line {number}: {error}")
             except KeyError as error:

@@ -88,21 +88,17 @@ class Sandbox:
         self._process: subprocess.Popen[bytes] | None = None
         self._walls = Walls(False, 0, False, 0)
         self.is_unsafe_allowed = False
+        """The user does without walls (--unsafe_sandbox)."""
         self._has_warned = False
 
     def walls(self) -> Walls:
-        """The walls of this machine; the server runs afterwards."""
-        self._running()
-        return self._walls
-
-    def require_walls(self, is_unsafe_allowed: bool) -> None:
-        """Checks, before any program runs, that there are walls, or that the user does without.
+        """The walls of this machine; the server runs afterwards.
 
         Raises:
-            ValueError: there are none and `is_unsafe_allowed` is False.
+            ValueError: there are too few, and `is_unsafe_allowed` is False.
         """
-        self.is_unsafe_allowed = self.is_unsafe_allowed or is_unsafe_allowed
         self._running()
+        return self._walls
 
     def judge(self, job: dict[str, Any]) -> dict[str, Any]:
         """A judge's verdict on `job` (see `isolated.judge`).

@@ -1,0 +1,78 @@
+"""Many answers at once; those without a verdict; every record's own answer judged by its own verifier."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from distil_kernels.train.__main__ import main
+from distil_kernels.train.tasks import Feedback, Problem, make_task
+from distil_kernels.train.tasks.check import check
+from distil_kernels.train.tasks.sandbox import JudgeFailed, cores
+from distil_kernels.train.tasks.verdicts import verified
+
+PROBLEM = Problem("?", "a", "a", "?")
+
+
+class Runs:
+    """A task whose answers are run."""
+
+    def trace(self, answer: str, entry: str) -> tuple[float, str]:
+        return 0.0, ""
+
+
+def test_answers_that_are_run_are_judged_at_once_and_in_order() -> None:
+    threads = set()
+
+    def verify(task: object, problem: Problem, answer: str) -> Feedback:
+        threads.add(threading.get_ident())
+        time.sleep(0.02)
+        return Feedback(float(answer), answer, "")
+
+    groups = [(PROBLEM, ["1", "0"]), (PROBLEM, []), (PROBLEM, ["0", "0", "1"])]
+    for may_thread, number in ((True, cores()), (False, 1)):
+        threads.clear()
+        feedback = verified(verify, Runs(), groups, may_thread)
+        assert [[said.text for said in group] for group in feedback] == [["1", "0"], [], ["0", "0", "1"]]
+        assert len(threads) == number
+
+
+def test_an_answer_without_a_verdict_is_left_out_and_counted() -> None:
+    def verify(task: object, problem: Problem, answer: str) -> Feedback:
+        if answer == "dies":
+            raise JudgeFailed
+        return Feedback(float(answer), "right", "a")
+
+    with pytest.warns(UserWarning, match="2 of 5 answers have no verdict"):
+        first, second = verified(verify, Runs(), [(PROBLEM, ["1", "dies", "0", "1"]), (PROBLEM, ["dies"])], True)
+    assert first[1] == Feedback(pytest.approx(2 / 3), "", "") and [said.score for said in first[::2]] == [1.0, 0.0]
+    assert second == [Feedback(0.0, "", "")]
+
+
+def test_every_reference_is_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    test = [{"input": "1\n", "output": "1\n", "testtype": "stdin"}]
+    good = {"question_content": "?", "public_test_cases": test, "solution": "print(input())"}
+    wrong, unanswered = good | {"solution": "print(2)"}, good | {"solution": ""}
+    file = tmp_path / "set.jsonl"
+    file.write_text("\n".join(map(json.dumps, [good, wrong, unanswered, good | {"public_test_cases": []}])))
+    with pytest.warns(UserWarning, match="1 of 4 records"):
+        report = check(make_task(f"code:{file}", seed=0))
+    assert (report.right, report.unanswered, report.is_ok) == (["line 1"], ["line 3"], False)
+    assert [name for name, _ in report.wrong] == ["line 2"] and "expected output\n1\ngot\n2" in report.wrong[0][1]
+    assert report.unjudgeable == ["line 4: public_test_cases is empty"]
+    with pytest.warns(UserWarning):
+        assert main(["check", f"code:{file}"]) == 1
+    assert "wrong, line 2: Test 1 of 1 fails" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", ["code", "math", "science", "add", "reasoning_gym:basic_arithmetic"])
+def test_the_answers_of_what_is_shipped_are_right(task: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", task]) == 0
+    assert (
+        "0 whose own answer is wrong\n0 without an answer of their own, 0 that cannot be judged"
+        in capsys.readouterr().out
+    )
