@@ -1,4 +1,4 @@
-"""`python -m distil_kernels.train [train | eval | inspect | report | check] ...`; train by default. See --help of each."""
+"""`python -m distil_kernels.train COMMAND ...`: train (the default), eval, inspect, report or check; see --help."""
 
 from __future__ import annotations
 
