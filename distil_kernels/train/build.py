@@ -115,7 +115,7 @@ def build(config: Config, directory: Path) -> Parts:
     check_backend(config.backend, accelerator)
     models = build_models(config, accelerator, processes)
     data = build_data(config, models, task, kind, processes)
-    # The processes begin alike, new adapters included; from here on each samples from its own stream.
+    # The processes begin alike, new adapters included. From here on each has its stream of random numbers.
     if not processes.is_main:
         set_seed(processes.seed(config.seed))
     return Parts(accelerator, processes, directory, models, data)
@@ -134,7 +134,7 @@ def build_models(config: Config, accelerator: Accelerator, processes: Processes)
     if config.lora_rank:
         model = with_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets)
 
-    # Before sharding: a teacher that starts as a copy of the student is copied from whole weights.
+    # Before sharding: a teacher that starts as a copy of the student needs all of its weights.
     is_sharded = config.shard and processes.count > 1
     other = other_model(config, model, tokenizer, accelerator, is_sharded)
     fingerprint += checkpoint.fingerprint(other) if config.teacher == "local" else []
@@ -146,7 +146,7 @@ def build_models(config: Config, accelerator: Accelerator, processes: Processes)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # evaluation_mode: the model is placed and its forward set for autocast, without DistributedDataParallel.
     prepared = accelerator.prepare_model(model, evaluation_mode=True)
-    # The ways of reading are tried out here: as the model runs, with whole weights and under autocast.
+    # The ways of reading are tried out here, as the model runs: with all weights and under autocast.
     with unsharded(model), accelerator.autocast():
         lm = split_sharded(accelerator.unwrap_model(prepared))
         student = reader(lm, config.reading, config.gradient_checkpointing, is_sharded, accelerator.autocast)

@@ -1,7 +1,7 @@
 """Accuracy on held-out problems, greedy and sampled, with standard errors, and the teacher's, whose fall is an alarm.
 
-The problems are the same at each evaluation, and shared out among the processes. Each process samples from the same
-seed of its own each time, in a forked generator that leaves the one of training as it is. Standard errors are over
+The problems are the same at each evaluation, and shared out among the processes. Each process has one seed for all
+evaluations, and samples with a forked generator that leaves the one of training as it is. Standard errors are over
 problems: the scores of a problem's samples are averaged first, because they are not independent.
 """
 
@@ -95,7 +95,7 @@ class Evaluator:
 
     @contextmanager
     def seeded(self, device: torch.device) -> Iterator[None]:
-        """Inside, sampling starts from the evaluation's seed; the generator of training is left as it is."""
+        """A context in which sampling starts from the evaluation's seed; the generator of training is left as it is."""
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self._processes.seed(self._seed))
             yield

@@ -1,4 +1,4 @@
-"""What the records of a step say: means over tokens, metrics of its rollouts, and a line for each rollout."""
+"""The records of a step: means over tokens, metrics of its rollouts, and a line for each rollout."""
 
 from __future__ import annotations
 

@@ -292,7 +292,7 @@ class Trainer:
 
     @property
     def _stateful(self) -> dict[str, Any]:
-        """The parts whose state a checkpoint has beside model and optimizer."""
+        """The parts whose state a checkpoint contains, apart from model and optimizer."""
         return {
             "scheduler": self.scheduler, "teacher": self.teacher, "baseline": self.average, "batches": self.batches,
         }  # fmt: skip

@@ -42,7 +42,7 @@ def test_rows_that_do_not_count_are_not_noticed() -> None:
     without.observe(torch.tensor([4.0]), [1])
     without.follow()
     average.follow()
-    assert average.values([3]).tolist() == [4.0, 0.0, 6.0] and not average.state_dict()["met"][1]
+    assert average.values([3]).tolist() == [4.0, 0.0, 6.0] and not average.state_dict()["reached"][1]
     assert average.values([1]).equal(without.values([1]))
 
 

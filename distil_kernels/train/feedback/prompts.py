@@ -14,7 +14,7 @@ examples (SmolLM2-135M, two examples, task `largest`).
                                                A:
 
 A prompt over the limit loses the end of the feedback first, then of the demonstration, never the question or the
-header. If it still does not fit, or if no feedback is left, there is no prompt.
+header. If it does not fit then, or if no feedback is left, there is no prompt.
 
 Left out: answers of several lines in the "examples" format, whose answers end with the line.
 """
@@ -128,7 +128,7 @@ class Prompts:
         return not (known.text or known.demonstration) or self.teacher(problem, known) is not None
 
     def shortens(self, problem: Problem, feedback: Feedback) -> bool:
-        """True if the whole feedback does not fit in the teacher's prompt."""
+        """Tells if the feedback has to be shortened to fit in the teacher's prompt."""
         turns = self._turns(problem.question, feedback.text, feedback.demonstration, None)
         return len(self._render([*self._with_feedback, *turns])) > self._max_tokens
 

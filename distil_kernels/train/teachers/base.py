@@ -49,13 +49,13 @@ class Teacher(Protocol):
 
     @property
     def moves(self) -> bool:
-        """True if its answers change with each update of the student."""
+        """Tells if the answers change with each update of the student."""
 
     def opened(self) -> AbstractContextManager[None]:
-        """Inside, all weights are in this process. With sharded models all processes enter and leave it together."""
+        """A context in which this process has all weights. With sharded models all processes enter it together."""
 
     def head_opened(self) -> AbstractContextManager[None]:
-        """Inside, the head of a `HiddenTarget` has its values. With sharded models all processes enter it together."""
+        """A context in which the head of a `HiddenTarget` has its values; all processes enter it together."""
 
     def target(self, batch: PackedBatch) -> Target:
         """The teacher's distribution at each token of a batch; anything where a token does not learn."""
@@ -63,7 +63,7 @@ class Teacher(Protocol):
     def roll_out(
         self, prompts: Sequence[list[int]], prompt_index: Sequence[int], sampling: Sampling, tool: Python | None
     ) -> list[Rollout]:
-        """The teacher's own completions; arguments as of `python_tool.roll_out`."""
+        """Completions that the teacher samples; arguments as of `python_tool.roll_out`."""
 
     def follow(self) -> None:
         """Moves a teacher that averages the student, after an optimizer step."""

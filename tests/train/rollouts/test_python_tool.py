@@ -145,7 +145,7 @@ def test_rows_that_were_put_in_are_not_read(tiny_model: Path, tmp_path: Path, ob
     if objective == "forward_ce":
         run.average.follow()
         lengths = [5, 2, 4, 3]
-        seen = run.average.state_dict()["met"]
+        seen = run.average.state_dict()["reached"]
         assert seen.tolist() == [True] * 5 + [False] * (len(seen) - 5) and len(seen) == 4 + run.data.tool.longest
         assert torch.isfinite(run.average.values(lengths)).all()
     assert packed([[1]], [0, 0], [[2], [3, 4]]).by_model == (None, 3)  # no mask where every token counts

@@ -6,9 +6,8 @@ import pytest
 from tiny import CHAT, byte_tokenizer
 
 from distil_kernels.train.config import Config
-from distil_kernels.train.feedback.kinds import correction_feedback
 from distil_kernels.train.feedback.prompts import Prompts
-from distil_kernels.train.tasks import Feedback, Problem, make_task
+from distil_kernels.train.tasks import Feedback, Problem
 
 TOKENIZER = byte_tokenizer()
 EXAMPLE = Problem("1, 2", "2", "2", "")
@@ -20,14 +19,6 @@ EXAMPLES = [(EXAMPLE, Feedback(1.0, "The correct answer is 2.", "2"))]
 def text(ids: list[int] | None) -> str:
     assert ids is not None
     return TOKENIZER.decode(ids)
-
-
-def test_a_verifier_scores_and_corrects() -> None:
-    task = make_task("largest", 0)
-    problem = task.problem(0)
-    right, wrong = (correction_feedback(task, problem, answer) for answer in (f" {problem.answer} ", "0"))
-    assert (right.score, wrong.score) == (1.0, 0.0)
-    assert right.text == wrong.text and problem.answer in wrong.text  # the correction does not depend on the rollout
 
 
 def test_the_teacher_reads_the_correction_and_the_student_does_not() -> None:
