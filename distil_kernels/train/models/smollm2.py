@@ -38,7 +38,9 @@ def converted_directory() -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix="converting-", dir=cache))
     try:
-        _convert(files[0], temporary)
+        # The first run on a machine, which converts, has to draw the same random numbers as those after it.
+        with torch.random.fork_rng(devices=[]):
+            _convert(files[0], temporary)
         temporary.chmod(0o755)
         os.rename(temporary, target)
     except OSError:
