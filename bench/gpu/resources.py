@@ -43,7 +43,7 @@ AMD = (("hip", "gfx942"), ("hip", "gfx950"))
 
 
 def triton_resources(targets: tuple[tuple[str, int | str], ...]) -> Iterator[Resources]:
-    from distil_kernels.backends import Statistic, triton_scan
+    from distil_kernels.backends import Statistic, triton_cost_to_go
     from distil_kernels.backends import triton as backend
     from distil_kernels.backends import triton_kernels as kernels
 
@@ -64,7 +64,7 @@ def triton_resources(targets: tuple[tuple[str, int | str], ...]) -> Iterator[Res
         yield _triton(kernels.head_partials, {**flags, **shape, "HAS_TOKENS": True, "WIDEN": False}, target,
                       tile.num_warps, tile.num_stages)  # fmt: skip
         for constants in ({"HAS_HORIZON": True}, {"HAS_HORIZON": False, "num_later": 1}):
-            yield _triton(triton_scan.cost_to_go, {**constants, "BLOCK": 256}, target, 1, 3)
+            yield _triton(triton_cost_to_go.cost_to_go, {**constants, "BLOCK": 256}, target, 1, 3)
 
 
 def _gpu(backend, target: tuple[str, int | str]):

@@ -5,8 +5,8 @@
     head_stats  head_partials over (tile of rows, split of the vocabulary), then merge_partials: no logits in memory
     cost_to_go  one kernel over (position, sequence)
 
-The kernels and their mathematics are in `triton_kernels`, those of the last one in `triton_scan`. They are checked in
-Triton's interpreter (TRITON_INTERPRET=1, where they take CPU tensors) and compiled ahead of time for sm_80 and sm_90a.
+The kernels and their mathematics are in `triton_kernels`, those of the last one in `triton_cost_to_go`. They are
+checked in Triton's interpreter (TRITON_INTERPRET=1, where they take CPU tensors) and compiled ahead of time.
 float32 logits only, so float32, bfloat16 and float16 inputs; float64 belongs to `reference`.
 
 Triton is imported at the first use, so that the package works without it.
@@ -151,7 +151,7 @@ def head_stats(
 def cost_to_go(
     costs: Tensor, slots: Tensor, later: Tensor | None, discount: float, horizon: int | None
 ) -> tuple[Tensor, Tensor]:
-    from distil_kernels.backends import triton_scan
+    from distil_kernels.backends import triton_cost_to_go
 
     num_positions, num_sequences = slots.shape
     if later is None:
@@ -160,7 +160,7 @@ def cost_to_go(
     num_later = later.shape[0]
     rounded = float(torch.tensor(discount, dtype=torch.float32))
     _launch(
-        triton_scan.cost_to_go, max(num_positions + 1, num_later) * num_sequences, costs, slots, later, to_go,
+        triton_cost_to_go.cost_to_go, max(num_positions + 1, num_later) * num_sequences, costs, slots, later, to_go,
         next_later, rounded, discount - rounded, horizon or 0, num_positions, num_sequences, num_later,
         HAS_HORIZON=horizon is not None,
         BLOCK=min(_MAX_POSITIONS, _power_of_two(min(num_positions + num_later, horizon or num_positions + 1))),

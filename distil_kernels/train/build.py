@@ -35,7 +35,7 @@ from distil_kernels.train.run.distributed import Processes
 from distil_kernels.train.tasks import Task, answered_problems, held_out_problems, make_task
 from distil_kernels.train.tasks.sandbox import SANDBOX
 from distil_kernels.train.teachers.base import Teacher
-from distil_kernels.train.teachers.local import LocalTeacher, other_model
+from distil_kernels.train.teachers.in_process import InProcessTeacher, other_model
 from distil_kernels.train.teachers.remote import RemoteTeacher
 
 
@@ -155,7 +155,7 @@ def build_models(config: Config, accelerator: Accelerator, processes: Processes)
         teacher = RemoteTeacher(config, tokenizer, student.weight.shape[0], student.weight.device)
     else:
         with accelerator.autocast():
-            teacher = LocalTeacher(student, config.teacher, config.ema_rate, other, config.reading)
+            teacher = InProcessTeacher(student, config.teacher, config.ema_rate, other, config.reading)
     # After the teacher, whose copy of the student needs no checkpointing.
     if config.gradient_checkpointing:
         checkpoint_layers(student.model)
@@ -208,6 +208,6 @@ def build_data(config: Config, models: Models, task: Task, kind: FeedbackKind, p
 def _check_positions(config: Config, models: Models, longest: int) -> None:
     """Raises ValueError if prompt and completion, or prompt and critique, do not fit into a model's positions."""
     critique = config.max_critique_tokens if config.feedback == "self_evaluation" else 0
-    readers = [models.student, models.teacher.lm] if isinstance(models.teacher, LocalTeacher) else [models.student]
+    readers = [models.student, models.teacher.lm] if isinstance(models.teacher, InProcessTeacher) else [models.student]
     for lm in readers:
         loading.check_positions(lm.model, config.max_prompt_tokens, max(longest, critique))

@@ -17,7 +17,8 @@ from rich.table import Table
 from distil_kernels.train.command_line import Parser, from_file, option_parser, read_options
 from distil_kernels.train.config import Config
 from distil_kernels.train.run.checkpoint import newest_undamaged
-from distil_kernels.train.run.directory import is_run, json_line, read_lines, with_nan, write_text
+from distil_kernels.train.run.directory import is_run, write_text
+from distil_kernels.train.run.json_lines import json_line, read_lines, with_nan
 
 if TYPE_CHECKING:
     from distil_kernels.train.build import Parts

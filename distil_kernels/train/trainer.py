@@ -44,8 +44,9 @@ from distil_kernels.train.rollouts.python_tool import roll_out
 from distil_kernels.train.rollouts.sampling import Generate, generate
 from distil_kernels.train.rollouts.vllm_server import RolloutServer
 from distil_kernels.train.run import checkpoint, trackers
-from distil_kernels.train.run.directory import drop_after, last_evaluation, remove_leftovers, write_text
+from distil_kernels.train.run.directory import remove_leftovers, write_text
 from distil_kernels.train.run.interrupt import Interrupt
+from distil_kernels.train.run.json_lines import drop_after, last_evaluation
 from distil_kernels.train.run.log import RunLog
 
 MAX_SKIPPED_STEPS = 5

@@ -21,7 +21,7 @@ from distil_kernels.train.objective import Sums, UpdateState
 from distil_kernels.train.rollouts.packed_batch import PackedBatch
 from distil_kernels.train.rollouts.prompt_group import PromptGroup, Rollout
 from distil_kernels.train.run.checkpoint import load_state
-from distil_kernels.train.run.directory import read_lines
+from distil_kernels.train.run.json_lines import read_lines
 from distil_kernels.train.tasks import Problem
 from distil_kernels.train.trainer import Trainer
 

@@ -19,7 +19,7 @@ from distil_kernels.train.config import Config
 from distil_kernels.train.evaluate import mean_and_error, pass_at
 from distil_kernels.train.report.html import page
 from distil_kernels.train.report.inspect import show
-from distil_kernels.train.run.directory import read_lines
+from distil_kernels.train.run.json_lines import read_lines
 
 VOID = {"meta", "line", "circle", "input", "br", "i", "link", "img"}
 

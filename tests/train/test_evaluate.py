@@ -20,7 +20,7 @@ from distil_kernels.train.models.reading import Reader, reader
 from distil_kernels.train.rollouts.prompt_group import Rollout
 from distil_kernels.train.rollouts.sampling import Sampling
 from distil_kernels.train.tasks import Problem, Task, make_task, problems
-from distil_kernels.train.teachers.local import LocalTeacher
+from distil_kernels.train.teachers.in_process import InProcessTeacher
 
 
 def test_mean_and_standard_error() -> None:
@@ -61,7 +61,7 @@ def test_every_problem_and_sample_counts_once(tiny_model: Path, monkeypatch: pyt
     held_out = [problem for _, problem in islice(problems(task, held_out=True), 7)]
     evaluator = Evaluator(corrector(task, prompts), held_out, Sampling(5, prompts.stop_ids()), 2, seed=1)
     answers.clear()
-    result = evaluator.evaluate(lm, LocalTeacher(lm, "live", 0.0))
+    result = evaluator.evaluate(lm, InProcessTeacher(lm, "live", 0.0))
     assert result is not None and len(answers) == 7 * 2 + 7 + 7
     odd = [float(len(answer) % 2) for answer in answers]
     by_problem = [(odd[2 * i] + odd[2 * i + 1]) / 2 for i in range(7)]
@@ -79,17 +79,17 @@ def test_repeats_itself_and_leaves_the_generator_alone(tiny_model: Path) -> None
     evaluator = Evaluator(corrector(task, prompts), held_out, Sampling(5, prompts.stop_ids()), 3, seed=1)
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    first = evaluator.evaluate(lm, LocalTeacher(lm, "frozen", 0.0))
+    first = evaluator.evaluate(lm, InProcessTeacher(lm, "frozen", 0.0))
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(3)
-    assert evaluator.evaluate(lm, LocalTeacher(lm, "frozen", 0.0)) == first
-    assert evaluator.evaluate(lm, LocalTeacher(lm, "frozen", 0.0), stop=lambda: True) is None
+    assert evaluator.evaluate(lm, InProcessTeacher(lm, "frozen", 0.0)) == first
+    assert evaluator.evaluate(lm, InProcessTeacher(lm, "frozen", 0.0), stop=lambda: True) is None
 
 
 def test_the_teacher_answers_at_its_own_temperature(tiny_model: Path) -> None:
     lm, prompts = parts(tiny_model)
 
-    class Seen(LocalTeacher):
+    class Seen(InProcessTeacher):
         def roll_out(self, prompts: object, index: object, sampling: Sampling, tool: object) -> list[Rollout]:
             seen.append(sampling)
             return super().roll_out(prompts, index, sampling, tool)

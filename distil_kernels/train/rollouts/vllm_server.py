@@ -36,8 +36,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from distil_kernels.train.config import Config
+from distil_kernels.train.http_endpoint import Endpoint, seeds
 from distil_kernels.train.models import loading
-from distil_kernels.train.rollouts.http_endpoint import Endpoint, seeds
 from distil_kernels.train.rollouts.prompt_group import Rollout
 from distil_kernels.train.rollouts.sampling import Ends, Generate, Sampling, until_stop
 from distil_kernels.train.run.directory import WriteError

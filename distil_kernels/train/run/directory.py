@@ -1,4 +1,4 @@
-"""A run directory: which files it has, and how its JSON lines are written, read and taken back.
+"""A run directory: which files it has, and how a file is replaced in one step.
 
     runs/<name>/config.json             every option of the run
                 metrics.jsonl           one record per step and per evaluation
@@ -7,22 +7,16 @@
                 checkpoint-<step>/      what `checkpoint` writes
                 checkpoint              link to the newest of them
 
-A file is replaced in one step: written under another name, forced to the disk, renamed. Records are appended and forced
-to the disk; a last line that a kill cut short is left out when the file is read. A resumed run takes back the records
-of steps after its checkpoint.
+A file is replaced in one step: written under another name, forced to the disk, renamed. How records are appended and
+taken back is in `json_lines`.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
-
-Record = dict[str, Any]
 
 
 class WriteError(OSError):
@@ -80,70 +74,3 @@ def force_to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def json_line(record: Record) -> str:
-    """Returns the record as one line of JSON, which has no NaN and no infinity: null takes their place."""
-    try:
-        return json.dumps(record, allow_nan=False)
-    except ValueError:
-        return json.dumps(json.loads(json.dumps(record), parse_constant=lambda _: None))
-
-
-def with_nan(value: Any) -> Any:
-    """Returns nested records with NaN for each null: the inverse of `json_line` where a number is not known."""
-    if isinstance(value, dict):
-        return {name: with_nan(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [with_nan(item) for item in value]
-    return math.nan if value is None else value
-
-
-def append_lines(path: Path, records: Iterable[Record]) -> None:
-    """Appends records to a .jsonl file and waits until they are on the disk.
-
-    Raises:
-        WriteError: the disk did not take them.
-    """
-    try:
-        with path.open("a") as file:
-            file.writelines(json_line(record) + "\n" for record in records)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        cure = f"the run is as of its last checkpoint, from which --resume {path.parent} goes on"
-        raise WriteError(f"cannot write {path}: {error.strerror}; {cure}") from error
-
-
-def read_lines(path: Path) -> list[Record]:
-    """Returns the records of a .jsonl file up to a line that was cut short in writing; none of a missing file."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
-
-
-def drop_after(directory: Path, step: int) -> list[Record]:
-    """Drops a run's records of later steps, which a resumed run takes again, and returns the others of metrics.jsonl.
-
-    Rollouts of an evaluation that has no record in metrics.jsonl was cut short by a kill, and are dropped too.
-    """
-    metrics = _filter_lines(directory / "metrics.jsonl", lambda record: record["step"] <= step)
-    last_step = {"training": step, "held_out": min(step, last_evaluation(metrics))}
-    _filter_lines(directory / "rollouts.jsonl", lambda record: record["step"] <= last_step[record["kind"]])
-    return with_nan(metrics)
-
-
-def last_evaluation(metrics: Iterable[Record]) -> int:
-    """Returns the step of the last evaluation among records of metrics.jsonl; -1 before the first."""
-    return max((record["step"] for record in metrics if record["kind"] == "evaluation"), default=-1)
-
-
-def _filter_lines(path: Path, keep: Callable[[Record], bool]) -> list[Record]:
-    """Drops the records of a file for which `keep` is false, and returns the others."""
-    records = [record for record in read_lines(path) if keep(record)]
-    write_text(path, "".join(json_line(record) + "\n" for record in records))
-    return records

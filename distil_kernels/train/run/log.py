@@ -11,7 +11,7 @@ from rich.console import Console
 
 from distil_kernels.train.config import Config
 from distil_kernels.train.run import health, trackers
-from distil_kernels.train.run.directory import append_lines
+from distil_kernels.train.run.json_lines import append_lines
 
 
 class RunLog:

@@ -45,7 +45,7 @@ Target = HiddenTarget | TopKTarget
 
 
 class Teacher(Protocol):
-    """A model that has read the feedback: `LocalTeacher` in this process, `RemoteTeacher` behind an endpoint."""
+    """A model that has read the feedback: `InProcessTeacher` in this process, `RemoteTeacher` behind an endpoint."""
 
     @property
     def moves(self) -> bool:

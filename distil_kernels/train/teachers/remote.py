@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from distil_kernels.train.config import Config
-from distil_kernels.train.rollouts.http_endpoint import Endpoint, seeds, short
+from distil_kernels.train.http_endpoint import Endpoint, seeds, short
 from distil_kernels.train.rollouts.packed_batch import PackedBatch, distinct
 from distil_kernels.train.rollouts.prompt_group import Rollout
 from distil_kernels.train.rollouts.python_tool import Python

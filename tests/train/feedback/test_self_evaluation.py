@@ -16,7 +16,7 @@ from distil_kernels.train.feedback.kinds import self_evaluation_feedback
 from distil_kernels.train.feedback.prompts import JUDGE, Prompts
 from distil_kernels.train.feedback.self_evaluation import SelfEvaluation
 from distil_kernels.train.rollouts.prompt_group import PromptGroup, Rollout
-from distil_kernels.train.run.directory import read_lines
+from distil_kernels.train.run.json_lines import read_lines
 from distil_kernels.train.tasks import Feedback, Problem, make_task
 from distil_kernels.train.trainer import Trainer
 

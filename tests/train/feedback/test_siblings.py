@@ -17,7 +17,7 @@ from distil_kernels.train.feedback.kinds import sibling_feedback
 from distil_kernels.train.feedback.siblings import right_sibling
 from distil_kernels.train.metrics import teacher_prefers_right
 from distil_kernels.train.rollouts.prompt_group import PromptGroup, Rollout
-from distil_kernels.train.run.directory import read_lines
+from distil_kernels.train.run.json_lines import read_lines
 from distil_kernels.train.tasks import Feedback, Problem, make_task
 from distil_kernels.train.tasks.numbers import LargestNumber
 

@@ -22,7 +22,7 @@ from distil_kernels.train.__main__ import main
 from distil_kernels.train.models.sharding import local_shard, shard
 from distil_kernels.train.rollouts.prompt_group import PromptGroup
 from distil_kernels.train.run.checkpoint import load_state, restore_generators
-from distil_kernels.train.run.directory import read_lines
+from distil_kernels.train.run.json_lines import read_lines
 from distil_kernels.train.trainer import Trainer
 
 METHODS: dict[str, dict[str, Any]] = {

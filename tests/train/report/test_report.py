@@ -15,8 +15,8 @@ from distil_kernels.train.evaluate import Evaluation
 from distil_kernels.train.report import console
 from distil_kernels.train.report.chart import charts, plot
 from distil_kernels.train.report.html import page
-from distil_kernels.train.run.directory import append_lines, read_lines, with_nan
 from distil_kernels.train.run.health import WINDOW, warnings
+from distil_kernels.train.run.json_lines import append_lines, read_lines, with_nan
 
 ONE = Evaluation(0.5, math.nan, 1.0, math.nan, 0.25, math.nan, 4.0, 1, {1: (0.5, math.nan), 2: (1.0, math.nan)}, [1])
 

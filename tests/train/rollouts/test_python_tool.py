@@ -20,7 +20,7 @@ from distil_kernels.train.objective import distil_loss, policy_loss
 from distil_kernels.train.rollouts.prompt_group import Rollout
 from distil_kernels.train.rollouts.python_tool import CLOSE, Python, roll_out
 from distil_kernels.train.rollouts.sampling import Sampling, generate
-from distil_kernels.train.run.directory import read_lines
+from distil_kernels.train.run.json_lines import read_lines
 from distil_kernels.train.tasks import Problem
 from distil_kernels.train.teachers.base import HiddenTarget
 

@@ -15,8 +15,8 @@ from distil_kernels.train.__main__ import main
 from distil_kernels.train.config import Config
 from distil_kernels.train.run import distributed
 from distil_kernels.train.run.checkpoint import load_state
-from distil_kernels.train.run.directory import read_lines
 from distil_kernels.train.run.distributed import Processes
+from distil_kernels.train.run.json_lines import read_lines
 
 
 @pytest.fixture(scope="module")

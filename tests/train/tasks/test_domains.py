@@ -22,7 +22,7 @@ from runs import QUICK, give_rollouts, micro_batch, sampled, train, trainer
 
 from distil_kernels.train.__main__ import main
 from distil_kernels.train.feedback.kinds import feedback_kind
-from distil_kernels.train.run.directory import read_lines
+from distil_kernels.train.run.json_lines import read_lines
 from distil_kernels.train.tasks import (
     Feedback,
     answered_problems,

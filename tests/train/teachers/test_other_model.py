@@ -15,7 +15,7 @@ from distil_kernels.train.baseline import PositionAverage
 from distil_kernels.train.config import Config
 from distil_kernels.train.models.reading import Reader, reader
 from distil_kernels.train.objective import distil_loss
-from distil_kernels.train.teachers.local import LocalTeacher, check_same_tokens
+from distil_kernels.train.teachers.in_process import InProcessTeacher, check_same_tokens
 
 PROMPTS, ROWS, COMPLETIONS = [[1, 2, 3], [1, 4]], [0, 0, 1, 1], [[5, 6], [7], [8, 9, 10], [11]]
 CONFIG = Config(
@@ -43,7 +43,7 @@ def state_logprobs(lm: PreTrainedModel, num_tokens: int) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def ours(lm: Reader, teacher: LocalTeacher, mine: torch.Tensor) -> torch.Tensor:
+def ours(lm: Reader, teacher: InProcessTeacher, mine: torch.Tensor) -> torch.Tensor:
     batch = packed(PROMPTS, ROWS, COMPLETIONS)
     average = PositionAverage(8, 0.1, mine.device)
     return distil_loss(lm, mine, teacher.target(batch), batch, CONFIG, average, 1.0)[0]
@@ -64,7 +64,7 @@ def test_the_loss_is_the_cross_entropy_to_the_other_models_own_forward(
         shape = llama_config().to_dict()
         names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
         other = model(CohereConfig(**{name: shape[name] for name in names}, logit_scale=0.5, initializer_range=0.2))
-    teacher = LocalTeacher(lm, "local", 0.0, other)
+    teacher = InProcessTeacher(lm, "local", 0.0, other)
     before = [parameter.clone() for parameter in other.parameters()]
     with torch.no_grad():
         mine = torch.cat(
@@ -119,7 +119,7 @@ def test_what_the_loss_cannot_express_is_said() -> None:
         num_key_value_heads=2, head_dim=8, final_logit_softcapping=30.0,
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"\[teacher_model\] its logits are capped at 30.0, expected the student's"):
-        LocalTeacher(lm, "local", 0.0, model(capped))
+        InProcessTeacher(lm, "local", 0.0, model(capped))
     for given in ({"teacher": "local"}, {"teacher_model": "somewhere"}):
         with pytest.raises(ValueError, match=r"\[teacher_model\] belongs to teacher local"):
             Config(**given).check()

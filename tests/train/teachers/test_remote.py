@@ -26,15 +26,15 @@ from runs import QUICK, metrics, micro_batch, pack, packed, train, trainer
 from tiny import llama_config
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from distil_kernels.train import http_endpoint as client
 from distil_kernels.train.__main__ import main
 from distil_kernels.train.config import Config
 from distil_kernels.train.models import loading, smollm2
 from distil_kernels.train.objective import fused_loss
-from distil_kernels.train.rollouts import http_endpoint as client
 from distil_kernels.train.rollouts.sampling import Sampling
 from distil_kernels.train.rollouts.vllm_server import RolloutServer, completion, completion_options
-from distil_kernels.train.run.directory import read_lines
 from distil_kernels.train.run.distributed import ALONE
+from distil_kernels.train.run.json_lines import read_lines
 from distil_kernels.train.teachers.base import TopKTarget
 from distil_kernels.train.teachers.remote import RemoteTeacher
 

@@ -24,7 +24,7 @@ from runs import assert_equal
 
 from distil_kernels.train.__main__ import main
 from distil_kernels.train.run.checkpoint import load_state
-from distil_kernels.train.run.directory import read_lines
+from distil_kernels.train.run.json_lines import read_lines
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["distil_kernels.train.trainer"])

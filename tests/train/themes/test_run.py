@@ -25,7 +25,7 @@ from distil_kernels.train.build import build
 from distil_kernels.train.config import Config
 from distil_kernels.train.objective import fused_loss
 from distil_kernels.train.optimizer import rate_share
-from distil_kernels.train.run.directory import read_lines
+from distil_kernels.train.run.json_lines import read_lines
 from distil_kernels.train.teachers.base import HiddenTarget
 from distil_kernels.train.trainer import Trainer
 

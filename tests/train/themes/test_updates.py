@@ -16,8 +16,8 @@ from two_processes import together
 
 from distil_kernels.train.__main__ import main
 from distil_kernels.train.models.sharding import local_shard
-from distil_kernels.train.run.directory import read_lines
-from distil_kernels.train.teachers.local import LocalTeacher
+from distil_kernels.train.run.json_lines import read_lines
+from distil_kernels.train.teachers.in_process import InProcessTeacher
 from distil_kernels.train.trainer import Trainer
 
 
@@ -93,8 +93,8 @@ def test_the_teacher_is_asked_again_only_where_it_moved(
     tiny_model: Path, tmp_path: Path, teacher: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    target = LocalTeacher.target
-    monkeypatch.setattr(LocalTeacher, "target", lambda self, *rest: (calls.append(1), target(self, *rest))[1])
+    target = InProcessTeacher.target
+    monkeypatch.setattr(InProcessTeacher, "target", lambda self, *rest: (calls.append(1), target(self, *rest))[1])
     run = trainer(tiny_model, tmp_path / "run", teacher=teacher, updates_per_batch=3, micro_batch_prompts=2)
     run.train_step()
     assert len(calls) == (2 if teacher == "frozen" else 6)

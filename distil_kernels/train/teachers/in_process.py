@@ -42,7 +42,7 @@ ABSENT = -1e4
 """Logit of tokens that the teacher's head lacks. Their probability is 0, and 0 times the logit is not NaN."""
 
 
-class LocalTeacher:
+class InProcessTeacher:
     """A `Teacher` that answers with hidden states and a head.
 
     Args:
@@ -142,7 +142,7 @@ def copied(student: nn.Module, copies_all: bool = False) -> nn.Module:
 def other_model(
     config: Config, student: Any, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, is_sharded: bool
 ) -> Any:
-    """The argument `other` of `LocalTeacher`, made before student and teacher are sharded.
+    """The argument `other` of `InProcessTeacher`, made before student and teacher are sharded.
 
     Raises:
         ValueError: teacher_model cannot be loaded, or its token ids mean other tokens.

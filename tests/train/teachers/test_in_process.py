@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from distil_kernels.hf import split
 from distil_kernels.train.models.reading import Reader, reader
-from distil_kernels.train.teachers.local import LocalTeacher
+from distil_kernels.train.teachers.in_process import InProcessTeacher
 
 BATCH = packed([[1, 2, 3], [1, 4]], [0, 0, 1], [[5, 6], [7], [8, 9]])
 
@@ -31,13 +31,13 @@ def shift(lm: Reader) -> None:
                 parameter.add_(0.05)
 
 
-def states(teacher: LocalTeacher) -> torch.Tensor:
+def states(teacher: InProcessTeacher) -> torch.Tensor:
     return teacher.target(BATCH).states
 
 
 def test_live_follows_at_once_and_shares_the_head() -> None:
     lm = student()
-    teacher = LocalTeacher(lm, "live", 0.5)
+    teacher = InProcessTeacher(lm, "live", 0.5)
     before = states(teacher)
     shift(lm)
     assert not torch.allclose(states(teacher), before)
@@ -47,7 +47,7 @@ def test_live_follows_at_once_and_shares_the_head() -> None:
 @pytest.mark.parametrize("lora", [False, True])
 def test_frozen_stays_at_the_start(lora: bool) -> None:
     lm = student(lora)
-    teacher = LocalTeacher(lm, "frozen", 0.5)
+    teacher = InProcessTeacher(lm, "frozen", 0.5)
     before = states(teacher)
     shift(lm)
     teacher.follow()
@@ -58,7 +58,7 @@ def test_frozen_stays_at_the_start(lora: bool) -> None:
 
 def test_ema_is_the_average_in_float32_and_comes_back_from_a_checkpoint() -> None:
     lm = student()
-    teacher = LocalTeacher(lm, "ema", 0.25)
+    teacher = InProcessTeacher(lm, "ema", 0.25)
     start = [parameter.clone() for parameter in lm.model.parameters()]
     for _ in range(2):
         shift(lm)
@@ -69,16 +69,16 @@ def test_ema_is_the_average_in_float32_and_comes_back_from_a_checkpoint() -> Non
         assert mine.dtype == torch.float32 and not mine.requires_grad
         torch.testing.assert_close(mine, begin + expected)
     assert teacher.head[0] is teacher.lm.weight
-    other = LocalTeacher(student(), "ema", 0.25)
+    other = InProcessTeacher(student(), "ema", 0.25)
     other.load_state_dict(teacher.state_dict())
     torch.testing.assert_close(states(other), states(teacher))
-    assert LocalTeacher(lm, "frozen", 0.1).state_dict() == {}
+    assert InProcessTeacher(lm, "frozen", 0.1).state_dict() == {}
 
 
 def test_ema_of_adapters_is_a_second_set_of_adapters() -> None:
     lm = student(lora=True)
     start = {name: parameter.clone() for name, parameter in lm.model.named_parameters()}
-    teacher = LocalTeacher(lm, "ema", 0.25)
+    teacher = InProcessTeacher(lm, "ema", 0.25)
     shift(lm)
     teacher.follow()
     own = dict(lm.model.named_parameters())
@@ -87,6 +87,6 @@ def test_ema_of_adapters_is_a_second_set_of_adapters() -> None:
         assert own[name].requires_grad == ("lora_" in name) and not mine.requires_grad
         torch.testing.assert_close(mine, start[name] + 0.25 * 0.05 * ("lora_" in name))
     assert teacher.head == (None, None)  # the student's: both models' logits in one product
-    other = LocalTeacher(student(lora=True), "ema", 0.25)
+    other = InProcessTeacher(student(lora=True), "ema", 0.25)
     other.load_state_dict(teacher.state_dict())
     torch.testing.assert_close(states(other), states(teacher))
