@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from distil_kernels import fused_distil_loss, fused_forward_ce
+from distil_kernels.engine import gradient_threshold as sparse_products
 from distil_kernels.engine import gradients as gradient_sums
-from distil_kernels.engine import sizes, sparse
-from distil_kernels.engine.sparse import large_entries
+from distil_kernels.engine import sizes
+from distil_kernels.engine.gradient_threshold import large_entries
 from distil_kernels.testing import assert_within_budget, baselines, make_inputs, oracle
 
 # Vocabularies and hidden sizes that leave remainders in every panel of columns: 12, 4 and 1 vectors (of bfloat16 6 and
@@ -76,7 +77,7 @@ def gradients(inputs, row_weight, threshold, **options):
 def test_products_of_the_kept_entries(shape, dtype, threshold, threads, small_chunks, dense_chunks, monkeypatch,
                                       generator):  # fmt: skip
     """Against float64 with the same entries; an entry at the threshold's very edge may fall on either side."""
-    monkeypatch.setattr(sparse, "MAX_SHARE", 1.0)
+    monkeypatch.setattr(sparse_products, "MAX_SHARE", 1.0)
     inputs = make_inputs(*shape, dtype=dtype, kind="peaked", generator=generator)
     row_weight = torch.rand(shape[0], generator=generator) - 0.3
     full, uncertainty = exact_logit_gradient(inputs, row_weight)
@@ -204,12 +205,12 @@ def test_value_against_the_oracle_and_shape_of_dropped(generator):
 @pytest.mark.parametrize("instruction_set", ["portable", "avx2", "avx512"])
 def test_lists_of_every_instruction_set(instruction_set, monkeypatch, generator):
     """Entries, transposition and product, to the bit what torch selects; NaN is kept, zeros never are."""
-    kernels = sparse._C
+    kernels = sparse_products._C
     chosen = getattr(kernels.InstructionSet, instruction_set)
     if not kernels.cpu_supports(chosen):
         pytest.skip(f"this processor has no {instruction_set}")
-    monkeypatch.setattr(sparse, "_threads_and_instructions", lambda: (torch.get_num_threads(), chosen))
-    monkeypatch.setattr(sparse, "MAX_SHARE", 1.0)
+    monkeypatch.setattr(sparse_products, "_threads_and_instructions", lambda: (torch.get_num_threads(), chosen))
+    monkeypatch.setattr(sparse_products, "MAX_SHARE", 1.0)
     matrix = torch.randn(9, 533, generator=generator).pow(5)
     matrix[3] = 0.0
     matrix[4, 100:500] = 0.0

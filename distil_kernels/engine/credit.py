@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from distil_kernels.backends import Statistic, reference
-from distil_kernels.engine.memory import to_device
+from distil_kernels.engine.allocation import to_device
 
 SPANS = ("none", "future", "sequence")
 BASELINES = ("position_mean", "leave_one_out")

@@ -1,8 +1,8 @@
 """The custom ops that autograd and torch.compile see, each with its shapes (fake) and gradient.
 
-    scalar_loss      forward: loss and, unless two passes are needed, its gradients; backward: `backward`
+    scalar_loss      forward: loss and, unless two passes are needed, its gradients; backward: `scaled_gradients`
     topk_loss        the same to a teacher of which some tokens' log-probs are known
-    policy_loss      forward: loss and its gradients; backward: `backward`
+    policy_loss      forward: loss and its gradients; backward: `scaled_gradients`
     row_statistics   forward: statistics per row; backward: rows_backward (logits again), kept_backward, or a row scale
     rows_backward, kept_backward have no gradient of their own: differentiating twice is an error
 
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from distil_kernels.backends import NUM_STATISTICS, Statistic
 from distil_kernels.engine import driver
-from distil_kernels.engine.backward import input_gradients, scaled_gradients
 from distil_kernels.engine.gemm import accumulation_dtype, operand_dtype
 from distil_kernels.engine.gradients import grad_weight_dtype, row_stride
 from distil_kernels.engine.kept_gradient import KeptGradient, backward_of_kept, count_kept
+from distil_kernels.engine.scaled_gradients import input_gradients, scaled_gradients
 from distil_kernels.engine.spec import Spec
 from distil_kernels.engine.topk import TopKInputs
 

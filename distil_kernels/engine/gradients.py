@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distil_kernels.engine import gemm, memory
+from distil_kernels.engine import allocation, gemm
+from distil_kernels.engine.gradient_threshold import LargeEntries, large_entries
 from distil_kernels.engine.sizes import ROUNDED_SUMS
-from distil_kernels.engine.sparse import LargeEntries, large_entries
 
 Rows = slice | Tensor
 """Which rows a chunk holds: a slice if they are consecutive (no copy), else int64 indices."""
@@ -156,8 +156,8 @@ class GradientSums:
         """Allocates dW for the first product, which writes all of it: zeros would be one more pass over it."""
         like, dtype = self._weight, self._weight_dtype
         stores_residual = dtype != self._grad_bias.dtype and self._hidden.shape[0] > ROUNDED_SUMS * self._staging_rows
-        self._weight_residual = memory.empty(*like.shape, like=like, dtype=dtype) if stores_residual else None
-        self._grad_weight = memory.empty(*like.shape, like=like, dtype=dtype)
+        self._weight_residual = allocation.empty(*like.shape, like=like, dtype=dtype) if stores_residual else None
+        self._grad_weight = allocation.empty(*like.shape, like=like, dtype=dtype)
         return self._grad_weight
 
     def _grad_weight_so_far(self) -> Tensor:
@@ -190,7 +190,7 @@ def grad_weight_dtype(weight: Tensor, staging_rows: int, num_rows: int) -> torch
 def new_rows(like: Tensor, num_rows: int, vocab_size: int, dtype: torch.dtype) -> Tensor:
     """Returns uninitialised rows [num_rows, V] with the stride of `row_stride`, on the device of `like`."""
     stride = row_stride(vocab_size, dtype, like.device.type)
-    return memory.empty(num_rows, stride, like=like, dtype=dtype)[:, :vocab_size]
+    return allocation.empty(num_rows, stride, like=like, dtype=dtype)[:, :vocab_size]
 
 
 def row_stride(vocab_size: int, dtype: torch.dtype, device_type: str) -> int:

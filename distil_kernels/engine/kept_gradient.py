@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from distil_kernels.engine import gemm, memory
+from distil_kernels.engine import allocation, gemm
 from distil_kernels.engine.gradients import Gradients, GradientSums, Needs, new_rows, row_stride
 from distil_kernels.engine.plan import Plan
 
@@ -37,7 +37,7 @@ def new_kept(hidden: Tensor, vocab_size: int, num_kept: int, counted: Tensor | N
     """Allocates the gradients of every row; rows that do not count are zeros."""
     dtype = gemm.operand_dtype(hidden.dtype, hidden.device.type)
     stride = row_stride(vocab_size, dtype, hidden.device.type)
-    rows = memory.empty(num_kept, hidden.shape[0], stride, like=hidden, dtype=dtype)
+    rows = allocation.empty(num_kept, hidden.shape[0], stride, like=hidden, dtype=dtype)
     rows[:, :, vocab_size:] = 0
     if counted is not None:
         rows.zero_()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from emulated.gpu import emulated_gpu
 
-from distil_kernels.engine.memory import to_device
+from distil_kernels.engine.allocation import to_device
 
 SECOND_GPU = torch.device("cuda", 1)
 

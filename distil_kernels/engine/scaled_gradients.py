@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from distil_kernels.engine import memory
+from distil_kernels.engine import allocation
 
 
 def scaled_gradients(ctx: Any, grad_loss: Tensor | None, *_: Tensor) -> tuple:
@@ -68,7 +68,7 @@ def _scale_in_place(
     """Does the same as `scale_gradients` without a second dW: the saved tensors themselves become the gradients."""
     is_identity = scale.device.type == "cpu" and scale.item() == 1.0  # reading the scale would synchronise a GPU
     if grad_weight.dtype != weight_dtype:
-        narrow = memory.empty(*grad_weight.shape, like=grad_weight, dtype=weight_dtype)
+        narrow = allocation.empty(*grad_weight.shape, like=grad_weight, dtype=weight_dtype)
         grad_weight = narrow.copy_(grad_weight) if is_identity else torch.mul(grad_weight, scale, out=narrow)
     elif not is_identity:
         grad_weight.mul_(scale)
@@ -85,7 +85,7 @@ def scale_gradients(
     """Returns each gradient times a scalar [], in the dtype of its input, as new tensors: backward can run again."""
     return (
         torch.mul(grad_hidden, scale, out=torch.empty_like(grad_hidden)),
-        torch.mul(grad_weight, scale, out=memory.empty(*grad_weight.shape, like=grad_weight, dtype=weight_dtype)),
+        torch.mul(grad_weight, scale, out=allocation.empty(*grad_weight.shape, like=grad_weight, dtype=weight_dtype)),
         grad_bias * scale,
     )
 
