@@ -7,7 +7,7 @@
 says so: `split` compares its logits with the model's own on a few tokens, so an unknown architecture cannot pass
 silently.
 
-Left out: a head with adapters of its own, prompt tuning (it adds positions), encoder-decoder models, weights that are
+Left out: adapters on the head, prompt tuning (it adds positions), encoder-decoder models, weights that are
 sharded while they are read (`train/models/sharding.py` gathers them).
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class CausalLM:
-    """A model taken apart: `hidden` runs the body, the fields are the head (sizes V vocabulary, D hidden)."""
+    """Body and head of a model: `hidden` runs the body, the fields are the head (V vocabulary, D hidden size)."""
 
     model: Any
     """The module that was split: a transformers or PEFT model."""
@@ -37,7 +37,7 @@ class CausalLM:
     scale: float
 
     def hidden(self, input_ids: Tensor, cache: Any = None, **kwargs: Any) -> Tensor:
-        """Hidden states [B, L, D], times the logit scale, ready for `weight`; continues and fills a `cache`.
+        """Returns hidden states [B, L, D], times the logit scale, ready for `weight`; continues and fills a `cache`.
 
         `kwargs` go to the body.
         """
@@ -46,18 +46,18 @@ class CausalLM:
         return hidden if self.scale == 1.0 else hidden * self.scale
 
     def cached(self, cache: Any) -> dict[str, Any]:
-        """The argument that hands a cache to the model, which before transformers 5.24 was named past_key_values."""
+        """Returns the argument for the model's cache; before transformers 5.24 its name was past_key_values."""
         named = inspect.signature(self.body.forward).parameters
         return {} if cache is None else {"cache" if "cache" in named else "past_key_values": cache}
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of hidden states [..., D], in plain torch: for checks, not for training."""
+        """Returns logits [..., V] of hidden states [..., D], in plain torch: for checks, not for training."""
         logits = nn.functional.linear(hidden, self.weight.to(hidden.dtype), self.bias)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 def split(model: nn.Module, check: bool = True) -> CausalLM:
-    """Takes a causal LM, bare or PEFT-wrapped, apart.
+    """Splits a causal LM, bare or PEFT-wrapped, into body and head.
 
     Args:
         check: compare logits with the model's own on three tokens (one small forward).

@@ -1,12 +1,12 @@
 """Inputs, oracle and error budget for tests and benchmarks.
 
-The oracle writes the definitions down once more, from float64 probabilities over full logits with torch's autograd;
-it shares no code with the package. Run in float32 it is also the baseline that the error budget compares with:
+The oracle states the definitions a second time, from float64 probabilities over full logits with torch's autograd; it
+shares no code with the package. In float32 it is also the baseline that the error budget compares with:
 
     err(ours, oracle) <= 2 * err(baseline, oracle) + a few ulp of the largest entry and of the terms it sums
 
-A single baseline's error is one draw of rounding; the budget takes the worst of several orders of summation. The
-terms matter where large ones cancel: sum_v (S - T) W over weights of 12 cannot be better than 12 ulp.
+The error of a single baseline is one sample of rounding; the budget takes the worst of several orders of summation. The
+size of the terms matters where large ones cancel: sum_v (S - T) W over weights of 12 cannot be better than 12 ulp.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ variation well below .005, where S - T cancels."""
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments of the public ops; the names are theirs."""
+    """Arguments of the public ops, by the names of the ops."""
 
     student_hidden: Tensor
     student_weight: Tensor
@@ -45,14 +45,14 @@ class Inputs:
 
     @property
     def leaves(self) -> dict[str, Tensor]:
-        """The student's tensors that need a gradient, by name."""
+        """Returns the student's tensors that need a gradient, by name."""
         named = {"student_hidden": self.student_hidden, "student_weight": self.student_weight}
         if self.options.get("student_bias") is not None:
             named["student_bias"] = self.options["student_bias"]
         return {name: tensor for name, tensor in named.items() if tensor.requires_grad}
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Inputs:
-        """Fresh leaves of the same values in another floating dtype."""
+        """Returns fresh leaves of the same values in another floating dtype."""
 
         def convert(value: Any) -> Any:
             if not isinstance(value, Tensor):
@@ -65,7 +65,7 @@ class Inputs:
         return replace(self, **tensors, options={name: convert(value) for name, value in self.options.items()})
 
     def in_order(self, dims: Tensor, teacher_dims: Tensor, vocab: Tensor) -> Inputs:
-        """The same problem with hidden dimensions and vocabulary reordered: other rounding, equal mathematics."""
+        """Returns the inputs with hidden dimensions and vocabulary reordered: other rounding, equal mathematics."""
 
         def permute(tensor: Tensor, by: Tensor) -> Tensor:
             return tensor.detach()[..., by].clone().requires_grad_(tensor.requires_grad)
@@ -102,7 +102,7 @@ def make_inputs(
     generator: torch.Generator,
     **options: Any,
 ) -> Inputs:
-    """Random inputs of a `kind` (see KINDS), rounded to `dtype`, so that every precision computes the same problem."""
+    """Makes random inputs of a `kind` (see KINDS), rounded to `dtype`: every precision has the same values."""
     teacher_size = hidden_size if shared_head or kind == "near" else teacher_hidden_size or hidden_size
 
     def normal(*shape: int) -> Tensor:
@@ -138,12 +138,12 @@ NUM_BASELINES = 8
 
 
 def baselines(inputs: Inputs, compute: Callable[[Inputs], dict[str, Tensor]]) -> dict[str, list[Tensor]]:
-    """`compute` in float32, by name, once per order of hidden dimensions and vocabulary; gradients in their own order.
+    """Returns the results of `compute` in float32, by name, one for each order of hidden dimensions and vocabulary.
 
-    Where one term is far larger than the others (the token's own, say), a sum rounds at its size from there on: the
-    error depends on where it stands.
+    Gradients are returned in the original order. If one term is far larger than the others (that of the token, for
+    example), a sum rounds at its size from there on: the error depends on the position of that term.
     """
-    found: dict[str, list[Tensor]] = {}
+    by_name: dict[str, list[Tensor]] = {}
     vocab_size, hidden_size = inputs.student_weight.shape
     for shift in range(NUM_BASELINES):
         dims = torch.arange(hidden_size).roll(shift * hidden_size // NUM_BASELINES)
@@ -156,12 +156,12 @@ def baselines(inputs: Inputs, compute: Callable[[Inputs], dict[str, Tensor]]) ->
                 result = result[vocab.argsort()]
             if name in ("student_weight", "student_hidden"):
                 result = result[..., dims.argsort()]
-            found.setdefault(name, []).append(result)
-    return found
+            by_name.setdefault(name, []).append(result)
+    return by_name
 
 
 class Oracle(NamedTuple):
-    """Statistics [N] by definition, in the dtype of the inputs; differentiable."""
+    """Statistics [N] by their definitions, in the dtype of the inputs; differentiable."""
 
     ce: Tensor
     kl: Tensor
@@ -176,11 +176,11 @@ class Oracle(NamedTuple):
 
 
 def cost_by_definition(inputs: Inputs, cost: str, jsd_weight: float = 0.5) -> Tensor:
-    """[N] "ce", "reverse_kl", "jsd" or "entropy" in the dtype of the inputs; differentiable."""
+    """Returns the cost [N] "ce", "reverse_kl", "jsd" or "entropy" in the dtype of the inputs; differentiable."""
     if cost in ("ce", "reverse_kl", "entropy"):
         return getattr(oracle(inputs), cost)
     s, t = (each.log_softmax(-1) for each in logits(inputs))
-    # Entries that a model excludes: their log-probs of -inf take no part, not 0 * inf.
+    # Log-probs of -inf (entries that a model excludes) contribute 0, not 0 * inf.
     floor = torch.finfo(s.dtype).min / 1e4
     s, t = s.clamp(min=floor), t.clamp(min=floor)
     m = torch.logaddexp(t + math.log(jsd_weight), s + math.log1p(-jsd_weight))
@@ -188,7 +188,7 @@ def cost_by_definition(inputs: Inputs, cost: str, jsd_weight: float = 0.5) -> Te
 
 
 def logits(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Logits [N, V] of student and teacher (the teacher's without gradient), leading dimensions flattened."""
+    """Returns the logits [N, V] of student and teacher, the teacher's without gradient."""
     options = inputs.options
     temperature = options.get("temperature", 1.0)
     teacher_bias = options.get("teacher_bias")
@@ -197,22 +197,22 @@ def logits(inputs: Inputs) -> tuple[Tensor, Tensor]:
         teacher_weight = inputs.student_weight
         teacher_bias = options.get("student_bias") if teacher_bias is None else teacher_bias
 
-    def one(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    def model_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
         raw = hidden.flatten(0, -2) @ weight.T + (0.0 if bias is None else bias)
         if options.get("logit_softcap") is not None:
             raw = options["logit_softcap"] * torch.tanh(raw / options["logit_softcap"])
         return raw / temperature
 
-    student = one(inputs.student_hidden, inputs.student_weight, options.get("student_bias"), temperature)
+    student = model_logits(inputs.student_hidden, inputs.student_weight, options.get("student_bias"), temperature)
     with torch.no_grad():
-        teacher = one(
+        teacher = model_logits(
             inputs.teacher_hidden, teacher_weight, teacher_bias, options.get("teacher_temperature") or temperature
         )
     return student, teacher
 
 
 def oracle(inputs: Inputs) -> Oracle:
-    """Every statistic from full logits, for rows [N]."""
+    """Returns every statistic from full logits, for rows [N]."""
     s, t = logits(inputs)
     log_s, log_t = s.log_softmax(-1), t.log_softmax(-1)
     index = inputs.tokens.flatten()[:, None]
@@ -231,14 +231,17 @@ def oracle(inputs: Inputs) -> Oracle:
 
 
 def _expect(log_probs: Tensor, values: Tensor) -> Tensor:
-    """sum p * value; entries without mass count nothing."""
+    """Returns sum p * value; entries without mass contribute 0."""
     probs = log_probs.exp()
     return torch.where(probs > 0, probs * values, 0.0).sum(-1)
 
 
 @torch.no_grad()
 def term_sizes(inputs: Inputs, row_weight: Tensor) -> dict[str, float]:
-    """Largest sum of absolute terms in each gradient of sum(row_weight * ce): (S + T) |W|, (S + T)^T |h|, S + T."""
+    """Returns the largest sum of absolute terms in each gradient of sum(row_weight * ce).
+
+    The terms are (S + T) |W|, (S + T)^T |h| and S + T.
+    """
     wide = inputs.to(torch.float64)
     s, t = logits(wide)
     mass = (s.softmax(-1) + t.softmax(-1)) * row_weight.double().abs()[:, None]
@@ -252,7 +255,7 @@ def term_sizes(inputs: Inputs, row_weight: Tensor) -> dict[str, float]:
 
 
 def credited_weight(credit: Tensor, cost_to_go: Tensor, scale: float = 1.0) -> Tensor:
-    """[N] sizes of cost + credit * logprob, for `term_sizes`.
+    """Returns the sizes [N] of cost + credit * logprob, for `term_sizes`.
 
     A credit is a difference of costs to go, and rounded at their size, however small or clipped it is itself.
     """
@@ -273,14 +276,14 @@ def credit_by_definition(
     scale: float = 1.0,
     counted: Tensor | None = None,
 ) -> Tensor:
-    """a_t [N] by loops over tokens, sequences and siblings."""
+    """Returns the credit a_t [N] by loops over tokens, sequences and siblings."""
     counted = torch.ones(len(costs), dtype=torch.bool) if counted is None else counted
     starts = [sum(lengths[:b]) for b in range(len(lengths))]
 
     def to_go(sequence: int, position: int) -> Tensor:
-        own = range(starts[sequence], starts[sequence] + lengths[sequence])
+        rows = range(starts[sequence], starts[sequence] + lengths[sequence])
         total, num_tokens = costs.new_zeros(()), 0.0
-        for i, row in enumerate(own):
+        for i, row in enumerate(rows):
             near = position < i and (horizon is None or i - position <= horizon)
             if counted[row] and (span == "sequence" or near):
                 factor = 1.0 if span == "sequence" else discount ** (i - position)
@@ -310,10 +313,10 @@ def credit_by_definition(
 def assert_within_budget(
     name: str, ours: Tensor, baselines: list[Tensor], exact: Tensor, *, terms: float = 0.0, ratio: float = 2.0
 ) -> None:
-    """Elementwise error of `ours` against `exact`, allowed `ratio` times the baselines' largest plus some ulp.
+    """Asserts that the elementwise error of `ours` is within `ratio` times the baselines' largest plus some ulp.
 
-    8 ulp of `ours`' dtype at the largest exact entry (float16 has none finer than 6e-8), and 4 ulp of the accumulation
-    dtype at `terms`, the size of what is summed.
+    The ulp are 8 of `ours`' dtype at the largest exact entry (float16 has none finer than 6e-8), and 4 of the
+    accumulation dtype at `terms`, the size of the summed terms.
     """
     assert ours.shape == exact.shape, f"{name}: shape {list(ours.shape)}, expected {list(exact.shape)}"
     if exact.numel() == 0:

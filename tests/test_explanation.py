@@ -145,10 +145,10 @@ def test_needs_no_memory_and_no_gpu():
 
 
 def test_an_op_without_a_teacher_has_half_the_logits():
-    one, two = (
+    without_teacher, with_teacher = (
         explain(op, num_rows=512, vocab_size=5000, hidden_size=64) for op in ("fused_policy_loss", "fused_forward_ce")
     )
-    assert two.memory.logits_chunk == 2 * one.memory.logits_chunk
+    assert with_teacher.memory.logits_chunk == 2 * without_teacher.memory.logits_chunk
 
 
 def test_autocast_is_seen():

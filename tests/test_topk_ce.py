@@ -27,7 +27,7 @@ def leaves_of(inputs, dtype, bias):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("num_kept", "num_padding", "options"),
+    ("num_named", "num_padding", "options"),
     [
         (5, 0, {}),
         (1, 0, {}),
@@ -39,11 +39,11 @@ def leaves_of(inputs, dtype, bias):
     ids=["five", "one", "padded", "softcap", "all", "all but one"],
 )
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_value_and_gradients(num_kept, num_padding, options, with_bias, dtype, generator, monkeypatch):
+def test_value_and_gradients(num_named, num_padding, options, with_bias, dtype, generator, monkeypatch):
     monkeypatch.setitem(sizes.LOGITS_CHUNK_BYTES, "cpu", 2 * 8 * V * (8 if dtype == torch.float64 else 4))  # 8 rows
     inputs = make_inputs(N, V, D, generator=generator)
     bias = torch.randn(V, generator=generator) if with_bias else None
-    ids, logprobs = teacher_topk(N, V, num_kept, generator, num_padding)
+    ids, logprobs = teacher_topk(N, V, num_named, generator, num_padding)
     leaves = leaves_of(inputs, dtype, bias)
     exact_leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
     exact = gradients(dense(*exact_leaves[:2], ids, logprobs, *exact_leaves[2:], **options), exact_leaves)
@@ -150,7 +150,7 @@ def test_opcheck(dtype, generator):
         ({"temperature": 0.0}, "temperature is 0.0"),
     ],
 )
-def test_the_door(change, message, generator):
+def test_wrong_arguments(change, message, generator):
     inputs = make_inputs(N, V, D, generator=generator)
     ids, logprobs = teacher_topk(N, V, 2, generator)
     arguments = {"teacher_ids": ids, "teacher_logprobs": logprobs} | change

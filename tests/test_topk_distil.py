@@ -22,7 +22,7 @@ def entropy_of_buckets(logprobs: torch.Tensor) -> torch.Tensor:
     return torch.special.entr(torch.cat([probs, (1 - probs.sum(1, keepdim=True)).clamp(min=0)], 1)).sum(1)
 
 
-@pytest.mark.parametrize("num_kept", [1, 4, V])
+@pytest.mark.parametrize("num_named", [1, 4, V])
 @pytest.mark.parametrize(
     ("options", "masked"),
     [
@@ -35,14 +35,14 @@ def entropy_of_buckets(logprobs: torch.Tensor) -> torch.Tensor:
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else ("masked" if value else "all"),
 )
-def test_gradient_by_definition(num_kept, options, masked, generator, monkeypatch):
+def test_gradient_by_definition(num_named, options, masked, generator, monkeypatch):
     monkeypatch.setitem(sizes.LOGITS_CHUNK_BYTES, "cpu", 2 * 8 * V * 8)  # 8 rows
     inputs = make_inputs(N, V, D, dtype=torch.float64, generator=generator)
     bias = torch.randn(V, generator=generator).double()
     hidden, weight, bias = (
         each.detach().clone().requires_grad_() for each in (inputs.student_hidden, inputs.student_weight, bias)
     )
-    ids, logprobs = teacher_topk(N, V, num_kept, generator, num_padding=num_kept // 4)
+    ids, logprobs = teacher_topk(N, V, num_named, generator, num_padding=num_named // 4)
     mask = torch.rand(N, generator=generator) < 0.7 if masked else None
     out = fused_topk_distil_loss(
         hidden, weight, ids, logprobs, tokens=inputs.tokens, cu_seqlens=BORDERS, student_bias=bias, token_mask=mask,
@@ -148,7 +148,7 @@ def test_teacher_equal_to_student_costs_nothing(generator):
         ({"teacher_ids": torch.full((N, 2), 3)}, "twice"),
     ],
 )
-def test_the_door(change, message, generator):
+def test_wrong_arguments(change, message, generator):
     inputs = make_inputs(N, V, D, generator=generator)
     ids, logprobs = teacher_topk(N, V, 2, generator)
     arguments = {"teacher_ids": ids, "teacher_logprobs": logprobs, "tokens": inputs.tokens, "cu_seqlens": BORDERS}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 
-def teacher_topk(num_rows, vocab_size, num_kept, generator, num_padding=0):
+def teacher_topk(num_rows, vocab_size, num_named, generator, num_padding=0):
     """Ids and float64 log-probs of the largest entries of random distributions; the last ones unknown."""
     logprobs = (3 * torch.randn(num_rows, vocab_size, generator=generator).double()).log_softmax(-1)
-    top = logprobs.topk(num_kept)
+    top = logprobs.topk(num_named)
     ids, values = top.indices.clone(), top.values.clone()
     if num_padding:
         ids[:, -num_padding:], values[:, -num_padding:] = -1, torch.nan
@@ -24,8 +24,8 @@ def dense(hidden, weight, ids, logprobs, bias=None, temperature=1.0, softcap=Non
         logits = hidden[row] @ weight.T + (0 if bias is None else bias)
         logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
         log_s = (logits / temperature).log_softmax(-1)
-        keep = ids[row] >= 0
-        named, probs = ids[row][keep], logprobs[row][keep].to(hidden.dtype).exp()
+        known = ids[row] >= 0
+        named, probs = ids[row][known], logprobs[row][known].to(hidden.dtype).exp()
         others = torch.ones(len(weight), dtype=torch.bool)
         others[named] = False
         ce = -(probs * log_s[named]).sum()

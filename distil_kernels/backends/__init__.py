@@ -5,30 +5,30 @@ A back end is a module of this package with two row kernels and one question:
     unavailable(device, dtype) -> str | None
         why it cannot run there, or None. `dtype` is that of the student's hidden states.
     row_stats(logits, student, teacher, tokens, cost) -> statistics [NUM_STATISTICS, R]
-    row_grad(logits, student, teacher, tokens, statistics, cost, cost_weight, logprob_weight, out) -> rounding | None
+    row_grad(logits, student, teacher, tokens, statistics, cost, cost_weight, logprob_weight, out) -> residual | None
 
 `logits` is a `LogitPair`: the raw outputs [R, V] of the two lm_head products, float32 (float64 for float64 inputs).
-Where there is no teacher its logits are the student's. `student` and `teacher` are `LogitTransform`s, which the kernels
-apply on the fly. `tokens` is int64 [R] or None. `cost` names the statistic that rows cost; JSD and STUDENT_MIXTURE_KL,
-which take a second read, are 0 where they are not it.
-`row_grad` writes d(cost_weight * cost + logprob_weight * log S[token]) / d raw student logit to `out` [R, V], which
-may be `logits.student` itself; a row whose two weights are 0 gets zeros whatever its logits hold. `out` may also be
-bfloat16, on a GPU float16 too, the operand of the next products; it then lies in memory of its own, or on the CPU in
-the first half of each row of `logits.student`. What the sum of each row lost to that rounding, [R], is returned.
+Without a teacher both are the student's. `student` and `teacher` are `LogitTransform`s, which the kernels apply while
+they read. `tokens` is int64 [R] or None. `cost` names the statistic that rows cost; JSD and STUDENT_MIXTURE_KL need a
+second read of the logits, and are 0 unless they are the cost. `row_grad` writes d(cost_weight * cost + logprob_weight *
+log S[token]) / d raw student logit to `out` [R, V], which may be `logits.student` itself; a row whose two weights are 0
+gets zeros whatever its logits hold. `out` may also be bfloat16, on a GPU float16 too, the operand of the next products;
+then it has separate memory, or on the CPU the first half of each row of `logits.student`. It returns the residual [R]:
+what the sum of each row lost to rounding; None if nothing was rounded.
 
-Three more kernels are optional. Without the first two of them the driver finds another way, without the third it takes
-`reference`'s:
+Three more kernels are optional. Without `row_stats_grad` or `head_stats` the driver calls the two above, without
+`cost_to_go` that of `reference`:
 
-    row_stats_grad(logits, student, teacher, tokens, cost, cost_weight, out) -> statistics, rounding | None
-        row_stats and row_grad in one, for row weights that are known beforehand
+    row_stats_grad(logits, student, teacher, tokens, cost, cost_weight, out) -> statistics, residual | None
+        row_stats and row_grad in one kernel, for row weights that are known before the statistics
     head_stats(student_hidden, student_weight, teacher_hidden, teacher_weight, student, teacher, tokens) -> statistics
-        row_stats with the two products inside: no logits in memory
+        row_stats of the logits of hidden states and heads, which are never in memory
     cost_to_go(costs, slots, later, discount, horizon) -> to_go [P, B], next_later
-        for each of P positions of B sequences sum_{0 < k <= horizon} discount^k cost[position + k]; horizon None for
-        all. slots [P, B] int64 says which of costs [R] lies there, -1 for none (a cost of 0). `later` is what the call
-        for the positions behind these returned, opaque to others; None where nothing is behind them
+        for each of P positions of B sequences sum_{0 < k <= horizon} discount^k cost[position + k]; horizon None for no
+        limit. slots [P, B] int64 is the index into costs [R], -1 for none (a cost of 0). `later` is what the call for
+        the later positions returned, in a form of the back end's choice; None if there are no later positions
 
-Nothing else of a back end is called; all other matrix products belong to `distil_kernels.engine.gemm`.
+The driver calls nothing else of a back end; all other matrix products belong to `distil_kernels.engine.gemm`.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ NUM_STATISTICS = len(Statistic)
 
 
 class Cost(NamedTuple):
-    """What a row costs."""
+    """The cost of a row."""
 
     statistic: Statistic = Statistic.FORWARD_CE
-    """FORWARD_CE, FORWARD_KL (the same gradient), REVERSE_KL, JSD or ENTROPY."""
+    """FORWARD_CE, FORWARD_KL (which has the same gradient), REVERSE_KL, JSD or ENTROPY."""
     jsd_weight: float = 0.5
-    """b of b KL(T || M) + (1 - b) KL(S || M), M = b T + (1 - b) S; for JSD."""
+    """The weight b of the JSD b KL(T || M) + (1 - b) KL(S || M), M = b T + (1 - b) S."""
 
 
 FORWARD_CE = Cost()

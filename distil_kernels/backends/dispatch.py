@@ -1,4 +1,4 @@
-"""Chooses the back end. Pure functions that can say why; tests assert what they answer."""
+"""The choice of a back end: a pure function that says why; tests assert its answers."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ import torch
 from distil_kernels.backends import cpu, cuda, reference, triton
 
 BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": reference}
-"""In order of preference."""
+"""The back ends in order of preference."""
 
 _NEVER_AUTOMATIC = {"cpu": ("triton",)}
-"""By device type: Triton's interpreter runs on CPU tensors for tests only."""
+"""Back ends that "auto" does not choose, by device type: Triton's interpreter runs on CPU tensors for tests only."""
 
 
 class BackendChoice(NamedTuple):
+    """A back end, and why it was chosen."""
+
     name: str
     reason: str
 
     @property
     def kernels(self) -> ModuleType:
-        """The module with `row_stats` and `row_grad`."""
+        """The module that has `row_stats` and `row_grad`."""
         return BACKENDS[self.name]
 
 
 def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> BackendChoice:
-    """The back end for tensors of `dtype` on `device`.
+    """Returns the back end for tensors of `dtype` on `device`.
 
     Raises:
         ValueError: `requested` is no back end's name.

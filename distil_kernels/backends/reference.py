@@ -1,7 +1,7 @@
-"""Back end `reference`: the formulas of design section 2 in plain torch, for every device and dtype.
+"""Back end `reference`: the formulas of docs/mathematics.md in plain torch, for every device and dtype.
 
-Fallback where no kernel runs, float64 path for gradcheck, and the version to read first. It makes about a dozen
-temporaries of the chunk's size where the kernels make none. (The tests' oracle is another, independent text.)
+It runs where no kernel does, computes float64 for gradcheck, and is the version to read first. It needs about a dozen
+temporaries of the chunk's size; the kernels need none. (The tests' oracle is written independently.)
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from torch import Tensor
 from distil_kernels.backends import Cost, LogitPair, LogitTransform, Statistic
 
 _FLOOR = -1e30
-"""Stands for minus infinity among shifted logits, so that 0 * logit is 0."""
+"""Replaces minus infinity among shifted logits, so that 0 * logit is 0."""
 
 _TINY = 1e-37
-"""Below this a probability is 0 in what divides by it."""
+"""A smaller probability counts as 0 in a quotient."""
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -99,8 +99,8 @@ def row_grad(
 def cost_to_go(
     costs: Tensor, slots: Tensor, later: Tensor | None, discount: float, horizon: int | None
 ) -> tuple[Tensor, Tensor]:
-    """`later` is [horizon, sequences], the next costs themselves; without a horizon [1, sequences], their whole
-    discounted sum. Nothing is subtracted that rounding could leave behind."""
+    """Here `later` is [horizon, sequences], the next costs themselves; without a horizon [1, sequences], their whole
+    discounted sum. Nothing is added and later subtracted, so no rounding error remains of costs beyond the horizon."""
     if later is None:
         later = costs.new_zeros(horizon or 1, slots.shape[1])
     values = torch.cat([on_grid(costs, slots), later])
@@ -109,12 +109,12 @@ def cost_to_go(
 
 
 def on_grid(costs: Tensor, slots: Tensor) -> Tensor:
-    """The costs where their slots are, 0 where there is none."""
+    """Returns the costs [R] on the grid of their slots, 0 where a slot is -1."""
     return torch.cat([costs, costs.new_zeros(1)])[slots]  # -1 is the last
 
 
 def _discounted_sum(values: Tensor, discount: float, window: int | None) -> Tensor:
-    """out[p] = sum_{p <= i < p + window} discount^(i - p) values[i] along dimension 0, in log2(window) steps.
+    """Returns sum_{p <= i < p + window} discount^(i - p) values[i] for each p of dimension 0, in log2(window) steps.
 
     Sums over 1, 2, 4, ... positions come from two of half their size; a window is a chain of some of them.
     """
@@ -132,37 +132,37 @@ def _discounted_sum(values: Tensor, discount: float, window: int | None) -> Tens
 
 
 def _moved(values: Tensor, step: int) -> Tensor:
-    """out[p] = values[p + step], 0 behind the end."""
+    """Returns values[p + step] for each p, 0 behind the end."""
     moved = torch.zeros_like(values)
     moved[: max(0, values.shape[0] - step)] = values[step:]
     return moved
 
 
 def _mixture_excess(probs: Tensor, others: Tensor, weight: float) -> Tensor:
-    """M / P - 1 with M the mixture that holds `weight` of the others; 0 where P is 0."""
+    """Returns M / P - 1, with M the mixture that holds `weight` of the others; 0 where P is 0."""
     return torch.where(probs < _TINY, 0.0, weight * (others - probs) / probs.clamp(min=_TINY))
 
 
 def _mixture_kl(probs: Tensor, others: Tensor, weight: float) -> Tensor:
-    """KL(P || M), as a sum of terms that are never negative: sum(M - P) = 0 takes away what would cancel."""
+    """Returns KL(P || M) as a sum of terms that are never negative: adding sum(M - P) = 0 avoids cancellation."""
     return (weight * (others - probs) - probs * _mixture_excess(probs, others, weight).log1p()).sum(-1)
 
 
 def _cap(raw: Tensor, transform: LogitTransform) -> Tensor:
-    """tanh((raw + bias) / softcap), or raw + bias where there is no softcap."""
+    """Returns tanh((raw + bias) / softcap), or raw + bias without a softcap."""
     biased = raw if transform.bias is None else raw + transform.bias
     return biased if transform.softcap is None else (biased / transform.softcap).tanh()
 
 
 def _shifted(raw: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits relative to their row's maximum, the maximum, and the index of its first occurrence."""
+    """Returns the logits relative to their row's maximum, the maximum, and the index of its first occurrence."""
     logits = _cap(raw, transform) * ((transform.softcap or 1.0) / transform.temperature)
     maximum, index = logits.max(-1)
     return (logits - maximum[:, None]).clamp(min=_FLOOR), maximum, index
 
 
 def _derivative(raw: Tensor, transform: LogitTransform) -> Tensor | float:
-    """d logit / d raw."""
+    """Returns d logit / d raw."""
     if transform.softcap is None:
         return 1.0 / transform.temperature
     return (1.0 - _cap(raw, transform).square()) / transform.temperature

@@ -9,7 +9,7 @@ The kernels and their mathematics are in `triton_kernels`, those of the last one
 checked in Triton's interpreter (TRITON_INTERPRET=1, where they take CPU tensors) and compiled ahead of time.
 float32 logits only, so float32, bfloat16 and float16 inputs; float64 belongs to `reference`.
 
-Triton is imported at the first use, so that the package works without it.
+Triton is imported at the first use: the package works without it.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _MAX_BLOCK = 4096
 """Columns of one program: 16 per thread and model. One program for a row of 150k would leave most of the GPU idle."""
 
 _MAX_POSITIONS = 256
-"""That a program of `cost_to_go` adds up at once: eight float64 per thread."""
+"""Positions that a program of `cost_to_go` adds up at once: eight float64 per thread."""
 
 
 @cache
 def _import_kernels() -> ModuleType | str:
-    """The kernels, or why there are none."""
+    """Returns the module of kernels, or the reason why it cannot be imported."""
     try:
         from distil_kernels.backends import triton_kernels
     except ImportError as error:
@@ -49,7 +49,7 @@ def _kernels() -> ModuleType:
 
 
 def interprets() -> bool:
-    """Whether Triton was imported with TRITON_INTERPRET=1: kernels then run on the CPU, for tests."""
+    """Returns whether Triton was imported with TRITON_INTERPRET=1: kernels then run on the CPU, for tests."""
     import triton
 
     return not isinstance(_kernels().row_grad, triton.JITFunction)
@@ -106,14 +106,14 @@ def row_grad(
 ) -> Tensor | None:
     num_rows, vocab_size = logits.student.shape
     block, num_splits = _blocks(vocab_size)
-    rounding = None if out.dtype == torch.float32 else logits.student.new_empty(num_rows, num_splits)
+    residual = None if out.dtype == torch.float32 else logits.student.new_empty(num_rows, num_splits)
     _launch(
         _kernels().row_grad, num_rows * num_splits, *_logit_arguments(logits, student, teacher), tokens, statistics,
-        cost_weight, logprob_weight, cost.jsd_weight, out, out.stride(0), rounding, num_rows, vocab_size, num_splits,
-        *_transform_flags(student, teacher), HAS_LOGPROB=logprob_weight is not None, ROUNDS=rounding is not None,
+        cost_weight, logprob_weight, cost.jsd_weight, out, out.stride(0), residual, num_rows, vocab_size, num_splits,
+        *_transform_flags(student, teacher), HAS_LOGPROB=logprob_weight is not None, ROUNDS=residual is not None,
         COST=int(cost.statistic), BLOCK=block, num_warps=_num_warps(block),
     )  # fmt: skip
-    return None if rounding is None else rounding.sum(-1)
+    return None if residual is None else residual.sum(-1)
 
 
 def head_stats(
@@ -125,7 +125,7 @@ def head_stats(
     teacher: LogitTransform,
     tokens: Tensor | None,
 ) -> Tensor:
-    """`row_stats` of hidden [R, D] @ weight [V, D]^T; beyond its result it needs 40 bytes per row and split."""
+    """Returns the statistics of hidden [R, D] @ weight [V, D]^T; its scratch takes 40 bytes per row and split."""
     num_rows, vocab_size = student_hidden.shape[0], student_weight.shape[0]
     widest = torch.promote_types(student_hidden.dtype, teacher_hidden.dtype)
     gpu = _gpu(student_hidden.device)
@@ -170,7 +170,7 @@ def cost_to_go(
 
 
 class Gpu(NamedTuple):
-    """What the choice of a tile depends on."""
+    """The properties of a GPU that the choice of a tile depends on."""
 
     vendor: str
     """One of "cuda", "hip" and "interpreter"."""
@@ -179,7 +179,7 @@ class Gpu(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """One program's share of the product in `head_stats`."""
+    """Sizes of one program's part of the product in `head_stats`."""
 
     rows: int
     columns: int
@@ -206,7 +206,10 @@ def choose_tile(gpu: Gpu, dtype: torch.dtype) -> Tile:
 
 
 def choose_splits(num_rows: int, vocab_size: int, tile: Tile, num_processors: int) -> tuple[int, int]:
-    """Columns of a split, a multiple of the tile's, and how many splits: four programs per processor or more."""
+    """Returns the columns of a split, a multiple of the tile's, and the number of splits.
+
+    There are at least four programs per processor if the sizes allow it.
+    """
     row_tiles = -(-num_rows // tile.rows) or 1
     column_tiles = -(-vocab_size // tile.columns)
     wanted = max(1, min(column_tiles, -(-4 * num_processors // row_tiles)))
@@ -223,11 +226,12 @@ def _gpu(device: torch.device) -> Gpu:
 
 
 def _operand(matrix: Tensor) -> Tensor:
-    """The kernel walks along rows."""
+    """Returns the matrix with contiguous rows, which the kernel reads along."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def _merge(partials: Tensor, token_logits: Tensor | None) -> Tensor:
+    """Returns statistics [NUM_STATISTICS, R] from partials [R, splits, NUM_PARTIALS]."""
     num_rows, num_splits, _ = partials.shape
     statistics = partials.new_empty(NUM_STATISTICS, num_rows)
     _launch(
@@ -238,7 +242,7 @@ def _merge(partials: Tensor, token_logits: Tensor | None) -> Tensor:
 
 
 def _launch(kernel: Any, num_programs: int, *arguments: Any, **constants: Any) -> None:
-    """On the device of the first argument: Triton itself takes whichever is the current one."""
+    """Launches a kernel on the device of its first argument; Triton itself takes the current device."""
     device = arguments[0].device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         if num_programs > 0:
@@ -246,7 +250,7 @@ def _launch(kernel: Any, num_programs: int, *arguments: Any, **constants: Any) -
 
 
 def _token_logits(new: Callable[..., Tensor], num_rows: int, tokens: Tensor | None) -> Tensor | None:
-    """[2, R], NaN where no column is the token: an id outside the vocabulary shows, and reads nothing."""
+    """Allocates both models' logits of the tokens [2, R]: NaN remains for an id outside the vocabulary."""
     return None if tokens is None else new(2, num_rows).fill_(float("nan"))
 
 
@@ -268,16 +272,16 @@ def _transform_flags(student: LogitTransform, teacher: LogitTransform) -> tuple[
 
 
 def _blocks(vocab_size: int) -> tuple[int, int]:
-    """Columns per program, and programs per row."""
+    """Returns the columns of a program, and the programs of a row."""
     block = min(_MAX_BLOCK, _power_of_two(vocab_size))
     return block, -(-vocab_size // block)
 
 
 def _power_of_two(size: int) -> int:
-    """The smallest that is not less than `size`."""
+    """Returns the smallest power of two that is not less than `size`."""
     return 1 << (size - 1).bit_length()
 
 
 def _num_warps(block: int) -> int:
-    """Sixteen columns per thread, one to eight warps."""
+    """Returns the warps of a program: sixteen columns per thread, one to eight warps."""
     return max(1, min(8, block // 512))

@@ -23,13 +23,13 @@ import triton.language as tl
 
 NUM_PARTIALS = 10
 
-# As in csrc/row_math.h: where a shifted logit stands for minus infinity, and where a running maximum starts.
+# As in csrc/row_math.h: FLOOR replaces minus infinity among shifted logits, LOWEST begins a running maximum.
 FLOOR = tl.constexpr(-1e30)
 LOWEST = tl.constexpr(-3.402823466e38)
 NO_INDEX = tl.constexpr(2**31 - 1)
 TINY = tl.constexpr(1e-37)
 
-# Of the Statistics that a row may cost, those whose gradient is not S - T.
+# Statistics that can be the cost and whose gradient is not S - T.
 REVERSE_KL = tl.constexpr(2)
 ENTROPY = tl.constexpr(5)
 JSD = tl.constexpr(12)
@@ -38,7 +38,7 @@ STUDENT_MIXTURE_KL = tl.constexpr(13)
 
 @triton.jit
 def _tanh(x):
-    """Within 3 ulp: an odd polynomial near 0, where 1 - e^(-2|x|) would cancel, the exponential elsewhere."""
+    """Computes tanh within 3 ulp: an odd polynomial near 0, where 1 - e^(-2|x|) would cancel, else the exponential."""
     square = x * x
     p = -8.18274232e-3 + 2.14760194e-3 * square
     p = p * square + 2.17029937e-2
@@ -52,7 +52,7 @@ def _tanh(x):
 
 @triton.jit
 def _log1p(x):
-    """For x > -1: 2 atanh(x / (2 + x)) near 0, where the hardware's logarithm of 1 + x has lost x's digits."""
+    """Computes log(1 + x) for x > -1: near 0 as 2 atanh(x / (2 + x)), since 1 + x has lost digits of x."""
     z = x / (2.0 + x)
     square = z * z
     p = 1.11111111e-1 * square + 1.42857143e-1
@@ -63,7 +63,7 @@ def _log1p(x):
 
 @triton.jit
 def _mixture_excess(p, q, weight):
-    """As in csrc/row_math.h."""
+    """Computes M / P - 1 of a mixture M, as in csrc/row_math.h."""
     tiny = p < TINY
     return tl.where(tiny, 0.0, weight * (q - p) / tl.where(tiny, 1.0, p))
 
@@ -79,7 +79,7 @@ def _logit(raw_plus_bias, softcap, inverse_temperature, HAS_SOFTCAP: tl.constexp
 
 @triton.jit
 def _floored(x):
-    """max(x, FLOOR) that lets NaN pass."""
+    """Computes max(x, FLOOR), with NaN kept."""
     return tl.where(x < FLOOR, FLOOR, x)
 
 
@@ -87,7 +87,7 @@ def _floored(x):
 def _load_logits(
     row_ptr, bias_ptr, columns, inside, softcap, inverse_temperature, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
 ):
-    """Transformed logits of some columns of one row, -inf outside the vocabulary."""
+    """Loads the transformed logits of some columns of one row, -inf outside the vocabulary."""
     raw = tl.load(row_ptr + columns, mask=inside, other=0.0)
     if HAS_BIAS:
         raw += tl.load(bias_ptr + columns, mask=inside, other=0.0)
@@ -142,7 +142,7 @@ def row_partials(
 
 @triton.jit
 def _first_index(indices_ptr, maxima, maximum, splits, inside):
-    """The first index at which a row reaches its maximum."""
+    """Returns the first index at which a row reaches its maximum."""
     index = tl.load(indices_ptr + splits * 10, mask=inside, other=0.0).to(tl.int32, bitcast=True)
     return tl.min(tl.where(inside & (maxima == maximum), index, NO_INDEX))
 
@@ -227,17 +227,17 @@ def mixture_partials(
     t = _floored(teacher - tl.load(statistics_ptr + 10 * num_rows + row))
     p = tl.exp(s - tl.load(statistics_ptr + 9 * num_rows + row))
     q = tl.exp(t - tl.load(statistics_ptr + 11 * num_rows + row))
-    own = 1.0 - jsd_weight
+    student_share = 1.0 - jsd_weight
     out = partials_ptr + row * num_splits + split
     tl.store(out, tl.sum(jsd_weight * (q - p) - p * _log1p(_mixture_excess(p, q, jsd_weight))))
-    tl.store(out + partials_stride, tl.sum(own * (p - q) - q * _log1p(_mixture_excess(q, p, own))))
+    tl.store(out + partials_stride, tl.sum(student_share * (p - q) - q * _log1p(_mixture_excess(q, p, student_share))))
 
 
 @triton.jit
 def row_grad(
     student_ptr, teacher_ptr, student_stride, teacher_stride, student_bias_ptr, teacher_bias_ptr,
     student_softcap, teacher_softcap, student_inverse_temperature, teacher_inverse_temperature,
-    tokens_ptr, statistics_ptr, cost_weight_ptr, logprob_weight_ptr, jsd_weight, out_ptr, out_stride, rounding_ptr,
+    tokens_ptr, statistics_ptr, cost_weight_ptr, logprob_weight_ptr, jsd_weight, out_ptr, out_stride, residual_ptr,
     num_rows, vocab_size, num_splits,
     HAS_STUDENT_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr,
     HAS_STUDENT_SOFTCAP: tl.constexpr, HAS_TEACHER_SOFTCAP: tl.constexpr,
@@ -252,7 +252,7 @@ def row_grad(
         logprob_weight = tl.load(logprob_weight_ptr + row)
         weight_size += tl.abs(logprob_weight)
 
-    # A row that is not used is not read either: it may hold anything.
+    # A row whose weights are 0 is not read: it may hold anything.
     used = weight_size != 0
     read = inside & used
     raw = tl.load(student_ptr + row * student_stride + columns, mask=read, other=0.0)
@@ -293,8 +293,8 @@ def row_grad(
     rounded = grad.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * out_stride + columns, rounded, mask=inside)
     if ROUNDS:
-        lost = tl.sum(tl.where(inside, grad - rounded.to(tl.float32), 0.0))
-        tl.store(rounding_ptr + tl.program_id(0), lost)
+        residual = tl.sum(tl.where(inside, grad - rounded.to(tl.float32), 0.0))
+        tl.store(residual_ptr + tl.program_id(0), residual)
 
 
 @triton.jit
@@ -304,7 +304,7 @@ def _tile_logits(
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WIDEN: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Transformed logits [ROWS, COLUMNS] of one tile, -inf outside the vocabulary."""
+    """Computes the transformed logits [ROWS, COLUMNS] of one tile, -inf outside the vocabulary."""
     logits = tl.zeros([ROWS, COLUMNS], tl.float32)
     for begin in range(0, hidden_size, DEPTH):
         depth = begin + tl.arange(0, DEPTH)
@@ -377,7 +377,7 @@ def head_partials(
         teacher_index = tl.where(teacher_tile > teacher_max, first + teacher_where, teacher_index)
         student_tile, teacher_tile = tl.maximum(student_max, student_tile), tl.maximum(teacher_max, teacher_tile)
 
-        # shift_sums of row_math.h, then this tile's own terms.
+        # shift_sums of row_math.h, then the terms of this tile.
         student_shift, teacher_shift = _floored(student_max - student_tile), _floored(teacher_max - teacher_tile)
         p, q, gap = tl.exp(student_shift), tl.exp(teacher_shift), teacher_shift - student_shift
         student_log = p * (student_log + student_shift * student_sum)

@@ -14,7 +14,7 @@ N, V, D = 6, 11, 4
 
 
 def sharded(*shape):
-    """As far as the door looks."""
+    """A tensor that the checks take for a DTensor."""
     tensor = torch.zeros(shape)
     tensor.device_mesh = None
     return tensor
