@@ -114,14 +114,14 @@ def check_softcap_and_minus_infinity(kernels: ModuleType, generator: torch.Gener
     tokens = torch.tensor([2, 5, 130])
     bias = torch.zeros(131)
     bias[[0, 7, 60]] = float("-inf")
-    ce_weight, logprob_weight = torch.rand(2, 3, generator=generator) + 0.1
+    cost_weight, logprob_weight = torch.rand(2, 3, generator=generator) + 0.1
     capped = as_inputs(logits, tokens, logit_softcap=20.0, temperature=0.7)
     plain = as_inputs(logits, tokens, student_bias=bias, teacher_bias=bias)
     transform = LogitTransform(None, 20.0, 0.7)
     copy = LogitPair(logits.student.clone(), logits.teacher.clone())
-    check(kernels, copy, transform, transform, capped, ce_weight, logprob_weight)
+    check(kernels, copy, transform, transform, capped, cost_weight, logprob_weight)
     transform = LogitTransform(bias, None, 1.0)
-    check(kernels, logits, transform, transform, plain, ce_weight, logprob_weight)
+    check(kernels, logits, transform, transform, plain, cost_weight, logprob_weight)
 
 
 def check_blocks(kernels: ModuleType, generator: torch.Generator) -> None:

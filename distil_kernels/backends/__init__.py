@@ -10,11 +10,13 @@ A back end is a module of this package with two row kernels and one question:
 `logits` is a `LogitPair`: the raw outputs [R, V] of the two lm_head products, float32 (float64 for float64 inputs).
 Without a teacher both are the student's. `student` and `teacher` are `LogitTransform`s, which the kernels apply while
 they read. `tokens` is int64 [R] or None. `cost` names the statistic that rows cost; JSD and STUDENT_MIXTURE_KL need a
-second read of the logits, and are 0 unless they are the cost. `row_grad` writes d(cost_weight * cost + logprob_weight *
-log S[token]) / d raw student logit to `out` [R, V], which may be `logits.student` itself; a row whose two weights are 0
-gets zeros whatever its logits hold. `out` may also be bfloat16, on a GPU float16 too, the operand of the next products;
-then it has separate memory, or on the CPU the first half of each row of `logits.student`. It returns the residual [R]:
-what the sum of each row lost to rounding; None if nothing was rounded.
+second read of the logits, and are 0 unless they are the cost.
+
+`row_grad` writes d(cost_weight * cost + logprob_weight * log S[token]) / d raw student logit to `out` [R, V], which may
+be `logits.student` itself; a row whose two weights are 0 gets zeros whatever its logits hold. `out` may also be
+bfloat16, on a GPU float16 too, the operand of the next products; then it has separate memory, or on the CPU the first
+half of each row of `logits.student`. It returns the residual [R]: what the sum of each row lost to rounding; None if
+nothing was rounded.
 
 Three more kernels are optional. Without `row_stats_grad` or `head_stats` the driver calls the two above, without
 `cost_to_go` that of `reference`:

@@ -141,9 +141,8 @@ class Call:
         plan: str | Plan = "auto",
     ) -> ScalarLoss:
         """Computes a weighted sum of costs over the denominator (None for 1), with credit if there is some."""
-        teacher_tensors = self._teacher
         return self._sum_of_costs(
-            custom_ops.scalar_loss, teacher_tensors, cost, denominator, tokens, cu_seqlens, credit, gradient_threshold,
+            custom_ops.scalar_loss, self._teacher, cost, denominator, tokens, cu_seqlens, credit, gradient_threshold,
             plan,
         )  # fmt: skip
 

@@ -176,8 +176,8 @@ def test_cluster_equals_two_passes(kernels, vocab_size, cluster_size, softcap, d
     logits.student[2] = float("nan")
     bias = torch.randn(vocab_size, generator=generator)
     student, teacher = LogitTransform(bias, softcap, 0.7), LogitTransform(None, None, 1.3)
-    tokens, ce_weight = torch.tensor([0, vocab_size - 1, 1]), torch.tensor([0.3, 1.7, 0.0])
-    arguments = logits, student, teacher, tokens, FORWARD_CE, ce_weight
+    tokens, cost_weight = torch.tensor([0, vocab_size - 1, 1]), torch.tensor([0.3, 1.7, 0.0])
+    arguments = logits, student, teacher, tokens, FORWARD_CE, cost_weight
     kernel = cuda.RowKernel(0, "two passes")
     monkeypatch.setattr(cuda, "choose_row_kernel", lambda *_: kernel)
     expected = torch.full_like(logits.student, float("nan"), dtype=dtype)

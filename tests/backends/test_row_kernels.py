@@ -45,7 +45,7 @@ def test_against_float64(instruction_set, cost, vocab_size, softcap, generator):
     bias = torch.randn(vocab_size, generator=generator)
     tokens = torch.randint(vocab_size, (num_rows,), generator=generator)
     student, teacher = LogitTransform(bias, softcap, 0.7), LogitTransform(None, softcap, 1.3)
-    ce_weight, logprob_weight = torch.randn(2, num_rows, generator=generator)
+    cost_weight, logprob_weight = torch.randn(2, num_rows, generator=generator)
 
     def run(module, logits, *, dtype, **options):
         s, t = (LogitTransform(x.bias if x.bias is None else x.bias.to(dtype), x.softcap, x.temperature)
@@ -54,7 +54,7 @@ def test_against_float64(instruction_set, cost, vocab_size, softcap, generator):
         statistics = module.row_stats(logits, s, t, tokens, cost, **options)
         out = torch.empty_like(logits.student)
         module.row_grad(
-            logits, s, t, tokens, statistics, cost, ce_weight.to(dtype), logprob_weight.to(dtype), out, **options
+            logits, s, t, tokens, statistics, cost, cost_weight.to(dtype), logprob_weight.to(dtype), out, **options
         )  # fmt: skip
         return statistics, out
 
