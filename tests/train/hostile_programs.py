@@ -47,8 +47,8 @@ READS = {
     "proc of the tester": "print(open('/proc/TESTER/rootOUTSIDE/secret').read())",
     "environment of the tester": "if open('/proc/TESTER/environ', 'rb').read(): print('ESCAPED')",
     "memory of the victim": "memory = open('/proc/VICTIM/maps').read()\nif memory: print('ESCAPED')",
-    "frames and globals": "import sys, gc\nfor o in gc.get_objects():\n"
-    "    if isinstance(o, dict) and 'open' in o: print(o['open']('OUTSIDE/secret').read()); break",
+    "frames": "import sys\nframe = sys._getframe()\nwhile frame.f_back: frame = frame.f_back\n"
+    "print(frame.f_builtins['open']('OUTSIDE/secret').read())",
 }  # fmt: skip
 
 WRITES = {

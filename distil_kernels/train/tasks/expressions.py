@@ -1,9 +1,9 @@
 """Compares mathematical expressions with math-verify, in a process of its own: nothing else ends 9^{9^{9^{9}}}.
 
-One process, which has imported math-verify, serves all comparisons, a line of JSON each way; it forks for each of them.
-An alarm whose default action ends the fork is set there, so that it ends in C code too. The process runs none of the
-caller's main module, has a session of its own, so that Ctrl-C does not reach it, and ends where its input does:
-with the caller.
+One process, which has imported math-verify, takes all comparisons, a line of JSON each way, and hands them to a fork of
+its own, whose caches grow. While that compares, an alarm is set whose default action ends it, in C code too; the next
+comparison then costs a new fork and no import (2 s). The process runs none of the caller's main module, has a session
+of its own, so that Ctrl-C does not reach it, and ends where its input does: with the caller.
 """
 
 from __future__ import annotations
@@ -31,20 +31,37 @@ signal.signal(signal.SIGPROF, signal.SIG_DFL)
 replies, sys.stdout = sys.stdout, sys.stderr
 resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
 print("ready", file=replies, flush=True)
+
+def serve(asked, answered):
+    for line in open(asked, closefd=False):
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        right, found = (parse(text, parsing_timeout=None) for text in json.loads(line))
+        is_equal = bool(found) and verify(right, found, timeout_seconds=None)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        os.write(answered, b"1" if is_equal else b"0")
+
+child = 0
 for line in sys.stdin:
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            signal.setitimer(signal.ITIMER_PROF, seconds)
-            right, found = (parse(text, parsing_timeout=None) for text in json.loads(line))
-            os.write(writer, b"1" if found and verify(right, found, timeout_seconds=None) else b"0")
-        finally:
-            os._exit(0)
-    os.close(writer)
-    print(os.read(reader, 1).decode() or "late", file=replies, flush=True)
-    os.close(reader)
-    os.waitpid(child, 0)
+    if not child:
+        (asked, ask), (answer, answered) = os.pipe(), os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(ask)
+            os.close(answer)
+            try:
+                serve(asked, answered)
+            finally:
+                os._exit(0)
+        os.close(asked)
+        os.close(answered)
+    os.write(ask, line.encode())
+    reply = os.read(answer, 1).decode()
+    if not reply:
+        os.close(ask)
+        os.close(answer)
+        os.waitpid(child, 0)
+        child = 0
+    print(reply or "late", file=replies, flush=True)
 """
 
 

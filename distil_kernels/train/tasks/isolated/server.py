@@ -9,6 +9,7 @@ where its standard input does: with the trainer.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import select
 import signal
@@ -53,6 +54,8 @@ def main(control: int, new_root: str, kinds: list[str]) -> None:
     )
     restrict_server(walls)
     wire.send(1, walls)
+    gc.collect()
+    gc.freeze()  # a fork's collections do not touch, and so copy, what it shares with this process
     serve(socket.socket(fileno=control), walls)
 
 
