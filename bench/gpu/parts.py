@@ -128,7 +128,7 @@ def stage_tune(record: Record) -> None:
     for vocab_size in (8192, 32_000, 50_304, 100_352, 128_256, 151_936, 262_144):
         times = _row_route_times(vocab_size)
         best = min(times, key=lambda size: times[size])
-        chosen = cuda.choose_row_kernel(limits, vocab_size, False, True).cluster_size
+        chosen = cuda.choose_row_kernel(limits, vocab_size, True).cluster_size
         record.put(f"V={vocab_size}", {"milliseconds": times, "best": best, "chosen": chosen})
         listed = "  ".join(f"{size}: {milliseconds:.3f}" for size, milliseconds in times.items())
         print(f"V={vocab_size:<8} best {best}, chosen {chosen}   {listed} ms", flush=True)

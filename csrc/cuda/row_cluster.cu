@@ -128,12 +128,11 @@ __device__ inline float write_grad(const LogitRows& student, const Slice& slice,
 }
 
 template <bool kSoftcap>
-__global__ void __launch_bounds__(kThreads, kSoftcap ? 1 : 2)
-    row_stats_grad(RowTask task, GradRows grad, int slice_entries) {
+__global__ void __launch_bounds__(kThreads, 1) row_stats_grad(RowTask task, GradRows grad, int slice_entries) {
   extern __shared__ float4 storage[];
   __shared__ BlockScratch scratch;
   __shared__ double residual_by_warp[kWarps];
-  __shared__ RowState<double> block_sums;
+  __shared__ RowState<double> block_sums, row_sums;
   __shared__ Normalizers normalizers;
   const LogitRows &student = task.student, &teacher = task.teacher;
   const cg::cluster_group cluster = cg::this_cluster();
@@ -152,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, kSoftcap ? 1 : 2)
     __pipeline_commit();
   }
   // Read the token's logits before any block may overwrite them with the gradient.
-  float student_token = 0.0f, teacher_token = 0.0f;
+  __shared__ float student_token, teacher_token;  // in shared memory, as `row_sums`: they are needed at the end
   if (task.tokens != nullptr && rank == 0 && threadIdx.x == 0) {
     student_token = token_logit(student, row, task.tokens[row], task.vocab_size);
     teacher_token = token_logit(teacher, row, task.tokens[row], task.vocab_size);
@@ -166,11 +165,12 @@ __global__ void __launch_bounds__(kThreads, kSoftcap ? 1 : 2)
   const RowState<double> merged_block = block_state(state, scratch);
   if (threadIdx.x == 0) block_sums = merged_block;
   cluster.sync();
-  RowState<double> merged;
   if (threadIdx.x < kWarp) {
+    RowState<double> merged;
     if (threadIdx.x < num_blocks) merged = *cluster.map_shared_rank(&block_sums, threadIdx.x);
     merged = warp_state(merged);
     if (threadIdx.x == 0) {
+      row_sums = merged;  // in shared memory: registers would hold them while the gradient is written
       normalizers = {merged.student.value, merged.teacher.value, static_cast<float>(log(merged.sums.student)),
                      static_cast<float>(log(merged.sums.teacher))};
     }
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, kSoftcap ? 1 : 2)
   cluster.sync();  // `normalizers` are written, and no block reads another block's memory any more
   const float residual = write_grad<kSoftcap>(student, slice, normalizers, row, grad);
   // The statistics come last: only one thread has work for them, and the other blocks do not wait for it.
-  if (rank == 0 && threadIdx.x == 0) store_statistics(task, row, merged, student_token, teacher_token);
+  if (rank == 0 && threadIdx.x == 0) store_statistics(task, row, row_sums, student_token, teacher_token);
   if (grad.residual == nullptr) return;
   const double total = block_sum(residual, residual_by_warp);
   if (threadIdx.x == 0) grad.residual[blockIdx.x] = static_cast<float>(total);

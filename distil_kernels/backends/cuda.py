@@ -93,13 +93,14 @@ def cluster_bytes(vocab_size: int, cluster_size: int) -> int:
     return 2 * 16 * -(-vocab_size // (4 * cluster_size)) + 2048
 
 
-def choose_row_kernel(limits: DeviceLimits, vocab_size: int, softcap: bool, aligned: bool) -> RowKernel:
+def choose_row_kernel(limits: DeviceLimits, vocab_size: int, aligned: bool) -> RowKernel:
     """Chooses the smallest cluster of which two blocks share a multiprocessor (one loads while the other computes),
     else two kernels. Not yet timed: bench/gpu/check.py `tune` times every choice.
 
     A cluster with one block to a multiprocessor, as for a vocabulary of more than 114,000 entries on an H100, loads,
     sums and writes one after another: by its instruction count it takes 8.3 to 9.9 ms for 8192 rows of 151,936, two
-    kernels 6.0 to 6.5 ms. A softcap takes more registers than two blocks have.
+    kernels 6.0 to 6.5 ms. Compiled for 12.0, it takes more registers than two blocks have; for 9.0 and 10.0 a test
+    holds it to theirs.
 
     Args:
         aligned: every row begins at a multiple of 16 bytes.
@@ -108,8 +109,8 @@ def choose_row_kernel(limits: DeviceLimits, vocab_size: int, softcap: bool, alig
         return RowKernel(TWO_KERNELS, "compute capability {}.{} has no clusters".format(*limits.capability))
     if not aligned:
         return RowKernel(TWO_KERNELS, "rows do not all begin at multiples of 16 bytes")
-    if softcap:
-        return RowKernel(TWO_KERNELS, "a softcap takes the registers of a second block to a multiprocessor")
+    if limits.capability >= (12, 0):
+        return RowKernel(TWO_KERNELS, "compute capability 12.0 has registers for one block to a multiprocessor")
     for size in _CLUSTER_SIZES:
         if 2 * cluster_bytes(vocab_size, size) <= limits.block_bytes:
             return RowKernel(size, "two blocks to a multiprocessor")
@@ -162,7 +163,7 @@ def row_stats_grad(
     num_rows, vocab_size = logits.student.shape
     softcap = student.softcap is not None or teacher.softcap is not None
     aligned = all(_aligned(tensor) for tensor in (*logits, out, student.bias, teacher.bias))
-    kernel = choose_row_kernel(device_limits(index), vocab_size, softcap, aligned)
+    kernel = choose_row_kernel(device_limits(index), vocab_size, aligned)
     if (
         kernel.cluster_size == TWO_KERNELS
         or cost.statistic not in (Statistic.FORWARD_CE, Statistic.FORWARD_KL)

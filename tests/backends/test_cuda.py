@@ -48,14 +48,16 @@ H100 = cuda.DeviceLimits((9, 0), 227 * 1024)
 
 
 def test_choose_row_kernel():
-    assert cuda.choose_row_kernel(H100, 32_000, False, True) == (4, "two blocks to a multiprocessor")
-    assert cuda.choose_row_kernel(H100, 100_352, False, True).cluster_size == 8
+    assert cuda.choose_row_kernel(H100, 32_000, True) == (4, "two blocks to a multiprocessor")
+    assert cuda.choose_row_kernel(H100, 100_352, True).cluster_size == 8
     a100 = H100._replace(capability=(8, 0))
-    assert cuda.choose_row_kernel(a100, 32_000, False, True) == (0, "compute capability 8.0 has no clusters")
-    assert "multiples of 16 bytes" in cuda.choose_row_kernel(H100, 32_000, False, False).reason
-    assert "registers" in cuda.choose_row_kernel(H100, 32_000, True, True).reason
+    assert cuda.choose_row_kernel(a100, 32_000, True) == (0, "compute capability 8.0 has no clusters")
+    assert "multiples of 16 bytes" in cuda.choose_row_kernel(H100, 32_000, False).reason
+    b300, rtx_5090 = H100._replace(capability=(10, 3)), cuda.DeviceLimits((12, 0), 99 * 1024)
+    assert cuda.choose_row_kernel(b300, 32_000, True).cluster_size == 4
+    assert "registers" in cuda.choose_row_kernel(rtx_5090, 8192, True).reason
     for vocab_size in (151_936, 262_144):  # one block to a multiprocessor, and none
-        kernel = cuda.choose_row_kernel(H100, vocab_size, False, True)
+        kernel = cuda.choose_row_kernel(H100, vocab_size, True)
         assert kernel.cluster_size == cuda.TWO_KERNELS and "in each of 8 blocks" in kernel.reason
 
 
