@@ -138,7 +138,7 @@ template <int kWidth, int kGroup, typename Visit>
 __device__ inline void for_groups(int size, const Visit& visit) {
   constexpr int kStep = kThreads * kWidth;
   int first = static_cast<int>(threadIdx.x) * kWidth;
-#pragma unroll(kGroup == 1 ? 2 : 1)
+#pragma unroll(kGroup == 1 && kWidth == kVector ? 2 : 1)
   for (; first + (kGroup - 1) * kStep + kWidth <= size; first += kGroup * kStep) visit(first, std::true_type{});
   if (first < size) visit(first, std::false_type{});
 }
