@@ -62,9 +62,9 @@ class Tutor:
         prompt_index = [index for index in range(len(groups)) for _ in range(num_rollouts)]
         rollouts = roll_out([group.prompt for group in groups], prompt_index, sampling, tool)
         sampled = [rollouts[index * num_rollouts : (index + 1) * num_rollouts] for index in range(len(groups))]
-        self.verify([(group.problem, own) for group, own in zip(groups, sampled, strict=True)])
-        for group, own in zip(groups, sampled, strict=True):
-            group.rollouts += own
+        self.verify([(group.problem, added) for group, added in zip(groups, sampled, strict=True)])
+        for group, added in zip(groups, sampled, strict=True):
+            group.rollouts += added
 
     def verify(self, groups: Sequence[tuple[Problem, Sequence[Rollout]]]) -> None:
         """Fills in answer and score of some rollouts of problems, and the feedback that needs no other rollout."""
