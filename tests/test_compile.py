@@ -84,6 +84,7 @@ ROWS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 def test_one_graph_serves_every_number_of_rows(name, generator):
     """The rows of chunks and staging buffer follow the number of rows without another graph."""

@@ -112,6 +112,7 @@ for dtype in (torch.float32, torch.bfloat16):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("default", ["float64", "bfloat16", "float16", "meta"])
 def test_defaults_of_torch_change_nothing(default, request, generator):
     folder, seed = str(request.path.parent), str(generator.initial_seed())

@@ -268,7 +268,9 @@ def add_grad_bias(grad_logits: Tensor, upstream: Tensor | None, out: Tensor) -> 
 
 
 def _widened(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yields blocks of rows of W in a wider dtype."""
+    """Yields blocks of rows of W in a wider dtype, one after the other in the same memory."""
+    wide = weight.new_empty(min(_WIDEN_BLOCK, weight.shape[0]), weight.shape[1], dtype=dtype)
     for begin in range(0, weight.shape[0], _WIDEN_BLOCK):
         block = slice(begin, begin + _WIDEN_BLOCK)
-        yield block, weight[block].to(dtype)
+        rows = weight[block]
+        yield block, wide[: rows.shape[0]].copy_(rows)

@@ -18,6 +18,8 @@ from distil_kernels.backends import FORWARD_CE, NUM_STATISTICS, LogitTransform, 
 from distil_kernels.backends.dispatch import choose_backend
 from distil_kernels.engine.credit import Credit, CreditScan, reverse_chunks
 
+pytestmark = pytest.mark.slow
+
 
 def test_unavailable_says_why(monkeypatch):
     gpu, dtype = torch.device("cuda"), torch.bfloat16
@@ -108,7 +110,6 @@ def kernels(emulated_extension, monkeypatch):
 
 
 # padding 1 makes rows of 131 and 7 begin at vectors, 5 does not.
-@pytest.mark.slow
 @pytest.mark.parametrize("padding", [1, 5])
 @pytest.mark.parametrize("kind", ["ordinary", "peaked", "near", "offset"])
 @pytest.mark.parametrize("vocab_size", [1, 7, 131])
@@ -116,14 +117,12 @@ def test_statistics_and_gradient(kernels, vocab_size, kind, padding, generator):
     row_checks.check_kinds(kernels, vocab_size, kind, generator, padding)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ordinary", "peaked", "near"])
 @pytest.mark.parametrize("cost", ["reverse_kl", "jsd", "entropy"])
 def test_other_costs(kernels, cost, kind, generator):
     row_checks.check_kinds(kernels, 131, kind, generator, padding=1, cost=cost)
 
 
-@pytest.mark.slow
 def test_corners(kernels, generator):
     row_checks.check_softcap_and_minus_infinity(kernels, generator)
     row_checks.check_blocks(kernels, generator)
@@ -136,7 +135,6 @@ def test_corners(kernels, generator):
     row_checks.check_small_terms_after_large_ones(kernels, first & (place == 0), first & (place == 1))
 
 
-@pytest.mark.slow
 def test_cost_to_go(kernels, generator):
     to_go_checks.check_random_layouts(kernels, generator, 64)
     to_go_checks.check_long_sequences(kernels, generator)
@@ -156,7 +154,6 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.slow
 def test_credit_of_a_chunk_takes_few_launches(kernels):
     credit, lengths = Credit(discount=0.9), torch.tensor([64] * 8)
     scan = CreditScan(credit, lengths, kernels)
@@ -167,7 +164,6 @@ def test_credit_of_a_chunk_takes_few_launches(kernels):
         assert launched.names == ["mul", *(["new_zeros"] if number == 0 else []), "index", "mul", "stack"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "softcap"), [(torch.float32, None), (torch.bfloat16, 5.0), (torch.float16, None)], ids=str
 )
@@ -198,7 +194,6 @@ def test_cluster_equals_two_passes(kernels, vocab_size, cluster_size, softcap, d
     torch.testing.assert_close(out, expected, rtol=2 * ulp, atol=2e-7 + ulp * float(expected.abs().max()))
 
 
-@pytest.mark.slow
 def test_a_cluster_is_not_asked_for_a_cost_that_it_has_not(kernels, generator, monkeypatch):
     monkeypatch.setattr(cuda, "choose_row_kernel", lambda *_: cuda.RowKernel(2, "cluster"))
     logits, plain = row_checks.make_logits(3, 131, generator), LogitTransform(None, None, 1.0)

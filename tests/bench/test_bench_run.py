@@ -23,6 +23,8 @@ from verify import rejection_reason
 from distil_kernels.backends import cpu
 from distil_kernels.engine import gemm
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 CASE = Case("ce", 64, 700, 16, "fp32", "cpu", 1)
 

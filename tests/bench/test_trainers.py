@@ -12,6 +12,8 @@ import pytest
 import trainers
 from tiny import save_tiny_model
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -11,6 +11,8 @@ import torch
 
 from distil_kernels.backends import FORWARD_CE, LogitPair, LogitTransform, cuda
 
+pytestmark = pytest.mark.slow
+
 HAS_GPU = torch.cuda.is_available()
 # 3: most blocks have nothing; 131: the last has a tail; 4099; and the vocabularies of GPT-2 and of Qwen.
 VOCAB_SIZES = (3, 131, 4099, 50_257, 151_936) if HAS_GPU else (131,)

@@ -37,6 +37,8 @@ from distil_kernels.testing import (
     term_sizes,
 )
 
+pytestmark = pytest.mark.slow
+
 GPU = torch.device("cuda")
 IS_EMULATED = not torch.cuda.is_available()  # see conftest.py
 IS_INTERPRETED = IS_EMULATED and os.environ.get("TRITON_INTERPRET") == "1"

@@ -15,6 +15,8 @@ from studies.compare.grid import Result
 from studies.compare.pretrain import Pretraining, pretrain
 from studies.theory.success import pass_at_k
 
+pytestmark = pytest.mark.slow
+
 
 def text(answers: torch.Tensor) -> list[str]:
     return ["".join(CHARACTERS[token] for token in row).rstrip() for row in answers.tolist()]
@@ -138,7 +140,6 @@ def conduct(tmp_path, monkeypatch, capsys):
     return conduct_quick_study
 
 
-@pytest.mark.slow
 def test_quick_study_runs_and_resumes_without_repeating(conduct, tmp_path):
     results, printed = conduct()
     assert "Add three digits" in printed and (tmp_path / "figures" / "compare_objectives.svg").stat().st_size > 1000

@@ -12,6 +12,8 @@ from studies.compare import accuracy_tables, grid, language
 from studies.compare.grid import REFERENCE, Result
 from studies.compare.language import Budget, Run, Scale, execute
 
+pytestmark = pytest.mark.slow
+
 
 def test_every_objective_is_the_trainers_own() -> None:
     for options in language.OPTIONS.values():
@@ -42,7 +44,6 @@ def test_runs_of_a_seed_begin_alike_and_then_differ(tiny_model: Path) -> None:
     assert lengths("distil", 0.0, steps=0)[0] == []
 
 
-@pytest.mark.slow
 def test_a_stopped_study_goes_on(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     docs, path = tmp_path / "results.md", tmp_path / "out" / "runs.jsonl"
     begin, end = accuracy_tables.marks(command.COMMANDS["language"])

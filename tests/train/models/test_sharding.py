@@ -25,6 +25,8 @@ from distil_kernels.train.run.checkpoint import load_state, restore_generators
 from distil_kernels.train.run.json_lines import read_lines
 from distil_kernels.train.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 METHODS: dict[str, dict[str, Any]] = {
     "frozen teacher": {"teacher": "frozen"},
     "ema teacher, micro-batches of 1": {"teacher": "ema", "micro_batch_prompts": 1},

@@ -18,6 +18,8 @@ from distil_kernels.train.run.checkpoint import load_state
 from distil_kernels.train.run.distributed import Processes
 from distil_kernels.train.run.json_lines import read_lines
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

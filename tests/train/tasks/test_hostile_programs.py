@@ -23,6 +23,8 @@ from safetensors.numpy import save_file
 from distil_kernels.train import tasks
 from distil_kernels.train.tasks.sandbox import WALLS, Limits, Sandbox
 
+pytestmark = pytest.mark.slow
+
 SMALL = Limits(seconds=0.5)
 LARGE = Limits(seconds=10.0, memory_bytes=2**33, output_bytes=2**28)
 KINDS = {"reads": READS, "writes": WRITES, "reaches": REACHES, "prints": PRINTS, "exhausts": EXHAUSTS}

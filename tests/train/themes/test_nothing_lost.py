@@ -26,6 +26,8 @@ from distil_kernels.train.__main__ import main
 from distil_kernels.train.run.checkpoint import load_state
 from distil_kernels.train.run.json_lines import read_lines
 
+pytestmark = pytest.mark.slow
+
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["distil_kernels.train.trainer"])
 TIMES = ("seconds", "tokens_per_second")

@@ -17,6 +17,8 @@ from two_processes import together
 
 from distil_kernels.train.models import activation_checkpointing
 
+pytestmark = pytest.mark.slow
+
 WAYS = {
     "whole": {},
     "micro-batches of 1": {"micro_batch_prompts": 1},
