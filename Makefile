@@ -3,12 +3,16 @@
 #
 # PYTHON is the interpreter that a virtual environment is made from. If it has torch (a CUDA build, say), the
 # environment uses that torch and never replaces it; else it gets TORCH from the package index.
+# WORKERS is the number of processes that share the tests.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 ARGS ?=
+WORKERS ?= logical
 BIN := $(VENV)/bin
+# A file of tests stays in one process: its fixtures are made once.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find cmake csrc python -type f)
 
 .PHONY: train test test-all bench theory compare lint format clean
@@ -17,11 +21,11 @@ train: $(VENV)/train
 	$(BIN)/python -m distil_kernels.train $(ARGS)
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: $(VENV)/dev
-	$(BIN)/python -m pytest $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted tests/gpu $(ARGS)
+	$(PYTEST) $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpreted tests/gpu $(ARGS)
 
 # --plot draws with matplotlib, as the studies do.
 bench: $(VENV)/studies
