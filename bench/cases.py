@@ -84,7 +84,7 @@ class Case:
 class CaseInputs(Inputs):
     """Inputs of a case: the public ops' arguments, and the weights and sequences that `stats` and `distil` need."""
 
-    ce_weight: Tensor
+    cost_weight: Tensor
     """Upstream gradient of the cross-entropies in `stats`, [N]."""
     logprob_weight: Tensor
     """Upstream gradient of the log-probs in `stats`, [N]."""
@@ -95,7 +95,7 @@ class CaseInputs(Inputs):
         """Fresh leaves of the same values on a device."""
         return replace(
             self.to(self.student_hidden.dtype, device),
-            ce_weight=self.ce_weight.to(device),
+            cost_weight=self.cost_weight.to(device),
             logprob_weight=self.logprob_weight.to(device),
         )
 
@@ -111,7 +111,7 @@ class CaseInputs(Inputs):
             student_weight=self.student_weight.detach().requires_grad_(self.student_weight.requires_grad),
             teacher_hidden=rows(self.teacher_hidden),
             tokens=self.tokens[:num_rows],
-            ce_weight=self.ce_weight[:num_rows],
+            cost_weight=self.cost_weight[:num_rows],
             logprob_weight=self.logprob_weight[:num_rows],
             cu_seqlens=sequence_borders(num_rows),
         )
@@ -146,14 +146,14 @@ def make_case_inputs(case: Case, regime: str, seed: int = 0) -> CaseInputs:
     generator = torch.Generator().manual_seed(seed)
     make = _smollm2_inputs if case.data == "smollm2" else _random_inputs
     base, dtype = make(case, regime, generator), case.torch_dtype
-    ce_weight, logprob_weight = torch.rand(2, case.num_rows, generator=generator) / case.num_rows
+    cost_weight, logprob_weight = torch.rand(2, case.num_rows, generator=generator) / case.num_rows
     return CaseInputs(
         base.student_hidden.detach().to(dtype).requires_grad_(),
         base.student_weight.detach().to(dtype).requires_grad_(case.op != "frozen"),
         base.teacher_hidden.to(dtype),
         base.teacher_weight.to(dtype),
         base.tokens,
-        ce_weight=ce_weight,
+        cost_weight=cost_weight,
         logprob_weight=logprob_weight - 0.5 / case.num_rows,
         cu_seqlens=sequence_borders(case.num_rows),
     )
@@ -199,7 +199,7 @@ def exact_result(op: str, case_inputs: CaseInputs) -> ExactResult:
     num_rows = inputs.tokens.numel()
     statistics = _statistics(inputs)
     if op == "stats":
-        c, a = case_inputs.ce_weight.double(), case_inputs.logprob_weight.double()
+        c, a = case_inputs.cost_weight.double(), case_inputs.logprob_weight.double()
     elif op == "distil":
         lengths = case_inputs.cu_seqlens.diff().tolist()
         c = torch.full((num_rows,), 1.0 / len(lengths), dtype=torch.float64)

@@ -123,7 +123,7 @@ def _our_candidate(op: str, backend: str, plan: str, unavailable: str | None) ->
 
     def stats(inputs: CaseInputs) -> Tensor:
         stats = dk.token_stats(*inputs.heads, tokens=inputs.tokens, backend=backend, plan=plan)
-        return inputs.ce_weight @ stats.ce + inputs.logprob_weight @ stats.logprob
+        return inputs.cost_weight @ stats.ce + inputs.logprob_weight @ stats.logprob
 
     def distil(inputs: CaseInputs) -> Tensor:
         return dk.fused_distil_loss(
@@ -156,7 +156,7 @@ def _naive(op: str) -> Loss:
     def stats(inputs: CaseInputs) -> Tensor:
         ce, log_s = rows(inputs)
         logprob = log_s.gather(1, inputs.tokens[:, None])[:, 0]
-        return inputs.ce_weight @ ce + inputs.logprob_weight @ logprob
+        return inputs.cost_weight @ ce + inputs.logprob_weight @ logprob
 
     def distil(inputs: CaseInputs) -> Tensor:
         ce, log_s = rows(inputs)

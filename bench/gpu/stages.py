@@ -195,7 +195,7 @@ def stage_peers(record: Record) -> None:
     tokens = torch.randint(HEADLINE[1], (HEADLINE[0],), device=DEVICE)
     ones = torch.ones(HEADLINE[0], device=DEVICE)
     borders = cases.sequence_borders(HEADLINE[0])
-    inputs = cases.CaseInputs(*heads, tokens, ce_weight=ones, logprob_weight=ones, cu_seqlens=borders)
+    inputs = cases.CaseInputs(*heads, tokens, cost_weight=ones, logprob_weight=ones, cu_seqlens=borders)
     best = available()[0]
     calls: dict[str, Call] = {f"ours {best}": lambda: step(heads, best, "forward_ce")}
     calls[f"ours {best}"]()
