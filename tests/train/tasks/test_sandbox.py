@@ -5,8 +5,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
+import venv
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,6 +82,7 @@ def test_a_bad_program(program: str, error: str) -> None:
         "import numpy as n\nprint('done' if n.linalg.det(n.eye(99)) == 1 and n.random.rand(9).sort() is None else '')",
         "import os\nopen('a', 'w').write('x')\nos.truncate('a', 0)\nos.chmod('a', 0o600)\nos.utime('a')\nprint('done')",
         "import tempfile\nwith tempfile.TemporaryDirectory() as folder, open(folder + '/a', 'w'): print('done')",
+        "open('/tmp/a', 'w').close()\nimport os\nprint('done' if os.listdir() == ['a'] else '')",
         "from dataclasses import dataclass\n@dataclass\nclass A:\n    n: 'int'\nprint('done' if A(1).n else '')",
         "import threading, sys\nsys.setrecursionlimit(10**6)\nthreading.stack_size(2**28)\n"
         "def f(n): return 0 if n == 0 else f(n - 1)\nt = threading.Thread(target=lambda: print('done', end=f(10**5) * 'x' + '\\n'))\n"
@@ -93,6 +98,21 @@ def test_a_bad_program(program: str, error: str) -> None:
 )  # fmt: skip
 def test_what_harms_nothing_is_allowed(program: str) -> None:
     assert run_python(program, "", Limits()) == (0, "done\n", "")
+
+
+def test_an_interpreter_below_tmp_finds_its_packages() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        venv.create(folder)
+        python = Path(folder, "bin", "python")
+        command = "import sysconfig; print(sysconfig.get_path('purelib'))"
+        packages = subprocess.run([python, "-c", command], capture_output=True, text=True, check=True).stdout.strip()
+        Path(packages, "of_this_environment.py").touch()
+        command = f"from {run_python.__module__} import run_python\n"
+        command += "print(run_python('import of_this_environment'))"
+        run = subprocess.run(
+            [python, "-c", command], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ":".join(sys.path)}
+        )
+    assert "Run(exit_code=0, output='', error='')" in run.stdout, run
 
 
 def test_a_folder_is_its_programs_alone_and_goes_away() -> None:

@@ -2,7 +2,7 @@
 
     namespaces   mount, network, pid, ipc, uts (and user, where this is not root): the server enters them once. Its
                  root holds the interpreter and its packages, read-only, and nothing else; each program has a folder
-                 of its own in memory (/tmp), which ends with it
+                 of its own in memory, which ends with it
     Landlock     each program, each judge: reads what the server reads, writes in the program's folder alone, opens
                  no TCP port, signals nobody
     seccomp      each program: the calls of `seccomp` alone: no new process, no program started, no socket but a
@@ -35,8 +35,8 @@ from . import seccomp
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
 NOBODY = 65534
-FOLDER = "/tmp"
-"""A program's own folder, where the server has a mount namespace."""
+FOLDER = "/program"
+"""A program's own folder, where the server has a mount namespace; /tmp is a link to it."""
 FOLDER_BYTES, FOLDER_FILES = 16 * 2**20, 1024
 THREADS = 64
 _STACK_BYTES = 120 * 2**20  # the kernel keeps 128 MiB free below a stack, whatever its limit was at the start
@@ -160,6 +160,8 @@ def _build_root(root: str, paths: Sequence[str]) -> None:
     for hidden in _hidden(paths):
         _mount("tmpfs", root + hidden, "tmpfs", _NOSUID | _NODEV, "mode=755,size=4k,nr_inodes=2")
     os.makedirs(root + FOLDER, exist_ok=True)
+    if not os.path.lexists(root + "/tmp"):  # an interpreter can live there
+        os.symlink(FOLDER, root + "/tmp")
     # struct mount_attr: MOUNT_ATTR_RDONLY | NOSUID for all of it, and NODEV but for the devices.
     attributes = ctypes.create_string_buffer(struct.pack("=QQQQ", 1 | 2, 0, 0, 0))
     size = ctypes.c_size_t(len(attributes.raw) - 1)
