@@ -32,7 +32,7 @@ from distil_kernels.train.rollouts.sampling import Sampling
 from distil_kernels.train.run import checkpoint
 from distil_kernels.train.run.accelerator import check_backend, make_accelerator
 from distil_kernels.train.run.distributed import Processes
-from distil_kernels.train.tasks import Task, answered_problems, held_out_problems, make_task
+from distil_kernels.train.tasks import Task, answered_problems, held_out_problems, make_task, with_seed
 from distil_kernels.train.tasks.sandbox import SANDBOX
 from distil_kernels.train.teachers.base import Teacher
 from distil_kernels.train.teachers.in_process import InProcessTeacher, other_model
@@ -110,7 +110,7 @@ def build(config: Config, directory: Path) -> Parts:
     directory = processes.from_main(directory)
     # Names that are wrong are errors before any weights are read.
     SANDBOX.is_unsafe_allowed = config.unsafe_sandbox
-    task = make_task(config.task, config.seed, config.show_private_tests)
+    task = make_task(config.task, config.seed, config.show_private_tests, config.skip_bad_records)
     kind = feedback_kind(config.feedback)
     check_backend(config.backend, accelerator)
     models = build_models(config, accelerator, processes)
@@ -168,7 +168,7 @@ def build_data(config: Config, models: Models, task: Task, kind: FeedbackKind, p
     if config.tools == "python":
         tool = Python(models.tokenizer, config.max_tool_calls, config.max_tool_tokens)
     longest = config.max_new_tokens + (tool.longest if tool else 0)
-    _check_positions(config, models, longest)
+    notes = _check_positions(config, models, longest)
 
     examples = answered_problems(task, config.num_examples)
     prompts = Prompts(
@@ -187,7 +187,7 @@ def build_data(config: Config, models: Models, task: Task, kind: FeedbackKind, p
 
     stop_ids = prompts.stop_ids()
     sampling = Sampling(config.max_new_tokens, stop_ids, config.temperature, config.top_p, config.top_k)
-    held_out_task = make_task(config.task, config.eval_seed, config.show_private_tests)
+    held_out_task = with_seed(task, config.task, config.eval_seed)
     evaluator = Evaluator(
         tutor.for_task(held_out_task),
         held_out_problems(held_out_task, config.eval_problems),
@@ -198,16 +198,19 @@ def build_data(config: Config, models: Models, task: Task, kind: FeedbackKind, p
         processes,
         config.teacher_temperature,
     )
-    notes = []
     if len(examples) < config.num_examples:
         count = f"{len(examples)} of {config.num_examples} worked examples"
         notes.append(f"{count}: no other problem comes with an answer")
     return Data(tutor, batches, sampling, tool, longest, evaluator, notes)
 
 
-def _check_positions(config: Config, models: Models, longest: int) -> None:
-    """Raises ValueError if prompt and completion, or prompt and critique, do not fit into a model's positions."""
+def _check_positions(config: Config, models: Models, longest: int) -> list[str]:
+    """Notes on models that prompt and completion, or prompt and critique, may be too long for.
+
+    Raises:
+        ValueError: a model has no positions for them.
+    """
     critique = config.max_critique_tokens if config.feedback == "self_evaluation" else 0
     readers = [models.student, models.teacher.lm] if isinstance(models.teacher, InProcessTeacher) else [models.student]
-    for lm in readers:
-        loading.check_positions(lm.model, config.max_prompt_tokens, max(longest, critique))
+    notes = [loading.check_positions(lm.model, config.max_prompt_tokens, max(longest, critique)) for lm in readers]
+    return list(dict.fromkeys(filter(None, notes)))

@@ -131,7 +131,7 @@ def check(arguments: list[str]) -> Work:
     from distil_kernels.train.tasks.sandbox import SANDBOX
 
     SANDBOX.is_unsafe_allowed = options.unsafe_sandbox
-    task = make_task(options.task, seed=0)
+    task = make_task(options.task, seed=0, skip_bad_records=True)  # all of them are named
 
     def run() -> int:
         report = checked(task)

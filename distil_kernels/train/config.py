@@ -67,6 +67,8 @@ class Config:
     task: str = "largest"
     """largest, add, sort, product, remainder, reverse; reasoning_gym:NAME; science, math, code; or the records of a
     file: qa:FILE.jsonl (or another domain for qa)."""
+    skip_bad_records: bool = False
+    """Leave out records of the task's file that cannot be used; else the first five are named and nothing starts."""
     num_examples: int = _number(2, AT_LEAST_0)
     """Worked examples before the question, the same for the whole run."""
     layout: Literal["examples", "chat"] = "examples"

@@ -9,7 +9,7 @@ A new kind is a function below and its row. The row says what the configuration 
 from __future__ import annotations
 
 import importlib
-import math
+import reprlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -146,16 +146,28 @@ def _users_verifier(name: str, function: Callable[..., Any]) -> Verifier:
             result = function(problem, answer)
         except Exception as error:  # not a ValueError, which main would report as a wrong option
             raise RuntimeError(f"[feedback] {name} raised {type(error).__name__}: {error}") from error
-        try:
-            score, text, demonstration = result if len(result) == 3 else (*result, problem.answer)
-            score = float(score)
-        except (TypeError, ValueError):
-            score = math.nan
-        if not (isinstance(result, tuple) and 0.0 <= score <= 1.0):
+        feedback = _as_feedback(result, problem)
+        if feedback is None:
             raise ValueError(
-                f"[feedback] {name} gave {result!r}, expected (score from 0 to 1, text) or "
+                f"[feedback] {name} gave {reprlib.repr(result)}, expected (score from 0 to 1, text) or "
                 "distil_kernels.train.tasks.Feedback(score from 0 to 1, text, demonstration)"
             )
-        return Feedback(score, str(text), str(demonstration))
+        return feedback
 
     return verify
+
+
+def _as_feedback(result: Any, problem: Problem) -> Feedback | None:
+    """What a user's function returned, or None if it is no score with its text."""
+    if not isinstance(result, tuple) or len(result) not in (2, 3):
+        return None
+    score, *texts = result if len(result) == 3 else (*result, problem.answer)
+    if isinstance(score, str) or not all(isinstance(text, str) for text in texts):
+        return None
+    try:
+        score = float(score)
+    except (TypeError, ValueError):
+        return None
+    # A tokenizer takes no half of a surrogate pair, which texts of programs and files may hold.
+    texts = [text.encode(errors="replace").decode() for text in texts]
+    return Feedback(score, *texts) if 0.0 <= score <= 1.0 else None

@@ -90,6 +90,25 @@ class Prompts:
         # Every second answer is that of the example before it, so that a model sees both verdicts.
         judged = [(problem, examples[index - index % 2][0].answer) for index, (problem, _) in enumerate(examples)]
         self._judged = [(problem.question, answer, verdict(answer, problem.answer)) for problem, answer in judged]
+        if layout == "chat":
+            self._check_template()
+
+    def _check_template(self) -> None:
+        """Raises ValueError if the chat template fails, or leaves out a part of what a prompt has to say."""
+        option = "chat_template_kwargs" if self._chat_options else "layout"
+        parts = {name: f"DISTIL {name.upper()}" for name in ("question", "feedback", "demonstration")}
+        teacher = self._turns(*parts.values(), None)
+        parts = {name: text for name, text in parts.items() if any(text in turn for turn in teacher)}
+        try:
+            by_student = self._chat([*self._plain, _Turn(parts["question"], "", None)])
+            by_teacher = self._chat([*self._with_feedback, *teacher])
+        except Exception as error:  # a template is a program
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ValueError(f"[{option}] the chat template makes no prompt of a question: {reason}") from error
+        lost = [name for name, text in parts.items() if text not in by_teacher]
+        if lost or parts["question"] not in by_student:
+            expected = "expected a prompt with the texts of its messages"
+            raise ValueError(f"[{option}] the chat template leaves out the {(lost or ['question'])[0]}: {expected}")
 
     def student(self, problem: Problem) -> list[int] | None:
         """The prompt that rollouts continue; None if it is over the limit."""
@@ -160,20 +179,25 @@ class Prompts:
     def _render(self, turns: Sequence[_Turn]) -> list[int]:
         """The token ids of some turns."""
         if self._layout == "chat":
-            messages = []
-            for question, text, answer in turns:
-                messages.append({"role": "user", "content": f"{question}\n{text}" if text else question})
-                if answer is not None:
-                    messages.append({"role": "assistant", "content": answer})
-            rendered = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **self._chat_options
-            )
-            return self._tokenizer(rendered, add_special_tokens=False).input_ids
+            return self._tokenizer(self._chat(turns), add_special_tokens=False).input_ids
         blocks = []
         for question, text, answer in turns:
             hint = f"Feedback: {text}\n" if text else ""
             blocks.append(f"Q: {question}\n{hint}A:" + ("" if answer is None else f" {answer}\n\n"))
         return self._tokenizer("".join(blocks)).input_ids
+
+    def _chat(self, turns: Sequence[_Turn]) -> str:
+        """The text of some turns by the tokenizer's chat template."""
+        messages = []
+        for question, text, answer in turns:
+            messages.append({"role": "user", "content": f"{question}\n{text}" if text else question})
+            if answer is not None:
+                messages.append({"role": "assistant", "content": answer})
+        return str(
+            self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **self._chat_options
+            )
+        )
 
     def _without_end(self, text: str, num_tokens: int) -> str:
         ids = self._tokenizer(text, add_special_tokens=False).input_ids

@@ -55,22 +55,33 @@ def use_flash_attention(model: PreTrainedModel, device: torch.device, precision:
         model.set_attn_implementation("flash_attention_2")
 
 
-def check_positions(model: PreTrainedModel, max_prompt_tokens: int, max_completion_tokens: int) -> None:
-    """Raises ValueError where prompt and completion may pass the end of a learnt table of positions.
+def check_positions(model: PreTrainedModel, max_prompt_tokens: int, max_completion_tokens: int) -> str:
+    """Returns a note where prompt and completion may be longer than what a model was made for; empty where they fit.
 
-    A model with other positions states a limit that is only advice.
+    Raises:
+        ValueError: they may pass the end of a learnt table of positions.
     """
-    max_positions = getattr(model.config, "max_position_embeddings", None) or 0
-    input_embeddings = model.get_input_embeddings()
+    max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+    if not 0 < max_positions < max_prompt_tokens + max_completion_tokens:
+        return ""
+    name, input_embeddings = type(model).__name__, model.get_input_embeddings()
     tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding) and m is not input_embeddings]
     # OPT's table has two more rows than positions.
-    is_learnt = max_positions > 0 and any(max_positions <= rows <= max_positions + 2 for rows in tables)
-    if is_learnt and max_prompt_tokens + max_completion_tokens > max_positions:
-        raise ValueError(
-            f"[max_prompt_tokens] {type(model).__name__} has {max_positions} positions, of which completions may take "
-            f"{max_completion_tokens}: expected at most {max_positions - max_completion_tokens}, got "
-            f"{max_prompt_tokens}"
+    if not any(max_positions <= rows <= max_positions + 2 for rows in tables):
+        return (
+            f"prompts and completions may take {max_prompt_tokens + max_completion_tokens} tokens together, and {name} "
+            f"was made for {max_positions} (max_position_embeddings): what comes after may be worse"
         )
+    remaining = max_positions - max_completion_tokens
+    if remaining < 2:
+        raise ValueError(
+            f"[max_new_tokens] {name} has {max_positions} positions: expected completions of at most "
+            f"{max_positions - 2} tokens, a tool's or a critique's included, got {max_completion_tokens}"
+        )
+    raise ValueError(
+        f"[max_prompt_tokens] {name} has {max_positions} positions, of which completions may take "
+        f"{max_completion_tokens}: expected at most {remaining}, got {max_prompt_tokens}"
+    )
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -24,7 +24,7 @@ from distil_kernels.train.tasks.numbers import (
 )
 from distil_kernels.train.tasks.problem import Feedback, Problem, Task
 from distil_kernels.train.tasks.reasoning_gym import ReasoningGym
-from distil_kernels.train.tasks.records import DATA
+from distil_kernels.train.tasks.records import DATA, Records
 
 __all__ = [
     "DOMAINS",
@@ -37,6 +37,7 @@ __all__ = [
     "is_held_out",
     "make_task",
     "problems",
+    "with_seed",
 ]
 
 OWN_TASKS: dict[str, Callable[[int], Task]] = {
@@ -47,7 +48,7 @@ OWN_TASKS: dict[str, Callable[[int], Task]] = {
     "remainder": Remainder,
     "reverse": Reverse,
 }
-DOMAINS: dict[str, Callable[[Path, int], Task]] = {
+DOMAINS: dict[str, Callable[..., Task]] = {
     "qa": Questions,
     "science": MultipleChoice,
     "math": Mathematics,
@@ -59,11 +60,14 @@ HELD_OUT_SHARE = 8
 """One problem in eight is held out."""
 
 
-def make_task(name: str, seed: int, show_private_tests: bool = False) -> Task:
+def make_task(name: str, seed: int, show_private_tests: bool = False, skip_bad_records: bool = False) -> Task:
     """A task by its name: one of OWN_TASKS, `reasoning_gym:NAME`, or a domain, DOMAIN or `DOMAIN:FILE.jsonl`.
 
+    Args:
+        skip_bad_records: records of a file that cannot be used are left out.
+
     Raises:
-        ValueError: no such task.
+        ValueError: no such task, or a file that cannot be used.
     """
     if name.startswith("reasoning_gym:"):
         return ReasoningGym(name.removeprefix("reasoning_gym:"), seed)
@@ -71,8 +75,10 @@ def make_task(name: str, seed: int, show_private_tests: bool = False) -> Task:
     if domain in DOMAINS and (file or domain != "qa"):
         path = Path(file) if file else DATA / f"{domain}.jsonl"
         if domain == "code":
-            return Code(path, seed, shows_private_tests=show_private_tests)
-        return DOMAINS[domain](path, seed)
+            return Code(path, seed, shows_private_tests=show_private_tests, skips_bad=skip_bad_records)
+        return DOMAINS[domain](path, seed, skips_bad=skip_bad_records)
+    if domain == "qa":
+        raise ValueError(f"[task] qa has no records of its own: expected qa:FILE.jsonl, got {name!r}")
     if name not in OWN_TASKS:
         close = difflib.get_close_matches(name, [*OWN_TASKS, *DOMAINS], n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
@@ -81,6 +87,11 @@ def make_task(name: str, seed: int, show_private_tests: bool = False) -> Task:
             f"{', '.join(DOMAINS)} with a file (qa:FILE.jsonl), got {name!r}{hint}"
         )
     return OWN_TASKS[name](seed)
+
+
+def with_seed(task: Task, name: str, seed: int) -> Task:
+    """The task of this name with other problems, or the problems of its file in other orders."""
+    return task.with_seed(seed) if isinstance(task, Records) else make_task(name, seed)
 
 
 def is_held_out(problem: Problem) -> bool:

@@ -1,6 +1,6 @@
 """Records with one right answer: any question, multiple choice, mathematics.
 
-qa        question, answer                               right where the words are the same, in any case and spacing
+qa        question, answer, or a list of right ones      right where the words are the same, in any case and spacing
 science   question, choices {label, text}, answerKey     SciKnowEval, ARC
           question, options, answer                      MMLU-Pro
           Question, Correct Answer, Incorrect Answer 1   GPQA; its choices in an order that the question decides
@@ -19,25 +19,25 @@ from typing import NamedTuple
 
 from distil_kernels.train.tasks.expressions import is_equal
 from distil_kernels.train.tasks.problem import Problem
-from distil_kernels.train.tasks.records import NotJudgeable, Record, Records, text_field
+from distil_kernels.train.tasks.records import NotJudgeable, Record, Records, as_text, right_answers, text_field
 
 
 class Questions(Records):
-    """Any questions with an answer each."""
+    """Any questions with a right answer each, or several: a correction shows the first."""
 
-    def __init__(self, path: Path, seed: int) -> None:
-        super().__init__(path, self._read, seed)
+    def __init__(self, path: Path, seed: int, skips_bad: bool = False) -> None:
+        super().__init__(path, self._read, seed, skips_bad)
 
     @staticmethod
     def _read(record: Record) -> Problem:
-        question, answer = text_field(record, "question"), text_field(record, "answer")
-        right = after_marker(answer)
-        if not _plain(right):
+        question, answers = text_field(record, "question"), right_answers(record, "answer")
+        right = tuple(after_marker(answer) for answer in answers)
+        if not all(map(_plain, right)):
             raise NotJudgeable("answer is empty")
-        return Problem(question, answer, entry=right, key=question)
+        return Problem(question, answers[0], entry=right, key=question)
 
-    def score(self, answer: str, entry: str) -> float:
-        return float(_plain(entry) in (_plain(answer), _plain(after_marker(answer))))
+    def score(self, answer: str, entry: tuple[str, ...]) -> float:
+        return float(not {_plain(answer), _plain(after_marker(answer))}.isdisjoint(map(_plain, entry)))
 
 
 def after_marker(text: str) -> str:
@@ -64,12 +64,14 @@ class Choices(NamedTuple):
 class MultipleChoice(Records):
     """Questions whose answer is the letter of a choice."""
 
-    def __init__(self, path: Path, seed: int) -> None:
-        super().__init__(path, self._read, seed)
+    def __init__(self, path: Path, seed: int, skips_bad: bool = False) -> None:
+        super().__init__(path, self._read, seed, skips_bad)
 
     @staticmethod
     def _read(record: Record) -> Problem:
         text, choices = _choices(record)
+        if not choices.texts:  # SciKnowEval's other types of questions
+            raise NotJudgeable(f"no choices to choose from (type {record.get('type')})")
         if not choices.right:
             raise NotJudgeable("answerKey is empty")
         if choices.right not in choices.texts:
@@ -84,19 +86,20 @@ class MultipleChoice(Records):
 
 def _choices(record: Record) -> tuple[str, Choices]:
     if "Correct Answer" in record:
-        right = str(record["Correct Answer"]).strip()
-        options = [right, *(str(record[name]).strip() for name in record if name.startswith("Incorrect Answer"))]
-        options = list(dict.fromkeys(options))
-        random.Random(str(record["Question"])).shuffle(options)
+        question, right = text_field(record, "Question"), text_field(record, "Correct Answer").strip()
+        wrong = [text_field(record, name).strip() for name in record if name.startswith("Incorrect Answer")]
+        options = list(dict.fromkeys([right, *wrong]))
+        random.Random(question).shuffle(options)
         texts = dict(zip("ABCDEFGHIJ", options, strict=False))
-        return str(record["Question"]).strip(), Choices("ABCDEFGHIJ"[options.index(right)], texts)
+        return question.strip(), Choices("ABCDEFGHIJ"[options.index(right)], texts)
     if "options" in record:
-        options = [str(option).strip() for option in record["options"]]
+        options = [as_text(option, "an option").strip() for option in record["options"]]
         options = [option for option in options if option != "N/A"]
         texts = dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", options, strict=False))
         return text_field(record, "question"), Choices(str(record.get("answer") or "").strip(), texts)
-    texts = dict(zip(record["choices"]["label"], map(str, record["choices"]["text"]), strict=True))
-    return text_field(record, "question"), Choices(str(record["answerKey"]).strip(), texts)
+    labels, options = ([as_text(item, "choices") for item in record["choices"][name]] for name in ("label", "text"))
+    texts = dict(zip(labels, options, strict=True))
+    return text_field(record, "question"), Choices(str(record["answerKey"] or "").strip(), texts)
 
 
 def chosen(answer: str, texts: dict[str, str]) -> str:
@@ -159,10 +162,10 @@ class Mathematics(Records):
         ValueError: as Records, or math-verify is missing.
     """
 
-    def __init__(self, path: Path, seed: int) -> None:
+    def __init__(self, path: Path, seed: int, skips_bad: bool = False) -> None:
         if importlib.util.find_spec("math_verify") is None:
             raise ValueError("[task] math tasks need the package: pip install math-verify")
-        super().__init__(path, self._read, seed)
+        super().__init__(path, self._read, seed, skips_bad)
 
     @staticmethod
     def _read(record: Record) -> Problem:

@@ -44,9 +44,7 @@ class Report(NamedTuple):
 def check(task: Task) -> Report:
     """Checks every record of a file, or the first problems of a task that generates them."""
     if isinstance(task, Records):
-        named = [
-            (f"line {number}", problem) for number, problem in zip(task.line_numbers, task.all_problems, strict=True)
-        ]
+        named = list(zip(task.places, task.all_problems, strict=True))
         unjudgeable = task.left_out
     else:
         named = [(f"problem {index}", task.problem(index)) for index in range(GENERATED)]

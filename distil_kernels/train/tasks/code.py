@@ -41,10 +41,11 @@ class Code(Records):
         limits: Limits = Limits(),  # noqa: B008  (immutable)
         sandbox: Sandbox = SANDBOX,
         shows_private_tests: bool = False,
+        skips_bad: bool = False,
     ) -> None:
         self._limits, self._sandbox, self._shows_private_tests = limits, sandbox, shows_private_tests
         sandbox.walls()
-        super().__init__(path, read, seed)
+        super().__init__(path, read, seed, skips_bad)
 
     def score(self, answer: str, entry: Suite) -> float:
         return self.trace(answer, entry)[0]

@@ -47,6 +47,26 @@ def test_a_chat_template_is_given_its_options() -> None:
     assert text(Prompts(tokenizer, [], layout="chat", end_ids=[0]).student(PROBLEM)) == "<user>3, 9\n<assistant>"
 
 
+@pytest.mark.parametrize(
+    ("template", "options", "message"),
+    [
+        ("{{ raise_exception('no user here') }}", {}, r"\[layout\] .* makes no prompt of a question: .*no user here"),
+        ("{% for m in messages %}{{ m.text }}{% endfor %}", {}, r"\[layout\] .* leaves out the question"),
+        ("{% for m in messages %}{{ m.content[:15] }}{% endfor %}", {}, r"\[layout\] .* leaves out the feedback"),
+        (CHAT, {"messages": []}, r"\[chat_template_kwargs\] .* the question|makes no prompt"),
+        ("{{ messages[0].content + 1 }}", {}, r"makes no prompt of a question: TypeError"),
+    ],
+)
+def test_a_template_that_makes_no_prompt_is_found_before_the_run(
+    template: str, options: dict[str, object], message: str
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=message) as refused:
+        Prompts(tokenizer, [], layout="chat", end_ids=[0], chat_options=options)
+    assert "\n" not in str(refused.value)
+
+
 def test_chat_options_that_cannot_be_are_errors() -> None:
     for settings in ({"layout": "chat", "chat_template_kwargs": "thinking"}, {"chat_template_kwargs": '{"a": 1}'}):
         with pytest.raises(ValueError, match=r"\[chat_template_kwargs\]"):

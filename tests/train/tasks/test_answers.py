@@ -125,5 +125,5 @@ def test_choices_of_gpqa_stand_in_an_order_of_their_own(tmp_path: Path) -> None:
 def test_records_without_an_answer_are_named(
     tmp_path: Path, domain: str, record: dict[str, object], reason: str
 ) -> None:
-    with pytest.raises(ValueError, match=f"line 1: {reason}; no record of it can be judged"):
+    with pytest.raises(ValueError, match=f"line 1: {reason}; .* no record of it can be used"):
         task_of(tmp_path, domain, record)

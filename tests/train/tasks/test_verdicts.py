@@ -60,7 +60,7 @@ def test_every_reference_is_judged(tmp_path: Path, capsys: pytest.CaptureFixture
     file = tmp_path / "set.jsonl"
     file.write_text("\n".join(map(json.dumps, [good, wrong, unanswered, good | {"public_test_cases": []}])))
     with pytest.warns(UserWarning, match="1 of 4 records"):
-        report = check(make_task(f"code:{file}", seed=0))
+        report = check(make_task(f"code:{file}", seed=0, skip_bad_records=True))
     assert (report.right, report.unanswered, report.is_ok) == (["line 1"], ["line 3"], False)
     assert [name for name, _ in report.wrong] == ["line 2"] and "expected output\n1\ngot\n2" in report.wrong[0][1]
     assert report.unjudgeable == ["line 4: public_test_cases is empty"]
