@@ -26,7 +26,7 @@ from distil_kernels.train.tasks import Problem
 from distil_kernels.train.teachers.base import Teacher
 
 BATCH_ROWS = 128
-"""Completions that are sampled at once."""
+"""Completions that are sampled at once; the greedy ones to the same problems are beside them."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,8 @@ class Evaluator:
         self.tutor, self._sampling, self._num_samples, self._seed = tutor, sampling, num_samples, seed
         self._tool, self._processes = tool, processes
         self._teacher_sampling = replace(sampling, temperature=teacher_temperature)
+        self._teacher_answered: tuple[list[list[int]], list[list[float]]] = [], []
+        """The teacher's last prompts, and the scores of its answers."""
         fitting = [group for group in map(tutor.group, held_out) if group is not None]
         self._groups: list[PromptGroup] = processes.from_main(fitting)
         if not self._groups:
@@ -124,38 +126,58 @@ class Evaluator:
     def _scores(self, student: Reader, teacher: Teacher, stop: Callable[[], bool]) -> _Scores | None:
         """The scores of this process's share of the problems; None if `stop` became true."""
         share = self._processes.share(self.groups())
+        # Greedy and sampled answers come from one reading of the prompts. The greedy answer is the first of a problem.
+        count = 1 + self._num_samples
+        first_rows = range(0, count * len(share), count)
         by_student = partial(roll_out, partial(generate, student))
-
-        def collect(groups: Sequence[PromptGroup], count: int, by: RollOut, sampling: Sampling) -> list[PromptGroup]:
-            """Copies of the groups with `count` rollouts each; of fewer groups if `stop` became true."""
-            copies = [PromptGroup(group.problem, group.prompt) for group in groups]
-            size = max(1, BATCH_ROWS // count)
-            for begin in range(0, len(copies), size):
-                if stop():
-                    return copies[:begin]
-                self.tutor.collect(copies[begin : begin + size], count, by, sampling, self._tool)
-            return copies
-
-        sampled = collect(share, self._num_samples, by_student, self._sampling)
-        greedy = collect(share, 1, by_student, replace(self._sampling, temperature=0.0))
-        if stop():
+        size = max(1, BATCH_ROWS // self._num_samples)
+        sampling = replace(self._sampling, greedy_rows=first_rows)
+        if not self._collect(share, count, by_student, sampling, size, stop):
             return None
         # The teacher's prompt contains the feedback on the greedy answer (the sampled answers are its siblings).
         # Without feedback it is the student's prompt.
-        siblings = [
-            PromptGroup(first.problem, first.prompt, first.rollouts + others.rollouts)
-            for first, others in zip(greedy, sampled, strict=True)
-        ]
-        self.tutor.give_feedback(student, siblings, 1)
-        advised = [PromptGroup(group.problem, group.rollouts[0].teacher_prompt or group.prompt) for group in siblings]
-        by_teacher = collect(advised, 1, teacher.roll_out, self._teacher_sampling)
-        if stop():
+        self.tutor.give_feedback(student, share, 1)
+        advised = [PromptGroup(group.problem, group.rollouts[0].teacher_prompt or group.prompt) for group in share]
+        by_teacher = self._teacher_scores(teacher, advised, stop)
+        if by_teacher is None:
             return None
-        kinds = (sampled, greedy, by_teacher)
+        scores = [[rollout.feedback.score for rollout in group.rollouts] for group in share]
         return _Scores(
-            tuple([[rollout.feedback.score for rollout in group.rollouts] for group in kind] for kind in kinds),
-            sum(sum(rollout.by_model) for group in sampled for rollout in group.rollouts),
+            ([kind[1:] for kind in scores], [kind[:1] for kind in scores], by_teacher),
+            sum(sum(rollout.by_model) for group in share for rollout in group.rollouts[1:]),
         )
+
+    def _teacher_scores(
+        self, teacher: Teacher, groups: Sequence[PromptGroup], stop: Callable[[], bool]
+    ) -> list[list[float]] | None:
+        """The scores of the teacher's answers, which a teacher that does not move gives equal prompts once."""
+        prompts = [group.prompt for group in groups]
+        known_prompts, known_scores = self._teacher_answered
+        if prompts == known_prompts and not teacher.moves:
+            return known_scores
+        # By a seed of its own: a resumed run, which knows no earlier answers, gets the same ones.
+        torch.manual_seed(self._processes.seed(self._seed) + 1)
+        if not self._collect(groups, 1, teacher.roll_out, self._teacher_sampling, BATCH_ROWS, stop):
+            return None
+        scores = [[rollout.feedback.score for rollout in group.rollouts] for group in groups]
+        self._teacher_answered = prompts, scores
+        return scores
+
+    def _collect(
+        self,
+        groups: Sequence[PromptGroup],
+        count: int,
+        by: RollOut,
+        sampling: Sampling,
+        size: int,
+        stop: Callable[[], bool],
+    ) -> bool:
+        """Gives each group `count` rollouts, `size` groups at once; False if `stop` became true."""
+        for begin in range(0, len(groups), size):
+            if stop():
+                return False
+            self.tutor.collect(groups[begin : begin + size], count, by, sampling, self._tool)
+        return not stop()
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

@@ -62,11 +62,11 @@ def test_every_problem_and_sample_counts_once(tiny_model: Path, monkeypatch: pyt
     evaluator = Evaluator(corrector(task, prompts), held_out, Sampling(5, prompts.stop_ids()), 2, seed=1)
     answers.clear()
     result = evaluator.evaluate(lm, InProcessTeacher(lm, "live", 0.0))
-    assert result is not None and len(answers) == 7 * 2 + 7 + 7
+    assert result is not None and len(answers) == 7 * 3 + 7  # greedy, sampled, sampled; the teacher's
     odd = [float(len(answer) % 2) for answer in answers]
-    by_problem = [(odd[2 * i] + odd[2 * i + 1]) / 2 for i in range(7)]
+    by_problem = [(odd[3 * i + 1] + odd[3 * i + 2]) / 2 for i in range(7)]
     assert (result.sampled, result.sampled_se) == pytest.approx(mean_and_error(by_problem))
-    assert (result.greedy, result.greedy_se) == pytest.approx(mean_and_error(odd[14:21]))
+    assert (result.greedy, result.greedy_se) == pytest.approx(mean_and_error(odd[:21:3]))
     assert (result.teacher, result.teacher_se) == pytest.approx(mean_and_error(odd[21:]))
     assert result.num_correct == [2 * share for share in by_problem]
     assert result.num_problems == 7 and 1 <= result.length <= 5
@@ -107,3 +107,31 @@ def test_problems_that_do_not_fit_are_an_error_when_none_does(tiny_model: Path) 
     prompts = Prompts(tokenizer, [], max_tokens=3, end_ids=[0])
     with pytest.raises(ValueError, match="max_prompt_tokens"):
         Evaluator(corrector(Vowels([]), prompts), [Vowels([]).problem(0)], Sampling(5, [0]), 1, 1)
+
+
+def test_a_teacher_that_does_not_move_answers_equal_prompts_once(tiny_model: Path) -> None:
+    """A resumed run, whose evaluator has not asked it yet, gets the same answers whatever the student now says."""
+    lm, prompts = parts(tiny_model)
+    asked = []
+
+    class Counted(InProcessTeacher):
+        def roll_out(self, prompts: list[list[int]], *rest: object) -> list[Rollout]:
+            asked.append(len(prompts))
+            return super().roll_out(prompts, *rest)
+
+    task = Vowels([])
+    held_out = [problem for _, problem in islice(problems(task, held_out=True), 4)]
+    first, resumed = (
+        Evaluator(corrector(task, prompts), held_out, Sampling(5, prompts.stop_ids()), 1, seed=1) for _ in range(2)
+    )
+    frozen, live = Counted(lm, "frozen", 0.0), Counted(lm, "live", 0.0)
+    before = first.evaluate(lm, frozen)
+    with torch.no_grad():
+        lm.weight.mul_(1.5)  # an update
+    after, by_resumed = first.evaluate(lm, frozen), resumed.evaluate(lm, frozen)
+    assert asked == [4, 4] and before is not None and after is not None and by_resumed is not None
+    assert before.teacher == after.teacher and before.sampled != after.sampled
+    assert by_resumed == after
+    for _ in range(2):
+        resumed.evaluate(lm, live)
+    assert asked == [4] * 4

@@ -90,7 +90,11 @@ def roll_out(
             rollouts[index].append(Rollout(result, [False] * len(result)))
         continued = [prompts[prompt_index[index]] + rollouts[index].tokens for index in calling]
         # One limit for all of them, the longest; what is over a rollout's own limit is cut off.
-        limits = replace(sampling, max_new_tokens=max(remaining[index] for index in calling))
+        limits = replace(
+            sampling,
+            max_new_tokens=max(remaining[index] for index in calling),
+            greedy_rows=[place for place, index in enumerate(calling) if index in sampling.greedy_rows],
+        )
         more = generate(continued, range(len(continued)), limits, ends if call < tool.max_calls else None)
         latest = {}
         for index, rollout in zip(calling, more, strict=True):
