@@ -98,9 +98,9 @@ def fused_distil_loss(
         normalize_by_remaining: divides the cost-to-go by the number of counted tokens that it sums over, discounted
             alike: a mean cost per token, which does not grow with the length; biased. Not with "sequence".
         baseline: None; "leave_one_out": mean over the group's other sequences at the same position (0 after their
-            end), unbiased; "position_mean": mean over all sequences alive there, its own included (with n of
-            them the expected credit is (n - 1) / n of what it should be); or [N] values, unbiased where they do not
-            depend on the row's own rollout.
+            end; without those that are masked whole), unbiased; "position_mean": mean over all sequences alive there,
+            its own included (with n of them the expected credit is (n - 1) / n of what it should be); or [N] values,
+            unbiased where they do not depend on the row's own rollout.
         group_size: rollouts per prompt, consecutive in the packing; needed by "leave_one_out" (at least 2).
         credit_clip: bound of |a_t|, after baseline and scale; biased.
         credit_scale: multiplies the credit; 1 is the exact gradient.

@@ -301,7 +301,8 @@ def credit_by_definition(
             if isinstance(baseline, Tensor):
                 value = value - baseline[row]
             elif baseline == "leave_one_out":
-                value = value - sum(to_go(j, position) for j in group if j != b) / (group_size - 1)
+                others = [j for j in group if j != b and (lengths[j] == 0 or counted[starts[j] :][: lengths[j]].any())]
+                value = value - sum(to_go(j, position) for j in others) / max(1, len(others))
             elif baseline == "position_mean":
                 alive = [j for j, n in enumerate(lengths) if position < n and counted[starts[j] + position]]
                 value = value - sum(to_go(j, position) for j in alive) / len(alive)

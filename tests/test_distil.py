@@ -113,6 +113,19 @@ def test_masks_weights_discounts_costs(cost, discount, baseline, plan, chunk_byt
 
 
 @pytest.mark.parametrize("plan", ["auto", "recompute"])
+@pytest.mark.parametrize("span", ["future", "sequence"])
+def test_a_sequence_that_is_masked_whole_is_no_sibling(span, plan, chunk_bytes, generator):
+    """Nor is it where all others of its group are masked; one without tokens is."""
+    inputs = make_inputs(sum(LENGTHS), 331, 16, generator=generator)
+    mask = torch.ones(sum(LENGTHS), dtype=torch.bool)
+    mask[:5] = mask[15:19] = False  # the first of three, the second of [0, 4, 7]
+    ours = check(inputs, plan=plan, span=span, baseline="leave_one_out", group_size=3, token_mask=mask)
+    pair = run(inputs, span=span, baseline="leave_one_out", group_size=2, lengths=[5, 0, 1, 9, 0, 4, 0, 7],
+               token_mask=mask, normalizer=len(LENGTHS))  # fmt: skip
+    torch.testing.assert_close(ours.credit[5:15], pair.credit[5:15])
+
+
+@pytest.mark.parametrize("plan", ["auto", "recompute"])
 @pytest.mark.parametrize("baseline", [None, "leave_one_out", "position_mean"])
 @pytest.mark.parametrize("horizon", [1, 2, 3, 6, 100])
 def test_horizon(horizon, baseline, plan, chunk_bytes, generator):

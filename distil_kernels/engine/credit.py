@@ -79,6 +79,19 @@ def known_in_order(credit: Credit, num_sequences: int, num_rows: int, max_rows: 
     return min(widest_position, num_rows) <= max_rows
 
 
+def siblings(lengths: Tensor, counted: Tensor) -> Tensor:
+    """Returns which sequences [B] are siblings to others: those with a row that counts, and those without any row.
+
+    One of which no row counts was left out of the loss, and its costs are not 0 but unknown.
+
+    Args:
+        lengths: [B] int64 on the CPU.
+        counted: [N] bool on the CPU.
+    """
+    ends = torch.nn.functional.pad(counted.cumsum(0), (1, 0))[torch.nn.functional.pad(lengths.cumsum(0), (1, 0))]
+    return (ends.diff() > 0) | (lengths == 0)
+
+
 class CreditChunk(NamedTuple):
     """Rows that are processed together: some consecutive positions of a block of sequences."""
 
@@ -171,6 +184,7 @@ class CreditScan:
         lengths: [B] int64 on the CPU.
         kernels: the back end, whose `cost_to_go` runs if it has one.
         baseline_values, behaviour_logprobs: as in `CreditInputs`.
+        is_sibling: [B] bool, which sequences the baseline "leave_one_out" has means over (`siblings`); None for all.
     """
 
     def __init__(
@@ -180,9 +194,11 @@ class CreditScan:
         kernels: ModuleType,
         baseline_values: Tensor | None = None,
         behaviour_logprobs: Tensor | None = None,
+        is_sibling: Tensor | None = None,
     ) -> None:
         self._credit = credit
         self._baseline_values, self._behaviour_logprobs = baseline_values, behaviour_logprobs
+        self._is_sibling = is_sibling
         self._costs_to_go = _CostToGo(credit, lengths, kernels)
         self._tokens_to_go = _CostToGo(credit, lengths, kernels)
 
@@ -245,7 +261,12 @@ class CreditScan:
         if self._credit.baseline == "leave_one_out":
             group_size = self._credit.group_size or 1
             groups = to_go.unflatten(1, (-1, group_size))
-            others = (groups.sum(-1, keepdim=True) - groups) / (group_size - 1)
+            num_others: int | Tensor = group_size - 1
+            if self._is_sibling is not None:
+                first = chunk.first_sequence
+                counts = self._is_sibling[first : first + to_go.shape[1]].to(to_go.dtype).unflatten(0, (-1, group_size))
+                num_others = (counts.sum(-1, keepdim=True) - counts).clamp(min=1)
+            others = (groups.sum(-1, keepdim=True) - groups) / num_others
             return others.flatten(1)[cells]
         alive = chunk.slots >= 0
         mean = (to_go * alive).sum(1) / alive.sum(1).clamp(min=1)

@@ -27,7 +27,7 @@ from distil_kernels.backends import NUM_STATISTICS, LogitPair, LogitTransform, S
 from distil_kernels.backends.dispatch import BACKENDS
 from distil_kernels.engine import gemm
 from distil_kernels.engine.checks import check_tokens, sequence_lengths
-from distil_kernels.engine.credit import CreditChunk, CreditScan, reverse_chunks
+from distil_kernels.engine.credit import CreditChunk, CreditScan, reverse_chunks, siblings
 from distil_kernels.engine.gradients import NO_GRADIENTS, Gradients, GradientSums, Needs, Rows, new_rows
 from distil_kernels.engine.kept_gradient import KeptGradient, count_kept, new_kept
 from distil_kernels.engine.plan import Plan
@@ -173,7 +173,12 @@ class Inputs:
 
     def credit_scan(self) -> CreditScan:
         """Begins the credit of the last position."""
-        return CreditScan(self.spec.credit, self.lengths, self.kernels, self.baseline_values, self.behaviour_logprobs)
+        is_sibling = None
+        if self.counted is not None and self.spec.credit.baseline == "leave_one_out":
+            is_sibling = siblings(self.lengths, self.counted.cpu()).to(self.student_hidden.device)
+        return CreditScan(
+            self.spec.credit, self.lengths, self.kernels, self.baseline_values, self.behaviour_logprobs, is_sibling
+        )
 
 
 class ScalarResult(NamedTuple):

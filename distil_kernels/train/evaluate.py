@@ -46,15 +46,18 @@ class Evaluation:
     """By k = 1, 2, 4, ..., eval_samples: the chance that one of k sampled answers is right, and its standard error."""
     num_correct: list[int]
     """For each problem, the number of its sampled answers that are right (score 1)."""
+    num_without_verdict: int = 0
+    """Answers whose judge hung or died, which are left out of all of this."""
 
 
 class _Scores(NamedTuple):
     """A process's part of an evaluation."""
 
     by_kind: tuple[list[list[float]], ...]
-    """Of sampled, greedy and teacher's answers: for each problem the scores of its answers."""
+    """Of sampled, greedy and teacher's answers: for each problem the scores of its answers with a verdict."""
     num_tokens: int
     """Tokens of the model in the sampled answers."""
+    num_without_verdict: int
 
 
 class Evaluator:
@@ -113,7 +116,8 @@ class Evaluator:
             return None
         sampled, greedy, by_teacher = ([s for part in complete for s in part.by_kind[kind]] for kind in range(3))
         means = [
-            mean_and_error([sum(scores) / len(scores) for scores in kind]) for kind in (sampled, greedy, by_teacher)
+            mean_and_error([sum(scores) / len(scores) for scores in kind if scores])
+            for kind in (sampled, greedy, by_teacher)
         ]
         return Evaluation(
             *means[0], *means[1], *means[2],
@@ -121,6 +125,7 @@ class Evaluator:
             num_problems=len(sampled),
             pass_at=pass_at(sampled),
             num_correct=[sum(score >= 1.0 for score in scores) for scores in sampled],
+            num_without_verdict=sum(part.num_without_verdict for part in complete),
         )  # fmt: skip
 
     def _scores(self, student: Reader, teacher: Teacher, stop: Callable[[], bool]) -> _Scores | None:
@@ -142,9 +147,11 @@ class Evaluator:
         if by_teacher is None:
             return None
         scores = [[rollout.feedback.score for rollout in group.rollouts] for group in share]
+        kinds = ([kind[1:] for kind in scores], [kind[:1] for kind in scores], by_teacher)
         return _Scores(
-            ([kind[1:] for kind in scores], [kind[:1] for kind in scores], by_teacher),
+            tuple([[score for score in group if not math.isnan(score)] for group in kind] for kind in kinds),
             sum(sum(rollout.by_model) for group in share for rollout in group.rollouts[1:]),
+            sum(math.isnan(score) for kind in kinds for group in kind for score in group),
         )
 
     def _teacher_scores(
@@ -192,14 +199,16 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 def pass_at(scores: Sequence[Sequence[float]]) -> dict[int, tuple[float, float]]:
     """Mean and standard error over problems of the unbiased pass@k, k = 1, 2, 4, ... and the number of samples.
 
-    1 - C(n - c, k) / C(n, k) for c right ones (score 1) of n samples (Chen et al., arXiv 2107.03374, section 2.1).
+    1 - C(n - c, k) / C(n, k) for c right ones (score 1) of n samples (Chen et al., arXiv 2107.03374, section 2.1), over
+    the problems with at least k of them.
     """
-    num_samples = len(scores[0])
+    num_samples = max(1, *map(len, scores))
     rates = {}
     for k in sorted({*(2**i for i in range(num_samples.bit_length())), num_samples}):
         chances = []
         for of_problem in scores:
             num_wrong = sum(score < 1.0 for score in of_problem)
-            chances.append(1.0 - math.comb(num_wrong, k) / math.comb(num_samples, k))
+            if len(of_problem) >= k:
+                chances.append(1.0 - math.comb(num_wrong, k) / math.comb(len(of_problem), k))
         rates[k] = mean_and_error(chances)
     return rates

@@ -13,7 +13,7 @@ import torch
 
 from distil_kernels.train.feedback.prompts import Prompts
 from distil_kernels.train.objective import SUMMED, Sums
-from distil_kernels.train.rollouts.prompt_group import PromptGroup
+from distil_kernels.train.rollouts.prompt_group import PromptGroup, Rollout
 
 
 class PhaseTimer:
@@ -56,18 +56,22 @@ def rollout_metrics(
         teacher_logprobs: as of `teacher_prefers_right`.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
+    scores = _known_scores(rollouts)
     return {
-        "accuracy": statistics.fmean(rollout.feedback.score for rollout in rollouts),
+        "accuracy": statistics.fmean(scores) if scores else math.nan,
         "truncated": statistics.fmean(rollout.tokens[-1] not in stop_ids for rollout in rollouts),
-        "equal_score_groups": statistics.fmean(
-            len({rollout.feedback.score for rollout in group.rollouts}) == 1 for group in groups
-        ),
+        "equal_score_groups": statistics.fmean(len(set(_known_scores(group.rollouts))) <= 1 for group in groups),
         "teacher_prefers_right": teacher_prefers_right(groups, teacher_logprobs),
+        "num_without_verdict": sum(not rollout.feedback.has_verdict for rollout in rollouts),
         "num_without_feedback": sum(not rollout.has_feedback for rollout in rollouts),
         "num_shortened_prompts": sum(
             prompts.shortens(group.problem, rollout.feedback) for group in groups for rollout in group.rollouts
         ),
     }
+
+
+def _known_scores(rollouts: Sequence[Rollout]) -> list[float]:
+    return [rollout.feedback.score for rollout in rollouts if rollout.feedback.has_verdict]
 
 
 def teacher_prefers_right(

@@ -127,8 +127,8 @@ def policy_loss(
 ) -> tuple[Tensor, Sums]:
     """The policy-gradient loss [] of a batch, and its sums; arguments as of `distil_loss`.
 
-    All tokens of the model count, also in rollouts without feedback. The ratio to another policy is clipped by the op's
-    defaults.
+    All tokens of the model count in rollouts with a verdict, also without feedback. The ratio to another policy is
+    clipped by the op's defaults.
     """
     state = state or UpdateState()
     behaviour = state.behaviour_logprobs(batch)
@@ -137,23 +137,26 @@ def policy_loss(
         student_hidden, student.weight, tokens=batch.tokens,
         advantages=advantages.repeat_interleave(batch.cu_seqlens.diff()).to(student_hidden.device),
         student_bias=student.bias, temperature=config.temperature, logit_softcap=student.softcap,
-        normalizer=normalizer, backend=config.backend, plan=config.plan, token_mask=batch.by_model.values,
+        normalizer=normalizer, backend=config.backend, plan=config.plan, token_mask=batch.judged.values,
         old_logprobs=behaviour,
     )  # fmt: skip
-    values = {"entropy": out.entropy, **_off_policy(state, behaviour, out.logprob, batch.by_model)}
+    values = {"entropy": out.entropy, **_off_policy(state, behaviour, out.logprob, batch.judged)}
     state.finish_update(out.logprob)
-    return out.loss, _sums(batch.by_model.num_tokens, values)
+    return out.loss, _sums(batch.judged.num_tokens, values)
 
 
 def group_advantages(scores: Tensor, group_size: int, normalize: bool) -> Tensor:
-    """[B] scores minus the mean of their group.
+    """[B] scores minus the mean of their group, over its rollouts with a verdict; 0 for those without (score NaN).
 
     `normalize` divides them by the group's standard deviation; they are 0 in a group of equal scores.
     """
     groups = scores.unflatten(0, (-1, group_size))
-    centred = groups - groups.mean(1, keepdim=True)
+    has_verdict = ~groups.isnan()
+    num_verdicts = has_verdict.sum(1, keepdim=True)
+    mean = groups.nansum(1, keepdim=True) / num_verdicts.clamp(min=1)
+    centred = torch.where(has_verdict, groups - mean, 0.0)
     if normalize:
-        spread = groups.std(1, keepdim=True)
+        spread = (centred.square().sum(1, keepdim=True) / (num_verdicts - 1).clamp(min=1)).sqrt()
         centred = torch.where(spread > 0, centred / spread.clamp(min=1e-6), 0.0)
     return centred.flatten()
 

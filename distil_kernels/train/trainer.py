@@ -97,8 +97,10 @@ class Trainer:
         with timer.phase("rollout"), self.student.opened():
             self.roll_out(share, generate_here)
 
-        # Pack them into micro-batches. Losses are divided by the number of rollouts in the whole step.
+        # Pack them into micro-batches. Losses are divided by the number of rollouts with a verdict in the whole step.
         num_rollouts = len(batch) * config.rollouts_per_prompt
+        verdicts = [rollout.feedback.has_verdict for group in share for rollout in group.rollouts]
+        normalizer = float(max(1, sum(self.processes.gather([sum(verdicts)]))))
         size = config.micro_batch_prompts or len(share)
         parts = [share[begin : begin + size] for begin in range(0, len(share), size)]
         device = self.student.weight.device
@@ -106,7 +108,7 @@ class Trainer:
 
         # One update, or several on the same rollouts.
         logprob_before = self._held_out_logprob(timer)
-        updates = [self.update(micro_batches, float(num_rollouts), timer) for _ in range(config.updates_per_batch)]
+        updates = [self.update(micro_batches, normalizer, timer) for _ in range(config.updates_per_batch)]
         (first, grad_norm), (last, _) = updates[0], updates[-1]
         num_skipped_updates = sum(not math.isfinite(norm) for _, norm in updates)
         learning_rate = self.optimizer.param_groups[0]["lr"]
@@ -143,6 +145,7 @@ class Trainer:
             "num_skipped_updates": num_skipped_updates,
             "learning_rate": learning_rate,
             "num_skipped_problems": self.batches.num_skipped,
+            "num_left_out_records": len(getattr(self.tutor.task, "left_out", ())),
             "tokens_per_second": num_tokens / seconds,
             "seconds": seconds,
             **{f"seconds_{phase}": spent for phase, spent in timer.seconds.items()},

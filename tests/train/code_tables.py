@@ -130,3 +130,68 @@ def apps_record(name: str) -> dict[str, object]:
         "difficulty": "interview",
         "starter_code": "",
     }
+
+
+HUMANEVAL_PLUS = {
+    "double": {"prompt": "from typing import List\n\n\ndef double(numbers: List[int]) -> List[int]:\n    '''Each twice.'''\n", "canonical_solution": "    return [2 * n for n in numbers]\n",
+               "base_input": [[[1, 2]], [[]]], "plus_input": [[[10**25 + 1, -3]], [[0, 0, 7]]], "atol": 0},
+    "mean": {"prompt": "def mean(xs):\n    '''Of numbers.'''\n", "canonical_solution": "    return sum(xs) / len(xs)\n",
+             "base_input": [[[1.0, 2.0]]], "plus_input": [[[0.1, 0.2, 0.3]], [[1e9, 1.0]], [[1.0, 3.0]]], "atol": 1e-06},
+    "find_zero": {"prompt": "import math\n\n\ndef poly(xs: list, x: float):\n    return sum([coeff * math.pow(x, i) for i, coeff in enumerate(xs)])\n\n\ndef find_zero(xs: list):\n    '''One zero of a polynomial with an even number of coefficients.'''\n",
+                  "canonical_solution": "    low, high = -100.0, 100.0\n    while high - low > 1e-10:\n        middle = (low + high) / 2\n        if poly(xs, middle) * poly(xs, low) > 0: low = middle\n        else: high = middle\n    return low\n",
+                  "base_input": [[[1, 2]]], "plus_input": [[[-6, 11, -6, 1]], [[10, -3]]], "atol": 0.0001},
+    "longest": {"prompt": "from typing import List, Optional\n\n\ndef longest(strings: List[str]) -> Optional[str]:\n    '''The first longest; None of none.'''\n", "canonical_solution": "    return max(strings, key=len) if strings else None\n",
+                "base_input": [[[]], [["a", "b"]]], "plus_input": [[["a", "bb", "cc"]], [[""]]], "atol": 0},
+    "divide": {"prompt": "def divide(a, b):\n    '''Quotient and rest.'''\n", "canonical_solution": "    return a // b, a % b\n", "base_input": [[7, 2]], "plus_input": [[-7, 2], [0, 3]], "atol": 0},
+    "count": {"prompt": "def count(text):\n    '''Letters by number.'''\n", "canonical_solution": "    return {c: text.count(c) for c in text}\n", "base_input": [["aab"]], "plus_input": [[""], ["xyz"]], "atol": 0},
+}  # fmt: skip
+HUMANEVAL_PLUS_ANSWERS = [
+    ("double", "    return [2 * n for n in numbers]\n", 1), ("double", "    return list(map(lambda n: n + n, numbers))\n", 1), ("double", "    return numbers * 2\n", 0), ("double", "    return tuple(2 * n for n in numbers)\n", 0),
+    ("double", "    return [2.0 * n for n in numbers]\n", 0), ("double", "    return [n + n for n in numbers if n]\n", 0), ("double", "    return (2 * n for n in numbers)\n", 0), ("double", "    for i in range(len(numbers)): numbers[i] *= 2\n    return numbers\n", 1),
+    ("double", "    print(numbers)\n    return [n << 1 for n in numbers]\n", 1), ("double", "    raise ValueError\n", 0), ("double", "    return [2 * n for n in numbers\n", 0), ("double", "    return helper(numbers)\n\n\ndef helper(n):\n    return [2 * x for x in n]\n", 1),
+    ("double", "    import numpy\n    return (2 * numpy.array(numbers, object)).tolist()\n", 1), ("double", "    import sys\n    sys.exit(0)\n", 0), ("double", "    return [2, 4]\n", 0), ("double", "def double(numbers):\n    return [n * 2 for n in numbers]\n", 1),
+    ("mean", "    return sum(xs) / len(xs)\n", 1), ("mean", "    import statistics\n    return statistics.fmean(xs)\n", 1), ("mean", "    return sum(xs) / len(xs) + 1e-7\n", 1), ("mean", "    return sum(xs) / len(xs) + 1e-3\n", 0), ("mean", "    return sum(xs) // len(xs)\n", 0),
+    ("mean", "    return str(sum(xs) / len(xs))\n", 0), ("mean", "    from fractions import Fraction\n    return sum(map(Fraction, xs)) / len(xs)\n", 0), ("mean", "    return round(sum(xs) / len(xs), 6)\n", 1), ("mean", "    return round(sum(xs) / len(xs), 1)\n", 1),
+    ("mean", "    m = sum(xs) / len(xs)\n    return int(m) if m == int(m) else m\n", 1), ("mean", "    import numpy\n    return numpy.mean(xs)\n", 1), ("mean", "    import numpy\n    return numpy.mean(xs) + 1e-9\n", 0, 1), ("mean", "    return [sum(xs) / len(xs)]\n", 0), ("mean", "    return float('nan')\n", 0),
+    ("find_zero", "    low, high = -1000.0, 1000.0\n    while high - low > 1e-9:\n        middle = (low + high) / 2\n        if poly(xs, middle) * poly(xs, low) > 0: low = middle\n        else: high = middle\n    return low\n", 1),
+    ("find_zero", "    return -xs[0] / xs[1]\n", 0), ("find_zero", "    import numpy\n    return float(min(numpy.roots(xs[::-1]).real))\n", 1), ("find_zero", "    return None\n", 0), ("find_zero", "    return math.inf\n", 0), ("find_zero", "    return '1'\n", 0), ("find_zero", "    return {2: -xs[0] / xs[1], 4: 1 + 1e-6}[len(xs)]\n", 1), ("find_zero", "    return {2: -xs[0] / xs[1], 4: 1.01}[len(xs)]\n", 0),
+    ("longest", "    return max(strings, key=len, default=None)\n", 1), ("longest", "    return max(strings, key=len, default='')\n", 0), ("longest", "    return max(reversed(strings), key=len) if strings else None\n", 0), ("longest", "    if strings: return sorted(strings, key=len, reverse=True)[0]\n", 1), ("longest", "    return max(strings, key=len)\n", 0),
+    ("divide", "    return divmod(a, b)\n", 1), ("divide", "    return [a // b, a % b]\n", 0), ("divide", "    return float(a // b), float(a % b)\n", 1), ("divide", "    return int(a / b), a - int(a / b) * b\n", 0), ("divide", "    from collections import namedtuple\n    return namedtuple('P', 'q r')(*divmod(a, b))\n", 1, 0),
+    ("count", "    from collections import Counter\n    return Counter(text)\n", 1), ("count", "    d = {}\n    for c in text: d[c] = d.get(c, 0) + 1\n    return d\n", 1), ("count", "    return {c: 1 for c in text}\n", 0), ("count", "    return [(c, text.count(c)) for c in set(text)]\n", 0), ("count", "    return {c: text.count(c) for c in text}.items()\n", 0),
+]  # fmt: skip
+"""Where EvalPlus says something else: it does not take a number of numpy's for near (its type is another), and a class of the
+program's own may be equal to anything."""
+
+MBPP_PLUS = {
+    "Mbpp/2": {"entry_point": "similar_elements", "canonical_solution": "def similar_elements(test_tup1, test_tup2):\n  return tuple(set(test_tup1) & set(test_tup2))\n", "base_input": [[[3, 4, 5, 6], [5, 7, 4, 10]]], "plus_input": [[[1, 2], [3]]],
+               "atol": 0, "assertion": "\nassert set(similar_elements((3, 4, 5, 6),(5, 7, 4, 10))) == set((4, 5))\n"},
+    "Mbpp/434": {"entry_point": "text_match_three", "canonical_solution": "import re\ndef text_match_three(text):\n        return re.search('ab{3}?', text)\n", "base_input": [["ac"], ["abbb"]], "plus_input": [["cabbbb"], [""]], "atol": 0, "assertion": "assert not text_match_three('ac')"},
+    "Mbpp/295": {"entry_point": "sum_div", "canonical_solution": "def sum_div(number):\n    if number == 1: return 1\n    return sum(i for i in range(1, number) if number % i == 0)\n", "base_input": [[8], [12]], "plus_input": [[1], [97]], "atol": 0, "assertion": "assert sum_div(8)==7"},
+    "Mbpp/581": {"entry_point": "surface_Area", "canonical_solution": "def surface_Area(b,s):\n  return 2 * b * s + pow(b,2)\n", "base_input": [[3, 4]], "plus_input": [[1, 2]], "atol": 0, "assertion": "assert surface_Area(3,4)==33"},
+    "Mbpp/558": {"entry_point": "digit_distance_nums", "canonical_solution": "def digit_distance_nums(n1, n2):\n    return sum([abs(int(c1) - int(c2)) for c1, c2 in zip(str(n1), str(n2))])\n", "base_input": [[1, 2], [23, 56]], "plus_input": [[123, 45]], "atol": 0, "assertion": "assert digit_distance_nums(1,2) == 1"},
+    "Mbpp/85": {"entry_point": "surfacearea_sphere", "canonical_solution": "import math\ndef surfacearea_sphere(r):\n  return 4*math.pi*(r**2)\n", "base_input": [[10]], "plus_input": [[0.5], [0]], "atol": 0, "assertion": "assert math.isclose(surfacearea_sphere(10), 1256.6370614359173, rel_tol=0.001)"},
+    "Mbpp/63": {"entry_point": "max_difference", "canonical_solution": "def max_difference(test_list):\n  return max(abs(a - b) for a, b in test_list)\n", "base_input": [[[[3, 5], [1, 7]]]], "plus_input": [[[[2, 2]]]], "atol": 0, "assertion": "assert max_difference([(3, 5), (1, 7)]) == 6"},
+    "Mbpp/124": {"entry_point": "angle_complex", "canonical_solution": "import cmath\ndef angle_complex(a,b):\n  return cmath.phase(a+b)\n", "base_input": [["0.0", "1j"]], "plus_input": [["-1.0", "2j"]], "atol": 0, "assertion": "assert math.isclose(angle_complex(0,1j), 1.5707963267948966, rel_tol=0.001)"},
+}  # fmt: skip
+MBPP_PLUS_ANSWERS = [
+    ("Mbpp/2", "def similar_elements(a, b): return tuple(set(a) & set(b))", 1), ("Mbpp/2", "def similar_elements(a, b): return [x for x in a if x in b]", 1), ("Mbpp/2", "def similar_elements(a, b): return set(a).intersection(b)", 1), ("Mbpp/2", "def similar_elements(a, b): return sorted(set(a) & set(b), reverse=True)", 1),
+    ("Mbpp/2", "def similar_elements(a, b): return a", 0), ("Mbpp/2", "def similar_elements(a, b): return None", 0), ("Mbpp/2", "def similar_elements(a, b): return {x: a for x in a if x in b}", 1), ("Mbpp/2", "def similar_elements(a, b): return {a: 1, b: 2} and tuple(x for x in a if x in b)", 1), ("Mbpp/2", "def similar_elements(a, b): return '45'", 0),
+    ("Mbpp/2", "def similar_elements(a, b): return (x for x in a if x in b)", 1, 0), ("Mbpp/434", "import re\ndef text_match_three(t): return re.search('abbb', t)", 1), ("Mbpp/434", "def text_match_three(t): return 'abbb' in t", 1), ("Mbpp/434", "def text_match_three(t): return 'Found a match!' if 'abbb' in t else 'Not matched!'", 0),
+    ("Mbpp/434", "def text_match_three(t): return t if 'abbb' in t else None", 1), ("Mbpp/434", "def text_match_three(t): return True", 0), ("Mbpp/434", "def text_match_three(t): return int('abbb' in t) or None", 1), ("Mbpp/434", "def text_match_three(t): return int('abbb' in t)", 0), ("Mbpp/434", "import re\ndef text_match_three(t): return bool(re.match('abbb', t))", 0),
+    ("Mbpp/295", "def sum_div(n): return sum(i for i in range(1, n) if n % i == 0) if n > 1 else 1", 1), ("Mbpp/295", "def sum_div(n): return sum(i for i in range(1, n) if n % i == 0)", 1), ("Mbpp/295", "def sum_div(n): return sum(i for i in range(1, n + 1) if n % i == 0)", 0), ("Mbpp/295", "def sum_div(n): return float(sum(i for i in range(1, n) if n % i == 0))", 1), ("Mbpp/295", "def sum_div(n): return 7", 0),
+    ("Mbpp/581", "def surface_Area(b, s): return b * b + 2 * b * s", 1), ("Mbpp/581", "import math\ndef surface_Area(b, h): return round(b**2 + 2 * b * math.sqrt((b / 2)**2 + h**2))", 1), ("Mbpp/581", "import math\ndef surface_Area(b, h): return b**2 + 2 * b * math.sqrt((b / 2)**2 + h**2)", 0), ("Mbpp/581", "def surface_Area(b, s): return 4 * b * s", 0), ("Mbpp/581", "def surface_Area(b, s): return str(b * b + 2 * b * s)", 0),
+    ("Mbpp/558", "def digit_distance_nums(a, b): return sum(abs(int(x) - int(y)) for x, y in zip(str(a), str(b)))", 1), ("Mbpp/558", "def digit_distance_nums(a, b):\n    n = max(len(str(a)), len(str(b)))\n    return sum(abs(int(x) - int(y)) for x, y in zip(str(a).zfill(n), str(b).zfill(n)))", 1), ("Mbpp/558", "def digit_distance_nums(a, b): return abs(a - b)", 0), ("Mbpp/558", "def digit_distance_nums(a, b): return sum(map(int, str(abs(a - b))))", 0),
+    ("Mbpp/85", "import math\ndef surfacearea_sphere(r): return 4 * math.pi * r * r", 1), ("Mbpp/85", "def surfacearea_sphere(r): return 4 * 3.141592653589793 * r ** 2", 1), ("Mbpp/85", "def surfacearea_sphere(r): return 4 * 3.14 * r ** 2", 0), ("Mbpp/85", "def surfacearea_sphere(r): return 4 * 3.14159265359 * r ** 2", 1), ("Mbpp/85", "def surfacearea_sphere(r): return int(4 * 3.141592653589793 * r ** 2)", 0), ("Mbpp/85", "def surfacearea_sphere(r): return [4 * 3.141592653589793 * r ** 2]", 0),
+    ("Mbpp/63", "def max_difference(pairs): return max(abs(a - b) for a, b in set(pairs))", 1), ("Mbpp/63", "def max_difference(pairs): return max(abs(p[0] - p[1]) for p in pairs)", 1), ("Mbpp/63", "def max_difference(pairs): return max(a - b for a, b in pairs)", 0), ("Mbpp/63", "def max_difference(pairs): return max(pairs)", 0), ("Mbpp/63", "def max_difference(pairs): return max(abs(a - b) for a, b in pairs if isinstance((a, b), tuple) and (a, b) in {p: 1 for p in pairs})", 1), ("Mbpp/63", "def difference(pairs): return max(abs(a - b) for a, b in pairs)", 0),
+    ("Mbpp/124", "import cmath\ndef angle_complex(a, b): return cmath.phase(complex(a) + b)", 1), ("Mbpp/124", "import cmath\ndef angle_complex(a, b): return cmath.polar(a + b)[1]", 1), ("Mbpp/124", "import math\ndef angle_complex(a, b): return math.atan2(b.imag, a + b.real)", 1), ("Mbpp/124", "import math\ndef angle_complex(a, b): return math.atan(b.imag / a)", 0), ("Mbpp/124", "import math\ndef angle_complex(a, b): return math.degrees(math.atan2(b.imag, a))", 0),
+]  # fmt: skip
+"""Where EvalPlus says something else: a generator is no data."""
+
+
+def evalplus_record(name: str) -> dict[str, object]:
+    """As EvalPlus's HumanEvalPlus.jsonl and MbppPlus.jsonl have it."""
+    if name in MBPP_PLUS:
+        problem = MBPP_PLUS[name]
+        prompt = f'"""\nWrite {problem["entry_point"]}.\n{str(problem["assertion"]).strip()}\n"""\n'
+        return {"task_id": name, "prompt": prompt, "contract": "", **problem}
+    return {"task_id": f"HumanEval/{name}", "entry_point": name, "contract": "", "test": "", **HUMANEVAL_PLUS[name]}

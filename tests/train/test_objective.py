@@ -110,6 +110,15 @@ def test_group_advantages() -> None:
     torch.testing.assert_close(group_advantages(scores, 4, normalize=True), plain / 0.5)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_advantages_are_over_rollouts_with_a_verdict(normalize: bool) -> None:
+    missing = float("nan")
+    scores = torch.tensor([1.0, missing, 0.0, 0.5, missing, missing, 1.0, missing])
+    found = group_advantages(scores, 4, normalize)
+    torch.testing.assert_close(found[[0, 2, 3]], group_advantages(scores[[0, 2, 3]], 3, normalize))
+    assert found[[1, 4, 5, 6, 7]].tolist() == [0.0] * 5
+
+
 def test_one_rollout_has_no_group(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(["--objective", "policy_gradient", "--rollouts_per_prompt", "1"])

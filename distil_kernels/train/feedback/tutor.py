@@ -78,8 +78,10 @@ class Tutor:
                 rollout.feedback = response
 
     def give_feedback(self, student: Reader, groups: Sequence[PromptGroup], count: int) -> None:
-        """Fills in feedback and teacher prompt of the first `count` rollouts of each group."""
+        """Fills in feedback and teacher prompt of the first `count` rollouts of each group, if they have a verdict."""
         for group, responses in zip(groups, self.respond(student, groups, count), strict=True):
             for rollout, feedback in zip(group.rollouts[:count], responses, strict=True):
+                if not rollout.feedback.has_verdict:
+                    continue
                 rollout.feedback = feedback
                 rollout.teacher_prompt = self.prompts.teacher(group.problem, feedback)

@@ -38,5 +38,5 @@ def full_colors(rollouts: Sequence[Record]) -> dict[str, float]:
 
 
 def verdict(score: float) -> str:
-    """Returns "right" for the full score, else "wrong"."""
-    return "right" if score >= 1.0 else "wrong"
+    """Returns "right" for the full score, "unjudged" for none (NaN), else "wrong"."""
+    return "right" if score >= 1.0 else "unjudged" if math.isnan(score) else "wrong"

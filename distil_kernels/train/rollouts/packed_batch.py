@@ -53,14 +53,14 @@ class PackedBatch:
     """[N] int64, the completions one after another."""
     cu_seqlens: Tensor
     """[B + 1] int64 on the CPU: completion b is tokens[cu_seqlens[b]:cu_seqlens[b + 1]]."""
-    by_model: TokenMask
-    """The tokens that the model sampled; a tool inserted the others."""
+    judged: TokenMask
+    """The tokens that have an advantage: sampled by the model and by no tool, in a rollout with a verdict."""
     learns: TokenMask
     """The tokens that are distilled: sampled by the model, in a rollout with feedback."""
     behaviour_logprobs: Tensor | None
     """[N] float32 under the rollout server that sampled the tokens; None if the student sampled them."""
     scores: Tensor
-    """[B] float32 on the CPU."""
+    """[B] float32 on the CPU; NaN without a verdict."""
     group_size: int
     """Completions per problem."""
 
@@ -81,7 +81,9 @@ class PackedBatch:
             completions=[rollout.tokens for rollout in rollouts],
             tokens=torch.tensor([token for rollout in rollouts for token in rollout.tokens], device=device),
             cu_seqlens=torch.tensor([0, *(len(rollout.tokens) for rollout in rollouts)]).cumsum(0),
-            by_model=TokenMask.of([flag for rollout in rollouts for flag in rollout.by_model], device),
+            judged=TokenMask.of(
+                [flag and rollout.feedback.has_verdict for rollout in rollouts for flag in rollout.by_model], device
+            ),
             learns=TokenMask.of(
                 [flag and rollout.has_feedback for rollout in rollouts for flag in rollout.by_model], device
             ),

@@ -25,8 +25,8 @@ class Rollout:
     feedback: Feedback = NO_FEEDBACK
     """Score and feedback of this answer."""
     teacher_prompt: list[int] | None = None
-    """Token ids that the teacher reads before the completion. None: the feedback is empty or does not fit, and the
-    rollout is masked out of distillation."""
+    """Token ids that the teacher reads before the completion. None: there is no verdict, or the feedback is empty or
+    does not fit, and the rollout is masked out of distillation."""
 
     @staticmethod
     def sampled(tokens: list[int], logprobs: list[float] | None = None) -> Rollout:

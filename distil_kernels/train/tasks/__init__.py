@@ -22,12 +22,13 @@ from distil_kernels.train.tasks.numbers import (
     Reverse,
     SortNumbers,
 )
-from distil_kernels.train.tasks.problem import Feedback, Problem, Task
+from distil_kernels.train.tasks.problem import NO_VERDICT, Feedback, Problem, Task
 from distil_kernels.train.tasks.reasoning_gym import ReasoningGym
 from distil_kernels.train.tasks.records import DATA, Records
 
 __all__ = [
     "DOMAINS",
+    "NO_VERDICT",
     "OWN_TASKS",
     "Feedback",
     "Problem",
@@ -121,17 +122,18 @@ def answered_problems(task: Task, count: int) -> list[Problem]:
 
 
 def problems(task: Task, held_out: bool, start: int = 0) -> Iterator[tuple[int, Problem]]:
-    """Endless problems of one split from index `start`, each with the index to go on from.
+    """Endless sound problems of one split from index `start`, each with the index to go on from.
 
     Raises:
         ValueError: the task gave a thousand problems in a row of the other split (it has too few different ones).
     """
+    is_sound: Callable[[int], bool] = getattr(task, "is_sound", lambda index: True)
     misses = 0
     while misses < 1000:
         problem = task.problem(start)
         start += 1
         misses += 1
-        if is_held_out(problem) == held_out:
+        if is_held_out(problem) == held_out and is_sound(start - 1):
             misses = 0
             yield start, problem
     split = "held-out" if held_out else "training"

@@ -2,7 +2,8 @@
 
 One process, which has imported math-verify, takes all comparisons, a line of JSON each way, and hands them to a fork of
 its own, whose caches grow. While that compares, an alarm is set whose default action ends it, in C code too; the next
-comparison then costs a new fork and no import (2 s). The process runs none of the caller's main module, has a session
+comparison then costs a new fork and no import (2 s). A process that dies is started again; after three times
+`JudgeFailed` says that this answer has no verdict. The process runs none of the caller's main module, has a session
 of its own, so that Ctrl-C does not reach it, and ends where its input does: with the caller.
 """
 
@@ -16,6 +17,8 @@ import subprocess
 import sys
 import threading
 import warnings
+
+from distil_kernels.train.tasks.sandbox import ATTEMPTS, JudgeFailed
 
 SECONDS = 5.0
 """CPU time of one comparison."""
@@ -98,11 +101,18 @@ class Worker:
 
 
 def is_equal(right: str, found: str) -> bool:
-    """Whether two texts with LaTeX in them are the same expression; not where that takes longer than SECONDS."""
-    reply = _WORKER.ask(right, found)
-    if reply not in ("0\n", "1\n"):
-        warnings.warn(f"an answer that could not be evaluated in {SECONDS:g} seconds is wrong", stacklevel=2)
-    return reply == "1\n"
+    """Whether two texts with LaTeX in them are the same expression; not where that takes longer than SECONDS.
+
+    Raises:
+        JudgeFailed: no process lived to say so.
+    """
+    for _ in range(ATTEMPTS):
+        reply = _WORKER.ask(right, found)
+        if reply == "late\n":
+            warnings.warn(f"an answer that could not be evaluated in {SECONDS:g} seconds is wrong", stacklevel=2)
+        if reply:
+            return reply == "1\n"
+    raise JudgeFailed(f"no process lived to compare an answer with {right!r}, {ATTEMPTS} times")
 
 
 def _started() -> subprocess.Popen[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple, Protocol
 
 
@@ -21,17 +22,29 @@ class Feedback(NamedTuple):
     """What the verifier says about one rollout."""
 
     score: float
-    """From 0 to 1."""
+    """From 0 to 1; NaN where no judge lived to give one."""
     text: str
     """In words: the expert's correction, or what happened to the answer."""
     demonstration: str
     """The expert's answer; empty where there is none to show."""
+
+    @property
+    def has_verdict(self) -> bool:
+        return not math.isnan(self.score)
+
+
+NO_VERDICT = Feedback(math.nan, "", "")
+"""What is said of an answer whose judge hung or died: it is neither right nor wrong, and nothing is learnt from it."""
 
 
 class Task(Protocol):
     """What the trainer asks of a task. One whose answers are run also has
 
     trace(answer, entry) -> (score, text): what happened, in words, from the rollout alone
+
+    and may have
+
+    is_sound(index) -> bool: whether the `index`-th problem's own answer is right; else it is passed over
     """
 
     def problem(self, index: int) -> Problem:

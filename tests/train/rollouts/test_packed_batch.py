@@ -30,10 +30,10 @@ def test_two_groups() -> None:
     assert batch.teacher_prompts == [[9], [9, 9], [1, 3]] and batch.teacher_prompt_index == [0, 1, 2, 0]
     assert batch.completions == [[5, 6], [7, 8], [8], [4, 4, 4]] and batch.lengths == [2, 2, 1, 3]
     assert batch.tokens.tolist() == [5, 6, 7, 8, 8, 4, 4, 4] and batch.cu_seqlens.tolist() == [0, 2, 4, 5, 8]
-    assert batch.by_model.values is not None and batch.learns.values is not None
-    assert batch.by_model.values.tolist() == [True, True, True, False, True, True, True, True]
+    assert batch.judged.values is not None and batch.learns.values is not None
+    assert batch.judged.values.tolist() == [True, True, True, False, True, True, True, True]
     assert batch.learns.values.tolist() == [True, True, True, False, False, True, True, True]
-    assert (batch.by_model.num_tokens, batch.learns.num_tokens) == (7, 6)
+    assert (batch.judged.num_tokens, batch.learns.num_tokens) == (7, 6)
     assert batch.scores.tolist() == [1.0, 0.5, 0.0, 0.25] and batch.group_size == 2
     assert batch.behaviour_logprobs is None
 

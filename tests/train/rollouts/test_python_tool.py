@@ -148,7 +148,7 @@ def test_rows_that_were_put_in_are_not_read(tiny_model: Path, tmp_path: Path, ob
         seen = run.average.state_dict()["reached"]
         assert seen.tolist() == [True] * 5 + [False] * (len(seen) - 5) and len(seen) == 4 + run.data.tool.longest
         assert torch.isfinite(run.average.values(lengths)).all()
-    assert packed([[1]], [0, 0], [[2], [3, 4]]).by_model == (None, 3)  # no mask where every token counts
+    assert packed([[1]], [0, 0], [[2], [3, 4]]).judged == (None, 3)  # no mask where every token counts
 
 
 def test_gradient_and_means_by_definition(tiny_model: Path, tmp_path: Path) -> None:

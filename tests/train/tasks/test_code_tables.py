@@ -16,6 +16,8 @@ SETS = {
     "HumanEval": (tables.HUMANEVAL_ANSWERS, lambda name: {"task_id": name, **tables.HUMANEVAL[name]}),
     "MBPP": (tables.MBPP_ANSWERS, lambda name: tables.MBPP[name]),
     "APPS": (tables.APPS_ANSWERS, tables.apps_record),
+    "HumanEval+": (tables.HUMANEVAL_PLUS_ANSWERS, tables.evalplus_record),
+    "MBPP+": (tables.MBPP_PLUS_ANSWERS, tables.evalplus_record),
 }
 
 
@@ -25,7 +27,7 @@ def test_answers_are_judged_as_the_public_grader_judges_them(tmp_path: Path, nam
     assert len(answers) >= 40
     problems = {}
     for problem in {row[0] for row in answers}:
-        file = tmp_path / f"{problem}.jsonl"
+        file = tmp_path / f"{problem.replace('/', '_')}.jsonl"
         file.write_text(json.dumps(record(problem)) + "\n")
         problems[problem] = Code(file, 0, Limits(seconds=1.0))
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import threading
 import time
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from distil_kernels.train.__main__ import main
-from distil_kernels.train.tasks import Feedback, Problem, make_task
+from distil_kernels.train.tasks import NO_VERDICT, Feedback, Problem, make_task, problems
 from distil_kernels.train.tasks.check import check
 from distil_kernels.train.tasks.sandbox import JudgeFailed, cores
 from distil_kernels.train.tasks.verdicts import verified
@@ -49,8 +50,7 @@ def test_an_answer_without_a_verdict_is_left_out_and_counted() -> None:
 
     with pytest.warns(UserWarning, match="2 of 5 answers have no verdict"):
         first, second = verified(verify, Runs(), [(PROBLEM, ["1", "dies", "0", "1"]), (PROBLEM, ["dies"])], True)
-    assert first[1] == Feedback(pytest.approx(2 / 3), "", "") and [said.score for said in first[::2]] == [1.0, 0.0]
-    assert second == [Feedback(0.0, "", "")]
+    assert [said.has_verdict for said in first] == [True, False, True, True] and second == [first[1]] == [NO_VERDICT]
 
 
 def test_every_reference_is_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,6 +67,33 @@ def test_every_reference_is_judged(tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.warns(UserWarning):
         assert main(["check", f"code:{file}"]) == 1
     assert "wrong, line 2: Test 1 of 1 fails" in capsys.readouterr().out
+
+
+def test_a_record_whose_reference_solution_fails_is_left_out_when_it_is_first_asked_for(tmp_path: Path) -> None:
+    lines = []
+    for number in range(24):
+        test = {"input": f"{number}\n", "output": f"{number}\n", "testtype": "stdin"}
+        solution = "" if number % 3 == 0 else "print(input())" if number % 3 == 1 else "print(0 * '!')"
+        lines.append({"question_content": f"{number}?", "public_test_cases": [test], "solution": solution})
+    file = tmp_path / "set.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    task = make_task(f"code:{file}", seed=0)
+    assert task.left_out == []
+    with pytest.warns(UserWarning, match=r"line \d+: its reference solution fails its tests: Test 1 of 1 fail"):
+        found = {problem.question.split()[4] for _, problem in islice(problems(task, held_out=False), 60)}
+    assert found and all(int(number[:-1]) % 3 < 2 for number in found)
+    numbers = {int(text.split(":")[0].split()[1]) for text in task.left_out}
+    assert len(task.left_out) == len(numbers) == 8 and {number % 3 for number in numbers} == {0}  # from 1
+
+
+def test_a_reference_solution_without_a_verdict_is_no_fault_of_its_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = make_task("code", seed=0)
+
+    def dies(answer: str, entry: object) -> tuple[float, str]:
+        raise JudgeFailed
+
+    monkeypatch.setattr(task, "trace", dies)
+    assert all(map(task.is_sound, range(8))) and task.left_out == []
 
 
 @pytest.mark.parametrize("task", ["code", "math", "science", "add", "reasoning_gym:basic_arithmetic"])
