@@ -18,7 +18,8 @@ from distil_kernels.train.run import directory as run_directory
 def main(arguments: list[str]) -> int:
     """Runs a command and returns the exit status.
 
-    0 is success, 1 a file that could not be written or a diverged run, 2 wrong options, 130 a stop by Ctrl-C.
+    0 is success, 1 a file that could not be written, a diverged run, a judge or a server that failed, 2 wrong options,
+    130 a stop by Ctrl-C.
     """
     command, options = "train", arguments
     if arguments and not arguments[0].startswith("-"):
@@ -31,21 +32,27 @@ def main(arguments: list[str]) -> int:
             f"python -m distil_kernels.train: expected a command ({expected}), got {command!r}{hint}", file=sys.stderr
         )
         return 2
+    status = 2
     try:
-        try:
-            work = COMMANDS[command](options)
-        except ValueError as error:
-            if not str(error).startswith("["):  # no option's: a fault of the code, or of a user's judge
-                raise
-            print(f"python -m distil_kernels.train: {error}", file=sys.stderr)
-            return 2
+        work = COMMANDS[command](options)
+        status = 1
         return work() or 0
+    except (ValueError, RuntimeError) as error:
+        if not str(error).startswith("["):  # of no option: a fault of the code
+            raise
+        _say(error)
+        return status
     except (OSError, FloatingPointError) as error:
-        print(f"python -m distil_kernels.train: {error}", file=sys.stderr)
+        _say(error)
         return 1
     except KeyboardInterrupt:
         print("stopped at once; a run directory is as of its last checkpoint", file=sys.stderr)
         return 130
+
+
+def _say(error: Exception) -> None:
+    """Prints an error as one line."""
+    print("python -m distil_kernels.train:", " ".join(str(error).split()), file=sys.stderr)
 
 
 def _train(arguments: list[str]) -> commands.Work:

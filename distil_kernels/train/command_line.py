@@ -182,4 +182,4 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line that says what is wrong, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")

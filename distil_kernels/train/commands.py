@@ -6,21 +6,20 @@ import argparse
 import dataclasses
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
-
 from distil_kernels.train.command_line import Parser, from_file, option_parser, read_options
 from distil_kernels.train.config import Config
-from distil_kernels.train.run.checkpoint import newest_undamaged
 from distil_kernels.train.run.directory import is_run, write_text
 from distil_kernels.train.run.json_lines import json_line, read_lines, with_nan
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from distil_kernels.train.build import Parts
 
 Work = Callable[[], int | None]
@@ -46,6 +45,7 @@ def evaluate(arguments: list[str]) -> Work:
     target = others["target"]
     # Late, so that wrong options are reported before seconds of imports.
     from distil_kernels.train.build import build
+    from distil_kernels.train.run.checkpoint import newest_undamaged
 
     if is_run(Path(target)):
         extra = sorted(given - EVAL_OPTIONS)
@@ -74,6 +74,8 @@ def _print_evaluation(parts: Parts, task: str, target: str, step: int) -> None:
     assert result is not None
     if not parts.processes.is_main:
         return
+    from rich.table import Table
+
     table = Table(title=f"{target}: {result.num_problems} held-out problems of {task}")
     for column in ("", "mean", "standard error"):
         table.add_column(column, justify="right" if column else "left")
@@ -96,9 +98,11 @@ def inspect(arguments: list[str]) -> Work:
     directory = _run_directory(options.run)
     from distil_kernels.train.report import inspect
 
-    records = with_nan(read_lines(directory / "rollouts.jsonl"))
-    record = inspect.choose(records, options.step, options.problem, options.rollout)
-    return partial(inspect.show, record, options.color, _console())
+    with _readable(directory):
+        records = with_nan(read_lines(directory / "rollouts.jsonl"))
+        record = inspect.choose(records, options.step, options.problem, options.rollout)
+        shown = inspect.rendered(record, options.color)
+    return partial(_console().print, shown)
 
 
 def report(arguments: list[str]) -> Work:
@@ -109,9 +113,10 @@ def report(arguments: list[str]) -> Work:
     directory = _run_directory(options.run)
     from distil_kernels.train.report.html import page
 
-    metrics, rollouts = (with_nan(read_lines(directory / name)) for name in ("metrics.jsonl", "rollouts.jsonl"))
     output = Path(options.output) if options.output else directory / "report.html"
-    text = page(_config(directory), directory.resolve().name, metrics, rollouts)
+    with _readable(directory):
+        metrics, rollouts = (with_nan(read_lines(directory / name)) for name in ("metrics.jsonl", "rollouts.jsonl"))
+        text = page(_config(directory), directory.resolve().name, metrics, rollouts)
 
     def write() -> None:
         write_text(output, text)
@@ -155,9 +160,25 @@ def _run_directory(name: str) -> Path:
     return Path(name)
 
 
+@contextmanager
+def _readable(directory: Path) -> Iterator[None]:
+    """A context in which a record without what is read of it is a fault of the run directory."""
+    try:
+        yield
+    except Exception as error:  # of records that hold anything
+        if str(error).startswith("["):
+            raise
+        raise ValueError(
+            f"[RUN] expected metrics.jsonl and rollouts.jsonl of {directory} as the run wrote them, got a record that "
+            f"cannot be shown ({type(error).__name__}: {error})"
+        ) from error
+
+
 def _config(directory: Path) -> Config:
     return Config(**from_file(directory / "config.json"))
 
 
 def _console() -> Console:
+    from rich.console import Console
+
     return Console(width=None if sys.stdout.isatty() else 160)

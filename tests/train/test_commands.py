@@ -18,7 +18,7 @@ from distil_kernels.train.__main__ import main
 from distil_kernels.train.config import Config
 from distil_kernels.train.evaluate import mean_and_error, pass_at
 from distil_kernels.train.report.html import page
-from distil_kernels.train.report.inspect import show
+from distil_kernels.train.report.inspect import rendered
 from distil_kernels.train.run.json_lines import read_lines
 
 VOID = {"meta", "line", "circle", "input", "br", "i", "link", "img"}
@@ -219,7 +219,7 @@ def test_whatever_a_model_says_is_text(run: Path) -> None:
 def test_what_steers_a_terminal_is_shown_as_numbers(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (record, *_) = [record for record in read_lines(run / "rollouts.jsonl") if record["kind"] == "held_out"]
     record["prompt"] = record["feedback"] = record["texts"][0] = "a\x1b[2Jb\u202e[red]"
-    show(record, "ce", Console(width=160))
+    Console(width=160).print(rendered(record, "ce"))
     shown = capsys.readouterr().out
     assert "\x1b[2J" not in shown and "\u202e" not in shown and shown.count("a\\x1b[2Jb\\x202e[red]") >= 3
 

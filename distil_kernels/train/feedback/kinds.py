@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import reprlib
+import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -128,8 +129,8 @@ def feedback_kind(name: str) -> FeedbackKind:
     module, _, attribute = name.partition(":")
     try:
         function = getattr(importlib.import_module(module), attribute) if attribute else None
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"[feedback] cannot import {name!r}: {error}") from error
+    except Exception as error:  # of a module that runs anything
+        raise ValueError(f"[feedback] cannot import {name!r}: {type(error).__name__}: {error}") from error
     if not callable(function):
         raise ValueError(f"[feedback] expected one of {', '.join(FEEDBACK)}, or module:function, got {name!r}")
     return users_kind(_users_verifier(name, function))
@@ -145,7 +146,10 @@ def _users_verifier(name: str, function: Callable[..., Any]) -> Verifier:
         try:
             result = function(problem, answer)
         except Exception as error:  # not a ValueError, which main would report as a wrong option
-            raise RuntimeError(f"[feedback] {name} raised {type(error).__name__}: {error}") from error
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise RuntimeError(
+                f"[feedback] {name} raised {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+            ) from error
         feedback = _as_feedback(result, problem)
         if feedback is None:
             raise ValueError(

@@ -32,8 +32,10 @@ def load(name: str, option: str = "model") -> tuple[PreTrainedModel, PreTrainedT
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=is_local)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=is_local)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"[{option}] transformers cannot load {name!r}: {error}") from error
+    except Exception as error:  # of files that hold anything
+        reason = " ".join(str(error).split())
+        reason = reason if len(reason) <= 300 else f"{reason[:300]}..."
+        raise ValueError(f"[{option}] transformers cannot load {name!r}: {reason}") from error
     return model.eval(), tokenizer
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -40,8 +40,8 @@ def choose(records: Sequence[Record], step: int | None, problem: int, rollout: i
     return rollouts[rollout]
 
 
-def show(record: Record, color: str, console: Console) -> None:
-    """Prints a rollout with its tokens coloured by "ce", "kl" or "credit"."""
+def rendered(record: Record, color: str) -> RenderableType:
+    """Returns one rollout for the terminal; `color` is the column of COLORS that paints its tokens."""
     full = full_colors([record])[color]
     completion = Text()
     for index, (text, value) in enumerate(zip(record["texts"], record[color], strict=True)):
@@ -56,7 +56,7 @@ def show(record: Record, color: str, console: Console) -> None:
         Panel(completion, title=title, title_align="left", subtitle=legend, subtitle_align="left"),
         _alternatives(record, color, full),
     ]
-    console.print(Group(*parts))
+    return Group(*parts)
 
 
 def _alternatives(record: Record, color: str, full: float) -> Table:

@@ -97,6 +97,10 @@ def _choices(record: Record) -> tuple[str, Choices]:
         options = [option for option in options if option != "N/A"]
         texts = dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", options, strict=False))
         return text_field(record, "question"), Choices(str(record.get("answer") or "").strip(), texts)
+    if not isinstance(record["choices"], dict) or not all(
+        isinstance(record["choices"].get(name), list) for name in ("label", "text")
+    ):
+        raise ValueError("choices is no object with lists label and text")
     labels, options = ([as_text(item, "choices") for item in record["choices"][name]] for name in ("label", "text"))
     texts = dict(zip(labels, options, strict=True))
     return text_field(record, "question"), Choices(str(record["answerKey"] or "").strip(), texts)

@@ -204,11 +204,16 @@ def as_text(value: Any, name: str) -> str:
     """
     if isinstance(value, str):
         return value
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+    if _is_number(value):
         return str(value)
     if _are_messages(value):
         return _text_of_messages(value, name)
     raise ValueError(f"{name} is {_kind(value)}, expected text")
+
+
+def _is_number(value: Any) -> bool:
+    is_finite_float = isinstance(value, float) and math.isfinite(value)
+    return is_finite_float or (isinstance(value, int) and not isinstance(value, bool))
 
 
 def _are_messages(value: Any) -> bool:
@@ -244,5 +249,5 @@ def _kind(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, (int, float)):
-        return "a number" if math.isfinite(value) else "no finite number"
+        return "a number" if _is_number(value) else "no finite number"
     return {str: "a text", list: "a list", dict: "an object"}.get(type(value), type(value).__name__)
