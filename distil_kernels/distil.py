@@ -97,10 +97,11 @@ def fused_distil_loss(
         horizon: costs more than this many tokens on do not count, at least 1; biased. Not with "sequence".
         normalize_by_remaining: divides the cost-to-go by the number of counted tokens that it sums over, discounted
             alike: a mean cost per token, which does not grow with the length; biased. Not with "sequence".
-        baseline: None; "leave_one_out": mean over the group's other sequences at the same position (0 after their
-            end; without those that are masked whole), unbiased; "position_mean": mean over all sequences alive there,
-            its own included (with n of them the expected credit is (n - 1) / n of what it should be); or [N] values,
-            unbiased where they do not depend on the row's own rollout.
+        baseline: None; "leave_one_out": mean over the group's other sequences (without those that are masked whole), of
+            their cost-to-go at the same position (0 after their end) or with "sequence" of their whole cost, unbiased;
+            "position_mean": mean over all sequences alive there, its own included (with n of them the expected credit
+            is (n - 1) / n of what it should be); or [N] values, unbiased where they do not depend on the row's own
+            rollout.
         group_size: rollouts per prompt, consecutive in the packing; needed by "leave_one_out" (at least 2).
         credit_clip: bound of |a_t|, after baseline and scale; biased.
         credit_scale: multiplies the credit; 1 is the exact gradient.
@@ -126,7 +127,7 @@ def fused_distil_loss(
     call = Call(checks, student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias,
                 token_mask, token_weight, temperature, teacher_temperature, logit_softcap, backend)  # fmt: skip
     checks.packed(student_hidden, cu_seqlens)
-    checks.rows("tokens", tokens, student_hidden, "int64")
+    checks.rows("tokens", tokens, student_hidden, "int64", optional=False)
     checks.one_of("cost", cost, tuple(COSTS))
     checks.share("jsd_weight", jsd_weight)
     normalizer = checks.normalizer(normalizer, student_hidden)

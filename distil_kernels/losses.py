@@ -186,6 +186,7 @@ def _token_loss(
     if normalizer is not None and reduction != "mean":
         checks.value_error(f"normalizer is given with reduction={reduction!r}, expected reduction='mean'")
     checks.threshold("gradient_threshold", gradient_threshold)
+    checks.flag("return_dropped", return_dropped)
     if reduction == "none" and (gradient_threshold or return_dropped):
         checks.value_error(
             f"gradient_threshold is {gradient_threshold} and return_dropped {return_dropped} with reduction='none', "

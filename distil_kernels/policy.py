@@ -74,8 +74,8 @@ def fused_policy_loss(
     checks = ArgumentChecks("fused_policy_loss")
     call = Call(checks, student_hidden, student_weight, None, None, student_bias, None, token_mask, token_weight,
                 temperature, None, logit_softcap, backend, has_teacher=False)  # fmt: skip
-    checks.rows("tokens", tokens, student_hidden, "int64")
-    checks.rows("advantages", advantages, student_hidden, "float")
+    checks.rows("tokens", tokens, student_hidden, "int64", optional=False)
+    checks.rows("advantages", advantages, student_hidden, "float", optional=False)
     checks.rows("old_logprobs", old_logprobs, student_hidden, "float")
     if clip_low is not None:
         checks.between("clip_low", clip_low, 0.0, 1.0)
@@ -84,7 +84,11 @@ def fused_policy_loss(
     checks.between("entropy_weight", entropy_weight, -float("inf"), float("inf"))
     normalizer = checks.normalizer(normalizer, student_hidden)
     result = call.policy_loss(
-        Policy(clip_low, clip_high, float(entropy_weight)),
+        Policy(
+            None if clip_low is None else float(clip_low),
+            None if clip_high is None else float(clip_high),
+            float(entropy_weight),
+        ),
         call.denominator(normalizer),
         tokens=tokens.reshape(-1),
         advantages=advantages.detach().reshape(-1),

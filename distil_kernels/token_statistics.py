@@ -91,7 +91,7 @@ def token_stats(
     checks = ArgumentChecks("token_stats")
     call = Call(checks, student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias,
                 token_mask, None, temperature, teacher_temperature, logit_softcap, backend)  # fmt: skip
-    checks.rows("tokens", tokens, student_hidden, "int64")
+    checks.rows("tokens", tokens, student_hidden, "int64", optional=False)
     statistics = call.differentiable_statistics(tokens.reshape(-1), FORWARD_CE, plan, logprob_grad=True)
     return from_statistics(statistics, student_hidden.shape[:-1])
 
@@ -119,7 +119,7 @@ def token_logprobs(
     checks = ArgumentChecks("token_logprobs")
     call = Call(checks, student_hidden, student_weight, None, None, student_bias, None, token_mask, None, temperature,
                 None, logit_softcap, backend, has_teacher=False)  # fmt: skip
-    checks.rows("tokens", tokens, student_hidden, "int64")
+    checks.rows("tokens", tokens, student_hidden, "int64", optional=False)
     statistics = call.differentiable_statistics(tokens.reshape(-1), Cost(Statistic.ENTROPY), plan, logprob_grad=True)
     logprob, entropy = statistics[Statistic.LOGPROB], statistics[Statistic.ENTROPY]
     lse = (statistics[Statistic.MAX_LOGIT] + statistics[Statistic.LOG_NORMALIZER]).detach()

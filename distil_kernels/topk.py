@@ -116,7 +116,7 @@ def fused_topk_distil_loss(
     checks.one_of("cost", cost, ("ce", "kl"))
     normalizer = checks.normalizer(normalizer, student_hidden)
     checks.packed(student_hidden, cu_seqlens)
-    checks.rows("tokens", tokens, student_hidden, "int64")
+    checks.rows("tokens", tokens, student_hidden, "int64", optional=False)
     credit = checks.credit(
         student_hidden, credit_span, baseline, group_size, discount, horizon, normalize_by_remaining, credit_clip,
         credit_scale, importance_clip, behaviour_logprobs,

@@ -142,23 +142,24 @@ def test_opcheck_scalar_loss(plan, generator):
     i = make_inputs(6, 20, 8, generator=generator)
     credit = Credit(discount=0.9, horizon=2, by_remaining=True, clip=5.0, importance_clip=2.0)
     spec = Spec("cpu", "", plan, "", Needs(hidden=True, weight=True, bias=False), credit=credit)
+    text, numbers = spec.encode_apart()
     torch.library.opcheck(
         torch.ops.distil_kernels.scalar_loss,
         (i.student_hidden, i.student_weight, None, i.teacher_hidden, i.teacher_weight, None, i.tokens, None, None,
-         torch.tensor(3.0), torch.tensor([0, 2, 6]), None, torch.zeros(6)),
-        {"spec": spec.encode(), "chunk_rows": 4, "staging_rows": 0},
+         torch.tensor(3.0), torch.tensor([0, 2, 6]), None, torch.zeros(6), numbers),
+        {"spec": text, "chunk_rows": 4, "staging_rows": 0},
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("plan", ["kept_gradient", "recompute"])
 def test_opcheck_row_statistics(plan, generator):
     i = make_inputs(6, 20, 8, generator=generator)
-    spec = Spec("cpu", "", plan, "", Needs(hidden=True, weight=True, bias=False))
+    text, numbers = Spec("cpu", "", plan, "", Needs(hidden=True, weight=True, bias=False)).encode_apart()
     torch.library.opcheck(
         torch.ops.distil_kernels.row_statistics,
         (i.student_hidden, i.student_weight, None, i.teacher_hidden, i.teacher_weight, None, i.tokens, None,
-        ),
-        {"spec": spec.encode(), "chunk_rows": 4, "staging_rows": 0},
+         numbers),
+        {"spec": text, "chunk_rows": 4, "staging_rows": 0},
     )  # fmt: skip
 
 

@@ -274,11 +274,12 @@ def test_opcheck_policy_loss(generator):
     # scale the op's own outputs in place.
     spec = Spec("reference", "", "gradient_in_forward", "", Needs(hidden=True, weight=True, bias=False),
                 cost=Cost(Statistic.ENTROPY), policy=Policy(0.2, 0.2, 0.01))  # fmt: skip
+    text, numbers = spec.encode_apart()
     torch.library.opcheck(
         torch.ops.distil_kernels.policy_loss,
         (inputs.student_hidden, inputs.student_weight, None, inputs.tokens, None, None, torch.tensor(3.0),
-         -torch.ones(6), None),
-        {"spec": spec.encode(), "chunk_rows": 4, "staging_rows": 0},
+         -torch.ones(6), None, numbers),
+        {"spec": text, "chunk_rows": 4, "staging_rows": 0},
     )  # fmt: skip
 
 

@@ -38,8 +38,9 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
         RuntimeError: it was asked for by name and cannot run there; the message says why.
     """
     if requested != "auto":
-        if requested not in BACKENDS:
-            raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {requested!r}")
+        if not isinstance(requested, str) or requested not in BACKENDS:
+            came = repr(requested) if isinstance(requested, str) else type(requested).__name__
+            raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {came}")
         why_not = BACKENDS[requested].unavailable(device, dtype)
         if why_not is not None:
             raise RuntimeError(f"backend={requested!r} cannot run here: {why_not}")

@@ -15,7 +15,7 @@ from distil_kernels.engine.credit import CreditInputs, known_in_order
 from distil_kernels.engine.custom_ops import PolicyRows, ScalarLoss
 from distil_kernels.engine.gemm import accumulation_dtype
 from distil_kernels.engine.gradients import Needs
-from distil_kernels.engine.plan import Plan, choose_plan
+from distil_kernels.engine.plan import Plan, check_plan, choose_plan
 from distil_kernels.engine.policy import Policy
 from distil_kernels.engine.sizes import Shape, choose_chunk_rows
 from distil_kernels.engine.spec import Spec
@@ -27,7 +27,8 @@ class Denominator(NamedTuple):
     """What a weighted sum and its gradients are divided by, and where: inside the op, before gradients are rounded.
 
     In float16 the division comes after the op, through autograd: entries of a gradient that is divided by thousands of
-    tokens would be too small for a float16 number.
+    tokens would be too small for a float16 number. There the op divides by the largest weight, so that the size of the
+    weights, which the denominator of a mean makes good, neither overflows nor underflows.
     """
 
     inside: Tensor | None
@@ -36,13 +37,19 @@ class Denominator(NamedTuple):
     """For `divided`; None: the op has divided, or there is nothing to divide by."""
 
     @classmethod
-    def of(cls, denominator: float | Tensor | None, hidden: Tensor) -> Denominator:
-        """Makes the rule for hidden states of a dtype; None for a sum."""
-        if denominator is None or hidden.dtype == torch.float16:
-            return cls(None, denominator)
+    def of(cls, denominator: float | Tensor | None, hidden: Tensor, token_weight: Tensor | None) -> Denominator:
+        """Makes the rule for hidden states of a dtype; `denominator` is None for a sum."""
+        if hidden.dtype == torch.float16:
+            if token_weight is None or token_weight.numel() == 0:
+                return cls(None, denominator)
+            largest = token_weight.abs().amax()
+            largest = torch.where(largest < torch.finfo(largest.dtype).tiny, 1.0, largest)
+            return cls(largest, (1.0 if denominator is None else denominator) / largest)
+        if denominator is None:
+            return cls(None, None)
         if isinstance(denominator, Tensor):
             return cls(denominator, None)
-        return cls(hidden.new_full((), denominator, dtype=accumulation_dtype(hidden.dtype)), None)
+        return cls(hidden.new_ones((), dtype=accumulation_dtype(hidden.dtype)) * denominator, None)
 
     def divided(self, total: Tensor) -> Tensor:
         """Returns the loss from what the op returned."""
@@ -72,9 +79,9 @@ class Call:
     ) -> None:
         # Check every argument that the ops share.
         self._checks = checks
-        checks.positive("temperature", temperature, optional=False)
-        checks.positive("teacher_temperature", teacher_temperature)
-        checks.positive("logit_softcap", logit_softcap)
+        checks.scale("temperature", temperature, optional=False)
+        checks.scale("teacher_temperature", teacher_temperature)
+        checks.scale("logit_softcap", logit_softcap)
         leaves = student_hidden, student_weight, student_bias
         student_hidden, student_weight = _as_autocast(student_hidden, student_weight)
         teacher_hidden, teacher_weight = _as_autocast(teacher_hidden, teacher_weight)
@@ -178,10 +185,10 @@ class Call:
     ) -> PolicyRows:
         """Computes the clipped policy-gradient loss of tokens [N], and its rows; there is no teacher."""
         chosen = choose_plan(self._shape(scalar=True, logprob_grad=True), plan)
-        rule = Denominator.of(denominator, self._hidden)
-        total, statistics, surrogate, clipped, *_ = custom_ops.policy_loss(
-            *self._student, tokens, self._counted, self.row_weight(), rule.inside, advantages, old_logprobs,
-            **self._options(chosen, cost=Cost(Statistic.ENTROPY), policy=policy),
+        rule = self._denominator_rule(denominator)
+        total, statistics, surrogate, clipped, *_ = self._compute(
+            custom_ops.policy_loss, chosen, *self._student, tokens, self._counted, self.row_weight(), rule.inside,
+            advantages, old_logprobs, cost=Cost(Statistic.ENTROPY), policy=policy,
         )  # fmt: skip
         return PolicyRows(rule.divided(total), statistics, surrogate, clipped)
 
@@ -190,8 +197,8 @@ class Call:
     ) -> Tensor:
         """Computes statistics [NUM_STATISTICS, N]; gradients flow through the cost and LOGPROB."""
         chosen = choose_plan(self._shape(scalar=False, logprob_grad=logprob_grad), plan)
-        statistics, *_ = custom_ops.row_statistics(
-            *self._student, *self._teacher, tokens, self._counted, **self._options(chosen, cost=cost)
+        statistics, *_ = self._compute(
+            custom_ops.row_statistics, chosen, *self._student, *self._teacher, tokens, self._counted, cost=cost
         )
         return statistics
 
@@ -212,6 +219,7 @@ class Call:
         shape = self._shape(scalar=True, logprob_grad=credit.settings.span != "none")
         in_order = True
         if cu_seqlens is not None:
+            check_plan(plan)
             num_sequences = cu_seqlens.numel() - 1
             max_rows = plan.chunk_rows if isinstance(plan, Plan) else choose_chunk_rows(shape)
             in_order = known_in_order(credit.settings, num_sequences, shape.num_rows, max_rows)
@@ -220,16 +228,20 @@ class Call:
             self._checks.sparse_gradient(gradient_threshold, self._backend.name, shape.dtype, chosen)
             chosen = chosen._replace(staging_rows=0)  # entries are selected before they are rounded
 
-        rule = Denominator.of(denominator, self._hidden)
-        total, statistics, weights, dropped, *_ = op(
-            *self._student, *teacher, tokens, self._counted, self.row_weight(), rule.inside, cu_seqlens,
-            credit.baseline_values, credit.behaviour_logprobs,
-            **self._options(chosen, cost=cost, credit=credit.settings, gradient_threshold=float(gradient_threshold)),
+        rule = self._denominator_rule(denominator)
+        total, statistics, weights, dropped, *_ = self._compute(
+            op, chosen, *self._student, *teacher, tokens, self._counted, self.row_weight(), rule.inside, cu_seqlens,
+            credit.baseline_values, credit.behaviour_logprobs, cost=cost, credit=credit.settings,
+            gradient_threshold=float(gradient_threshold),
         )  # fmt: skip
         return ScalarLoss(rule.divided(total), statistics, weights, dropped)
 
-    def _options(self, plan: Plan, **settings: Any) -> dict[str, Any]:
-        """Returns the arguments of a custom op that are no tensors."""
+    def _denominator_rule(self, denominator: float | Tensor | None) -> Denominator:
+        weight = None if self._token_weight is None else self.row_weight()
+        return Denominator.of(denominator, self._hidden, weight)
+
+    def _compute(self, op: Any, plan: Plan, *tensors: Tensor | None, **settings: Any) -> tuple[Tensor, ...]:
+        """Calls a custom op with its tensors and the record of the call, of which `settings` are fields."""
         spec = Spec(
             backend=self._backend.name,
             backend_reason=self._backend.reason,
@@ -239,7 +251,8 @@ class Call:
             **self._transform,
             **settings,
         )
-        return {"spec": spec.encode(), "chunk_rows": plan.chunk_rows, "staging_rows": plan.staging_rows}
+        text, numbers = spec.encode_apart() if torch.compiler.is_compiling() else (spec.encode(), None)
+        return op(*tensors, numbers, spec=text, chunk_rows=plan.chunk_rows, staging_rows=plan.staging_rows)
 
     def _shape(self, *, scalar: bool, logprob_grad: bool) -> Shape:
         hidden, weight, _ = self._student

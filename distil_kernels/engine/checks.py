@@ -7,6 +7,7 @@ checked where the op runs, on the CPU only: on a GPU it would cost a synchronisa
 from __future__ import annotations
 
 import math
+import sys
 from typing import NoReturn
 
 import torch
@@ -18,6 +19,9 @@ from distil_kernels.engine.plan import Plan
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MAX_SIZE = 2**31 - 1
+_LARGEST = sys.float_info.max
+_SMALLEST_SCALE, _LARGEST_SCALE = 1e-12, 1e12
+"""Bounds of temperature and softcap: quotients of both, and products with logits, are normal float32 numbers."""
 _MAX_MASS = 1 + 1e-3
 """Log-probs of an API are rounded: their sum may pass 1 by this much, and then the tail is empty."""
 
@@ -98,11 +102,13 @@ class ArgumentChecks:
                 "float64 does not mix with other dtypes"
             )
 
-    def rows(self, name: str, tensor: Tensor | None, student_hidden: Tensor, kind: str) -> None:
-        """Checks an optional tensor with one entry per token; `kind` is "bool", "float" or "int64"."""
-        if tensor is None:
+    def rows(
+        self, name: str, tensor: Tensor | None, student_hidden: Tensor, kind: str, *, optional: bool = True
+    ) -> None:
+        """Checks a tensor with one entry per token; `kind` is "bool", "float" or "int64"."""
+        if tensor is None and optional:
             return
-        self._tensor(name, tensor)
+        tensor = self._tensor(name, tensor)
         accepted = {
             "bool": tensor.dtype == torch.bool,
             "float": tensor.dtype.is_floating_point,
@@ -148,6 +154,7 @@ class ArgumentChecks:
         self.one_of("credit_span", credit_span, SPANS)
         self.between("discount", discount, 0.0, 1.0)
         self.count("horizon", horizon)
+        self.flag("normalize_by_remaining", normalize_by_remaining)
         self.positive("credit_clip", credit_clip)
         self.between("credit_scale", credit_scale, 0.0, math.inf)
         for name, value, exact in (
@@ -175,10 +182,10 @@ class ArgumentChecks:
             group_size=group_size,
             discount=float(discount),
             horizon=horizon,
-            by_remaining=bool(normalize_by_remaining),
-            clip=credit_clip,
+            by_remaining=normalize_by_remaining,
+            clip=None if credit_clip is None else float(credit_clip),
             scale=float(credit_scale),
-            importance_clip=importance_clip,
+            importance_clip=None if importance_clip is None else float(importance_clip),
         )
         return CreditInputs(settings, baseline_values, behaviour_logprobs)
 
@@ -186,10 +193,11 @@ class ArgumentChecks:
         """Checks ids and log-probs [..., K] of the tokens that a teacher named."""
         rows = student_hidden.shape[:-1]
         for name, tensor in (("teacher_ids", teacher_ids), ("teacher_logprobs", teacher_logprobs)):
-            is_right = isinstance(tensor, Tensor) and tensor.dim() == len(rows) + 1 and tensor.shape[:-1] == rows
-            if not is_right:
-                came = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-                self.value_error(f"{name} is {came}, expected [..., K] with the rows {list(rows)}")
+            self._tensor(name, tensor)
+            if tensor.dim() != len(rows) + 1 or tensor.shape[:-1] != rows:
+                self.value_error(
+                    f"{name} has shape {list(tensor.shape)}, expected [..., K] with student_hidden's rows {list(rows)}"
+                )
             self._same_device(name, tensor, student_hidden)
         if teacher_ids.dtype != torch.int64 or not teacher_logprobs.dtype.is_floating_point:
             self.type_error(
@@ -206,36 +214,45 @@ class ArgumentChecks:
         """Checks a finite number above 0."""
         if value is None and optional:
             return
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            self.type_error(f"{name} is {type(value).__name__}, expected a number")
-        if not (math.isfinite(value) and value > 0):
+        if (
+            not 0.0 < self._number(name, value) <= _LARGEST
+        ):  # comparisons that torch.compile can keep for a number that changes
             self.value_error(f"{name} is {value}, expected a finite number above 0")
+
+    def scale(self, name: str, value: float | None, *, optional: bool = True) -> None:
+        """Checks a number that logits are divided by: with its reciprocal they keep their digits in float32."""
+        self.positive(name, value, optional=optional)
+        if value is not None and not _SMALLEST_SCALE <= value <= _LARGEST_SCALE:
+            self.value_error(f"{name} is {value}, expected a number from {_SMALLEST_SCALE} to {_LARGEST_SCALE}")
 
     def count(self, name: str, value: int | None, *, optional: bool = True) -> None:
         """Checks an integer of at least 1."""
         if value is None and optional:
             return
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            self.value_error(f"{name} is {value!r}, expected a positive integer")
+            self.value_error(f"{name} is {_described(value)}, expected a positive integer")
+
+    def flag(self, name: str, value: bool) -> None:
+        """Checks a bool."""
+        if not isinstance(value, bool):
+            self.type_error(f"{name} is {type(value).__name__}, expected a bool")
 
     def between(self, name: str, value: float, low: float, high: float) -> None:
         """Checks a finite number in [low, high]."""
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            self.type_error(f"{name} is {type(value).__name__}, expected a number")
-        if not (math.isfinite(value) and low <= value <= high):
+        if not max(low, -_LARGEST) <= self._number(name, value) <= min(high, _LARGEST):
             span = f" from {low} to {high}" if math.isfinite(high) else f" of at least {low}"
             self.value_error(f"{name} is {value}, expected a finite number{span if math.isfinite(low) else ''}")
 
     def share(self, name: str, value: float) -> None:
         """Checks a number above 0 and below 1."""
         self.between(name, value, 0.0, 1.0)
-        if value in (0.0, 1.0):
+        if not 0.0 < value < 1.0:
             self.value_error(f"{name} is {value}, expected a number above 0 and below 1")
 
     def threshold(self, name: str, value: float) -> None:
         """Checks a number from 0 to 1, 1 excluded: a row's largest entry is never below the threshold."""
         self.between(name, value, 0.0, 1.0)
-        if value == 1.0:
+        if not value < 1.0:
             self.value_error(f"{name} is {value}, expected a number below 1")
 
     def sparse_gradient(self, threshold: float, backend: str, dtype: torch.dtype, plan: Plan) -> None:
@@ -259,6 +276,9 @@ class ArgumentChecks:
         if not isinstance(normalizer, Tensor):
             self.positive("normalizer", normalizer)
             return normalizer
+        self._tensor("normalizer", normalizer)
+        if normalizer.is_complex() or normalizer.dtype == torch.bool:
+            self.type_error(f"normalizer has dtype {normalizer.dtype}, expected a float or an integer")
         if normalizer.numel() != 1:
             self.value_error(f"normalizer has shape {list(normalizer.shape)}, expected one element")
         self._same_device("normalizer", normalizer, student_hidden)
@@ -266,8 +286,13 @@ class ArgumentChecks:
 
     def one_of(self, name: str, value: object, choices: tuple[str, ...]) -> None:
         """Checks a choice by name."""
-        if value not in choices:
-            self.value_error(f"{name} is {value!r}, expected one of {list(choices)}")
+        if not isinstance(value, str) or value not in choices:
+            self.value_error(f"{name} is {_described(value)}, expected one of {list(choices)}")
+
+    def _number(self, name: str, value: object) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            self.type_error(f"{name} is {type(value).__name__}, expected a number")
+        return value
 
     def _tensor(self, name: str, tensor: object) -> Tensor:
         if not isinstance(tensor, Tensor):
@@ -307,6 +332,11 @@ class ArgumentChecks:
             )
         if bias is not None and bias.shape != (weight.shape[0],):
             self.value_error(f"{model}_bias has shape {list(bias.shape)}, expected [{weight.shape[0]}]")
+
+
+def _described(value: object) -> str:
+    """Returns a value as a message shows it: a tensor would fill a screen."""
+    return repr(value) if isinstance(value, (str, int, float)) else type(value).__name__
 
 
 def check_tokens(tokens: Tensor | None, counted: Tensor | None, vocab_size: int) -> None:

@@ -244,14 +244,15 @@ class CreditScan:
             weights = cost_to_go - self._baseline(to_go, cells, chunk)
         weights = credit.scale * weights
         if credit.clip is not None:
-            weights = weights.clamp(-credit.clip, credit.clip)
+            bound = min(credit.clip, torch.finfo(weights.dtype).max)
+            weights = weights.clamp(-bound, bound)
         return torch.stack([weights, cost_to_go])
 
     def _importance(self, logprobs: Tensor, behaviour_logprobs: Tensor) -> Tensor:
         """Returns the bounded ratio [R] of each token's probability under the student and under the older policy."""
         ratio = (logprobs - behaviour_logprobs.to(logprobs.dtype)).exp()
         bound = self._credit.importance_clip
-        return ratio if bound is None else ratio.clamp(max=bound)
+        return ratio if bound is None else ratio.clamp(max=min(bound, torch.finfo(ratio.dtype).max))
 
     def _baseline(self, to_go: Tensor, cells: tuple[Tensor, Tensor], chunk: CreditChunk) -> Tensor:
         """Returns the baseline [R] of a chunk's rows from the cost-to-go of the grid."""

@@ -6,8 +6,9 @@
     row_statistics   forward: statistics per row; backward: rows_backward (logits again), kept_backward, or a row scale
     rows_backward, kept_backward have no gradient of their own: differentiating twice is an error
 
-An op takes its tensors, one `Spec` as text, and the rows of a chunk and of the staging buffer. Its arguments have been
-checked by the public op. Gradients that are not needed are tensors of size 0.
+An op takes its tensors, one `Spec` as text (under torch.compile without its floats, which are `numbers`), and the rows
+of a chunk and of the staging buffer. Its arguments have been checked by the public op. Gradients that are not needed
+are tensors of size 0.
 """
 
 from typing import Any, NamedTuple, Optional
@@ -47,13 +48,14 @@ def scalar_loss(
     cu_seqlens: Optional[Tensor],
     baseline_values: Optional[Tensor],
     behaviour_logprobs: Optional[Tensor],
+    numbers: Optional[Tensor],
     *,
     spec: str,
     chunk_rows: int,
     staging_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `ScalarLoss`, then gradients of hidden, weight and bias."""
-    record = Spec.decode(spec)
+    record = Spec.decode(spec, numbers)
     inputs = driver.Inputs.of(
         record, student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, tokens,
         counted, row_weight=row_weight, denominator=denominator, cu_seqlens=cu_seqlens,
@@ -120,13 +122,14 @@ def topk_loss(
     cu_seqlens: Optional[Tensor],
     baseline_values: Optional[Tensor],
     behaviour_logprobs: Optional[Tensor],
+    numbers: Optional[Tensor],
     *,
     spec: str,
     chunk_rows: int,
     staging_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `ScalarLoss`, then gradients of hidden, weight and bias."""
-    record = Spec.decode(spec)
+    record = Spec.decode(spec, numbers)
     inputs = TopKInputs.of(
         record, student_hidden, student_weight, student_bias, None, None, None, tokens, counted,
         row_weight=row_weight, denominator=denominator, cu_seqlens=cu_seqlens, baseline_values=baseline_values,
@@ -151,13 +154,14 @@ def policy_loss(
     denominator: Optional[Tensor],
     advantages: Tensor,
     old_logprobs: Optional[Tensor],
+    numbers: Optional[Tensor],
     *,
     spec: str,
     chunk_rows: int,
     staging_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `PolicyRows`, then gradients of hidden, weight and bias."""
-    record = Spec.decode(spec)
+    record = Spec.decode(spec, numbers)
     inputs = driver.Inputs.of(
         record, student_hidden, student_weight, student_bias, None, None, None, tokens, counted,
         row_weight=row_weight, denominator=denominator,
@@ -202,13 +206,14 @@ def row_statistics(
     teacher_bias: Optional[Tensor],
     tokens: Optional[Tensor],
     counted: Optional[Tensor],
+    numbers: Optional[Tensor],
     *,
     spec: str,
     chunk_rows: int,
     staging_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(statistics [NUM_STATISTICS, N], hidden gradient for unit upstream [N, D], the fields of `KeptGradient`)."""
-    record = Spec.decode(spec)
+    record = Spec.decode(spec, numbers)
     inputs = driver.Inputs.of(
         record, student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, tokens,
         counted,
@@ -227,6 +232,7 @@ def _(
     teacher_bias: Tensor | None,
     tokens: Tensor | None,
     counted: Tensor | None,
+    numbers: Tensor | None,
     *,
     spec: str,
     chunk_rows: int,
@@ -255,24 +261,26 @@ def _row_statistics_context(ctx: Any, inputs: tuple, keyword_only_inputs: dict[s
     ctx.plan = ctx.spec.plan_of(keyword_only_inputs["chunk_rows"], keyword_only_inputs["staging_rows"])
 
     # No more than backward reads: a teacher's states may be an inference tensor, or overwritten by then.
-    student_hidden, student_weight, *_ = saved = inputs
+    student_hidden, student_weight, *_, counted, _ = saved = inputs
     if ctx.plan.is_frozen_head:
         saved = ()
     elif ctx.plan.keeps_gradient:
-        saved = student_hidden, student_weight
-    ctx.save_for_backward(statistics, base_hidden, *kept, *saved)
+        saved = student_hidden, student_weight, counted
+    ctx.save_for_backward(statistics, base_hidden, *kept, counted, *saved)
 
 
 def _row_statistics_backward(ctx: Any, grad_statistics: Tensor | None, *_: Tensor) -> tuple:
     if grad_statistics is None:
         return (None,) * ctx.num_inputs
-    statistics, base_hidden, kept_rows, residual, *tensors = ctx.saved_tensors
-    cost_weight, logprob_weight = grad_statistics[ctx.spec.cost.statistic], grad_statistics[Statistic.LOGPROB]
+    statistics, base_hidden, kept_rows, residual, counted, *tensors = ctx.saved_tensors
+    upstream = torch.stack([grad_statistics[ctx.spec.cost.statistic], grad_statistics[Statistic.LOGPROB]])
+    if counted is not None:  # other rows may hold anything
+        upstream = torch.where(counted, upstream, 0.0)
+    cost_weight, logprob_weight = upstream
     if ctx.plan.is_frozen_head:
         gradients = scale_rows(base_hidden, cost_weight), base_hidden, base_hidden
     elif ctx.plan.keeps_gradient:
-        upstream = torch.stack([cost_weight, logprob_weight][: kept_rows.shape[0]])
-        gradients = kept_backward(*tensors, kept_rows, residual, upstream, **ctx.options)
+        gradients = kept_backward(*tensors, kept_rows, residual, upstream[: kept_rows.shape[0]], **ctx.options)
     else:
         gradients = rows_backward(*tensors, statistics, cost_weight, logprob_weight, **ctx.options)
     return input_gradients(gradients, ctx.spec.needs, ctx.num_inputs)
@@ -302,6 +310,7 @@ def rows_backward(
     teacher_bias: Optional[Tensor],
     tokens: Optional[Tensor],
     counted: Optional[Tensor],
+    numbers: Optional[Tensor],
     statistics: Tensor,
     cost_weight: Tensor,
     logprob_weight: Tensor,
@@ -311,7 +320,7 @@ def rows_backward(
     staging_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of sum(cost_weight * cost + logprob_weight * logprob), weights [N]."""
-    record = Spec.decode(spec)
+    record = Spec.decode(spec, numbers)
     inputs = driver.Inputs.of(
         record, student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, tokens,
         counted,
@@ -328,6 +337,7 @@ def rows_backward(
 def kept_backward(
     student_hidden: Tensor,
     student_weight: Tensor,
+    counted: Optional[Tensor],
     kept_rows: Tensor,
     residual: Tensor,
     upstream: Tensor,
@@ -339,6 +349,8 @@ def kept_backward(
     """Gradients of the sum over K and N of upstream [K, N] times the outputs whose gradients are kept."""
     record = Spec.decode(spec)
     plan, kept = record.plan_of(chunk_rows, staging_rows), KeptGradient(kept_rows, residual)
+    if counted is not None:  # the products read every row: zeros of the kept gradients times what others may hold
+        student_hidden = student_hidden.masked_fill(~counted[:, None], 0.0)
     gradients = backward_of_kept(student_hidden, student_weight, plan, record.needs, kept, upstream)
     return gradients.hidden, gradients.weight.to(student_weight.dtype), gradients.bias
 

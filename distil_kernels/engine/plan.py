@@ -70,22 +70,42 @@ def choose_plan(shape: Shape, requested: str | Plan = "auto", *, credit_in_one_p
     Raises:
         ValueError: `requested` is no plan's name, or cannot compute this call; the message says why.
     """
+    check_plan(requested)
     name = requested.name if isinstance(requested, Plan) else requested
-    if name != "auto" and name not in PLANS:
-        raise ValueError(f"plan must be 'auto' or one of {list(PLANS)}, got {name!r}")
     why_not = None if name == "auto" else _why_not(name, shape, credit_in_one_pass)
     if why_not is not None:
         raise ValueError(f"plan={name!r} cannot compute this call: {why_not}")
     if isinstance(requested, Plan):
-        has_room = requested.staging_rows == 0 or requested.staging_rows >= requested.chunk_rows
-        if requested.chunk_rows < 1 or not has_room:
-            raise ValueError(f"chunk_rows must be positive and staging_rows 0 or at least as many, got {requested}")
         return requested
     reason = "asked for by name"
     if name == "auto":
         name, reason = _prefer(shape, credit_in_one_pass)
     chunk_rows = choose_chunk_rows(shape)
     return Plan(name, chunk_rows, choose_staging_rows(shape, chunk_rows), reason)
+
+
+def check_plan(requested: str | Plan) -> None:
+    """Checks what a user asks for.
+
+    Raises:
+        ValueError: it is no plan's name, or a Plan whose rows are no numbers of rows.
+    """
+    name = requested.name if isinstance(requested, Plan) else requested
+    if not isinstance(name, str) or (name != "auto" and name not in PLANS):
+        came = repr(name) if isinstance(name, str) else type(name).__name__
+        raise ValueError(f"plan must be 'auto' or one of {list(PLANS)}, got {came}")
+    if isinstance(requested, Plan) and not _has_sizes(requested):
+        raise ValueError(
+            f"plan has chunk_rows {requested.chunk_rows!r} and staging_rows {requested.staging_rows!r}, expected a "
+            "positive integer, and 0 or an integer at least as large"
+        )
+
+
+def _has_sizes(plan: Plan) -> bool:
+    """Returns whether the rows of a plan are numbers of rows."""
+    chunk_rows, staging_rows = plan.chunk_rows, plan.staging_rows
+    are_integers = all(isinstance(rows, int) and not isinstance(rows, bool) for rows in (chunk_rows, staging_rows))
+    return are_integers and chunk_rows >= 1 and (staging_rows == 0 or staging_rows >= chunk_rows)
 
 
 class Memory(NamedTuple):

@@ -34,5 +34,5 @@ class Policy(NamedTuple):
         low = 0.0 if self.clip_low is None else 1.0 - self.clip_low
         high = math.inf if self.clip_high is None else 1.0 + self.clip_high
         clipped = ((ratio > high) & (advantages > 0)) | ((ratio < low) & (advantages < 0))
-        loss = -torch.where(clipped, ratio.clamp(low, high), ratio) * advantages
+        loss = -torch.where(clipped, ratio.clamp(low, min(high, torch.finfo(ratio.dtype).max)), ratio) * advantages
         return loss, torch.where(clipped, 0.0, loss)

@@ -1,8 +1,9 @@
 """Everything about a call that is no tensor and no number of rows, as one record that fits into a custom op.
 
 A custom op takes no objects, so a Spec travels as text (JSON by field names, every float to its last bit) and prints as
-such in an FX graph; torch.compile makes one graph for each. The rows of chunks and staging buffer are arguments of
-their own: torch.compile keeps them symbolic, and one graph serves every number of rows.
+such in an FX graph; torch.compile makes one graph for each. What may change from call to call is not in the text there:
+floats (a temperature's schedule) are entries of a tensor, and the rows of chunks and staging buffer are arguments of
+their own, which torch.compile keeps symbolic.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import json
 import math
 from functools import lru_cache
 from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from distil_kernels.backends import FORWARD_CE, Cost, Statistic
 from distil_kernels.engine.credit import NO_CREDIT, Credit
@@ -50,23 +54,46 @@ class Spec(NamedTuple):
 
     def encode(self) -> str:
         """Returns the text from which `decode` restores this record."""
-        return _encoded(self)  # plain Python, which torch.compile can trace
+        return _encoded(self, None)  # plain Python, which torch.compile can trace
+
+    def encode_apart(self) -> tuple[str, Tensor]:
+        """Returns the text without the floats, and the floats [F], float64 on the CPU."""
+        numbers: list[float] = []
+        text = _encoded(self, numbers)
+        # A float that changes from call to call is an input of torch.compile's graph only as the factor of a tensor.
+        one = torch.ones((), dtype=torch.float64, device="cpu")
+        return text, torch.stack([one * number for number in numbers])
 
     @staticmethod
-    @lru_cache(maxsize=1024)
-    def decode(text: str) -> Spec:
-        """Returns the record that `encode` made the text of."""
-        fields = json.loads(text, strict=False)  # a reason may hold line breaks
-        statistic, jsd_weight = fields["cost"].values()
-        fields["cost"] = Cost(Statistic(statistic), jsd_weight)
-        fields["needs"] = Needs(**fields["needs"])
-        fields["credit"] = Credit(**fields["credit"])
-        fields["policy"] = None if fields["policy"] is None else Policy(**fields["policy"])
-        return Spec(**fields)
+    def decode(text: str, numbers: Tensor | None = None) -> Spec:
+        """Returns the record that `encode` made the text of, or `encode_apart` the text and the numbers.
+
+        With the text of `encode_apart` alone, the floats are NaN.
+        """
+        return _decoded(text, () if numbers is None else tuple(numbers.tolist()))
 
 
-def _encoded(value: Any) -> str:
-    """Returns JSON of a value; a NamedTuple becomes an object by the names of its fields."""
+@lru_cache(maxsize=1024)
+def _decoded(text: str, numbers: tuple[float, ...]) -> Spec:
+    def with_number(entries: dict[str, Any]) -> Any:
+        if entries.keys() != {"number"}:
+            return entries
+        return numbers[entries["number"]] if numbers else math.nan
+
+    fields = json.loads(text, strict=False, object_hook=with_number)  # a reason may hold line breaks
+    statistic, jsd_weight = fields["cost"].values()
+    fields["cost"] = Cost(Statistic(statistic), jsd_weight)
+    fields["needs"] = Needs(**fields["needs"])
+    fields["credit"] = Credit(**fields["credit"])
+    fields["policy"] = None if fields["policy"] is None else Policy(**fields["policy"])
+    return Spec(**fields)
+
+
+def _encoded(value: Any, numbers: list[float] | None) -> str:
+    """Returns JSON of a value; a NamedTuple becomes an object by the names of its fields.
+
+    Floats are appended to `numbers`, if there is one, and the text has their places.
+    """
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -74,8 +101,11 @@ def _encoded(value: Any) -> str:
     if isinstance(value, int):
         return repr(int(value))
     if isinstance(value, float):
+        if numbers is not None:
+            numbers.append(value)
+            return f'{{"number": {len(numbers) - 1}}}'
         return repr(value) if math.isfinite(value) else ("Infinity" if value > 0 else "-Infinity")
     if isinstance(value, str):
         return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    entries = [f'"{name}": {_encoded(entry)}' for name, entry in zip(value._fields, value, strict=True)]
+    entries = [f'"{name}": {_encoded(entry, numbers)}' for name, entry in zip(value._fields, value, strict=True)]
     return "{" + ", ".join(entries) + "}"

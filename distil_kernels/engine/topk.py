@@ -7,8 +7,9 @@ With P = sum_k p_k + p_tail (1 but for rounding) and s the student's logits
 
     dCE / ds_k = P S_k - p_k         dCE / ds_v = (P S_tail - p_tail) S_v / S_tail       (v in the tail)
 
-The tail has a logsumexp of its own: 1 - sum_k S_k would be rounding where the student is sure. The gradient is linear
-in S, so the credit's weight a of the log-prob needs no further pass:
+The tail has a logsumexp of its own: 1 - sum_k S_k would be rounding where the student is sure. All logits are relative
+to their row's maximum: normalisers lose no digits to an offset that all logits share. The gradient is linear in S, so
+the credit's weight a of the log-prob needs no further pass:
 
     w dCE / ds + a dlog S[y] / ds  =  (w P - a) S - w p + a [y]         (p_tail distributed as S is within the tail)
 
@@ -90,6 +91,8 @@ class _Buckets:
     def __init__(self, raw: Tensor, student: LogitTransform, ids: Tensor, logprobs: Tensor) -> None:
         num_rows, vocab_size = raw.shape
         self._logits, self._derivative = _transformed(raw, student)
+        self._maximum = self._logits.amax(1)
+        self._logits.sub_(self._maximum[:, None])
 
         # Logits of the named tokens; the tail is what remains when they are -inf. Tokens that are not known point to a
         # column behind the vocabulary.
@@ -107,7 +110,8 @@ class _Buckets:
         self._logprobs = torch.where(self._known, logprobs, -torch.inf)
         self._probs = self._logprobs.exp()
         self._has_tail = self._lse_tail > -torch.inf
-        self._tail_prob = torch.where(self._has_tail, (1.0 - self._probs.sum(1)).clamp(min=0.0), 0.0)
+        tail_prob = (1.0 - self._logprobs.double().exp().sum(1)).clamp(min=0.0).to(raw.dtype)
+        self._tail_prob = torch.where(self._has_tail, tail_prob, 0.0)
         self._named_logprobs = torch.where(self._known, named_logits - self._lse[:, None], 0.0)
         self._tail_logprob = torch.where(self._has_tail, self._lse_tail - self._lse, 0.0)
 
@@ -120,7 +124,7 @@ class _Buckets:
         cross_entropy = -(self._probs * self._named_logprobs).sum(1) - self._tail_prob * self._tail_logprob
         teacher_entropy = torch.special.entr(self._probs).sum(1) + torch.special.entr(self._tail_prob)
         statistics[Statistic.FORWARD_CE] = cross_entropy
-        statistics[Statistic.FORWARD_KL] = cross_entropy - teacher_entropy
+        statistics[Statistic.FORWARD_KL] = self._forward_kl()
         if tokens is None:
             return statistics
 
@@ -136,8 +140,26 @@ class _Buckets:
         statistics[Statistic.LOGPROB] = logprobs.gather(1, tokens[:, None])[:, 0]
         statistics[Statistic.ENTROPY] = torch.special.entr(logprobs.exp()).sum(1)
         statistics[Statistic.AGREE] = (likeliest == self._logits.argmax(1)).to(statistics.dtype)
-        statistics[Statistic.MAX_LOGIT] = self._lse  # lse is the sum of MAX_LOGIT and LOG_NORMALIZER
+        statistics[Statistic.MAX_LOGIT], statistics[Statistic.LOG_NORMALIZER] = self._maximum, self._lse
         return statistics
+
+    def _forward_kl(self) -> Tensor:
+        """Returns KL(T || S) of the buckets [R]: sum of S - T - T log(S / T), whose terms are never negative.
+
+        sum (S - T) = 0 has removed the first order, in which a small divergence would be lost. What rounding of the
+        log-probs adds to the sum of T is no divergence.
+        """
+        log_t = torch.cat([self._logprobs, self._tail_prob.log()[:, None]], 1).double()
+        log_s = torch.cat([self._named_logprobs, self._tail_logprob[:, None]], 1).double()
+        is_bucket = torch.cat([self._known, self._has_tail[:, None]], 1)
+        log_ratio = torch.where(log_t > -torch.inf, log_s - log_t, 0.0)
+        terms = torch.where(
+            log_ratio.abs() < 0.5,
+            log_t.exp() * (log_ratio.expm1() - log_ratio),
+            log_s.exp() - log_t.exp() * (1.0 + log_ratio),
+        )
+        terms = torch.where(log_t > -torch.inf, terms, log_s.exp())
+        return torch.where(is_bucket, terms, 0.0).sum(1).to(self._lse.dtype)
 
     def gradient(self, cost_weight: Tensor, logprob_weight: Tensor | None, tokens: Tensor | None) -> Tensor:
         """Returns the gradient [R, V] of cost_weight * CE + logprob_weight * log S[tokens] by the raw logits.

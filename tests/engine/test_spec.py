@@ -35,6 +35,15 @@ def test_text_and_back(name):
     assert decoded.encode() == spec.encode()
 
 
+@pytest.mark.parametrize("name", SPECS)
+def test_floats_apart(name):
+    """One text for every value of the floats, which come back from a tensor to the last bit."""
+    text, numbers = SPECS[name].encode_apart()
+    assert repr(Spec.decode(text, numbers)) == repr(SPECS[name])
+    assert text == SPECS[name]._replace(temperature=0.25).encode_apart()[0]
+    assert math.isnan(Spec.decode(text).temperature) and Spec.decode(text).plan == SPECS[name].plan
+
+
 def test_fields_are_printed_by_name():
     text = SPECS["everything"].encode()
     assert '"plan": "gradient_in_forward"' in text

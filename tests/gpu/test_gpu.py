@@ -6,6 +6,7 @@ import gc
 import os
 from types import SimpleNamespace
 
+import masked_rows
 import pytest
 import row_checks
 import to_go_checks
@@ -102,6 +103,14 @@ def test_row_kernels_in_corners(kernels, generator):
 def test_cost_to_go(kernels, generator):
     to_go_checks.check_random_layouts(kernels, generator, 64)
     to_go_checks.check_long_sequences(kernels, generator)
+
+
+@pytest.mark.parametrize(("op", "plan"), [
+    ("forward_ce", "frozen_head"), ("distil", "gradient_in_forward"), ("policy", "recompute"),
+    ("rows of jsd", "kept_gradient"), ("rows of forward_ce", "frozen_head"), ("stats", "stats_only"),
+])  # fmt: skip
+def test_anything_in_masked_rows(backend, op, plan, generator):
+    masked_rows.check(op, plan, backend, torch.bfloat16, generator, "cuda")
 
 
 def on_gpu(inputs: Inputs) -> Inputs:
