@@ -1,7 +1,10 @@
 # ruff: noqa: E501
-"""Answers, right and wrong, and the verdicts of the public graders.
+"""Answers, right and wrong, and the verdicts of the public graders (tests/train/tasks/test_public_graders.py runs them).
 
-MATHEMATICS: (right, answer, verdict, public): `public` is math-verify's verdict on the two in boxes, as its package gives
+In AIME, HMMT, GSM8K, MMLU_PRO and GPQA the public verdict is third (for choices second), and where the verdict here is
+another one it stands last, with the reason below the table.
+
+MATHEMATICS, in the style of MATH: (right, answer, verdict, public): `public` is math-verify's verdict on the two in boxes, as its package gives
 it, or None where the answer is more than a box. math-verify differs from the verdict where it takes a part for the whole
 ("5 minutes", "10 million"), a tuple or an interval for a set, or one thing for a list, and where it does not read
 10\\,000, a trailing stop or text around numbers.
@@ -54,29 +57,35 @@ SCIENCE = [
     ("", ""), ("Because oxygen", ""), ("The answer is a mystery", ""), ("I do not know", ""), ("E", ""), ("Z 999", ""),
     ("\\boxed{}", ""), ("Be careful", ""), ("All of A, B, C", ""), ("The answer is not B", ""),
 ]  # fmt: skip
-"""Answers and the choice that a reader, and MMLU-Pro's and GPQA's patterns where they match, take them for."""
+"""SciKnowEval's, and answers in general: the choice that a reader takes them for. SciKnowEval's own grader is in no package.
+By its rule, stated by hand, a letter alone counts, then the right choice's text without another's, then the first of D, C,
+B, A that has a stop, bracket, space or end of line behind it. Of the 204 pairs of these answers and a key it judges 175
+alike; it calls 22 right ones wrong ("The answer is: (b)") and 7 wrong ones right ("Answer: B" where A is)."""
 
 AIME = [
     ("204", "\\boxed{204}", 1), ("204", "So $\\boxed{204}$.", 1), ("204", "204", 1), ("204", "The answer is 204.", 1), ("204", "The final answer is \\(\\boxed{204}\\).", 1), ("204", "\\[ \\boxed{204} \\]", 1),
     ("204", "It takes $\\boxed{204}$ minutes.", 1), ("204", "\\boxed{205}", 0), ("204", "\\boxed{205}. Wait. \\boxed{204}", 1), ("204", "\\boxed{204}, no: \\boxed{205}", 0), ("204", "\\boxed{204.0}", 1), ("204", "\\boxed{204.5}", 0),
     ("33", "\\boxed{033}", 1), ("033", "\\boxed{33}", 1), ("025", "25", 1), ("25", "\\boxed{0025}", 1), ("204", "\\boxed{\\text{204}}", 1), ("204", "\\boxed{204 \\text{ minutes}}", 1), ("204", "\\boxed{m + n = 204}", 1), ("113", "\\boxed{p = 113}", 1),
     ("204", "\\boxed{\\frac{408}{2}}", 1), ("204", "\\boxed{200 + 4}", 1), ("16", "\\boxed{2^4}", 1), ("999", "\\boxed{1000 - 1}", 1), ("204", "\\boxed{204^\\circ}", 1), ("204", "\\boxed{-204}", 0), ("204", "\\boxed{20.4}", 0), ("204", "\\boxed{2040}", 0),
-    ("204", "\\boxed{4}", 0), ("204", "\\boxed{402}", 0), ("204", "\\boxed{204, 205}", 0), ("204", "\\boxed{204 \\text{ or } 205}", 0), ("204", "\\boxed{}", 0), ("204", "", 0), ("204", "I cannot solve it.", 0), ("0", "\\boxed{0}", 1), ("0", "\\boxed{\\emptyset}", 0),
-    ("110", "\\fbox{110}", 1), ("110", "\\boxed 110", 1), ("204", "**204**", 1), ("204", "Answer: $204$", 1), ("371", "\\boxed{\\mathbf{371}}", 1), ("371", "\\boxed{371.}", 1), ("204", "\\boxed{\\sqrt{204}}", 0), ("204", "\\boxed{x}", 0), ("540", "\\boxed{5 4 0}", 0),
+    ("204", "\\boxed{4}", 0), ("204", "\\boxed{402}", 0), ("204", "\\boxed{204, 205}", 0), ("204", "\\boxed{204 \\text{ or } 205}", 1, 0), ("204", "\\boxed{}", 0), ("204", "", 0), ("204", "I cannot solve it.", 0), ("0", "\\boxed{0}", 1), ("0", "\\boxed{\\emptyset}", 0),
+    ("110", "\\fbox{110}", 0, 1), ("110", "\\boxed 110", 1), ("204", "**204**", 1), ("204", "Answer: $204$", 1), ("371", "\\boxed{\\mathbf{371}}", 1), ("371", "\\boxed{371.}", 0, 1), ("204", "\\boxed{\\sqrt{204}}", 0), ("204", "\\boxed{x}", 0), ("540", "\\boxed{5 4 0}", 1, 0),
 ]  # fmt: skip
-"""Whole numbers from 0 to 999, also with zeros before them: (right, answer, verdict)."""
+"""Whole numbers from 0 to 999, also with zeros before them: (right, answer, verdict), 1 where math-verify or lm-eval's AIME
+says so. Neither reads \\fbox, in which some solutions of MATH have their answers, or a stop in the box; lm-eval takes all
+after \\text{ for a unit and drops spaces."""
 
 HMMT = [
-    ("\\frac{1}{576}", "\\boxed{\\frac{1}{576}}", 1), ("\\frac{1}{576}", "\\boxed{1/576}", 1), ("\\frac{1}{576}", "\\boxed{\\dfrac{1}{576}}", 1), ("\\frac{1}{576}", "\\boxed{\\frac{1}{24^2}}", 1), ("\\frac{1}{576}", "\\boxed{0.001736}", 0), ("\\frac{1}{576}", "\\boxed{576}", 0),
+    ("\\frac{1}{576}", "\\boxed{\\frac{1}{576}}", 1), ("\\frac{1}{576}", "\\boxed{1/576}", 1), ("\\frac{1}{576}", "\\boxed{\\dfrac{1}{576}}", 1), ("\\frac{1}{576}", "\\boxed{\\frac{1}{24^2}}", 1), ("\\frac{1}{576}", "\\boxed{0.001736}", 1), ("\\frac{1}{576}", "\\boxed{0.00174}", 0), ("\\frac{1}{576}", "\\boxed{576}", 0),
     ("1-\\frac{2}{\\pi}", "\\boxed{1 - \\frac{2}{\\pi}}", 1), ("1-\\frac{2}{\\pi}", "\\boxed{\\frac{\\pi - 2}{\\pi}}", 1), ("1-\\frac{2}{\\pi}", "\\boxed{\\frac{2}{\\pi} - 1}", 0), ("1-\\frac{2}{\\pi}", "\\boxed{0.3634}", 0),
-    ("\\frac{9 \\sqrt{23}}{23}", "\\boxed{\\frac{9}{\\sqrt{23}}}", 1), ("\\frac{9 \\sqrt{23}}{23}", "\\boxed{9\\sqrt{23}/23}", 1), ("\\frac{9 \\sqrt{23}}{23}", "\\boxed{\\frac{9\\sqrt{23}}{32}}", 0), ("8\\sqrt{10}", "\\boxed{\\sqrt{640}}", 1), ("8\\sqrt{10}", "\\boxed{8 \\sqrt 10}", 1), ("8\\sqrt{10}", "\\boxed{80}", 0),
-    ("26!", "\\boxed{26!}", 1), ("26!", "\\boxed{25!\\cdot 26}", 1), ("26!", "\\boxed{26}", 0), ("2^{99}", "\\boxed{2^{99}}", 1), ("2^{99}", "\\boxed{2\\cdot 2^{98}}", 1), ("2^{99}", "\\boxed{2^{98}}", 0), ("2^{99}", "\\boxed{2^99}", 0),
-    ("\\frac{-1+\\sqrt{17}}{2}, \\frac{-1-\\sqrt{17}}{2}", "\\boxed{\\frac{-1\\pm\\sqrt{17}}{2}}", 1), ("\\frac{-1+\\sqrt{17}}{2}, \\frac{-1-\\sqrt{17}}{2}", "\\boxed{\\frac{-1-\\sqrt{17}}{2}, \\frac{-1+\\sqrt{17}}{2}}", 1), ("\\frac{-1+\\sqrt{17}}{2}, \\frac{-1-\\sqrt{17}}{2}", "\\boxed{\\frac{-1+\\sqrt{17}}{2}}", 0),
+    ("\\frac{9 \\sqrt{23}}{23}", "\\boxed{\\frac{9}{\\sqrt{23}}}", 1), ("\\frac{9 \\sqrt{23}}{23}", "\\boxed{9\\sqrt{23}/23}", 1), ("\\frac{9 \\sqrt{23}}{23}", "\\boxed{\\frac{9\\sqrt{23}}{32}}", 0), ("8\\sqrt{10}", "\\boxed{\\sqrt{640}}", 1), ("8\\sqrt{10}", "\\boxed{8 \\sqrt 10}", 0), ("8\\sqrt{10}", "\\boxed{80}", 0),
+    ("26!", "\\boxed{26!}", 1), ("26!", "\\boxed{25!\\cdot 26}", 1), ("26!", "\\boxed{26}", 0), ("2^{99}", "\\boxed{2^{99}}", 1), ("2^{99}", "\\boxed{2\\cdot 2^{98}}", 1), ("2^{99}", "\\boxed{2^{98}}", 0), ("2^{99}", "\\boxed{2^99}", 1),
+    ("\\frac{-1+\\sqrt{17}}{2}, \\frac{-1-\\sqrt{17}}{2}", "\\boxed{\\frac{-1\\pm\\sqrt{17}}{2}}", 0), ("\\frac{-1+\\sqrt{17}}{2}, \\frac{-1-\\sqrt{17}}{2}", "\\boxed{\\frac{-1-\\sqrt{17}}{2}, \\frac{-1+\\sqrt{17}}{2}}", 1), ("\\frac{-1+\\sqrt{17}}{2}, \\frac{-1-\\sqrt{17}}{2}", "\\boxed{\\frac{-1+\\sqrt{17}}{2}}", 0),
     ("-984,-98,14", "\\boxed{14, -98, -984}", 1), ("-984,-98,14", "\\boxed{-984, -98, \\text{ and } 14}", 1), ("-984,-98,14", "\\boxed{-984, -98}", 0), ("-984,-98,14", "\\boxed{-984, -98, 14, 15}", 0), ("-984,-98,14", "\\boxed{-984, -98, 15}", 0),
     ("103", "\\boxed{103}", 1), ("103", "The answer is $103$.", 1), ("103", "\\boxed{301}", 0), ("3375", "\\boxed{15^3}", 1), ("3375", "\\boxed{3,375}", 1), ("\\sqrt{6}", "\\boxed{\\sqrt 6}", 1), ("\\sqrt{6}", "\\boxed{2.449}", 0), ("\\sqrt{6}", "\\boxed{\\sqrt2\\sqrt3}", 1),
     ("\\frac{\\sqrt{3}}{2}", "\\boxed{\\sin 60^\\circ}", 0), ("\\left(\\frac{1}{3}, \\frac{2}{3}\\right)", "\\boxed{\\left(\\frac13, \\frac23\\right)}", 1), ("\\left(\\frac{1}{3}, \\frac{2}{3}\\right)", "\\boxed{(\\frac23, \\frac13)}", 0), ("e^{\\pi}", "\\boxed{e^\\pi}", 1), ("\\frac{7}{18}", "\\boxed{\\frac{7}{18}} \\approx 0.389", 1), ("200", "\\boxed{200 \\text{ square units}}", 1),
 ]  # fmt: skip
-"""Expressions and lists of them: (right, answer, verdict)."""
+"""Expressions and lists of them: (right, answer, verdict of math-verify), to which numbers are equal that agree to six
+decimals."""
 
 GSM8K = [
     ("72", "48/2 = 24, 48 + 24 = 72\n#### 72", 1), ("72", "#### 72", 1), ("72", "####72", 1), ("72", "#### 72.", 1), ("72", "#### $72", 1), ("72", "#### 73", 0), ("72", "It is 72.\n#### 73", 0), ("72", "It is 73.\n#### 72", 1), ("1272", "#### 1,272", 1), ("1,272", "#### 1272", 1),
@@ -101,10 +110,11 @@ MMLU_PRO = [
 
 FOUR = {"A": "10^-4 eV", "B": "10^-11 eV", "C": "10^-8 eV", "D": "10^-9 eV"}
 GPQA = [
-    ("The correct answer is (B)", "B"), ("The correct answer is (B).", "B"), ("The answer is (B).", "B"), ("the answer is (b)", "B"), ("Answer: (B)", "B"), ("answer: (B)", "B"), ("(B)", "B"), ("(b)", "B"), ("(B) 10^-11 eV", "B"), ("The answer is (B) 10^-11 eV.", "B"), ("It is not (A). The answer is (B).", "B"),
+    ("The correct answer is (B)", "B"), ("The correct answer is (B).", "B"), ("The answer is (B).", "B"), ("the answer is (b)", "", "B"), ("Answer: (B)", "B"), ("answer: (B)", "B"), ("(B)", "B"), ("(b)", "", "B"), ("(B) 10^-11 eV", "B"), ("The answer is (B) 10^-11 eV.", "B"), ("It is not (A). The answer is (B).", "B"),
     ("(A) is too large, (C) too small: the answer is (B).", "B"), ("Between (A) and (B), the answer is (B).", "B"), ("The answer is (A). No, the answer is (B).", "B"), ("I choose option (B)", "B"), ("The correct answer is (D)", "D"), ("The correct answer is (A).", "A"), ("**The correct answer is (B)**", "B"), ("The correct answer is **(B)**.", "B"), ("\\boxed{(B)}", "B"),
     ("The answer is (B), because h / t is 10^-7 eV.", "B"), ("Reasoning.\n\nThe correct answer is (C)", "C"), ("Reasoning.\n(C)", "C"),
-    ("B", "", "B"), ("b", "", "B"), ("B.", "", "B"), ("B)", "", "B"), ("B. 10^-11 eV", "", "B"), ("The correct answer is B", "", "B"), ("The correct answer is B.", "", "B"), ("Answer: B", "", "B"), ("**Answer:** B", "", "B"), ("\\boxed{B}", "", "B"), ("$\\boxed{\\text{B}}$", "", "B"), ("10^-11 eV", "10^-11 eV", "B"),
-    ("The answer is 10^-11 eV.", "", "B"), ("Final answer: B", "", "B"), ("Option B.", "", "B"), ("The correct answer is (insert answer here)", ""), ("The answer is (E).", "", ""), ("I am not sure.", ""), ("", ""), ("A guess", ""), ("The correct answer is 10^-7 eV", ""), ("Neither A nor B", ""),
+    ("B", "", "B"), ("b", "", "B"), ("B.", "", "B"), ("B)", "", "B"), ("B. 10^-11 eV", "B"), ("The correct answer is B", "", "B"), ("The correct answer is B.", "", "B"), ("Answer: B", "B"), ("**Answer:** B", "", "B"), ("\\boxed{B}", "", "B"), ("$\\boxed{\\text{B}}$", "", "B"), ("10^-11 eV", "B"),
+    ("The answer is 10^-11 eV.", "B"), ("Final answer: B", "B"), ("Option B.", "", "B"), ("The correct answer is (insert answer here)", ""), ("The answer is (E).", "", ""), ("I am not sure.", ""), ("", ""), ("A guess", ""), ("The correct answer is 10^-7 eV", ""), ("Neither A nor B", ""),
 ]  # fmt: skip
-"""(answer, choice by lm-eval's flexible pattern of GPQA, choice): the pattern knows the last letter in brackets."""
+"""(answer, choice by lm-eval's flexible pattern of GPQA, choice): the pattern knows the last capital in brackets,
+a choice's text, and a letter after a colon."""

@@ -265,7 +265,7 @@ _ALIKE = (
     (r"\b(\d{1,3})((?:,\d{3})+)\b(?![\d,)\]}])", lambda match: match[0].replace(",", "")),  # 1,234
     ("\u2212", "-"),  # the sign
     (r"(?<![\d])\.(?=\d)", "0."),
-    (r"\s*,\s*", ","),
+    (r"\s*,[\s,]*", ","),  # 1, 2, and 3
     (r"\s+", " "),
 )
 _WITH_UNIT = re.compile(
@@ -282,6 +282,7 @@ def normal(text: str) -> str:
     for pattern, by in _ALIKE:
         if not (is_list and pattern.startswith(r"\b(\d{1,3})")):  # (1,234) is a pair
             text = re.sub(pattern, by, text)  # type: ignore[arg-type]
+    text = re.sub(r"^([*_]+)(.+)\1$", r"\2", text.strip())  # **emphasis**
     text = text.strip().rstrip(".,;").strip()
     text = re.sub(r"^\(([A-Za-z])\)$", r"\1", text)  # a choice
     text = re.sub(r"^[a-zA-Z]\s*(?:=|\\in(?![a-z]))\s*", "", text).strip()  # x = 5

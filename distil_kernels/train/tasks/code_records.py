@@ -192,8 +192,9 @@ def _like(example: Any, value: Any) -> Any:
     if isinstance(value, dict) and isinstance(example, dict):
         first = next(iter(example.values()), None)
         return {key: _like(first, item) for key, item in value.items()}
-    if isinstance(value, str) and isinstance(example, (float, complex)):
-        return type(example)(value)
+    if isinstance(value, str) and isinstance(example, (int, float, complex)):
+        number = complex(value)
+        return number if isinstance(example, complex) or number.imag else number.real
     return value
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from answer_tables import CHOICES, MATHEMATICS, SCIENCE
+from answer_tables import AIME, CHOICES, FOUR, GPQA, GSM8K, HMMT, MATHEMATICS, MMLU_PRO, SCIENCE, TEN
 
 from distil_kernels.train.tasks import make_task
 from distil_kernels.train.tasks.answers import chosen
@@ -26,9 +26,21 @@ def test_the_tables_public_verdicts_are_those_of_math_verify() -> None:
     assert found == [public for _, _, public in rows]
 
 
-@pytest.mark.parametrize(("answer", "label"), SCIENCE)
-def test_choices_are_read_as_in_the_table(answer: str, label: str) -> None:
-    assert chosen(answer, CHOICES) == label and len(SCIENCE) >= 40
+@pytest.mark.parametrize("rows", [AIME, HMMT, GSM8K], ids=["AIME", "HMMT", "GSM8K"])
+def test_a_sets_answers_are_judged_as_in_its_table(rows: list[tuple]) -> None:
+    task = make_task("math", seed=0)
+    assert len(rows) >= 40
+    found = [(row, task.score(row[1], row[0])) for row in rows]
+    assert not [(row, score) for row, score in found if score != row[-1]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "choices"), [(SCIENCE, CHOICES), (MMLU_PRO, TEN), (GPQA, FOUR)], ids=["SciKnowEval", "MMLU-Pro", "GPQA"]
+)
+def test_choices_are_read_as_in_their_table(rows: list[tuple], choices: dict[str, str]) -> None:
+    assert len(rows) >= 40
+    found = [(row, chosen(row[0], choices)) for row in rows]
+    assert not [(row, label) for row, label in found if label != row[-1]]
 
 
 def task_of(tmp_path: Path, domain: str, *records: dict[str, object]) -> object:
