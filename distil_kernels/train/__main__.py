@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 import sys
 import time
 from pathlib import Path
 
 from distil_kernels.train import commands
 from distil_kernels.train.command_line import from_file, parse, resolved
-from distil_kernels.train.config import Config
+from distil_kernels.train.config import Config, option_types
 from distil_kernels.train.run import directory as run_directory
 
 
@@ -38,7 +39,8 @@ def main(arguments: list[str]) -> int:
         status = 1
         return work() or 0
     except (ValueError, RuntimeError) as error:
-        if not str(error).startswith("["):  # of no option: a fault of the code
+        names_option = re.match(r"\[(\w+)\] ", str(error))
+        if not names_option or (status == 1 and names_option[1] not in option_types()):  # a fault of the code
             raise
         _say(error)
         return status

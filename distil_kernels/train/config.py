@@ -58,6 +58,8 @@ class Config:
     """Run directory to continue, with its settings: only --steps may be given too."""
     seed: int = _number(0, AT_LEAST_0)
     """Seed of problems and sampling."""
+    verbose: bool = False
+    """Show more of each step than fits 80 columns: cross-entropy, entropy, gradient norm, cut answers, seconds."""
     steps: int = _number(24, AT_LEAST_0)
     """Batches of rollouts."""
 

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,24 @@ class PhaseTimer:
         start = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """The most memory in GiB that this process has held so far, and what torch has allocated on its GPU."""
+    peaks = {"peak_memory_gib": _peak_of_process() / 2**30}
+    if device.type == "cuda":
+        peaks["peak_gpu_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    return peaks
+
+
+def _peak_of_process() -> float:
+    """Bytes; Linux's getrusage would give a child the peak of the process that started it."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024.0 * int(status.read_text().partition("VmHWM:")[2].split()[0])
+    import resource
+
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # bytes on macOS
 
 
 def token_means(sums: Sequence[Sums]) -> dict[str, float]:

@@ -31,20 +31,20 @@ from distil_kernels.train.config import Config
 from distil_kernels.train.diagnostics.held_out_logprob import change_metrics, held_out_logprob
 from distil_kernels.train.diagnostics.reward_alignment import alignment_metrics, inner_products
 from distil_kernels.train.diagnostics.token_table import token_columns
-from distil_kernels.train.metrics import PhaseTimer, rollout_metrics, rollout_records, token_means
+from distil_kernels.train.metrics import PhaseTimer, peak_memory, rollout_metrics, rollout_records, token_means
 from distil_kernels.train.models.sharding import full_tensor
 from distil_kernels.train.models.state import load_optimizer_state, model_state, optimizer_state
 from distil_kernels.train.objective import Sums, UpdateState, distil_loss, policy_loss
 from distil_kernels.train.optimizer import make_optimizer, make_scheduler, rate_share
 from distil_kernels.train.report import console as output
-from distil_kernels.train.report.chart import charts, plot
+from distil_kernels.train.report.pages import Pages
 from distil_kernels.train.rollouts.packed_batch import PackedBatch
 from distil_kernels.train.rollouts.prompt_group import PromptGroup
 from distil_kernels.train.rollouts.python_tool import roll_out
 from distil_kernels.train.rollouts.sampling import Generate, generate
 from distil_kernels.train.rollouts.vllm_server import RolloutServer
 from distil_kernels.train.run import checkpoint, trackers
-from distil_kernels.train.run.directory import remove_leftovers, write_text
+from distil_kernels.train.run.directory import remove_leftovers
 from distil_kernels.train.run.interrupt import Interrupt
 from distil_kernels.train.run.json_lines import drop_after, last_evaluation
 from distil_kernels.train.run.log import RunLog
@@ -72,6 +72,7 @@ class Trainer:
         if config.rollout_url:
             self.server = RolloutServer(config, parts.data.longest, self.directory, self.processes)
         self.log = RunLog(config, self.directory, console, self.accelerator)
+        self.pages = Pages(config, self.directory, self.processes.is_main)
 
         self.step = 0
         self.num_skipped_steps = 0  # the last steps in a row with a gradient that was not finite
@@ -128,6 +129,7 @@ class Trainer:
                 self.processes.gather([sums.on_cpu() for _, sums in update]) for update in (first, last)
             )
             losses = self.processes.gather([float(loss) for loss, _ in first])
+            peaks = self.processes.gather([peak_memory(device)])
         num_tokens = sum(sum(rollout.by_model) for group in batch for rollout in group.rollouts)
         seconds = time.perf_counter() - start
         teacher_logprobs = [sums.sequence_teacher_logprob for sums in first_sums]
@@ -147,6 +149,7 @@ class Trainer:
             "num_skipped_problems": self.batches.num_skipped,
             "num_left_out_records": len(getattr(self.tutor.task, "left_out", ())),
             "tokens_per_second": num_tokens / seconds,
+            **{name: max(peak[name] for peak in peaks) for name in peaks[0]},
             "seconds": seconds,
             **{f"seconds_{phase}": spent for phase, spent in timer.seconds.items()},
         }
@@ -239,7 +242,8 @@ class Trainer:
             self.log.print(f"note: {note}")
         trackers.start(self.accelerator, config, self.directory)
         with Interrupt(self.console) as interrupt, output.progress_bar(self.console) as bar:
-            task = bar.add_task(config.task, total=config.steps, completed=self.step, rate="")
+            task = bar.add_task(config.task, total=config.steps, completed=self.step, left="")
+            lines = output.StepLines(self.console, self.step, config.steps, config.verbose)
             while True:
                 # Evaluate and save before the step that follows, or after the last one.
                 if self._evaluation_is_due():
@@ -251,11 +255,9 @@ class Trainer:
                 if is_last:
                     break
                 record = self.train_step()
-                bar.update(task, completed=self.step, rate=f"{record['seconds']:.1f} s/step")
-                self.console.print(output.step_line(record), highlight=False)
-            if self.processes.is_main:
-                title = f"{config.task}, {config.objective}, {config.teacher} teacher"
-                write_text(self.directory / "plot.svg", plot(charts(self.log.records), title))
+                bar.update(task, completed=self.step, left=lines.show(record))
+                self.pages.refresh()
+            self.pages.write()
         self.accelerator.end_training()
         evaluations = [record for record in self.log.records if record["kind"] == "evaluation"]
         if evaluations:
@@ -280,6 +282,7 @@ class Trainer:
             self.log.add({"kind": "evaluation", "step": self.step, **asdict(result), "seconds": seconds}, rollouts)
             self.evaluated_step = self.step
             self.console.print(output.evaluation_line(self.step, result), style="bold", highlight=False)
+            self.pages.write()
 
     def _held_out_rollouts(self) -> list[dict[str, Any]]:
         """Records of held-out problems answered as in training, with the cost of every token."""

@@ -31,7 +31,7 @@ QUICK = [
 ]  # fmt: skip
 
 
-TIMES = ("seconds", "tokens_per_second")
+TIMES = ("seconds", "tokens_per_second", "peak_")
 
 
 def train(model: Path, runs: Path, name: str, *extra: str, steps: int = 3) -> Path:
@@ -43,7 +43,7 @@ def train(model: Path, runs: Path, name: str, *extra: str, steps: int = 3) -> Pa
 
 
 def metrics(directory: Path) -> list[dict[str, object]]:
-    """Records without what the clock says."""
+    """Records without what clock and memory say."""
     records = read_lines(directory / "metrics.jsonl")
     return [{key: value for key, value in record.items() if not key.startswith(TIMES)} for record in records]
 

@@ -198,7 +198,7 @@ def test_report_is_one_file_without_scripts_or_links(run: Path, capsys: pytest.C
     assert found.links == [] and found.count["script"] == 0 and "http" not in re.sub(r"http-equiv", "", text)
     samples = [record for record in read_lines(run / "rollouts.jsonl") if record["kind"] == "held_out"]
     assert text.count('class="tip"') == sum(len(sample["tokens"]) for sample in samples)
-    assert found.count["svg"] == 8 and "pass@2" in text
+    assert found.count["svg"] == 11 and "pass@2" in text
     assert "rollouts_per_prompt: 3" in text
 
 

@@ -6,12 +6,18 @@ The layout stands in page.html.jinja, which escapes all text of models, tasks an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 
 from distil_kernels.train.command_line import resolved
 from distil_kernels.train.config import Config
 from distil_kernels.train.report.chart import charts
 from distil_kernels.train.report.formatting import COLORS, Record, full_colors, with_error
 from distil_kernels.train.report.templates import render
+
+NUM_EVALUATIONS = 8
+NUM_TRAINED = 6
+"""Evaluations and training steps of which the page shows rollouts: it can be read, whatever the run's length."""
 
 
 def page(config: Config, name: str, metrics: Sequence[Record], rollouts: Sequence[Record]) -> str:
@@ -24,8 +30,10 @@ def page(config: Config, name: str, metrics: Sequence[Record], rollouts: Sequenc
     evaluations = [record for record in metrics if record["kind"] == "evaluation"]
     if not evaluations and not steps:
         raise ValueError(f"[report] {name} has no records yet: expected at least one evaluation or step")
-    held_out = [record for record in rollouts if record["kind"] == "held_out"]
+    held_out = _at_some_steps([record for record in rollouts if record["kind"] == "held_out"], NUM_EVALUATIONS)
+    trained = _at_some_steps([record for record in rollouts if record["kind"] == "training"], NUM_TRAINED)
     full = full_colors(held_out)
+    shown = sorted({record["step"] for record in held_out})
     length = f"{len(steps)} steps, {sum(record['seconds'] for record in metrics) / 60:.1f} minutes"
     pass_at = list(evaluations[-1]["pass_at"])[1:] if evaluations else []  # pass@1 is the sampled score
 
@@ -43,11 +51,26 @@ def page(config: Config, name: str, metrics: Sequence[Record], rollouts: Sequenc
         rows=_rows(evaluations, pass_at),
         charts=charts(metrics),
         rollouts=held_out,
+        shown_steps=f"step{'s' * (len(shown) != 1)} {', '.join(map(str, shown))}",
+        trained=[_of_first_problem(list(records)) for _, records in groupby(trained, itemgetter("step"))],
         colors=COLORS,
         full=full,
         shares=shares,
         config=resolved(config),
     )
+
+
+def _at_some_steps(rollouts: Sequence[Record], count: int) -> list[Record]:
+    """Returns the rollouts of at most `count` steps, evenly from the first to the last, by their steps."""
+    steps = sorted({record["step"] for record in rollouts})
+    if len(steps) > count:
+        steps = [steps[round(index * (len(steps) - 1) / (count - 1))] for index in range(count)]
+    return sorted((record for record in rollouts if record["step"] in steps), key=itemgetter("step"))
+
+
+def _of_first_problem(rollouts: Sequence[Record]) -> list[Record]:
+    """Returns the rollouts of the problem that the first one is of."""
+    return [record for record in rollouts if record["question"] == rollouts[0]["question"]]
 
 
 def _rows(evaluations: Sequence[Record], pass_at: Sequence[str]) -> list[list[str]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jinja2
 
-from distil_kernels.train.report.formatting import harmless, verdict, visible, with_error
+from distil_kernels.train.report.formatting import harmless, tick_text, verdict, visible, with_error
 
 
 def render(template: str, **values: Any) -> str:
@@ -19,6 +19,6 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"visible": visible, "harmless": harmless, "verdict": verdict}
+    environment.filters |= {"tick_text": tick_text, "visible": visible, "harmless": harmless, "verdict": verdict}
     environment.globals["with_error"] = with_error
     return environment.get_template(template).render(values)
