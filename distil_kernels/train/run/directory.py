@@ -59,12 +59,19 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file in one step."""
+    """Replaces a file in one step.
+
+    Raises:
+        WriteError: the disk did not take it; the file is as it was.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    force_to_disk(temporary)
-    os.replace(temporary, path)
-    force_to_disk(path.parent)
+    try:
+        temporary.write_text(text)
+        force_to_disk(temporary)
+        os.replace(temporary, path)
+        force_to_disk(path.parent)
+    except OSError as error:
+        raise WriteError(f"cannot write {path}: {error.strerror}") from error
 
 
 def force_to_disk(path: Path) -> None:

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["distil_kernels.train.trainer"])
-TIMES = ("seconds", "tokens_per_second")
+TIMES = ("seconds", "tokens_per_second", "peak_")
 NEVER = 1 << 30
 QUICK = [
     "--prompts_per_step", "2", "--rollouts_per_prompt", "2", "--max_new_tokens", "4", "--num_examples", "1",
