@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch._dynamo.backends.debugging import aot_eager
 
+import distil_kernels
 from distil_kernels import (
     fused_distil_loss,
     fused_forward_ce,
+    fused_jsd,
     fused_policy_loss,
+    fused_reverse_kl,
     fused_topk_ce,
     fused_topk_distil_loss,
+    token_logprobs,
     token_stats,
 )
 from distil_kernels.engine.credit import Credit
@@ -71,25 +78,56 @@ def test_compiles_as_one_graph(name, dtype, generator):
     torch.testing.assert_close(torch.autograd.grad(compiled, list(model.parameters())), expected)
 
 
-ROWS = {
-    "mean": lambda h, w, t, y, b: fused_forward_ce(h, w, t),
-    "rows": lambda h, w, t, y, b: fused_forward_ce(h, w, t, reduction="none").square().sum(),
-    "stats": lambda h, w, t, y, b: token_stats(h, w, t, tokens=y).logprob.sum(),
-    "policy": lambda h, w, t, y, b: fused_policy_loss(h, w, tokens=y, advantages=t[:, 0]).loss,
-    "distil": lambda h, w, t, y, b: fused_distil_loss(h, w, t, tokens=y, cu_seqlens=b, discount=0.9).loss,
-    "topk": lambda h, w, t, y, b: fused_topk_ce(h, w, y[:, None], t[:, :1].clamp(max=0.0) - 0.1),
-    "topk distil": lambda h, w, t, y, b: (
-        fused_topk_distil_loss(h, w, y[:, None], t[:, :1].clamp(max=0.0) - 0.1, tokens=y, cu_seqlens=b).loss
+class Settings(NamedTuple):
+    """Numbers that a schedule changes from call to call."""
+
+    temperature: float
+    softcap: float
+    discount: float
+    normalizer: float
+
+    @property
+    def student(self) -> dict[str, float]:
+        return {"temperature": self.temperature, "logit_softcap": self.softcap}
+
+    @property
+    def both(self) -> dict[str, float]:
+        return self.student | {"teacher_temperature": self.temperature + 0.5}
+
+
+SCHEDULES = {
+    "fused_forward_ce": lambda x, n: fused_forward_ce(*x.heads, **n.both, normalizer=n.normalizer),
+    "fused_forward_ce of rows": lambda x, n: fused_forward_ce(*x.heads, **n.both, reduction="none"),
+    "fused_reverse_kl": lambda x, n: fused_reverse_kl(*x.heads, **n.both, reduction="sum"),
+    "fused_jsd": lambda x, n: fused_jsd(*x.heads, **n.both, jsd_weight=n.discount / 2, normalizer=n.normalizer),
+    "token_stats": lambda x, n: token_stats(*x.heads, tokens=x.tokens, **n.both).logprob,
+    "token_logprobs": lambda x, n: token_logprobs(*x.heads[:2], tokens=x.tokens, **n.student).entropy,
+    "fused_policy_loss": lambda x, n: fused_policy_loss(
+        *x.heads[:2], tokens=x.tokens, advantages=x.teacher_hidden[:, 0], clip_low=n.discount, clip_high=n.discount,
+        entropy_weight=n.discount, normalizer=n.normalizer, **n.student,
+    ).loss,
+    "fused_distil_loss": lambda x, n: fused_distil_loss(
+        *x.heads, tokens=x.tokens, cu_seqlens=x.options["cu_seqlens"], discount=n.discount, credit_clip=n.normalizer,
+        credit_scale=n.discount, normalizer=n.normalizer, **n.both,
+    ).loss,
+    "fused_topk_ce": lambda x, n: fused_topk_ce(
+        *x.heads[:2], x.tokens[:, None], x.teacher_hidden[:, :1].abs().neg(), normalizer=n.normalizer, **n.student
     ),
+    "fused_topk_distil_loss": lambda x, n: fused_topk_distil_loss(
+        *x.heads[:2], x.tokens[:, None], x.teacher_hidden[:, :1].abs().neg(), tokens=x.tokens, discount=n.discount,
+        cu_seqlens=x.options["cu_seqlens"], **n.student,
+    ).loss,
+}  # fmt: skip
+assert {name.removesuffix(" of rows") for name in SCHEDULES} == {
+    name for name in distil_kernels.__all__ if name.startswith(("fused", "token"))
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ROWS)
-def test_one_graph_serves_every_number_of_rows(name, generator):
-    """The rows of chunks and staging buffer follow the number of rows without another graph."""
+@pytest.mark.parametrize(("name", "dynamic"), [*((name, True) for name in SCHEDULES), ("fused_distil_loss", None)])
+def test_one_graph_serves_every_call(name, dynamic, generator):
+    """Rows, sequences and numbers change; forward and backward are those of eager mode to the last bit."""
     torch.compiler.reset()
-    weight = torch.randn(300, 8, generator=generator).requires_grad_()
     num_graphs = 0
 
     def counted(graph, example_inputs):
@@ -97,16 +135,21 @@ def test_one_graph_serves_every_number_of_rows(name, generator):
         num_graphs += 1
         return aot_eager(graph, example_inputs)
 
-    compiled = torch.compile(ROWS[name], fullgraph=True, backend=counted)
-    for num_rows in (12, 40, 70, 200, 300, 700, 1030):
-        hidden = torch.randn(num_rows, 8, generator=generator).requires_grad_()
-        teacher = torch.randn(num_rows, 8, generator=generator)
-        tokens = torch.randint(300, (num_rows,), generator=generator)
-        arguments = hidden, weight, teacher, tokens, torch.tensor([0, num_rows // 3, num_rows])
-        ours, eager = compiled(*arguments), ROWS[name](*arguments)
-        torch.testing.assert_close(ours, eager)
-        torch.testing.assert_close(*(torch.autograd.grad(each, [hidden, weight]) for each in (ours, eager)))
-    assert num_graphs <= 3  # the first rows, any rows, and where per-row outputs change their plan
+    compiled = torch.compile(SCHEDULES[name], fullgraph=True, dynamic=dynamic, backend=counted)
+    for step, num_rows in enumerate((12, 41, 200, 702, 1030)):
+        inputs = make_inputs(num_rows, 300, 8, generator=generator)
+        borders = torch.linspace(0, num_rows, 2 + step % 4).long()
+        inputs = replace(inputs, options={"cu_seqlens": borders})
+        settings = Settings(0.5 + step / 7, 3.0 + step / 3, 0.99 - step / 20, 2.0 + num_rows / 3)
+        ours, eager = compiled(inputs, settings), SCHEDULES[name](inputs, settings)
+        assert torch.equal(ours, eager)
+        leaves = list(inputs.leaves.values())
+        upstream = torch.ones_like(eager)
+        for mine, theirs in zip(
+            torch.autograd.grad(ours, leaves, upstream), torch.autograd.grad(eager, leaves, upstream), strict=True
+        ):
+            assert torch.equal(mine, theirs)
+    assert num_graphs <= 4  # the first call, any call, and where per-row outputs change their plan
 
 
 def test_inductor(generator):
@@ -146,7 +189,7 @@ def test_opcheck_scalar_loss(plan, generator):
     torch.library.opcheck(
         torch.ops.distil_kernels.scalar_loss,
         (i.student_hidden, i.student_weight, None, i.teacher_hidden, i.teacher_weight, None, i.tokens, None, None,
-         torch.tensor(3.0), torch.tensor([0, 2, 6]), None, torch.zeros(6), numbers),
+         torch.tensor(3.0), torch.tensor([0, 2, 6]), None, torch.zeros(6), numbers, None),
         {"spec": text, "chunk_rows": 4, "staging_rows": 0},
     )  # fmt: skip
 
@@ -158,7 +201,7 @@ def test_opcheck_row_statistics(plan, generator):
     torch.library.opcheck(
         torch.ops.distil_kernels.row_statistics,
         (i.student_hidden, i.student_weight, None, i.teacher_hidden, i.teacher_weight, None, i.tokens, None,
-         numbers),
+         numbers, None),
         {"spec": text, "chunk_rows": 4, "staging_rows": 0},
     )  # fmt: skip
 

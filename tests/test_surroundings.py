@@ -131,6 +131,41 @@ def test_a_second_derivative_is_an_error(op, generator):
         (value + gradient.pow(2).sum()).backward()
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
+@pytest.mark.parametrize("op", OPS)
+def test_no_derivative_is_silently_zero(op, frozen, generator):
+    """Hessian-vector products, derivatives by the upstream gradient, and tangents are errors."""
+    inputs = make_inputs(N, 40, D, generator=generator)
+    inputs.student_weight.requires_grad_(not frozen)
+
+    def loss(hidden: torch.Tensor) -> torch.Tensor:
+        return OPS[op](replace(inputs, student_hidden=hidden))
+
+    hidden = inputs.student_hidden.detach()
+    with pytest.raises(RuntimeError, match="no derivative of their own"):
+        torch.autograd.functional.hvp(loss, hidden, torch.ones_like(hidden))
+    upstream = torch.ones((), requires_grad=True)
+    gradient = torch.autograd.grad(OPS[op](inputs), inputs.student_hidden, upstream, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="no derivative of their own"):
+        torch.autograd.grad(gradient.sum(), upstream, allow_unused=True)
+    with pytest.raises(ValueError, match="student_hidden has a tangent"):
+        torch.func.jvp(loss, (hidden,), (torch.ones_like(hidden),))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(ValueError, match="student_hidden has a tangent"):
+        loss(torch.autograd.forward_ad.make_dual(hidden, torch.ones_like(hidden)))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("op", OPS)
+def test_vmap_is_a_loop(op, generator):
+    inputs = make_inputs(N, 40, D, generator=generator)
+    both_hidden = torch.randn(2, N, D, generator=generator)
+
+    def loss(hidden: torch.Tensor) -> torch.Tensor:
+        return OPS[op](replace(inputs, student_hidden=hidden))
+
+    assert torch.equal(torch.func.vmap(loss)(both_hidden), torch.stack([loss(hidden) for hidden in both_hidden]))
+
+
 @pytest.mark.parametrize(("op", "plan"), [
     ("forward_ce", "auto"), ("forward_ce", "frozen_head"), ("forward_ce of rows", "kept_gradient"),
     ("forward_ce of rows", "frozen_head"), ("stats", "kept_gradient"),

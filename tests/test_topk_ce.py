@@ -134,7 +134,7 @@ def test_opcheck(dtype, generator):
         spec = Spec("reference", "", "gradient_in_forward", "", Needs(True, True, False), credit=credit)
         arguments = (*shared, tokens, None, torch.ones(4), torch.tensor(2.0), torch.tensor([0, 1, 4]), None, None)
         rows, (text, numbers) = {"chunk_rows": 3, "staging_rows": 4}, spec.encode_apart()
-        torch.library.opcheck(torch.ops.distil_kernels.topk_loss, (*arguments, numbers), {"spec": text, **rows})
+        torch.library.opcheck(torch.ops.distil_kernels.topk_loss, (*arguments, numbers, None), {"spec": text, **rows})
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from distil_kernels.engine.gemm import accumulation_dtype
 from distil_kernels.engine.gradients import Needs
 from distil_kernels.engine.plan import Plan, check_plan, choose_plan
 from distil_kernels.engine.policy import Policy
+from distil_kernels.engine.scaled_gradients import anchor_of
 from distil_kernels.engine.sizes import Shape, choose_chunk_rows
 from distil_kernels.engine.spec import Spec
 
@@ -83,6 +84,7 @@ class Call:
         checks.scale("teacher_temperature", teacher_temperature)
         checks.scale("logit_softcap", logit_softcap)
         leaves = student_hidden, student_weight, student_bias
+        checks.no_tangents(student_hidden=student_hidden, student_weight=student_weight, student_bias=student_bias)
         student_hidden, student_weight = _as_autocast(student_hidden, student_weight)
         teacher_hidden, teacher_weight = _as_autocast(teacher_hidden, teacher_weight)
         other_hidden = teacher_hidden if has_teacher else student_hidden
@@ -251,8 +253,12 @@ class Call:
             **self._transform,
             **settings,
         )
-        text, numbers = spec.encode_apart() if torch.compiler.is_compiling() else (spec.encode(), None)
-        return op(*tensors, numbers, spec=text, chunk_rows=plan.chunk_rows, staging_rows=plan.staging_rows)
+        rows = {"chunk_rows": plan.chunk_rows, "staging_rows": plan.staging_rows}
+        if torch.compiler.is_compiling():  # a compiled graph is not differentiated twice
+            text, numbers = spec.encode_apart()
+            return op(*tensors, numbers, None, spec=text, **rows)
+        anchor = anchor_of(*self._student) if any(self._needs) else None
+        return op(*tensors, None, anchor, spec=spec.encode(), **rows)
 
     def _shape(self, *, scalar: bool, logprob_grad: bool) -> Shape:
         hidden, weight, _ = self._student

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from distil_kernels.engine.credit import BASELINES, SPANS, Credit, CreditInputs
 from distil_kernels.engine.gemm import accumulation_dtype
@@ -101,6 +102,16 @@ class ArgumentChecks:
                 f"student_hidden is {student_hidden.dtype}, teacher_hidden {teacher_hidden.dtype}: "
                 "float64 does not mix with other dtypes"
             )
+
+    def no_tangents(self, **tensors: object) -> None:
+        """Checks that forward-mode differentiation is not asked for: the custom ops would drop the tangents."""
+        for name, tensor in tensors.items():
+            if torch.compiler.is_compiling() or not isinstance(tensor, Tensor):
+                continue
+            if unpack_dual(tensor).tangent is not None:
+                self.value_error(
+                    f"{name} has a tangent (torch.func.jvp, forward_ad), expected none: use reverse-mode differentiation"
+                )
 
     def rows(
         self, name: str, tensor: Tensor | None, student_hidden: Tensor, kind: str, *, optional: bool = True

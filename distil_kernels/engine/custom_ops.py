@@ -4,7 +4,8 @@
     topk_loss        the same to a teacher of which some tokens' log-probs are known
     policy_loss      forward: loss and its gradients; backward: `scaled_gradients`
     row_statistics   forward: statistics per row; backward: rows_backward (logits again), kept_backward, or a row scale
-    rows_backward, kept_backward have no gradient of their own: differentiating twice is an error
+    rows_backward, kept_backward have no gradient of their own: differentiating twice is an error, which `anchor`
+    (`scaled_gradients.anchor_of`) brings about
 
 An op takes its tensors, one `Spec` as text (under torch.compile without its floats, which are `numbers`), and the rows
 of a chunk and of the staging buffer. Its arguments have been checked by the public op. Gradients that are not needed
@@ -21,7 +22,7 @@ from distil_kernels.engine import driver
 from distil_kernels.engine.gemm import accumulation_dtype, operand_dtype
 from distil_kernels.engine.gradients import grad_weight_dtype, row_stride
 from distil_kernels.engine.kept_gradient import KeptGradient, backward_of_kept, count_kept
-from distil_kernels.engine.scaled_gradients import input_gradients, scaled_gradients
+from distil_kernels.engine.scaled_gradients import differentiable_once, input_gradients, scaled_gradients
 from distil_kernels.engine.spec import Spec
 from distil_kernels.engine.topk import TopKInputs
 
@@ -49,6 +50,7 @@ def scalar_loss(
     baseline_values: Optional[Tensor],
     behaviour_logprobs: Optional[Tensor],
     numbers: Optional[Tensor],
+    anchor: Optional[Tensor],
     *,
     spec: str,
     chunk_rows: int,
@@ -98,8 +100,8 @@ def _loss_context(ctx: Any, inputs: tuple, keyword_only_inputs: dict[str, Any], 
     *_, grad_hidden, grad_weight, grad_bias = output
     ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)  # else backward begins with zeros of the size of dW
-    ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-    _, student_weight, *_ = inputs
+    _, student_weight, *_, anchor = inputs
+    ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, anchor)
     ctx.weight_dtype, ctx.num_inputs = student_weight.dtype, len(inputs)
     ctx.needs = Spec.decode(keyword_only_inputs["spec"]).needs
 
@@ -123,6 +125,7 @@ def topk_loss(
     baseline_values: Optional[Tensor],
     behaviour_logprobs: Optional[Tensor],
     numbers: Optional[Tensor],
+    anchor: Optional[Tensor],
     *,
     spec: str,
     chunk_rows: int,
@@ -155,6 +158,7 @@ def policy_loss(
     advantages: Tensor,
     old_logprobs: Optional[Tensor],
     numbers: Optional[Tensor],
+    anchor: Optional[Tensor],
     *,
     spec: str,
     chunk_rows: int,
@@ -207,6 +211,7 @@ def row_statistics(
     tokens: Optional[Tensor],
     counted: Optional[Tensor],
     numbers: Optional[Tensor],
+    anchor: Optional[Tensor],
     *,
     spec: str,
     chunk_rows: int,
@@ -233,6 +238,7 @@ def _(
     tokens: Tensor | None,
     counted: Tensor | None,
     numbers: Tensor | None,
+    anchor: Tensor | None,
     *,
     spec: str,
     chunk_rows: int,
@@ -261,28 +267,31 @@ def _row_statistics_context(ctx: Any, inputs: tuple, keyword_only_inputs: dict[s
     ctx.plan = ctx.spec.plan_of(keyword_only_inputs["chunk_rows"], keyword_only_inputs["staging_rows"])
 
     # No more than backward reads: a teacher's states may be an inference tensor, or overwritten by then.
-    student_hidden, student_weight, *_, counted, _ = saved = inputs
+    *saved, anchor = inputs
+    student_hidden, student_weight, *_, counted, _ = saved
     if ctx.plan.is_frozen_head:
-        saved = ()
+        saved = []
     elif ctx.plan.keeps_gradient:
-        saved = student_hidden, student_weight, counted
-    ctx.save_for_backward(statistics, base_hidden, *kept, counted, *saved)
+        saved = [student_hidden, student_weight, counted]
+    ctx.save_for_backward(statistics, base_hidden, *kept, anchor, counted, *saved)
 
 
 def _row_statistics_backward(ctx: Any, grad_statistics: Tensor | None, *_: Tensor) -> tuple:
     if grad_statistics is None:
         return (None,) * ctx.num_inputs
-    statistics, base_hidden, kept_rows, residual, counted, *tensors = ctx.saved_tensors
-    upstream = torch.stack([grad_statistics[ctx.spec.cost.statistic], grad_statistics[Statistic.LOGPROB]])
-    if counted is not None:  # other rows may hold anything
-        upstream = torch.where(counted, upstream, 0.0)
-    cost_weight, logprob_weight = upstream
-    if ctx.plan.is_frozen_head:
-        gradients = scale_rows(base_hidden, cost_weight), base_hidden, base_hidden
-    elif ctx.plan.keeps_gradient:
-        gradients = kept_backward(*tensors, kept_rows, residual, upstream[: kept_rows.shape[0]], **ctx.options)
-    else:
-        gradients = rows_backward(*tensors, statistics, cost_weight, logprob_weight, **ctx.options)
+    statistics, base_hidden, kept_rows, residual, anchor, counted, *tensors = ctx.saved_tensors
+    with torch.no_grad():
+        upstream = torch.stack([grad_statistics[ctx.spec.cost.statistic], grad_statistics[Statistic.LOGPROB]])
+        if counted is not None:  # other rows may hold anything
+            upstream = torch.where(counted, upstream, 0.0)
+        cost_weight, logprob_weight = upstream
+        if ctx.plan.is_frozen_head:
+            gradients = scale_rows(base_hidden, cost_weight), base_hidden, base_hidden
+        elif ctx.plan.keeps_gradient:
+            gradients = kept_backward(*tensors, kept_rows, residual, upstream[: kept_rows.shape[0]], **ctx.options)
+        else:
+            gradients = rows_backward(*tensors, statistics, cost_weight, logprob_weight, **ctx.options)
+    gradients = differentiable_once(gradients, anchor, grad_statistics)
     return input_gradients(gradients, ctx.spec.needs, ctx.num_inputs)
 
 

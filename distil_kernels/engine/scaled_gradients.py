@@ -1,7 +1,7 @@
 """Backward of an op that formed its gradients in the forward pass.
 
 The gradients are scaled by the gradient of the loss. They have no derivative of their own: differentiating twice is an
-error.
+error, as is forward-mode differentiation.
 """
 
 from __future__ import annotations
@@ -20,16 +20,11 @@ def scaled_gradients(ctx: Any, grad_loss: Tensor | None, *_: Tensor) -> tuple:
     """Returns the gradients of the op's inputs, from the saved ones and the gradient of the loss."""
     if grad_loss is None:
         return (None,) * ctx.num_inputs
-    is_traced = _is_traced()
-    if torch.is_grad_enabled() and not is_traced:  # create_graph=True: the gradients may be differentiated
-        scaled = scale_gradients(*ctx.saved_tensors, grad_loss.detach(), ctx.weight_dtype)
-        gradients = _DifferentiableOnce.apply(*(each.requires_grad_() for each in scaled))
-    elif is_traced or _keeps_graph():
-        gradients = scale_gradients(*ctx.saved_tensors, grad_loss, ctx.weight_dtype)
-    else:
-        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
-        gradients = _scale_in_place(grad_hidden, grad_weight, grad_bias, grad_loss, ctx.weight_dtype)
-    return input_gradients(gradients, ctx.needs, ctx.num_inputs)
+    *formed, anchor = ctx.saved_tensors
+    with torch.no_grad():
+        scale = scale_gradients if _is_traced() or _keeps_graph() else _scale_in_place
+        gradients = scale(*formed, grad_loss, ctx.weight_dtype)
+    return input_gradients(differentiable_once(gradients, anchor, grad_loss), ctx.needs, ctx.num_inputs)
 
 
 def input_gradients(gradients: tuple[Tensor, ...], needs: Sequence[bool], num_inputs: int) -> tuple:
@@ -38,13 +33,34 @@ def input_gradients(gradients: tuple[Tensor, ...], needs: Sequence[bool], num_in
     return (*needed, *[None] * (num_inputs - len(needed)))
 
 
+def anchor_of(*leaves: Tensor | None) -> Tensor:
+    """Returns an empty tensor that autograd derives from the leaves, without their memory: what depends on it depends
+    on them."""
+    return torch.cat([leaf[:0].reshape(-1).to(torch.float64) for leaf in leaves if leaf is not None])
+
+
+def differentiable_once(gradients: tuple[Tensor, ...], anchor: Tensor | None, upstream: Tensor) -> tuple[Tensor, ...]:
+    """Returns the gradients of an op's inputs so that their derivative, by anything, is an error.
+
+    With create_graph=True they would else be constants, whose derivative is silently 0.
+    """
+    if anchor is None or not torch.is_grad_enabled():
+        return gradients
+    return _DifferentiableOnce.apply(anchor, upstream, *gradients)
+
+
 class _DifferentiableOnce(torch.autograd.Function):
-    """Returns tensors as they are; their derivative is an error. Without this, gradients that the forward pass formed
-    would be silent constants."""
+    """Returns all but the first two tensors as they are; the derivative of all is an error."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(anchor: Tensor, upstream: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
