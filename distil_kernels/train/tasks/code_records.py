@@ -158,7 +158,7 @@ def _evalplus(record: Record) -> Problem:
     is_function = definition(name, prompt) is not None
     before, header = _parts(prompt, name) if is_function else ("", "")
     examples = _literal_arguments(str(record.get("assertion") or ""), name)
-    tests = [wire.encode(_like(examples, values)) for values in inputs]
+    tests = [wire.encode(_arguments(examples, values)) for values in inputs]
     settings = {"function": name, "reference": reference, "tolerance": float(record.get("atol") or 0)}
     question = _complete(prompt) if is_function else prompt.strip().strip('"').strip()
     answer = _fenced(reference if is_function else solution)
@@ -181,21 +181,36 @@ def _literal_arguments(assertions: str, name: str) -> list[Any]:
 
 
 def _like(example: Any, value: Any) -> Any:
-    """A value of JSON with tuples, sets and complex numbers where an example of the same kind has them."""
+    """A value of JSON with tuples and sets where an example of the same kind has them."""
     if isinstance(value, list) and isinstance(example, (list, tuple, set)):
-        if type(example) is list and len(example) == len(value):
-            items = [_like(one, item) for one, item in zip(example, value, strict=True)]
-        else:
-            first = next(iter(example), None)
-            items = [_like(first, item) for item in value]
+        members = list(example)
+        nested = next((member for member in members if isinstance(member, (list, tuple, set, dict))), None)
+        if len(members) != len(value):
+            members = [nested] * len(value)
+        items = [
+            _like(member if isinstance(member, (list, tuple, set, dict)) else nested, item)
+            for member, item in zip(members, value, strict=True)
+        ]
         return type(example)(items) if value or type(example) is tuple else [] if type(example) is list else {}
     if isinstance(value, dict) and isinstance(example, dict):
         first = next(iter(example.values()), None)
         return {key: _like(first, item) for key, item in value.items()}
-    if isinstance(value, str) and isinstance(example, (int, float, complex)):
-        number = complex(value)
-        return number if isinstance(example, complex) or number.imag else number.real
     return value
+
+
+def _arguments(examples: list[Any], values: list[Any]) -> list[Any]:
+    """The arguments of a test, as those of an example are: complex numbers are stored as text."""
+    if len(examples) != len(values):
+        return values
+    return [
+        _number(value, example) if isinstance(value, str) and isinstance(example, (int, float, complex)) else value
+        for example, value in zip(examples, map(_like, examples, values), strict=True)
+    ]
+
+
+def _number(text: str, example: complex) -> complex:
+    number = complex(text)
+    return number if isinstance(example, complex) or number.imag else number.real
 
 
 # --- LiveCodeBench, APPS, TACO

@@ -1,4 +1,4 @@
-"""The verdicts that the tables call public are those of the public graders, run here where their packages are installed:
+"""The verdicts that the tables call public are those of the public graders, run where their packages are:
 
     pip install evalplus lm-eval
 
