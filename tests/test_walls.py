@@ -39,7 +39,7 @@ ENGINE = [
 ]
 TRAIN = [
     {"tasks"},
-    {"feedback.kinds", "feedback.siblings"},
+    {"feedback.kinds", "feedback.siblings", "feedback.time_limit"},
     {"config"},
     {"command_line", "http_endpoint", "models", "optimizer"},
     {"run"},

@@ -8,12 +8,16 @@ import os
 import re
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TextIO, cast
 
 from distil_kernels.train import commands
-from distil_kernels.train.command_line import from_file, parse, resolved
+from distil_kernels.train.command_line import parse, resolved, run_config
 from distil_kernels.train.config import Config, option_types
 from distil_kernels.train.run import directory as run_directory
+from distil_kernels.train.run.lock import RunLock, holder
+from distil_kernels.train.run.output import LastingOutput
 
 
 def main(arguments: list[str]) -> int:
@@ -59,29 +63,39 @@ def _say(error: Exception) -> None:
 
 def _train(arguments: list[str]) -> commands.Work:
     config, given = parse(arguments)
-    resumes = bool(config.resume)
-    if resumes:
-        config, directory = _resumed(config, given)
-    elif _is_main():
-        directory = _new_directory(config)
-    else:
-        directory = Path(config.runs_dir)  # until the main process says which
-    # Late, so that wrong options are reported before seconds of imports.
-    from rich.console import Console
+    with ExitStack() as stack:  # a start that is refused leaves the run to others
+        resumes, accepts_changes = bool(config.resume), config.accept_changes
+        if resumes:
+            config, directory = _resumed(config, given)
+        else:
+            config = config.with_absolute_paths()
+            directory = _new_directory(config) if _is_main() else Path(config.runs_dir)  # until the main process says
+        lock = None
+        if _is_main() and directory.exists():
+            lock = stack.enter_context(RunLock(directory, "resume" if resumes else "overwrite"))
+        # Late, so that wrong options are reported before seconds of imports.
+        from rich.console import Console
 
-    from distil_kernels.train.build import build
-    from distil_kernels.train.trainer import Trainer
+        from distil_kernels.train.build import build
+        from distil_kernels.train.trainer import Trainer
 
-    console = Console(width=None if sys.stdout.isatty() else 160, quiet=not _is_main())
-    console.print(resolved(config), highlight=False, markup=False)
-    trainer = Trainer(config, build(config, directory), console)
-    if resumes:
-        trainer.resume()
-        if "steps" in given and _is_main():
-            run_directory.write_text(directory / "config.json", config.to_json())
-    elif _is_main():
-        run_directory.make(directory, config.to_json(), config.overwrite)
-    return lambda: 0 if trainer.run() else 130
+        output = cast(TextIO, LastingOutput(sys.stdout))
+        console = Console(file=output, width=None if sys.stdout.isatty() else 160, quiet=not _is_main())
+        console.print(resolved(config), highlight=False, markup=False)
+        trainer = Trainer(config, build(config, directory), console)
+        if resumes:
+            trainer.resume(accepts_changes)
+            if "steps" in given and _is_main():
+                run_directory.write_text(directory / "config.json", config.to_json())
+        elif _is_main():
+            stack.enter_context(run_directory.make(directory, config.to_json(), lock))
+        held = stack.pop_all()
+
+    def run() -> int:
+        with held:
+            return 0 if trainer.run() else 130
+
+    return run
 
 
 def _is_main() -> bool:
@@ -93,6 +107,8 @@ def _new_directory(config: Config) -> Path:
     """Returns the directory that a new run will have; nothing is made yet."""
     name = config.name or f"{config.task.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
     directory = Path(config.runs_dir) / name
+    if directory.exists() and (writer := holder(directory)):
+        raise ValueError(f"[name] {directory} is in use by {writer}: stop that process first, or choose another --name")
     if directory.exists() and not config.overwrite:
         raise ValueError(f"[name] {directory} exists: choose another --name, --resume {directory}, or --overwrite")
     if directory.exists() and not run_directory.is_run(directory):
@@ -103,13 +119,15 @@ def _new_directory(config: Config) -> Path:
 def _resumed(config: Config, given: set[str]) -> tuple[Config, Path]:
     """Returns the settings of the run to resume, with the steps that are given, and its directory."""
     directory = Path(config.resume)
-    path = directory / "config.json"
-    if not path.exists():
+    if not (directory / "config.json").exists():
         raise ValueError(f"[resume] {directory} is no run directory (it has no config.json)")
-    extra = sorted(given - {"resume", "steps"})
+    extra = sorted(given - {"resume", "steps", "accept_changes"})
     if extra:
-        raise ValueError(f"[resume] a resumed run keeps its settings: expected --steps at most, got --{extra[0]}")
-    config_before = Config(**from_file(path))
+        raise ValueError(
+            "[resume] a resumed run keeps its settings: expected --steps and --accept_changes at most, got "
+            f"--{extra[0]}"
+        )
+    config_before = run_config(directory)
     if "steps" in given:
         config_before = dataclasses.replace(config_before, steps=config.steps)
     return config_before, directory

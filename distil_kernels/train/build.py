@@ -7,6 +7,7 @@ The order of the steps matters where it is not obvious; the comments say why.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,15 @@ from distil_kernels.train.rollouts.sampling import Sampling
 from distil_kernels.train.run import checkpoint
 from distil_kernels.train.run.accelerator import check_backend, make_accelerator
 from distil_kernels.train.run.distributed import Processes
+from distil_kernels.train.run.inputs import inputs
 from distil_kernels.train.tasks import Task, answered_problems, held_out_problems, make_task, with_seed
 from distil_kernels.train.tasks.sandbox import SANDBOX
 from distil_kernels.train.teachers.base import Teacher
 from distil_kernels.train.teachers.in_process import InProcessTeacher, other_model
 from distil_kernels.train.teachers.remote import RemoteTeacher
+
+CHARACTERS_PER_TOKEN = 16
+"""What is read of a judge's text for each token of a prompt's limit: four times what a token has on average."""
 
 
 @dataclass
@@ -85,6 +90,8 @@ class Data:
     evaluator: Evaluator
     notes: list[str]
     """What a person should know of the data before the run."""
+    inputs: dict[str, str]
+    """Checksums of what was read."""
 
 
 @dataclass
@@ -111,7 +118,8 @@ def build(config: Config, directory: Path) -> Parts:
     # Names that are wrong are errors before any weights are read.
     SANDBOX.is_unsafe_allowed = config.unsafe_sandbox
     task = make_task(config.task, config.seed, config.show_private_tests, config.skip_bad_records)
-    kind = feedback_kind(config.feedback)
+    seconds = math.inf if config.judge_seconds is None else config.judge_seconds
+    kind = feedback_kind(config.feedback, seconds, CHARACTERS_PER_TOKEN * config.max_prompt_tokens)
     check_backend(config.backend, accelerator)
     models = build_models(config, accelerator, processes)
     data = build_data(config, models, task, kind, processes)
@@ -125,12 +133,12 @@ def build_models(config: Config, accelerator: Accelerator, processes: Processes)
     """Loads student and teacher onto the device; torch's generator starts from the seed."""
     # Before loading: new adapters are random.
     set_seed(config.seed)
-    model, tokenizer = loading.load(config.model)
+    model, tokenizer = loading.load(config.model, keeps_adapters=config.lora_continue)
     loading.use_flash_attention(model, accelerator.device, accelerator.mixed_precision)
 
-    # Before adapters: the fingerprint is of the start weights. A checkpoint of adapters does not contain them, nor does
-    # one of a run whose frozen teacher they are.
-    fingerprint = checkpoint.fingerprint(model) if config.teacher == "frozen" or config.lora_rank else []
+    # Before new adapters: the fingerprint is of the start weights. A checkpoint of adapters does not contain them, nor
+    # does one of a run whose frozen teacher they are.
+    fingerprint = checkpoint.fingerprint(model) if config.teacher == "frozen" or config.trains_adapters else []
     if config.lora_rank:
         model = with_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets)
 
@@ -155,7 +163,9 @@ def build_models(config: Config, accelerator: Accelerator, processes: Processes)
         teacher = RemoteTeacher(config, tokenizer, student.weight.shape[0], student.weight.device)
     else:
         with accelerator.autocast():
-            teacher = InProcessTeacher(student, config.teacher, config.ema_rate, other, config.reading)
+            teacher = InProcessTeacher(
+                student, config.teacher, config.ema_rate, other, config.reading, not config.lora_continue
+            )
     # After the teacher, whose copy of the student needs no checkpointing.
     if config.gradient_checkpointing:
         checkpoint_layers(student.model)
@@ -201,7 +211,7 @@ def build_data(config: Config, models: Models, task: Task, kind: FeedbackKind, p
     if len(examples) < config.num_examples:
         count = f"{len(examples)} of {config.num_examples} worked examples"
         notes.append(f"{count}: no other problem comes with an answer")
-    return Data(tutor, batches, sampling, tool, longest, evaluator, notes)
+    return Data(tutor, batches, sampling, tool, longest, evaluator, notes, inputs(config, models.tokenizer))
 
 
 def _check_positions(config: Config, models: Models, longest: int) -> list[str]:

@@ -157,6 +157,26 @@ def from_file(path: Path) -> dict[str, Any]:
     return values
 
 
+def run_config(directory: Path) -> Config:
+    """Returns the settings of a run, all of which its config.json has.
+
+    Raises:
+        ValueError: one is missing, or not what an option may be.
+    """
+    path = directory / "config.json"
+    values = from_file(path)
+    missing = [name for name in Config().settings() if name not in values]
+    if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(
+            f"[config] {path} lacks {missing[0]}{others}: expected every option of the run; it is damaged, or of "
+            "another version"
+        )
+    config = Config(**values)
+    config.check()
+    return config
+
+
 def _typed(name: str, value: Any, kind: OptionType) -> Any:
     """Returns the value of an option from a file, or raises ValueError where it is of another type."""
     if kind.allows_none and (value is None or value in NONE):

@@ -12,8 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distil_kernels.train.command_line import Parser, from_file, option_parser, read_options
-from distil_kernels.train.config import Config
+from distil_kernels.train.command_line import Parser, option_parser, read_options, run_config
 from distil_kernels.train.run.directory import is_run, write_text
 from distil_kernels.train.run.json_lines import json_line, read_lines, with_nan
 
@@ -54,7 +53,7 @@ def evaluate(arguments: list[str]) -> Work:
         path = newest_undamaged(Path(target), lambda text: print(text, file=sys.stderr))
         if path is None:
             raise ValueError(f"[eval] {target} has no checkpoint yet")
-        config = dataclasses.replace(_config(Path(target)), **{name: getattr(config, name) for name in given})
+        config = dataclasses.replace(run_config(Path(target)), **{name: getattr(config, name) for name in given})
         config = dataclasses.replace(config, tracker="none", shard=False)
         config.check()
         parts = build(config, Path(target))
@@ -116,7 +115,7 @@ def report(arguments: list[str]) -> Work:
     output = Path(options.output) if options.output else directory / "report.html"
     with _readable(directory):
         metrics, rollouts = (with_nan(read_lines(directory / name)) for name in ("metrics.jsonl", "rollouts.jsonl"))
-        text = page(_config(directory), directory.resolve().name, metrics, rollouts)
+        text = page(run_config(directory), directory.resolve().name, metrics, rollouts)
 
     def write() -> None:
         write_text(output, text)
@@ -172,10 +171,6 @@ def _readable(directory: Path) -> Iterator[None]:
             f"[RUN] expected metrics.jsonl and rollouts.jsonl of {directory} as the run wrote them, got a record that "
             f"cannot be shown ({type(error).__name__}: {error})"
         ) from error
-
-
-def _config(directory: Path) -> Config:
-    return Config(**from_file(directory / "config.json"))
 
 
 def _console() -> Console:

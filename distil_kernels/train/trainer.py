@@ -9,7 +9,8 @@
 
 Several processes share each batch out (`processes`); the main one writes and prints. Everything random in a step comes
 from torch's global generator, one stream per process, and the data position, so that a resumed run repeats an
-uninterrupted one. Ctrl-C finishes the step; a second one stops at once, at the last checkpoint.
+uninterrupted one. Ctrl-C, SIGTERM and SIGHUP finish the step; another Ctrl-C stops at once, at the last checkpoint. An
+error in the middle of a step leaves a checkpoint of the step before it.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import set_seed
 from rich.console import Console
 
 from distil_kernels.train.baseline import PositionAverage
@@ -44,7 +47,9 @@ from distil_kernels.train.rollouts.python_tool import roll_out
 from distil_kernels.train.rollouts.sampling import Generate, generate
 from distil_kernels.train.rollouts.vllm_server import RolloutServer
 from distil_kernels.train.run import checkpoint, trackers
-from distil_kernels.train.run.directory import remove_leftovers
+from distil_kernels.train.run.directory import WriteError, remove_leftovers
+from distil_kernels.train.run.distributed import FailedTogether
+from distil_kernels.train.run.inputs import differences
 from distil_kernels.train.run.interrupt import Interrupt
 from distil_kernels.train.run.json_lines import drop_after, last_evaluation
 from distil_kernels.train.run.log import RunLog
@@ -77,6 +82,8 @@ class Trainer:
         self.step = 0
         self.num_skipped_steps = 0  # the last steps in a row with a gradient that was not finite
         self.evaluated_step = self.saved_step = -1  # step of the last evaluation, of the last checkpoint
+        self.is_between_steps = True  # the weights are those of `step`
+        self.changes: list[str] = []  # what a resumed run has in another way than before
 
     # One step.
 
@@ -95,7 +102,7 @@ class Trainer:
         if self.server:
             with timer.phase("weights"):
                 generate_here = self.server.with_weights(self.student.model)
-        with timer.phase("rollout"), self.student.opened():
+        with timer.phase("rollout"), self.student.opened(), self.processes.all_or_none():
             self.roll_out(share, generate_here)
 
         # Pack them into micro-batches. Losses are divided by the number of rollouts with a verdict in the whole step.
@@ -160,6 +167,7 @@ class Trainer:
         self.log.add(record, rollout_records("training", self.step, batch))
         if self.num_skipped_steps == MAX_SKIPPED_STEPS:
             raise self._diverged(f"the gradient of {MAX_SKIPPED_STEPS} steps in a row was not finite")
+        self.is_between_steps = True
         return record
 
     def roll_out(self, groups: Sequence[PromptGroup], generate_here: Generate | None = None) -> None:
@@ -177,13 +185,15 @@ class Trainer:
         If the norm is not finite, it is so in all processes, and no step is taken.
         """
         # Add up the gradients of the micro-batches. The loss reads the teacher's head in forward and backward.
-        with self.teacher.head_opened():
+        alone = nullcontext() if self.config.shard else self.processes.all_or_none()  # FSDP has the processes talk
+        with self.teacher.head_opened(), alone:
             results = [self.micro_batch(batch, normalizer, timer, state) for batch, state in micro_batches]
         with timer.phase("exchange"):  # includes waiting for the other processes
             self.processes.sum_gradients(self.models.trained)
         with timer.phase("optimizer"):
             norm = self.accelerator.clip_grad_norm_(self.models.trained, self.config.max_grad_norm)
             grad_norm = float(full_tensor(norm))
+            self.is_between_steps = False
             if math.isfinite(grad_norm):
                 self.optimizer.step()
                 self.teacher.follow()
@@ -241,20 +251,27 @@ class Trainer:
         for note in [*self.data.notes, *config.remarks()]:
             self.log.print(f"note: {note}")
         trackers.start(self.accelerator, config, self.directory)
+        if self.changes:
+            self.log.add({"kind": "change", "step": self.step, "changes": self.changes}, [])
         with Interrupt(self.console) as interrupt, output.progress_bar(self.console) as bar:
             task = bar.add_task(config.task, total=config.steps, completed=self.step, left="")
             lines = output.StepLines(self.console, self.step, config.steps, config.verbose)
             while True:
-                # Evaluate and save before the step that follows, or after the last one.
-                if self._evaluation_is_due():
-                    self._evaluate(interrupt)
-                is_last = self.step >= config.steps or self.processes.any(interrupt.requested)
-                every = config.checkpoint_every
-                if is_last or (self.step and every and self.step % every == 0 and not self.num_skipped_steps):
-                    self.save()
-                if is_last:
-                    break
-                record = self.train_step()
+                place = self._place()
+                try:
+                    # Evaluate and save before the step that follows, or after the last one.
+                    if self._evaluation_is_due():
+                        self._evaluate(interrupt)
+                    is_last = self.step >= config.steps or self.processes.any(interrupt.requested)
+                    every = config.checkpoint_every
+                    if is_last or (self.step and every and self.step % every == 0 and not self.num_skipped_steps):
+                        self.save()
+                    if is_last:
+                        break
+                    record = self.train_step()
+                except Exception as error:
+                    self._save_after(error, place)
+                    raise
                 bar.update(task, completed=self.step, left=lines.show(record))
                 self.pages.refresh()
             self.pages.write()
@@ -277,7 +294,8 @@ class Trainer:
         with self.student.opened(), self.teacher.opened():
             result = self.evaluator.evaluate(self.student, self.teacher, lambda: interrupt.requested)
             seconds = time.perf_counter() - start
-            rollouts = self._held_out_rollouts() if result is not None and self.processes.is_main else []
+            with self.processes.all_or_none():
+                rollouts = self._held_out_rollouts() if result is not None and self.processes.is_main else []
         if result is not None:
             self.log.add({"kind": "evaluation", "step": self.step, **asdict(result), "seconds": seconds}, rollouts)
             self.evaluated_step = self.step
@@ -304,8 +322,15 @@ class Trainer:
             "scheduler": self.scheduler, "teacher": self.teacher, "baseline": self.average, "batches": self.batches,
         }  # fmt: skip
 
-    def save(self) -> None:
+    def _place(self) -> dict[str, Any]:
+        """The position in the data and the random numbers, which a step moves before it changes a weight."""
+        return {"batches": self.batches.state_dict(), "generators": checkpoint.generator_states()}
+
+    def save(self, place: dict[str, Any] | None = None) -> None:
         """Writes a checkpoint, unless the last one is of this step.
+
+        Args:
+            place: where the run was (`_place`); None for where it is.
 
         Raises:
             FloatingPointError: a weight is not finite.
@@ -315,24 +340,46 @@ class Trainer:
         if self.processes.any(not checkpoint.are_finite(self.models.trained)):
             raise self._diverged("the weights are not finite")
         # All processes gather the state; the main one has it and writes it.
-        model = self.student.model
+        model, place = self.student.model, place or self._place()
         weights = model_state(model)
         state = {
-            "step": self.step, "fingerprint": self.models.fingerprint,
+            "step": self.step, "fingerprint": self.models.fingerprint, "inputs": self.data.inputs,
             "optimizer": optimizer_state(model, self.optimizer.optimizer),
             **{name: part.state_dict() for name, part in self._stateful.items()},
-            "generators": self.processes.gather([checkpoint.generator_states()]),
+            "batches": place["batches"], "generators": self.processes.gather([place["generators"]]),
         }  # fmt: skip
         if self.processes.is_main:
             tokenizer, count = self.models.tokenizer, self.config.keep_checkpoints
             checkpoint.save(self.directory, self.step, model, tokenizer, state, count, weights)
         self.saved_step = self.step
 
-    def resume(self) -> None:
+    def _save_after(self, error: Exception, place: dict[str, Any]) -> None:
+        """Writes a checkpoint of the last complete step when an error ends the run: a judge's or a server's, say.
+
+        Args:
+            place: where the run was when that step was complete.
+        """
+        is_common = self.processes.count == 1 or isinstance(error, FailedTogether)
+        cannot_be_saved = isinstance(error, (WriteError, FloatingPointError)) or self.num_skipped_steps > 0
+        if not (is_common and self.is_between_steps and self.saved_step < self.step > 0) or cannot_be_saved:
+            return
+        try:
+            self.save(place)
+        except (WriteError, FloatingPointError) as failure:
+            self.log.print(str(failure))
+        else:
+            self.log.print(f"step {self.step} is saved: --resume {self.directory} goes on from it")
+
+    def resume(self, accepts_changes: bool = False) -> None:
         """Goes on from the run directory's last checkpoint, or from its beginning, and drops the records after it.
 
+        Another number of processes goes on with new streams of random numbers, and with everything else.
+
+        Args:
+            accepts_changes: data, judge or tokenizer may be others than those of the checkpoint.
+
         Raises:
-            ValueError: the run had another number of processes, or `load` refuses the checkpoint.
+            ValueError: they are others, or `load` refuses the checkpoint.
         """
         is_main = self.processes.is_main
         if is_main:
@@ -343,23 +390,37 @@ class Trainer:
         if path is None:
             self.log.print(f"{self.directory} has no checkpoint yet: starting from step 0")
         else:
-            generators = self.load(path)
-            if len(generators) != self.processes.count:
+            state = self.load(path)
+            self.changes = differences(state.get("inputs", self.data.inputs), self.data.inputs)
+            if self.changes and not accepts_changes:
                 raise ValueError(
-                    f"[resume] the run has {len(generators)} streams of random numbers, one for each process: expected "
-                    f"{len(generators)} processes, got {self.processes.count}"
+                    f"[resume] since {path} was written {', '.join(self.changes)}: expected the same, or "
+                    "--accept_changes, which goes on and records it"
                 )
-            checkpoint.restore_generators(generators[self.processes.index])
+            self._restore_generators(state["generators"])
             if is_main:
                 checkpoint.link_to(path)
             self.log.print(f"resuming from {path}")
         # Without a checkpoint `saved_step` is -1, and all records are dropped.
-        records = drop_after(self.directory, self.saved_step) if is_main else []
+        records = drop_after(self.directory, self.saved_step, self.log.print) if is_main else []
         self.log.records = self.processes.from_main(records)
         self.evaluated_step = last_evaluation(self.log.records)
 
-    def load(self, path: Path) -> list[dict[str, Any]]:
-        """Takes everything but the generators' states from a checkpoint, and returns those. No file is changed."""
+    def _restore_generators(self, generators: list[dict[str, Any]]) -> None:
+        """Puts the random numbers where the run left them, or makes new streams for another number of processes."""
+        count = self.processes.count
+        if len(generators) == count:
+            checkpoint.restore_generators(generators[self.processes.index])
+            return
+        set_seed(self.processes.seed(self.config.seed, self.step, count))
+        self.changes.append(f"the number of processes has changed from {len(generators)} to {count}")
+        self.log.print(
+            f"note: {len(generators)} processes took the first {self.step} steps and {count} go on: what follows is "
+            "sampled from new streams, and is not to the last bit what it would have been; all else is kept"
+        )
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Takes everything but the generators' states from a checkpoint, and returns its state. No file is changed."""
         state = self.models.restore(path)
         load_optimizer_state(self.student.model, self.optimizer.optimizer, state["optimizer"])
         for name, part in self._stateful.items():
@@ -368,4 +429,4 @@ class Trainer:
         self.step = self.saved_step = state["step"]
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * rate_share(self.config, self.step)
-        return state["generators"]
+        return state

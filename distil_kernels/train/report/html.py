@@ -34,7 +34,7 @@ def page(config: Config, name: str, metrics: Sequence[Record], rollouts: Sequenc
     trained = _at_some_steps([record for record in rollouts if record["kind"] == "training"], NUM_TRAINED)
     full = full_colors(held_out)
     shown = sorted({record["step"] for record in held_out})
-    length = f"{len(steps)} steps, {sum(record['seconds'] for record in metrics) / 60:.1f} minutes"
+    length = f"{len(steps)} steps, {sum(record['seconds'] for record in steps + evaluations) / 60:.1f} minutes"
     pass_at = list(evaluations[-1]["pass_at"])[1:] if evaluations else []  # pass@1 is the sampled score
 
     def shares(record: Record, index: int) -> str:

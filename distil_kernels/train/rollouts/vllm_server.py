@@ -79,14 +79,14 @@ class RolloutServer:
 
         All processes call this; the main one sends the weights.
         """
-        if self._processes.is_main:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            write_weights(model, self._folder)
-            options = {"weights_path": str(self._folder)}
-            self._endpoint.ask("/collective_rpc", {"method": "reload_weights", "kwargs": options}, TIMEOUT)
-            self._reset_prefix_cache()
-            shutil.rmtree(self._folder)
-        self._processes.from_main(None)  # the others wait
+        with self._processes.all_or_none():  # the others wait
+            if self._processes.is_main:
+                shutil.rmtree(self._folder, ignore_errors=True)
+                write_weights(model, self._folder)
+                options = {"weights_path": str(self._folder)}
+                self._endpoint.ask("/collective_rpc", {"method": "reload_weights", "kwargs": options}, TIMEOUT)
+                self._reset_prefix_cache()
+                shutil.rmtree(self._folder)
         return self._generate
 
     def _generate(

@@ -6,6 +6,7 @@
                 plot.svg                the curves of metrics.jsonl
                 checkpoint-<step>/      what `checkpoint` writes
                 checkpoint              link to the newest of them
+                lock                    what `lock` writes while the run lives
 
 A file is replaced in one step: written under another name, forced to the disk, renamed. How records are appended and
 taken back is in `json_lines`.
@@ -13,10 +14,13 @@ taken back is in `json_lines`.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 from pathlib import Path
+
+from distil_kernels.train.run.lock import RunLock
 
 
 class WriteError(OSError):
@@ -24,29 +28,49 @@ class WriteError(OSError):
 
 
 def is_run(directory: Path) -> bool:
-    """Returns whether the directory has the config.json of a run; a model's directory has one of another kind."""
+    """Returns whether the directory has the config.json of a run, or a run's records beside a damaged one.
+
+    A model's directory has a config.json of another kind.
+    """
+    if (directory / "metrics.jsonl").exists():
+        return True
     try:
         return "rollouts_per_prompt" in json.loads((directory / "config.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return False
 
 
-def make(directory: Path, config: str, replaces: bool = False) -> None:
-    """Makes a run directory with the text of its config.json.
+def make(directory: Path, config: str, replaced: RunLock | None = None) -> RunLock:
+    """Makes a run directory with the text of its config.json, and returns its lock.
 
     A kill leaves the old run, the new run, or for a moment the old run alone, as .<name>.new/old.tmp.
 
     Args:
-        replaces: a run of the same name is deleted, once the new one has its place.
+        replaced: the lock of a run of the same name, which is deleted once the new one has its place.
+
+    Raises:
+        ValueError: another process is making the directory, or has made it.
     """
     new = directory.with_name(f".{directory.name}.new")
     new.mkdir(parents=True, exist_ok=True)
-    write_text(new / "config.json", config)
-    if replaces and directory.exists():
-        os.replace(directory, new / "old.tmp")
-    os.replace(new, directory)
+    lock = RunLock(new, "name")
+    try:
+        write_text(new / "config.json", config)
+        if replaced is not None:
+            os.replace(directory, new / "old.tmp")
+        os.replace(new, directory)
+    except OSError as error:
+        lock.release()
+        if replaced is not None or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        shutil.rmtree(new)
+        raise ValueError(f"[name] {directory} was made by another process meanwhile: choose another --name") from None
+    lock.moved(directory)
     force_to_disk(directory.parent)
+    if replaced is not None:
+        replaced.release()
     remove_leftovers(directory)
+    return lock
 
 
 def remove_leftovers(directory: Path) -> None:

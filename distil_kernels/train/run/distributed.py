@@ -18,7 +18,8 @@ Left out: summing while the backward still runs, where the model is not sharded;
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -37,6 +38,10 @@ T = TypeVar("T")
 BUCKET = 1 << 25
 """Numbers in a bucket of gradients."""
 SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
+
+
+class FailedTogether(RuntimeError):
+    """An error of one process, raised in all of them at the same place."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +92,11 @@ class Processes:
         """Returns this process's part of a list that all have. The parts are in order; lengths differ by 1 at most."""
         return items[len(items) * self.index // self.count : len(items) * (self.index + 1) // self.count]
 
-    def seed(self, seed: int) -> int:
-        """Returns another seed in every process; in the main one it is `seed`."""
-        if self.is_main:
-            return seed
-        return int(numpy.random.SeedSequence((seed, self.index)).generate_state(1)[0])
+    def seed(self, *seeds: int) -> int:
+        """Returns another seed in every process; in the main one a single seed stays as it is."""
+        if self.is_main and len(seeds) == 1:
+            return seeds[0]
+        return int(numpy.random.SeedSequence((*seeds, self.index)).generate_state(1)[0])
 
     def gather(self, items: Sequence[T]) -> list[T]:
         """Returns the items of all processes, in their order. They are pickled: no tensors of a device."""
@@ -104,6 +109,26 @@ class Processes:
     def any(self, flag: bool) -> bool:
         """Returns whether the flag is true in at least one process."""
         return any(self.gather([flag]))
+
+    @contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        """A context that all processes leave by an exception where one of them does; in it they do not talk.
+
+        Raises:
+            FailedTogether: in all processes, where there are several; in the one that failed with the cause.
+        """
+        if self.count == 1:
+            yield
+            return
+        cause = None
+        try:
+            yield
+        except Exception as error:
+            cause = error
+        failures = self.gather([None if cause is None else f"{type(cause).__name__}: {cause}"])
+        for index, failure in enumerate(failures):
+            if failure is not None:
+                raise FailedTogether(f"[process {index}] {failure}") from cause
 
     def sum(self, tensor: Tensor) -> None:
         """Adds the tensors of the other processes to this one's, in place."""

@@ -1,7 +1,7 @@
 """Records of a run as JSON lines: metrics.jsonl and rollouts.jsonl are written, read and taken back here.
 
-Records are appended and forced to the disk; a last line that a kill cut short is left out when the file is read. A
-resumed run takes back the records of steps after its checkpoint.
+Records are appended and forced to the disk; a last line that a kill cut short is left out when the file is read, and so
+is a damaged one, which is said. A resumed run takes back the records of steps after its checkpoint.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,10 @@ def with_nan(value: Any) -> Any:
     return math.nan if value is None else value
 
 
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
 def append_lines(path: Path, records: Iterable[Record]) -> None:
     """Appends records to a .jsonl file and waits until they are on the disk.
 
@@ -51,25 +56,35 @@ def append_lines(path: Path, records: Iterable[Record]) -> None:
         raise WriteError(f"cannot write {path}: {error.strerror}; {cure}") from error
 
 
-def read_lines(path: Path) -> list[Record]:
-    """Returns the records of a .jsonl file up to a line that was cut short in writing; none of a missing file."""
+def read_lines(path: Path, warn: Callable[[str], None] = _to_stderr) -> list[Record]:
+    """Returns the records of a .jsonl file; none of a missing file.
+
+    A last line that was cut short in writing is left out.
+
+    Args:
+        warn: is called with a sentence about each damaged line, which is left out too.
+    """
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    for number, line in enumerate(lines, 1):
+        record = _record(line)
+        if record is not None:
+            records.append(record)
+        elif number < len(lines):
+            warn(f"{path}, line {number} is damaged and left out: {line[:40].decode(errors='replace')!r}")
     return records
 
 
-def drop_after(directory: Path, step: int) -> list[Record]:
+def drop_after(directory: Path, step: int, warn: Callable[[str], None] = _to_stderr) -> list[Record]:
     """Drops a run's records of later steps, which a resumed run takes again, and returns the others of metrics.jsonl.
 
     Rollouts of an evaluation that has no record in metrics.jsonl was cut short by a kill, and are dropped too.
     """
-    metrics = _filter_lines(directory / "metrics.jsonl", lambda record: record["step"] <= step)
+    metrics = _filter_lines(directory / "metrics.jsonl", lambda record: record["step"] <= step, warn)
     last_step = {"training": step, "held_out": min(step, last_evaluation(metrics))}
-    _filter_lines(directory / "rollouts.jsonl", lambda record: record["step"] <= last_step[record["kind"]])
+    _filter_lines(
+        directory / "rollouts.jsonl", lambda record: record["step"] <= last_step.get(record["kind"], -1), warn
+    )
     return with_nan(metrics)
 
 
@@ -78,8 +93,18 @@ def last_evaluation(metrics: Iterable[Record]) -> int:
     return max((record["step"] for record in metrics if record["kind"] == "evaluation"), default=-1)
 
 
-def _filter_lines(path: Path, keep: Callable[[Record], bool]) -> list[Record]:
+def _filter_lines(path: Path, keep: Callable[[Record], bool], warn: Callable[[str], None]) -> list[Record]:
     """Drops the records of a file for which `keep` is false, and returns the others."""
-    records = [record for record in read_lines(path) if keep(record)]
+    records = [record for record in read_lines(path, warn) if keep(record)]
     write_text(path, "".join(json_line(record) + "\n" for record in records))
     return records
+
+
+def _record(line: bytes) -> Record | None:
+    """Returns the record of a line; None where the line is none: every record names its kind and its step."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    is_record = isinstance(record, dict) and "kind" in record and isinstance(record.get("step"), int)
+    return record if is_record else None

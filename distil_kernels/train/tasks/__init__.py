@@ -38,6 +38,7 @@ __all__ = [
     "is_held_out",
     "make_task",
     "problems",
+    "record_file",
     "with_seed",
 ]
 
@@ -61,6 +62,14 @@ HELD_OUT_SHARE = 8
 """One problem in eight is held out."""
 
 
+def record_file(name: str) -> Path | None:
+    """The file whose records a task has; None for a task that generates its problems."""
+    domain, _, file = name.partition(":")
+    if domain not in DOMAINS or not (file or domain != "qa"):
+        return None
+    return Path(file) if file else DATA / f"{domain}.jsonl"
+
+
 def make_task(name: str, seed: int, show_private_tests: bool = False, skip_bad_records: bool = False) -> Task:
     """A task by its name: one of OWN_TASKS, `reasoning_gym:NAME`, or a domain, DOMAIN or `DOMAIN:FILE.jsonl`.
 
@@ -72,11 +81,10 @@ def make_task(name: str, seed: int, show_private_tests: bool = False, skip_bad_r
     """
     if name.startswith("reasoning_gym:"):
         return ReasoningGym(name.removeprefix("reasoning_gym:"), seed)
-    domain, _, file = name.partition(":")
-    if domain in DOMAINS and (file or domain != "qa"):
-        path = Path(file) if file else DATA / f"{domain}.jsonl"
-        if domain == "code":
-            return Code(path, seed, shows_private_tests=show_private_tests, skips_bad=skip_bad_records)
+    path, domain = record_file(name), name.partition(":")[0]
+    if path is not None and domain == "code":
+        return Code(path, seed, shows_private_tests=show_private_tests, skips_bad=skip_bad_records)
+    if path is not None:
         return DOMAINS[domain](path, seed, skips_bad=skip_bad_records)
     if domain == "qa":
         raise ValueError(f"[task] qa has no records of its own: expected qa:FILE.jsonl, got {name!r}")

@@ -6,8 +6,9 @@ model of the same vocabulary.
     ema       a slow average of the student, in float32
     local     any other causal LM with the student's tokens; its head is brought to the size of the student's
 
-The frozen teacher of a PEFT student is the same model with its adapters off and costs no memory; its ema teacher is a
-second set of adapters. The kinds `remote` and `samples` have no weights here: `remote.RemoteTeacher`.
+The frozen teacher of a student with new adapters is the same model with its adapters off and costs no memory; where the
+adapters were trained before it is a second set of them, and so is an ema teacher. The kinds `remote` and `samples` have
+no weights here: `remote.RemoteTeacher`.
 
 Left out: a local teacher whose softcap is not the student's (the loss knows one).
 """
@@ -51,16 +52,23 @@ class InProcessTeacher:
         other: the model of kind "local", or the copy of a sharded student that an ema or frozen teacher starts from
             (`copied` here if None).
         reading: the way in which a model that is not the student reads (`reader`).
+        starts_without: the student's adapters change nothing at the start.
 
     Raises:
         ValueError: the loss cannot express `other`.
     """
 
     def __init__(
-        self, student: Reader, kind: str, rate: float, other: nn.Module | None = None, reading: str = "auto"
+        self,
+        student: Reader,
+        kind: str,
+        rate: float,
+        other: nn.Module | None = None,
+        reading: str = "auto",
+        starts_without: bool = True,
     ) -> None:
         self.kind, self._rate, self._student = kind, rate, student
-        self._adapters_off = kind == "frozen" and hasattr(student.model, "disable_adapter")
+        self._adapters_off = kind == "frozen" and hasattr(student.model, "disable_adapter") and starts_without
         if kind == "live" or self._adapters_off:
             self.lm = student
         elif kind == "local":

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
 from distil_kernels.train.config import Config
-from distil_kernels.train.feedback.kinds import FEEDBACK, correction_feedback
+from distil_kernels.train.feedback.kinds import FEEDBACK, correction_feedback, feedback_kind, judge_source
 from distil_kernels.train.tasks import make_task
+from distil_kernels.train.tasks.sandbox import JudgeFailed
 
 
 def test_a_verifier_scores_and_corrects() -> None:
@@ -35,3 +40,36 @@ def test_a_row_is_what_the_configuration_checks(name: str) -> None:
                 changed.check()
         else:
             changed.check()
+
+
+JUDGES = """
+import time
+
+def slow(problem, answer):
+    time.sleep(60 if answer == "hard" else 0)
+    return 0.5, "words " * 100
+
+def other(problem, answer):
+    return 0.5, ""
+"""
+
+
+@pytest.fixture
+def judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    (tmp_path / "own_judges.py").write_text(JUDGES)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path / "own_judges.py"
+    sys.modules.pop("own_judges", None)
+
+
+def test_a_judge_has_a_time_limit_and_an_answer_without_a_verdict_is_left_out(judges: Path) -> None:
+    task = make_task("largest", 0)
+    kind = feedback_kind("own_judges:slow", 0.1, 20)
+    assert kind.verifier(task, task.problem(0), "easy") == (0.5, "words words words wo", task.problem(0).answer)
+    with pytest.raises(JudgeFailed, match=r"own_judges:slow took longer than 0\.1 s"):
+        kind.verifier(task, task.problem(0), "hard")
+
+
+def test_the_file_of_a_judge_is_known(judges: Path) -> None:
+    assert judge_source("own_judges:slow") == judges
+    assert judge_source("correction") is None and judge_source("math:sqrt") is None

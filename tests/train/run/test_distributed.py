@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +17,9 @@ from distil_kernels.train.__main__ import main
 from distil_kernels.train.config import Config
 from distil_kernels.train.run import distributed
 from distil_kernels.train.run.checkpoint import load_state
-from distil_kernels.train.run.distributed import Processes
+from distil_kernels.train.run.distributed import FailedTogether, Processes
 from distil_kernels.train.run.json_lines import read_lines
+from distil_kernels.train.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 
@@ -46,22 +49,66 @@ def test_they_write_one_directory(whole: Path) -> None:
     assert load_state(whole / "checkpoint")["scheduler"]["last_epoch"] == 4
 
 
-@pytest.mark.parametrize("interrupted", [0, 1])
+@pytest.mark.parametrize(("interrupted", "number"), [(0, signal.SIGINT), (1, signal.SIGINT), (1, signal.SIGTERM)])
 def test_one_that_is_interrupted_stops_both_and_the_run_resumes(
-    whole: Path, tiny_model: Path, tmp_path: Path, interrupted: int
+    whole: Path, tiny_model: Path, tmp_path: Path, interrupted: int, number: signal.Signals
 ) -> None:
-    assert together(run_interrupted, start(tiny_model, tmp_path, "run", 4), interrupted) == [130, 130]
+    assert together(run_interrupted, start(tiny_model, tmp_path, "run", 4), interrupted, number) == [130, 130]
     directory = tmp_path / "run"
     assert (directory / "checkpoint").resolve().name == "checkpoint-000002"
     assert together(run_main, ["--resume", str(directory)]) == [0, 0]
     assert_same(directory, whole)
 
 
-def test_another_number_of_processes_does_not_resume(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = {path.name: path.read_bytes() for path in whole.iterdir() if path.is_file()}
-    assert main(["--resume", str(whole)]) == 2
-    assert "expected 2 processes, got 1" in capsys.readouterr().err
-    assert {path.name: path.read_bytes() for path in whole.iterdir() if path.is_file()} == before
+def test_another_number_of_processes_goes_on_and_says_what_is_new(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From two to one and back: each change is recorded, and what follows it repeats itself."""
+    runs = [Path(shutil.copytree(whole, tmp_path / name, symlinks=True)) for name in ("once", "again")]
+    before = metrics(whole)
+    for directory in runs:
+        assert main(["--resume", str(directory), "--steps", "5"]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert "2 processes took the first 4 steps and 1 go on" in said and "not to the last bit" in said
+        records = metrics(directory)
+        assert records[: len(before)] == before
+        assert records[len(before)]["changes"] == ["the number of processes has changed from 2 to 1"]
+        assert load_state(directory / "checkpoint")["scheduler"]["last_epoch"] == 5
+    assert_same(*runs)
+    assert together(run_main, ["--resume", str(runs[0]), "--steps", "6"]) == [0, 0]
+    assert metrics(runs[0])[-1]["step"] == 6 and len(load_state(runs[0] / "checkpoint")["generators"]) == 2
+
+
+def run_failing(rank: int, arguments: list[str], failing: int) -> int:
+    """A judge raises in one of the processes, in its third step."""
+    take_step = Trainer.train_step
+
+    def step(self: Trainer) -> dict[str, object]:
+        if self.step == 2 and rank == failing:
+            self.tutor.verifier = fails
+        return take_step(self)
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("the judge is not there")
+
+    Trainer.train_step = step  # type: ignore[method-assign]
+    try:
+        return main(arguments)
+    except FailedTogether as error:
+        assert str(error) == f"process {failing} failed: RuntimeError: the judge is not there"
+        assert (error.__cause__ is not None) == (rank == failing)
+        return 17
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_in_one_ends_both_with_a_checkpoint(
+    whole: Path, tiny_model: Path, tmp_path: Path, failing: int
+) -> None:
+    assert together(run_failing, start(tiny_model, tmp_path, "run", 4), failing) == [17, 17]
+    directory = tmp_path / "run"
+    assert (directory / "checkpoint").resolve().name == "checkpoint-000002"
+    assert together(run_main, ["--resume", str(directory)]) == [0, 0]
+    assert_same(directory, whole)
 
 
 def test_one_process_evaluates_a_run_of_two(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:

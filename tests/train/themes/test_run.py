@@ -115,23 +115,26 @@ def test_credit_settings_reach_the_loss(tiny_model: Path, tmp_path: Path, baseli
     torch.testing.assert_close(out.credit, expected)
 
 
-def test_ctrl_c_leaves_a_usable_run(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_leave_a_usable_run(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
     take_step = Trainer.train_step
 
     def interrupted(self: Trainer) -> dict[str, object]:
         if self.step == 1:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return take_step(self)
 
     monkeypatch.setattr(Trainer, "train_step", interrupted)
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(number)
     arguments = ["--model", str(tiny_model), "--runs_dir", str(tmp_path), "--name", "run", "--steps", "50", *QUICK]
     assert main(arguments) == 130
     directory = tmp_path / "run"
     assert [record["step"] for record in metrics(directory) if record["kind"] == "step"] == [1, 2]
     assert (directory / "plot.svg").exists() and (directory / "checkpoint").resolve().name == "checkpoint-000002"
     AutoModelForCausalLM.from_pretrained(directory / "checkpoint")
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
     monkeypatch.undo()
     assert main(["--resume", str(directory), "--steps", "3"]) == 0
 
