@@ -33,6 +33,14 @@ class Batches:
         return self
 
     def __next__(self) -> list[PromptGroup]:
+        with self._processes.all_or_none():
+            batch = self._read()
+        # The main process decides: the feedback known before any answer may be a trace, which may differ.
+        batch, self._position, self.num_skipped = self._processes.from_main((batch, self._position, self.num_skipped))
+        return batch
+
+    def _read(self) -> list[PromptGroup]:
+        """Reads the problems of a batch, as this process sees them."""
         batch: list[PromptGroup] = []
         misses = example_misses = 0  # in a row
         for position, problem in problems(self._tutor.task, held_out=False, start=self._position):
@@ -52,8 +60,6 @@ class Batches:
             batch.append(group)
             if len(batch) == self._num_prompts:
                 break
-        # The main process decides: the feedback known before any answer may be a trace, which may differ.
-        batch, self._position, self.num_skipped = self._processes.from_main((batch, self._position, self.num_skipped))
         return batch
 
     def state_dict(self) -> dict[str, int]:

@@ -49,7 +49,7 @@ def test_they_write_one_directory(whole: Path) -> None:
     assert load_state(whole / "checkpoint")["scheduler"]["last_epoch"] == 4
 
 
-@pytest.mark.parametrize(("interrupted", "number"), [(0, signal.SIGINT), (1, signal.SIGINT), (1, signal.SIGTERM)])
+@pytest.mark.parametrize(("interrupted", "number"), [(0, signal.SIGINT), (1, signal.SIGTERM)])
 def test_one_that_is_interrupted_stops_both_and_the_run_resumes(
     whole: Path, tiny_model: Path, tmp_path: Path, interrupted: int, number: signal.Signals
 ) -> None:
