@@ -50,7 +50,8 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert status in (0, 1, 2), (arguments, status, message)
     if status == 0:
         return ""
-    assert len(message.strip().splitlines()) == 1 and "Traceback" not in message, (arguments, message)
+    lines = [line for line in message.strip().splitlines() if "is damaged and left out" not in line]
+    assert len(lines) == 1 and "Traceback" not in message, (arguments, message)
     return message
 
 
@@ -232,7 +233,7 @@ def test_run_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     [
         (["--task", "qa"], "[task] qa has no records of its own: expected qa:FILE.jsonl, got 'qa'"),
         (["--feedback", "broken:judge"], "[feedback] cannot import 'broken:judge': SyntaxError"),
-        (["--model", "nowhere"], "[model] transformers cannot load 'nowhere': "),
+        (["--model", "nowhere"], "[model] cannot load '"),
     ],
 )
 def test_what_is_said(
