@@ -125,10 +125,12 @@ class Processes:
             yield
         except Exception as error:
             cause = error
-        failures = self.gather([None if cause is None else f"{type(cause).__name__}: {cause}"])
-        for index, failure in enumerate(failures):
+        reason = None
+        if cause is not None:  # a tag in brackets says that it is no fault of the code
+            reason = str(cause) if str(cause).startswith("[") else f"{type(cause).__name__}: {cause}"
+        for index, failure in enumerate(self.gather([reason])):
             if failure is not None:
-                raise FailedTogether(f"[process {index}] {failure}") from cause
+                raise FailedTogether(f"{failure} (in process {index})") from cause
 
     def sum(self, tensor: Tensor) -> None:
         """Adds the tensors of the other processes to this one's, in place."""

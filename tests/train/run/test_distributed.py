@@ -95,7 +95,7 @@ def run_failing(rank: int, arguments: list[str], failing: int) -> int:
     try:
         return main(arguments)
     except FailedTogether as error:
-        assert str(error) == f"[process {failing}] RuntimeError: the judge is not there"
+        assert str(error) == f"RuntimeError: the judge is not there (in process {failing})"
         assert (error.__cause__ is not None) == (rank == failing)
         return 17
 
