@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from distil_kernels.train.feedback.tutor import Tutor
 from distil_kernels.train.rollouts.prompt_group import PromptGroup
@@ -62,8 +63,12 @@ class Batches:
                 break
         return batch
 
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self._position, "num_skipped": self.num_skipped}
+    def state_dict(self) -> dict[str, Any]:
+        task = self._tutor.task
+        found = task.state_dict() if hasattr(task, "state_dict") else {}
+        return {"position": self._position, "num_skipped": self.num_skipped, "task": found}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self._position, self.num_skipped = state["position"], state["num_skipped"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._position, self.num_skipped, task = state["position"], state["num_skipped"], self._tutor.task
+        if hasattr(task, "load_state_dict"):
+            task.load_state_dict(state["task"])

@@ -79,6 +79,14 @@ class Code(Records):
             f"{self._path}, {self.left_out[-1]}; left out, with {len(self.left_out) - 1} records before", stacklevel=2
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """Which reference solutions have passed their tests so far, and which records were left out."""
+        return {"is_sound": dict(self._is_sound), "left_out": list(self.left_out)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._is_sound.update(state["is_sound"])
+        self.left_out[:] = state["left_out"]  # in place: the list is also that of the held-out problems
+
     def score(self, answer: str, entry: Suite) -> float:
         return self.trace(answer, entry)[0]
 

@@ -45,6 +45,7 @@ class Task(Protocol):
     and may have
 
     is_sound(index) -> bool: whether the `index`-th problem's own answer is right; else it is passed over
+    state_dict(), load_state_dict(state): what it has found of its problems, which a resumed run takes over
     """
 
     def problem(self, index: int) -> Problem:

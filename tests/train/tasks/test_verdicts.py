@@ -84,6 +84,12 @@ def test_a_record_whose_reference_solution_fails_is_left_out_when_it_is_first_as
     assert found and all(int(number[:-1]) % 3 < 2 for number in found)
     numbers = {int(text.split(":")[0].split()[1]) for text in task.left_out}
     assert len(task.left_out) == len(numbers) == 8 and {number % 3 for number in numbers} == {0}  # from 1
+    resumed = make_task(f"code:{file}", seed=0)
+    resumed.load_state_dict(task.state_dict())
+    assert resumed.left_out == task.left_out
+    assert [next(problems(resumed, held_out=False, start=i)) for i in range(24)] == [
+        next(problems(task, held_out=False, start=i)) for i in range(24)
+    ]  # without a warning: nothing is run again
 
 
 def test_a_reference_solution_without_a_verdict_is_no_fault_of_its_record(monkeypatch: pytest.MonkeyPatch) -> None:
