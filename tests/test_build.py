@@ -1,4 +1,4 @@
-"""CMakeLists.txt with stand-ins for nvcc: one that cannot compile leaves its back end out and says why."""
+"""CMakeLists.txt with stand-ins for nvcc (one that cannot compile leaves its back end out and says why); warnings."""
 
 from __future__ import annotations
 
@@ -71,3 +71,12 @@ def test_a_new_nvcc_compiles_for_every_architecture(tmp_path):
     cluster = next(line for line in commands.splitlines() if '"command"' in line and "row_cluster.cu" in line)
     assert [name for name in ("80", "90", "100", "120") if f"sm_{name}" in kernels] == ["80", "90", "100", "120"]
     assert "sm_80" not in cluster and "sm_90" in cluster and "compute_120" in cluster
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.parametrize("source", ["dispatch.cpp", "row_kernels.cpp", "sparse_kernels.cpp"])
+def test_no_warnings(source):
+    command = ["g++", "-std=c++17", "-fsyntax-only", "-fopenmp", "-DDISTIL_ISA=portable", "-Wall", "-Wextra",
+               "-Wconversion", "-Werror", ROOT / "csrc" / "cpu" / source]  # fmt: skip
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

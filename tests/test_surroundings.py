@@ -23,7 +23,7 @@ from distil_kernels import (
     token_stats,
 )
 from distil_kernels.engine.plan import PLANS, Plan
-from distil_kernels.testing import Inputs, make_inputs
+from distil_kernels.testing import Inputs, make_inputs, oracle
 from distil_kernels.token_statistics import TokenLogprobs, TokenStats
 
 N, V, D = 12, 3000, 16  # V: more than one block of every product
@@ -209,3 +209,32 @@ def test_float16_has_room_for_sums_over_tokens(generator):
     ours = grad(hidden, inputs.student_weight, Plan("gradient_in_forward", 256, 2048))
     assert ours.isfinite().all()
     torch.testing.assert_close(ours, grad(hidden, inputs.student_weight, "auto"), rtol=1e-2, atol=0.1)
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e6])
+@pytest.mark.parametrize("op", ["forward_ce", "jsd", "topk_ce", "policy", "distil"])
+def test_float16_does_not_depend_on_the_size_of_weights(op, size, generator):
+    """A mean divides by what its weights add up to: gradients are those of weights of ordinary size."""
+    inputs = make_inputs(N, 40, D, dtype=torch.float16, generator=generator)
+    weight = torch.rand(N, generator=generator) + 0.5
+    normalizer = {"normalizer": 12.0} if op == "distil" else {}
+    scaled = {name: value * size for name, value in normalizer.items()}
+    expected = results(op, inputs, token_weight=weight, **normalizer)
+    for ours, each in zip(results(op, inputs, token_weight=weight * size, **scaled), expected, strict=True):
+        torch.testing.assert_close(ours, each, rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("softcap", [None, 1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("temperature", [1e-12, 1.0, 1e12])
+def test_the_largest_and_smallest_scales_of_logits(temperature, softcap, backend, generator):
+    """By the definition in float64, but for the rounding of S - T, which an extreme temperature multiplies."""
+    inputs = make_inputs(N, 40, D, generator=generator, temperature=temperature, logit_softcap=softcap)
+
+    def found(value: torch.Tensor, copy: Inputs) -> list[torch.Tensor]:
+        return [value.detach(), *torch.autograd.grad(value, list(copy.leaves.values()))]
+
+    wide = inputs.to(torch.float64)
+    ours = found(fused_forward_ce(*inputs.heads, **inputs.options, reduction="sum", backend=backend), inputs)
+    for mine, exact in zip(ours, found(oracle(wide).ce.sum(), wide), strict=True):
+        assert (mine - exact).norm() <= 1e-5 * exact.norm() + 1e-5 / temperature

@@ -117,6 +117,22 @@ def test_nothing_known_and_nothing_counted(generator):
     assert fused_topk_ce(*inputs.heads[:2], ids, logprobs, token_mask=mask).item() == 0.0
 
 
+@pytest.mark.parametrize("num_named", [1, 5, V])
+def test_an_offset_that_all_logits_share(num_named, generator):
+    """1e4 added to every logit costs what rounding the logits costs, and no more in the normalisers."""
+    inputs = make_inputs(N, V, D, kind="offset", generator=generator)
+    ids, logprobs = teacher_topk(N, V, num_named, generator)
+
+    def by_definition(dtype):
+        leaves = leaves_of(inputs, dtype, None)
+        return gradients(dense(*leaves, ids, logprobs), leaves)
+
+    leaves = leaves_of(inputs, torch.float32, None)
+    ours = gradients(fused_topk_ce(*leaves, ids, logprobs.float(), reduction="sum"), leaves)
+    for mine, plain, exact in zip(ours, by_definition(torch.float32), by_definition(torch.float64), strict=True):
+        assert (mine - exact).norm() <= 3 * (plain - exact).norm()
+
+
 def test_gradcheck(generator):
     inputs = make_inputs(4, 9, 5, dtype=torch.float64, generator=generator)
     ids, logprobs = teacher_topk(4, 9, 3, generator)

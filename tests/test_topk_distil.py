@@ -138,6 +138,24 @@ def test_teacher_equal_to_student_costs_nothing(generator):
     assert inputs.student_hidden.grad.abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("noise", [6e-5, 1e-2])
+def test_a_small_divergence_keeps_its_digits(noise, generator):
+    """1e-9 beside a cross-entropy of 4, by the definition in float64 from the same logits; never negative."""
+    logits = torch.randn(40, V, generator=generator)
+    logprobs = (logits.double() + noise * torch.randn(40, V, generator=generator)).log_softmax(-1)
+    ids = logprobs.topk(9).indices
+    named = logprobs.gather(1, ids).float()
+    out = fused_topk_distil_loss(
+        logits, torch.eye(V), ids, named, tokens=ids[:, 0], cu_seqlens=torch.tensor([0, 40]), cost="kl"
+    )
+    named, log_s = named.double(), logits.double().log_softmax(-1).gather(1, ids)
+    t = torch.cat([named, (-named.exp().sum(1, keepdim=True)).log1p()], 1)
+    s = torch.cat([log_s, (-log_s.exp().sum(1, keepdim=True)).log1p()], 1)
+    exact = (t.exp() * (t - s)).sum(1)
+    assert (out.stats.kl >= 0).all() and noise**2 / 10 < exact.mean() < noise**2
+    assert ((out.stats.kl - exact) / exact).abs().mean() < 1e-2
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

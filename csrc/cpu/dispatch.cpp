@@ -68,7 +68,7 @@ void cpu_row_stats_grad(const RowTask& task, const GradRows& grad, int num_threa
   dispatch(instruction_set, [&](auto kernels) { kernels.row_stats_grad(task, grad, num_threads); });
 }
 
-bool cpu_supports_gemm(GemmUnit unit) {
+bool cpu_supports_gemm([[maybe_unused]] GemmUnit unit) {
 #if defined(DISTIL_GEMM)
   const bool has_vector = has_avx512() && __builtin_cpu_supports("avx512bf16");
 #if defined(DISTIL_GEMM_AMX)
@@ -82,8 +82,11 @@ bool cpu_supports_gemm(GemmUnit unit) {
 
 bool cpu_is_intel() { return kX86 && is_intel(); }
 
-void cpu_gemm(const Matrix& a, const Matrix& b, std::int64_t num_rows, std::int64_t num_columns, std::int64_t depth,
-              const Product& c, bool accumulate, int num_threads, GemmUnit unit) {
+// Without DISTIL_GEMM nobody calls the two below: cpu_supports_gemm says so.
+void cpu_gemm([[maybe_unused]] const Matrix& a, [[maybe_unused]] const Matrix& b,
+              [[maybe_unused]] std::int64_t num_rows, [[maybe_unused]] std::int64_t num_columns,
+              [[maybe_unused]] std::int64_t depth, [[maybe_unused]] const Product& c,
+              [[maybe_unused]] bool accumulate, [[maybe_unused]] int num_threads, [[maybe_unused]] GemmUnit unit) {
 #if defined(DISTIL_GEMM_AMX)
   const bool tiles = unit != GemmUnit::kVector && b.is_bf16 && !c.is_bf16;
   if (tiles && cpu_supports_gemm(GemmUnit::kTiles)) {
@@ -96,8 +99,9 @@ void cpu_gemm(const Matrix& a, const Matrix& b, std::int64_t num_rows, std::int6
 #endif
 }
 
-void cpu_rounding_residual(const float* a, std::int64_t row_stride, std::int64_t num_rows, std::int64_t num_columns,
-                           float* residual, int num_threads) {
+void cpu_rounding_residual([[maybe_unused]] const float* a, [[maybe_unused]] std::int64_t row_stride,
+                           [[maybe_unused]] std::int64_t num_rows, [[maybe_unused]] std::int64_t num_columns,
+                           [[maybe_unused]] float* residual, [[maybe_unused]] int num_threads) {
 #if defined(DISTIL_GEMM)
   avx512::rounding_residual(a, row_stride, num_rows, num_columns, residual, num_threads);
 #endif

@@ -127,6 +127,38 @@ inline MixtureSums mixture_of_row(const RowTask& task, std::int64_t row, float s
   return sums;
 }
 
+struct DivergenceSums {
+  double student = 0, teacher = 0;
+};
+
+// The sums of `divergence_term` over a row whose maxima and normalisers are known.
+inline DivergenceSums divergences_of_row(const RowTask& task, std::int64_t row, float student_max,
+                                         double log_normalizer, float teacher_max, double teacher_log_normalizer) {
+  const float student_log = static_cast<float>(log_normalizer),
+              teacher_log = static_cast<float>(teacher_log_normalizer);
+  const float difference = static_cast<float>(log_normalizer - teacher_log_normalizer);
+  Block block;
+  DivergenceSums sums;
+  for (std::int64_t begin = 0; begin < task.vocab_size; begin += kSumBlock) {
+    const std::int64_t size = task.vocab_size - begin < kSumBlock ? task.vocab_size - begin : kSumBlock;
+    const float* student_logits = load(task.student, row, begin, size, block.student, block.derivative);
+    const float* teacher_logits = load(task.teacher, row, begin, size, block.teacher, block.derivative);
+    float student_sum = 0, teacher_sum = 0;
+#pragma omp simd reduction(+ : student_sum, teacher_sum)
+    for (std::int64_t v = 0; v < size; ++v) {
+      const float s = at_least_floor(student_logits[v] - student_max);
+      const float t = at_least_floor(teacher_logits[v] - teacher_max);
+      const DivergenceTerm term =
+          divergence_term(exp_shifted(s - student_log), exp_shifted(t - teacher_log), (s - t) - difference);
+      student_sum += term.student;
+      teacher_sum += term.teacher;
+    }
+    sums.student += student_sum;
+    sums.teacher += teacher_sum;
+  }
+  return sums;
+}
+
 void stats_of_row(const RowTask& task, std::int64_t row) {
   const LogitRows &student = task.student, &teacher = task.teacher;
   const std::int64_t vocab_size = task.vocab_size;
@@ -148,7 +180,14 @@ void stats_of_row(const RowTask& task, std::int64_t row) {
     }
     add_sums(sums, sum_block(student_logits, teacher_logits, size, student_max.value, teacher_max.value));
   }
-  const RowResult<double> result = finish(sums);
+  RowResult<double> result = finish(sums);
+  const bool has_teacher = task.cost.statistic != kEntropy;
+  if (has_teacher && (result.forward_kl < kNear || result.reverse_kl < kNear)) {
+    const DivergenceSums near = divergences_of_row(task, row, student_max.value, result.log_normalizer,
+                                                   teacher_max.value, result.teacher_log_normalizer);
+    if (result.forward_kl < kNear) result.forward_kl = near.teacher;
+    if (result.reverse_kl < kNear) result.reverse_kl = near.student;
+  }
   const auto store = [&](Statistic statistic, double value) {
     task.statistics[statistic * task.num_rows + row] = static_cast<float>(value);
   };
@@ -164,8 +203,8 @@ void stats_of_row(const RowTask& task, std::int64_t row) {
   store(kTeacherLogNormalizer, result.teacher_log_normalizer);
   MixtureSums mixture;
   if (task.cost.statistic == kJsd) {
-    mixture = mixture_of_row(task, row, student_max.value, result.log_normalizer, teacher_max.value,
-                             result.teacher_log_normalizer);
+    mixture = mixture_of_row(task, row, student_max.value, static_cast<float>(result.log_normalizer),
+                             teacher_max.value, static_cast<float>(result.teacher_log_normalizer));
   }
   store(kJsd, task.cost.jsd_weight * mixture.teacher + (1.0 - task.cost.jsd_weight) * mixture.student);
   store(kStudentMixtureKl, mixture.student);

@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kThreads, 1) row_stats_grad(RowTask task, Grad
   cluster.sync();
   if (threadIdx.x < kWarp) {
     RowState<double> merged;
-    if (threadIdx.x < num_blocks) merged = *cluster.map_shared_rank(&block_sums, threadIdx.x);
+    if (static_cast<int>(threadIdx.x) < num_blocks) merged = *cluster.map_shared_rank(&block_sums, threadIdx.x);
     merged = warp_state(merged);
     if (threadIdx.x == 0) {
       row_sums = merged;  // in shared memory: registers would hold them while the gradient is written

@@ -14,6 +14,9 @@ from distil_kernels.backends import Cost, LogitPair, LogitTransform, Statistic
 _FLOOR = -1e30
 """Replaces minus infinity among shifted logits, so that 0 * logit is 0."""
 
+_NEAR = 1e-5
+"""A smaller divergence is summed from terms whose first order has cancelled."""
+
 _TINY = 1e-37
 """A smaller probability counts as 0 in a quotient."""
 
@@ -36,9 +39,10 @@ def row_stats(
     statistics = s.new_zeros(len(Statistic), s.shape[0])
     forward_kl = (t_probs * gap).sum(-1) + log_ratio
     teacher_entropy = t_log_normalizer - (t_probs * t).sum(-1)
+    reverse_kl = -(s_probs * gap).sum(-1) - log_ratio
     statistics[Statistic.FORWARD_CE] = forward_kl + teacher_entropy
-    statistics[Statistic.FORWARD_KL] = forward_kl
-    statistics[Statistic.REVERSE_KL] = -(s_probs * gap).sum(-1) - log_ratio
+    statistics[Statistic.FORWARD_KL] = _with_digits(forward_kl, t_probs, s_probs, -gap - log_ratio[:, None])
+    statistics[Statistic.REVERSE_KL] = _with_digits(reverse_kl, s_probs, t_probs, gap + log_ratio[:, None])
     if tokens is not None:
         statistics[Statistic.LOGPROB] = s.gather(1, tokens[:, None])[:, 0] - s_log_normalizer
         statistics[Statistic.TEACHER_LOGPROB] = t.gather(1, tokens[:, None])[:, 0] - t_log_normalizer
@@ -136,6 +140,18 @@ def _moved(values: Tensor, step: int) -> Tensor:
     moved = torch.zeros_like(values)
     moved[: max(0, values.shape[0] - step)] = values[step:]
     return moved
+
+
+def _with_digits(divergence: Tensor, probs: Tensor, others: Tensor, log_ratio: Tensor) -> Tensor:
+    """Returns KL(P || Q) [R], below _NEAR as a sum of terms Q - P - P log(Q / P), which are never negative.
+
+    A larger one is as it came: beside it the rounding of the normalisers, about 1e-7, is small.
+
+    Args:
+        log_ratio: log(Q / P).
+    """
+    near, far = probs * (log_ratio.expm1() - log_ratio), others - probs * (1.0 + log_ratio)
+    return torch.where(divergence < _NEAR, torch.where(log_ratio.abs() < 0.5, near, far).sum(-1), divergence)
 
 
 def _mixture_excess(probs: Tensor, others: Tensor, weight: float) -> Tensor:

@@ -110,7 +110,7 @@ class ArgumentChecks:
                 continue
             if unpack_dual(tensor).tangent is not None:
                 self.value_error(
-                    f"{name} has a tangent (torch.func.jvp, forward_ad), expected none: use reverse-mode differentiation"
+                    f"{name} has a tangent (torch.func.jvp, forward_ad), expected none: only reverse mode is supported"
                 )
 
     def rows(
@@ -234,7 +234,7 @@ class ArgumentChecks:
         """Checks a number that logits are divided by: with its reciprocal they keep their digits in float32."""
         self.positive(name, value, optional=optional)
         if value is not None and not _SMALLEST_SCALE <= value <= _LARGEST_SCALE:
-            self.value_error(f"{name} is {value}, expected a number from {_SMALLEST_SCALE} to {_LARGEST_SCALE}")
+            self.value_error(f"{name} is {value}, expected a number from {_SMALLEST_SCALE:g} to {_LARGEST_SCALE:g}")
 
     def count(self, name: str, value: int | None, *, optional: bool = True) -> None:
         """Checks an integer of at least 1."""

@@ -291,8 +291,8 @@ def _row_statistics_backward(ctx: Any, grad_statistics: Tensor | None, *_: Tenso
             gradients = kept_backward(*tensors, kept_rows, residual, upstream[: kept_rows.shape[0]], **ctx.options)
         else:
             gradients = rows_backward(*tensors, statistics, cost_weight, logprob_weight, **ctx.options)
-    gradients = differentiable_once(gradients, anchor, grad_statistics)
-    return input_gradients(gradients, ctx.spec.needs, ctx.num_inputs)
+    once = differentiable_once(gradients, anchor, grad_statistics)
+    return input_gradients(once, ctx.spec.needs, ctx.num_inputs)
 
 
 row_statistics.register_autograd(_row_statistics_backward, setup_context=_row_statistics_context)

@@ -20,10 +20,13 @@ def scaled_gradients(ctx: Any, grad_loss: Tensor | None, *_: Tensor) -> tuple:
     """Returns the gradients of the op's inputs, from the saved ones and the gradient of the loss."""
     if grad_loss is None:
         return (None,) * ctx.num_inputs
-    *formed, anchor = ctx.saved_tensors
+    grad_hidden, grad_weight, grad_bias, anchor = ctx.saved_tensors
+    formed = grad_hidden, grad_weight, grad_bias
     with torch.no_grad():
-        scale = scale_gradients if _is_traced() or _keeps_graph() else _scale_in_place
-        gradients = scale(*formed, grad_loss, ctx.weight_dtype)
+        if _is_traced() or _keeps_graph():
+            gradients = scale_gradients(*formed, grad_loss, ctx.weight_dtype)
+        else:
+            gradients = _scale_in_place(*formed, grad_loss, ctx.weight_dtype)
     return input_gradients(differentiable_once(gradients, anchor, grad_loss), ctx.needs, ctx.num_inputs)
 
 

@@ -68,6 +68,15 @@ def test_against_float64(instruction_set, cost, vocab_size, softcap, generator):
     assert_within_budget("grad", ours_grad, [base_grad], exact_grad, terms=terms)
 
 
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_small_divergences_keep_their_digits(instruction_set, generator):
+    row_checks.check_small_divergences(cpu, generator, instruction_set=instruction_set)
+
+
+def test_small_divergences_of_the_reference(generator):
+    row_checks.check_small_divergences(reference, generator)
+
+
 @pytest.mark.parametrize("num_lanes", [4, 8, 16])
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 def test_small_terms_after_a_large_one(instruction_set, num_lanes):
