@@ -43,7 +43,9 @@ class Pages:
         if not metrics:
             return
         title = f"{config.task}, {config.objective}, {config.teacher} teacher"
-        write_text(directory / "plot.svg", plot(charts(metrics), title))
-        write_text(directory / "report.html", page(config, directory.resolve().name, metrics, rollouts))
+        write_text(directory / "plot.svg", plot(charts(metrics), title), is_forced=False)
+        write_text(
+            directory / "report.html", page(config, directory.resolve().name, metrics, rollouts), is_forced=False
+        )
         now = time.perf_counter()
         self._next = now + max(SECONDS, (now - began) / SHARE)

@@ -82,8 +82,11 @@ def remove_leftovers(directory: Path) -> None:
             path.unlink()
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, is_forced: bool = True) -> None:
     """Replaces a file in one step.
+
+    Args:
+        is_forced: waits until it is on the disk. What can be made again from other files need not be.
 
     Raises:
         WriteError: the disk did not take it; the file is as it was.
@@ -91,9 +94,11 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.write_text(text)
-        force_to_disk(temporary)
+        if is_forced:
+            force_to_disk(temporary)
         os.replace(temporary, path)
-        force_to_disk(path.parent)
+        if is_forced:
+            force_to_disk(path.parent)
     except OSError as error:
         raise WriteError(f"cannot write {path}: {error.strerror}") from error
 

@@ -21,5 +21,5 @@ def test_a_file_that_cannot_be_written_is_named_and_stays_as_it_was(tmp_path: Pa
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert file.read_text() == "before"
-    with pytest.raises(WriteError, match="cannot write .*missing/plot.svg: No such file"):
+    with pytest.raises(WriteError, match=r"cannot write .*missing/plot.svg: No such file"):
         write_text(tmp_path / "missing" / "plot.svg", "x")
