@@ -3,7 +3,7 @@
     runs/<name>/config.json             every option of the run
                 metrics.jsonl           one record per step and per evaluation
                 rollouts.jsonl          one record per rollout
-                plot.svg                the curves of metrics.jsonl
+                plot.svg, report.html   the curves of metrics.jsonl; all of the run as a page
                 checkpoint-<step>/      what `checkpoint` writes
                 checkpoint              link to the newest of them
                 lock                    what `lock` writes while the run lives
