@@ -12,14 +12,19 @@
     explain                  how a call of one of these is computed: plan, rows, back end, bytes, and why
 
 Their results: ForwardCE, DistilLoss, PolicyLoss, TokenStats, TokenLogprobs, Explanation.
+
+They are imported, and torch with them, when one of them is first asked for: the trainer's --help is there at once.
 """
 
-from distil_kernels.distil import DistilLoss, fused_distil_loss
-from distil_kernels.explanation import Explanation, explain
-from distil_kernels.losses import ForwardCE, fused_forward_ce, fused_jsd, fused_reverse_kl
-from distil_kernels.policy import PolicyLoss, fused_policy_loss
-from distil_kernels.token_statistics import TokenLogprobs, TokenStats, token_logprobs, token_stats
-from distil_kernels.topk import fused_topk_ce, fused_topk_distil_loss
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distil_kernels.distil import DistilLoss, fused_distil_loss
+    from distil_kernels.explanation import Explanation, explain
+    from distil_kernels.losses import ForwardCE, fused_forward_ce, fused_jsd, fused_reverse_kl
+    from distil_kernels.policy import PolicyLoss, fused_policy_loss
+    from distil_kernels.token_statistics import TokenLogprobs, TokenStats, token_logprobs, token_stats
+    from distil_kernels.topk import fused_topk_ce, fused_topk_distil_loss
 
 __version__ = "0.1.0"
 
@@ -41,3 +46,17 @@ __all__ = [
     "token_logprobs",
     "token_stats",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from distil_kernels import distil, explanation, losses, policy, token_statistics, topk
+
+    for module in (distil, explanation, losses, policy, token_statistics, topk):
+        globals().update({public: vars(module)[public] for public in __all__ if public in vars(module)})
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,11 +6,15 @@ import dataclasses
 import difflib
 import os
 import re
+import signal
 import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO, cast
+
+if __name__ == "__main__":  # until main can say so, Ctrl-C ends the process without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from distil_kernels.train import commands
 from distil_kernels.train.command_line import parse, resolved, run_config
@@ -144,4 +148,5 @@ COMMANDS = {
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main(sys.argv[1:]))

@@ -15,8 +15,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from distil_kernels.train.tasks import Feedback
 
 if TYPE_CHECKING:
@@ -35,5 +33,7 @@ def right_sibling(student: Reader, groups: Sequence[PromptGroup], count: int) ->
 def _of_another(verified: list[Feedback], index: int) -> Feedback:
     """The feedback of a right answer that is not the one at `index`, with the score of the one at `index`."""
     score = verified[index].score
+    import torch  # late: the options read the table of kinds without it
+
     right = [feedback for other, feedback in enumerate(verified) if other != index and feedback.score >= 1.0]
     return right[int(torch.randint(len(right), ()))]._replace(score=score) if right else Feedback(score, "", "")
