@@ -184,7 +184,7 @@ def _typed(name: str, value: Any, kind: OptionType) -> Any:
     if kind.base is float and not isinstance(value, bool):  # YAML reads 2e-5 as a word and 1 as an integer
         try:
             return float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
     if type(value) is not kind.base:
         expected = kind.base.__name__ + (" or none" if kind.allows_none else "")
