@@ -25,7 +25,7 @@ test: $(VENV)/dev
 
 test-all: $(VENV)/dev
 	$(PYTEST) $(ARGS)
-	TRITON_INTERPRET=1 $(PYTEST) tests/interpreted tests/gpu $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) --dist load tests/interpreted tests/gpu $(ARGS)
 
 # --plot draws with matplotlib, as the studies do.
 bench: $(VENV)/studies

@@ -1,6 +1,7 @@
-"""Builds the extension with CMake. Everything else about the package is in pyproject.toml."""
+"""Builds the extension with CMake, and the page of a package index. Everything else is in pyproject.toml."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -12,6 +13,13 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+
+
+def jobs() -> int:
+    """Compilers that run at once: MAX_JOBS, or as many as this process has cores."""
+    if limit := os.environ.get("MAX_JOBS"):
+        return int(limit)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class CMakeBuild(build_ext):
@@ -32,7 +40,20 @@ class CMakeBuild(build_ext):
         if shutil.which("ninja") and not (build_dir / "CMakeCache.txt").exists():
             configure += ["-G", "Ninja"]
         subprocess.check_call(configure)
-        subprocess.check_call(["cmake", "--build", str(build_dir), "--parallel", str(os.cpu_count() or 1)])
+        # CMake itself reads CMAKE_BUILD_PARALLEL_LEVEL where no number is given.
+        parallel = [] if "CMAKE_BUILD_PARALLEL_LEVEL" in os.environ else ["--parallel", str(jobs())]
+        subprocess.check_call(["cmake", "--build", str(build_dir), *parallel])
 
 
-setup(ext_modules=[Extension("distil_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+def index_page(readme: str) -> str:
+    """README without its pictures and links into the repository, which an index does not have."""
+    without_pictures = re.sub(r"!\[[^]]*\]\((?!https?:)[^)]*\)\s*", "", readme)
+    return re.sub(r"\[([^]]*)\]\((?!https?:|#)[^)]*\)", r"\1", without_pictures)
+
+
+setup(
+    ext_modules=[Extension("distil_kernels._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+    long_description=index_page((ROOT / "README.md").read_text()),
+    long_description_content_type="text/markdown",
+)

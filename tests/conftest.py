@@ -19,6 +19,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 
 import pytest
 import torch
+from filelock import FileLock
 
 EMULATED = Path(__file__).parent / "emulated"
 
@@ -74,14 +75,24 @@ def emulated_extension(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """csrc/cuda run by an emulator on the CPU."""
     if shutil.which("g++") is None:
         pytest.skip("no g++ to compile the emulator with")
-    import pybind11
-
-    library = tmp_path_factory.mktemp("emulated") / "_C.so"
-    includes = [EMULATED, EMULATED.parent.parent / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
-    command = ["g++", "-std=c++20", "-O0", "-shared", "-fPIC", "-fvisibility=hidden", "-o", library,
-               *(f"-I{include}" for include in includes), EMULATED / "bindings.cpp", "-lpthread"]  # fmt: skip
-    subprocess.run(command, check=True)
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all workers: the first one that comes compiles for them
+    library = folder / "emulated" / "_C.so"
+    with FileLock(folder / "emulated.lock"):
+        if not library.exists():
+            _compile_emulator(library)
     loader = importlib.machinery.ExtensionFileLoader("_C", str(library))
     extension = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
     loader.exec_module(extension)
     return extension
+
+
+def _compile_emulator(library: Path) -> None:
+    import pybind11
+
+    library.parent.mkdir(exist_ok=True)
+    includes = [EMULATED, EMULATED.parent.parent / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
+    command = ["g++", "-std=c++20", "-O0", "-shared", "-fPIC", "-fvisibility=hidden", "-o", library,
+               *(f"-I{include}" for include in includes), EMULATED / "bindings.cpp", "-lpthread"]  # fmt: skip
+    subprocess.run(command, check=True)

@@ -307,7 +307,8 @@ def test_memory_is_what_the_plan_says(backend, dtype, name, chunk_rows, staging_
             loss = fused_forward_ce(*inputs.heads, reduction=reduction, backend=backend, plan=plan).sum()
         return sum(each.nbytes for each in torch.autograd.grad(loss, leaves)) if leaves else 0
 
-    run()
+    if not IS_EMULATED:
+        run()  # a GPU's libraries take their memory at their first call
     gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
