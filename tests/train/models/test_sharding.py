@@ -171,7 +171,7 @@ def resumed_adapters(rank: int, model: Path, directory: Path) -> None:
     first.train_step()
     first.save()
     step = first.train_step()
-    generators = second.load(directory / "first 0" / "checkpoint")
+    generators = second.load(directory / "first 0" / "checkpoint")["generators"]
     restore_generators(generators[rank])
     again = second.train_step()
     assert all(
