@@ -29,9 +29,10 @@ class TokenStats(NamedTuple):
     ce: Tensor
     """H(T, S)."""
     kl: Tensor
-    """KL(T || S), summed as a difference of logits: exact to rounding of its own size."""
+    """KL(T || S), summed as a difference of logits. On the CPU (and K named tokens everywhere) right to 1 % at 1e-9 and
+    never negative; with back ends `cuda` and `triton` to about 1e-7, which may be below 0."""
     reverse_kl: Tensor
-    """KL(S || T)."""
+    """KL(S || T), as exact as `kl`."""
     logprob: Tensor
     """log S[y]."""
     teacher_logprob: Tensor

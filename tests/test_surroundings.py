@@ -238,3 +238,19 @@ def test_the_largest_and_smallest_scales_of_logits(temperature, softcap, backend
     ours = found(fused_forward_ce(*inputs.heads, **inputs.options, reduction="sum", backend=backend), inputs)
     for mine, exact in zip(ours, found(oracle(wide).ce.sum(), wide), strict=True):
         assert (mine - exact).norm() <= 1e-5 * exact.norm() + 1e-5 / temperature
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_negated_views(op, generator):
+    """Tensors whose sign is a bit that torch resolves when it reads them."""
+    inputs = make_inputs(N, 40, D, generator=generator)
+
+    def negated(tensor: torch.Tensor) -> torch.Tensor:
+        view = torch.complex(torch.zeros_like(tensor), -tensor.detach()).conj().imag
+        assert view.is_neg() and torch.equal(view, tensor)
+        return view.detach().requires_grad_(tensor.requires_grad)
+
+    names = ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")
+    views = replace(inputs, **{name: negated(getattr(inputs, name)) for name in names})
+    for ours, each in zip(results(op, views), results(op, inputs), strict=True):
+        assert torch.equal(ours, each)
