@@ -84,16 +84,18 @@ class RunLock:
         return os.open(self._directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_DSYNC, 0o644)
 
     def _take(self) -> None:
-        is_carried = self._lock()
+        self._lock_unless_left_alive()
         while not self._is_in_place():  # the owner before removed its file after this process had opened it
             os.close(self._handle)
             self._handle = self._opened()
-            is_carried = self._lock()
-        left = _text(self._handle)
+            self._lock_unless_left_alive()
+        self._write(beat=0)
+
+    def _lock_unless_left_alive(self) -> None:
+        is_carried, left = self._lock(), _text(self._handle)
         if left and not (is_carried and _owner(left).items() >= _this_machine().items()):
             self._watch(left)
             self._lock()  # reading the file anew has dropped the lock: POSIX's goes with any handle that is closed
-        self._write(beat=0)
 
     def _lock(self) -> bool:
         """Locks the file; returns False where the file system has no locks."""
@@ -108,8 +110,11 @@ class RunLock:
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
             time.sleep(min(1.0, PATIENCE))
-            # Opened anew: a network file system may answer an open handle from its cache.
-            if (text := (self._directory / LOCK).read_text()) != left:
+            try:  # opened anew: a network file system may answer an open handle from its cache
+                text = (self._directory / LOCK).read_text()
+            except FileNotFoundError:  # the owner lived, and has ended
+                return
+            if text != left:
                 raise self._held(text)
 
     def _show_life(self) -> None:

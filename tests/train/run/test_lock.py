@@ -114,6 +114,13 @@ def test_who_writes_elsewhere_is_heard(
         RunLock(tmp_path, "resume", lambda _: leave(tmp_path, {**OTHER, "beat": 8}))
 
 
+def test_who_ends_elsewhere_while_it_is_watched_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "PATIENCE", 1.0)
+    leave(tmp_path, OTHER)
+    with RunLock(tmp_path, "resume", lambda _: (tmp_path / LOCK).unlink()):
+        assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
+
+
 def test_the_owner_shows_that_it_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "BEAT", 0.01)
     monkeypatch.setattr(fcntl, "lockf", no_locks)

@@ -168,5 +168,25 @@ def test_a_judge_that_raises_once_costs_the_step_that_it_raises_in(
     assert_same(harmed, whole)
 
 
+SLOW = """
+import time
+
+def judge(problem, answer):
+    time.sleep(60 if answer and ord(answer[0]) % 2 else 0)
+    return 0.5, "Try again."
+"""
+
+
+def test_an_answer_that_a_judge_takes_too_long_for_has_no_verdict(tiny_model: Path, place: Path) -> None:
+    (place / "judge_of_sums.py").write_text(SLOW)
+    options = ["--feedback", "judge_of_sums:judge", "--judge_seconds", "0.05", "--credit_span", "none"]
+    with pytest.warns(UserWarning, match="have no verdict"):
+        directory = train(tiny_model, place, "run", *options, "--num_examples", "0", steps=1)
+    rollouts = [record for record in read_lines(directory / "rollouts.jsonl") if record["kind"] == "training"]
+    slow = sum(ord(record["answer"][:1] or "b") % 2 for record in rollouts)
+    (step,) = [record for record in metrics(directory) if record["kind"] == "step"]
+    assert 0 < step["num_without_verdict"] == slow < len(rollouts)
+
+
 def test_the_default_run_has_a_checkpoint_before_its_end() -> None:
     assert 0 < Config().checkpoint_every < Config().steps
