@@ -147,10 +147,14 @@ def test_the_process_that_compares_does_not_run_the_callers_main(tmp_path: Path)
         "from distil_kernels.train.tasks import expressions, make_task\n"
         "print('ran', make_task('math', 0).score('10/2', '5'), expressions._WORKER._process.pid)\n"
     )
-    for command in ([script], ["-m", "caller"]):
-        done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, check=True)
-        ran, score, pid = done.stdout.split()
-        assert (ran, score, done.stderr) == ("ran", "1.0", "")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    callers = [
+        subprocess.Popen([sys.executable, *command], cwd=tmp_path, **pipes) for command in ([script], ["-m", "caller"])
+    ]
+    for caller in callers:
+        output, errors = caller.communicate()
+        ran, score, pid = output.split()
+        assert (ran, score, errors) == ("ran", "1.0", "")
         with pytest.raises(ProcessLookupError):
             os.kill(int(pid), 0)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from distil_kernels.train.tasks.code import Code
-from distil_kernels.train.tasks.sandbox import Limits, Sandbox
+from distil_kernels.train.tasks.sandbox import Limits, Sandbox, in_parallel
 
 EQUAL = "    def __eq__(self, other): return True\n    def __ne__(self, other): return False\n    __hash__ = None\n"
 ANSWERS = {
@@ -106,15 +106,14 @@ def code_tasks(tmp_path_factory: pytest.TempPathFactory, sandbox: Sandbox) -> li
 @pytest.mark.parametrize("name", ANSWERS, ids=lambda name: name.replace(" ", "_"))
 def test_no_answer_fools_its_judge(sandbox: Sandbox, code_tasks: list[Code], name: str) -> None:
     answer = ANSWERS[name]
-    for task in code_tasks:
-        score, text = task.trace(answer, task.problem(0).entry)
-        assert score == 0.0 and len(text.splitlines()) >= 2, (task, text)
+    for score, text in in_parallel(lambda task: task.trace(answer, task.problem(0).entry), code_tasks):
+        assert score == 0.0 and len(text.splitlines()) >= 2, text
     run = sandbox.run(NAIVE.replace("{answer}", answer))
     assert "PASSED" in run.output, run.error
 
 
 def test_right_answers_pass(code_tasks: list[Code]) -> None:
-    for task in code_tasks:
-        for answer in ("def f(n): return 2 * n + 1", "import numpy\ndef f(n): return numpy.int64(2 * n + 1)"):
-            assert task.trace(answer, task.problem(0).entry) == (1.0, task.trace(answer, task.problem(0).entry)[1])
-            assert task.score(answer, task.problem(0).entry) == 1.0
+    for answer in ("def f(n): return 2 * n + 1", "import numpy\ndef f(n): return numpy.int64(2 * n + 1)"):
+        assert (
+            in_parallel(lambda task, answer=answer: task.score(answer, task.problem(0).entry), code_tasks) == [1.0] * 5
+        )

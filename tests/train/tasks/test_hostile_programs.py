@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -173,7 +174,9 @@ def test_harm_is_done_without_walls_only(
         has_printed = "ESCAPED" in run.output or outside.secret in run.output
         return has_printed or bool(outside.contacts) or outside.state() != state
 
-    for machine, sandbox in walled.items():
-        assert not does_harm(sandbox, SMALL if kind == "exhausts" else Limits()), machine
+    with ThreadPoolExecutor(len(walled)) as threads:  # some wait for their limits
+        limits = SMALL if kind == "exhausts" else Limits()
+        harm = threads.map(lambda sandbox: does_harm(sandbox, limits), walled.values())
+    assert not any(harm)
     assert does_harm(unwalled, LARGE if kind == "exhausts" else Limits())
     assert len(PROGRAMS) >= 80
