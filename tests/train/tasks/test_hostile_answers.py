@@ -51,7 +51,7 @@ ANSWERS = {
     "endless iterator": "import itertools\ndef f(n): print('PASSED'); return itertools.repeat(5)",
     "cycle": "def f(n):\n    a = []\n    a.append(a)\n    print('PASSED')\n    return a",
     "deep": "def f(n):\n    a = 5\n    for _ in range(10**5): a = [a]\n    print('PASSED')\n    return a",
-    "huge": "def f(n):\n    print('PASSED')\n    return 'x' * 10**8",
+    "huge": "def f(n):\n    print('PASSED')\n    return 'x' * (3 * 10**7)",
     "coroutine": "async def f(n): return 5\nprint('PASSED')",
     "writes to every descriptor": "import os\ndef f(n):\n    print('PASSED', flush=True)\n    for d in range(3, 64):\n"
     "        try: os.write(d, b'\\x0c' + bytes(7) + b'{\"value\": 7}')\n        except OSError: pass\n    return None",
