@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find cmake csrc python -type f)
 
-.PHONY: train test test-all bench theory compare lint format clean
+.PHONY: train test test-all sanitize bench theory compare lint format clean
 
 train: $(VENV)/train
 	$(BIN)/python -m distil_kernels.train $(ARGS)
@@ -26,6 +26,13 @@ test: $(VENV)/dev
 test-all: $(VENV)/dev
 	$(PYTEST) $(ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) --dist load tests/interpreted tests/gpu $(ARGS)
+
+# The CPU kernels without Python, under the address and undefined-behaviour sanitizers.
+sanitize:
+	cmake -S . -B build/sanitize -DDISTIL_SELF_TEST=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all"
+	cmake --build build/sanitize
+	build/sanitize/self_test $(ARGS)
 
 # --plot draws with matplotlib, as the studies do.
 bench: $(VENV)/studies

@@ -52,9 +52,9 @@ DISTIL_INLINE float exp_shifted(float x) {
   const float low = 1.66665206e-1f * r + 4.99999934e-1f;
   const float high = 1.38145966e-3f * r2 + (8.36871731e-3f * r + 4.16683881e-2f);
   const float p = ((high * r2 + low) * r2 + r) + 1.0f;
-  std::int32_t bits;
+  std::uint32_t bits;
   std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits + 127) << 23;  // kRound's own bits shift out
+  bits = (bits + 127u) << 23;  // kRound's own bits shift out
   float scale;
   std::memcpy(&scale, &bits, sizeof scale);
   const float result = p * scale;
@@ -87,7 +87,7 @@ DISTIL_INLINE float log1p_accurate(float x) {
   std::int32_t bits;
   std::memcpy(&bits, &y, sizeof bits);
   const std::int32_t exponent = (bits - 0x3f3504f3) >> 23;  // of y over sqrt(1/2)
-  bits -= exponent << 23;
+  bits -= exponent * (1 << 23);
   float mantissa;
   std::memcpy(&mantissa, &bits, sizeof mantissa);
   const float f = exponent == 0 ? x : mantissa - 1.0f;
