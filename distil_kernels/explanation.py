@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distil_kernels.distil import fused_distil_loss
+from distil_kernels.engine.checks import ArgumentChecks
 from distil_kernels.engine.credit import reverse_chunks
 from distil_kernels.engine.driver import forms_no_logits
 from distil_kernels.engine.plan import Memory, Plan, call_memory
@@ -100,9 +101,13 @@ def explain(op: Callable[..., Any] | str, *arguments: Any, **options: Any) -> Ex
         As the op does for these arguments; ValueError if `op` is no op of this package.
     """
     function = _OPS.get(op) if isinstance(op, str) else op
-    if function is None or function not in _OPS.values():
-        raise ValueError(f"[explain] op is {op!r}, expected one of {list(_OPS)}, or the function itself")
+    if not any(function is each for each in _OPS.values()):
+        came = repr(op) if isinstance(op, str) or callable(op) else type(op).__name__
+        raise ValueError(f"[explain] op is {came}, expected one of {list(_OPS)}, or the function itself")
+    assert callable(function)
     is_by_sizes = "num_rows" in options
+    if is_by_sizes:
+        _check_sizes(**options)
     if is_by_sizes and "cu_seqlens" in inspect.signature(function).parameters:
         options.setdefault("cu_seqlens", torch.tensor([0, options["num_rows"]], device="cpu"))
 
@@ -177,6 +182,40 @@ def _without_memory(value: Any) -> Any:
     return copy.requires_grad_(value.requires_grad)
 
 
+_STUDENT_TENSORS = ("student_hidden", "student_weight", "student_bias")
+
+
+def _check_sizes(
+    *,
+    num_rows: int,
+    vocab_size: int,
+    hidden_size: int,
+    num_named: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    needs_grad: Iterable[str] = (),
+    **_: Any,
+) -> None:
+    """Checks the arguments that stand for tensors."""
+    checks = ArgumentChecks("explain")
+    sizes = {"num_rows": num_rows, "vocab_size": vocab_size, "hidden_size": hidden_size, "num_named": num_named}
+    for name, size in sizes.items():
+        checks.count(name, size, optional=False)
+        checks.between(name, size, 1, 2**31 - 1)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        came = str(dtype) if isinstance(dtype, torch.dtype) else type(dtype).__name__
+        checks.type_error(f"dtype is {came}, expected a floating torch.dtype")
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError, ValueError):
+        came = repr(device) if isinstance(device, str) else type(device).__name__
+        checks.value_error(f"device is {came}, expected a device of torch")
+    is_collection = isinstance(needs_grad, (tuple, list, set, frozenset))
+    if not is_collection or not all(name in _STUDENT_TENSORS for name in needs_grad):
+        came = repr(needs_grad) if is_collection else type(needs_grad).__name__
+        checks.value_error(f"needs_grad is {came}, expected a collection of names of {list(_STUDENT_TENSORS)}")
+
+
 def _from_sizes(
     op: Callable[..., Any],
     *,
@@ -206,8 +245,6 @@ def _from_sizes(
         "advantages": tensor(num_rows),
     }
     needs_grad = set(needs_grad)
-    if needs_grad - {"student_hidden", "student_weight", "student_bias"}:
-        raise ValueError(f"[explain] needs_grad is {sorted(needs_grad)}, expected names of the student's tensors")
     for name in needs_grad:
         tensors[name].requires_grad_()
     parameters = inspect.signature(op).parameters.values()

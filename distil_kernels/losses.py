@@ -86,7 +86,7 @@ def fused_forward_ce(  # type: ignore[misc]  # the overloads leave the other arg
         student_bias, teacher_bias: [V].
         token_mask: [...] bool, True counts. Other rows are not read: they may hold anything.
         token_weight: [...] float, multiplies each token's cross-entropy. It gets no gradient.
-        temperature: divides both models' logits, after bias and softcap; from 1e-12 to 1e12, as `logit_softcap`. There is
+        temperature: divides both models' logits, after bias and softcap; from 1e-12 to 1e12, as the softcap. There is
             no temperature-squared factor.
         teacher_temperature: the teacher's own temperature; default `temperature`.
         logit_softcap: logits become softcap * tanh(logits / softcap) first, in both models.

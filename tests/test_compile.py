@@ -85,6 +85,7 @@ class Settings(NamedTuple):
     softcap: float
     discount: float
     normalizer: float
+    horizon: int
 
     @property
     def student(self) -> dict[str, float]:
@@ -107,7 +108,8 @@ SCHEDULES = {
         entropy_weight=n.discount, normalizer=n.normalizer, **n.student,
     ).loss,
     "fused_distil_loss": lambda x, n: fused_distil_loss(
-        *x.heads, tokens=x.tokens, cu_seqlens=x.options["cu_seqlens"], discount=n.discount, credit_clip=n.normalizer,
+        *x.heads, tokens=x.tokens, cu_seqlens=x.options["cu_seqlens"], discount=n.discount, horizon=n.horizon,
+        credit_clip=n.normalizer, group_size=n.horizon - 1,
         credit_scale=n.discount, normalizer=n.normalizer, **n.both,
     ).loss,
     "fused_topk_ce": lambda x, n: fused_topk_ce(
@@ -140,7 +142,7 @@ def test_one_graph_serves_every_call(name, dynamic, generator):
         inputs = make_inputs(num_rows, 300, 8, generator=generator)
         borders = torch.linspace(0, num_rows, 2 + step % 4).long()
         inputs = replace(inputs, options={"cu_seqlens": borders})
-        settings = Settings(0.5 + step / 7, 3.0 + step / 3, 0.99 - step / 20, 2.0 + num_rows / 3)
+        settings = Settings(0.5 + step / 7, 3.0 + step / 3, 0.99 - step / 20, 2.0 + num_rows / 3, 2 + step % 4)
         ours, eager = compiled(inputs, settings), SCHEDULES[name](inputs, settings)
         assert torch.equal(ours, eager)
         leaves = list(inputs.leaves.values())

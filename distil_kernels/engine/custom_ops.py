@@ -7,7 +7,7 @@
     rows_backward, kept_backward have no gradient of their own: differentiating twice is an error, which `anchor`
     (`scaled_gradients.anchor_of`) brings about
 
-An op takes its tensors, one `Spec` as text (under torch.compile without its floats, which are `numbers`), and the rows
+An op takes its tensors, one `Spec` as text (under torch.compile without its numbers, which are `numbers`), and the rows
 of a chunk and of the staging buffer. Its arguments have been checked by the public op. Gradients that are not needed
 are tensors of size 0.
 """

@@ -2,7 +2,7 @@
 
 A custom op takes no objects, so a Spec travels as text (JSON by field names, every float to its last bit) and prints as
 such in an FX graph; torch.compile makes one graph for each. What may change from call to call is not in the text there:
-floats (a temperature's schedule) are entries of a tensor, and the rows of chunks and staging buffer are arguments of
+numbers (a temperature's schedule) are entries of a tensor, and the rows of chunks and staging buffer are arguments of
 their own, which torch.compile keeps symbolic.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from enum import IntEnum
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -57,10 +58,10 @@ class Spec(NamedTuple):
         return _encoded(self, None)  # plain Python, which torch.compile can trace
 
     def encode_apart(self) -> tuple[str, Tensor]:
-        """Returns the text without the floats, and the floats [F], float64 on the CPU."""
+        """Returns the text without the numbers, and the numbers [F], float64 on the CPU."""
         numbers: list[float] = []
         text = _encoded(self, numbers)
-        # A float that changes from call to call is an input of torch.compile's graph only as the factor of a tensor.
+        # A number that changes from call to call is an input of torch.compile's graph only as the factor of a tensor.
         one = torch.ones((), dtype=torch.float64, device="cpu")
         return text, torch.stack([one * number for number in numbers])
 
@@ -68,7 +69,7 @@ class Spec(NamedTuple):
     def decode(text: str, numbers: Tensor | None = None) -> Spec:
         """Returns the record that `encode` made the text of, or `encode_apart` the text and the numbers.
 
-        With the text of `encode_apart` alone, the floats are NaN.
+        With the text of `encode_apart` alone, the numbers are NaN.
         """
         return _decoded(text, () if numbers is None else tuple(numbers.tolist()))
 
@@ -76,9 +77,12 @@ class Spec(NamedTuple):
 @lru_cache(maxsize=1024)
 def _decoded(text: str, numbers: tuple[float, ...]) -> Spec:
     def with_number(entries: dict[str, Any]) -> Any:
-        if entries.keys() != {"number"}:
+        if len(entries) != 1 or not entries.keys() <= {"float", "int"}:
             return entries
-        return numbers[entries["number"]] if numbers else math.nan
+        ((kind, place),) = entries.items()
+        if not numbers:
+            return math.nan
+        return int(numbers[place]) if kind == "int" else numbers[place]
 
     fields = json.loads(text, strict=False, object_hook=with_number)  # a reason may hold line breaks
     statistic, jsd_weight = fields["cost"].values()
@@ -92,18 +96,20 @@ def _decoded(text: str, numbers: tuple[float, ...]) -> Spec:
 def _encoded(value: Any, numbers: list[float] | None) -> str:
     """Returns JSON of a value; a NamedTuple becomes an object by the names of its fields.
 
-    Floats are appended to `numbers`, if there is one, and the text has their places.
+    Numbers are appended to `numbers`, if there is such a list, and the text has their places.
     """
     if value is None:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, int):
+    if isinstance(value, IntEnum):
         return repr(int(value))
+    if isinstance(value, (int, float)) and numbers is not None:
+        numbers.append(value)
+        return f'{{"{"int" if isinstance(value, int) else "float"}": {len(numbers) - 1}}}'
+    if isinstance(value, int):
+        return repr(value)
     if isinstance(value, float):
-        if numbers is not None:
-            numbers.append(value)
-            return f'{{"number": {len(numbers) - 1}}}'
         return repr(value) if math.isfinite(value) else ("Infinity" if value > 0 else "-Infinity")
     if isinstance(value, str):
         return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
