@@ -26,7 +26,8 @@ Work = Callable[[], int | None]
 
 PROG = "python -m distil_kernels.train"
 EVAL_OPTIONS = {
-    "task", "max_new_tokens", "eval_problems", "eval_samples", "eval_seed", "precision", "backend", "reading",
+    "task", "skip_bad_records", "max_new_tokens", "eval_problems", "eval_samples", "eval_seed", "precision",
+    "backend", "reading",
 }  # fmt: skip
 """Options that `eval` may override for a trained run."""
 
