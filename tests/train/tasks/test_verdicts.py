@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from distil_kernels.train.__main__ import main
-from distil_kernels.train.tasks import NO_VERDICT, Feedback, Problem, make_task, problems
+from distil_kernels.train.feedback.kinds import correction_feedback
+from distil_kernels.train.tasks import NO_VERDICT, Feedback, Problem, expressions, make_task, problems
 from distil_kernels.train.tasks.check import check
 from distil_kernels.train.tasks.sandbox import JudgeFailed, cores
 from distil_kernels.train.tasks.verdicts import verified
@@ -51,6 +52,15 @@ def test_an_answer_without_a_verdict_is_left_out_and_counted() -> None:
     with pytest.warns(UserWarning, match="2 of 5 answers have no verdict"):
         first, second = verified(verify, Runs(), [(PROBLEM, ["1", "dies", "0", "1"]), (PROBLEM, ["dies"])], True)
     assert [said.has_verdict for said in first] == [True, False, True, True] and second == [first[1]] == [NO_VERDICT]
+
+
+def test_expressions_that_no_process_lived_to_compare_have_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(expressions._WORKER, "ask", lambda *texts: asked.append(texts) or "")
+    problem, task = Problem("?", "5", "5", "?"), make_task("math", seed=0)
+    with pytest.warns(UserWarning, match="1 of 2 answers have no verdict"):
+        ((first, second),) = verified(correction_feedback, task, [(problem, ["10/2", "5"])], False)
+    assert first == NO_VERDICT and second.score == 1.0 and len(asked) == 3
 
 
 def test_every_reference_is_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
