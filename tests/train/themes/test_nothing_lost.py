@@ -137,7 +137,8 @@ def test_a_run_killed_again_and_again_repeats_an_unharmed_one(
 ) -> None:
     run = Run(tiny_model, tmp_path / "run")
     deaths = 0
-    while (status := run.go(kill_at=dice.randint(8, 30))) != 0:
+    # From a resume to the next checkpoint are 26 writes at most: some of these kills come after it.
+    while (status := run.go(kill_at=dice.randint(8, 40))) != 0:
         assert status == -signal.SIGKILL, run.said.read_text()
         deaths += 1
         assert deaths < 30
