@@ -138,7 +138,7 @@ def test_one_graph_serves_every_call(name, dynamic, generator):
         return aot_eager(graph, example_inputs)
 
     compiled = torch.compile(SCHEDULES[name], fullgraph=True, dynamic=dynamic, backend=counted)
-    for step, num_rows in enumerate((12, 41, 200, 702, 1030)):
+    for step, num_rows in enumerate((12, 41, 702, 1030)):
         inputs = make_inputs(num_rows, 300, 8, generator=generator)
         borders = torch.linspace(0, num_rows, 2 + step % 4).long()
         inputs = replace(inputs, options={"cu_seqlens": borders})
