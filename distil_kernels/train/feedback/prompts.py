@@ -97,7 +97,7 @@ class Prompts:
         """Raises ValueError if the chat template fails, or leaves out a part of what a prompt has to say."""
         option = "chat_template_kwargs" if self._chat_options else "layout"
         parts = {name: f"DISTIL {name.upper()}" for name in ("question", "feedback", "demonstration")}
-        teacher = self._turns(*parts.values(), None)
+        teacher = self._turns(parts["question"], parts["feedback"], parts["demonstration"], None)
         parts = {name: text for name, text in parts.items() if any(text in turn for turn in teacher)}
         try:
             by_student = self._chat([*self._plain, _Turn(parts["question"], "", None)])

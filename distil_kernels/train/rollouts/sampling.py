@@ -116,7 +116,8 @@ def _sampled(
         places = [place for place, row in enumerate(rows) if row in drawn]
         if places:
             noise = logits.new_empty(len(drawn), logits.shape[1]).exponential_()
-            probs = _probs(sampling.warpers(context.ids, _rows_of(logits, places)))
+            warped = sampling.warpers(context.ids, _rows_of(logits, places))  # type: ignore[arg-type]  # LongTensor
+            probs = _probs(warped)
             tokens[places] = (probs / _rows_of(noise, [drawn[rows[place]] for place in places])).argmax(-1)
         for row, token in zip(rows, tokens.tolist(), strict=True):
             completions[row].append(token)

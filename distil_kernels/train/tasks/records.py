@@ -18,9 +18,11 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from distil_kernels.train.tasks.problem import Problem
+
+_Records = TypeVar("_Records", bound="Records")
 
 DATA = Path(__file__).parent / "data"
 NUM_NAMED = 5
@@ -77,7 +79,7 @@ class Records:
         named = "; ".join(self.left_out[:NUM_NAMED] + more)
         return f"{named}; {num_bad} of {len(self._problems) + num_bad} records cannot be used"
 
-    def with_seed(self, seed: int) -> Records:
+    def with_seed(self: _Records, seed: int) -> _Records:
         """Returns the same problems in the orders of another seed; nothing is read again."""
         other = copy.copy(self)
         other._seed, other._pass = seed, (-1, [])
@@ -250,4 +252,5 @@ def _kind(value: Any) -> str:
         return json.dumps(value)
     if isinstance(value, (int, float)):
         return "a number" if _is_number(value) else "no finite number"
-    return {str: "a text", list: "a list", dict: "an object"}.get(type(value), type(value).__name__)
+    words: dict[type, str] = {str: "a text", list: "a list", dict: "an object"}
+    return words.get(type(value), type(value).__name__)
