@@ -2,7 +2,8 @@
 # with it the CPU kernels, where nvcc is too old for an architecture or does not accept the host compiler.
 
 # Sets `architectures` to what the nvcc that is found compiles for, or `missing` to the reason why nothing is compiled.
-# Machine code for sm_80 and sm_90, from 12.8 on also for sm_100 and sm_120, and PTX of the newest for later ones.
+# Machine code for sm_80 and sm_90, from 12.8 on also for sm_100 and sm_120, and PTX of the newest for later ones; or what
+# CMAKE_CUDA_ARCHITECTURES lists, of which one is 90 or later.
 function(distil_find_cuda architectures missing)
   set(${architectures} "" PARENT_SCOPE)
   if(NOT DISTIL_CUDA)
@@ -26,6 +27,9 @@ function(distil_find_cuda architectures missing)
   if(version VERSION_GREATER_EQUAL 12.8)
     set(all 80-real 90-real 100-real 120)
     set(newest 120)
+  endif()
+  if(CMAKE_CUDA_ARCHITECTURES)
+    set(all ${CMAKE_CUDA_ARCHITECTURES})
   endif()
   # One kernel for the newest architecture shows whether nvcc accepts the host compiler.
   set(trial ${CMAKE_CURRENT_BINARY_DIR}/distil_trial.cu)

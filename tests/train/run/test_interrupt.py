@@ -17,6 +17,8 @@ from distil_kernels.train.run.output import LastingOutput
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_each_signal_is_a_request(number: signal.Signals) -> None:
+    if signal.getsignal(number) is signal.SIG_IGN:  # these tests may run under nohup
+        signal.signal(number, signal.SIG_DFL)
     before, out = signal.getsignal(number), io.StringIO()
     with Interrupt(Console(file=out)) as request:
         for _ in range(2):  # a second one in the same second is torchrun's, of the same Ctrl-C

@@ -82,7 +82,10 @@ def test_a_bad_program(program: str, error: str) -> None:
         "import numpy as n\nprint('done' if n.linalg.det(n.eye(99)) == 1 and n.random.rand(9).sort() is None else '')",
         "import os\nopen('a', 'w').write('x')\nos.truncate('a', 0)\nos.chmod('a', 0o600)\nos.utime('a')\nprint('done')",
         "import tempfile\nwith tempfile.TemporaryDirectory() as folder, open(folder + '/a', 'w'): print('done')",
-        "open('/tmp/a', 'w').close()\nimport os\nprint('done' if os.listdir() == ['a'] else '')",
+        pytest.param(
+            "open('/tmp/a', 'w').close()\nimport os\nprint('done' if os.listdir() == ['a'] else '')",
+            marks=pytest.mark.skipif(sys.prefix.startswith("/tmp/"), reason="/tmp holds the interpreter"),
+        ),
         "from dataclasses import dataclass\n@dataclass\nclass A:\n    n: 'int'\nprint('done' if A(1).n else '')",
         "import threading, sys\nsys.setrecursionlimit(10**6)\nthreading.stack_size(2**28)\n"
         "def f(n): return 0 if n == 0 else f(n - 1)\nt = threading.Thread(target=lambda: print('done', end=f(10**5) * 'x' + '\\n'))\n"
