@@ -130,7 +130,9 @@ def test_an_offset_that_all_logits_share(num_named, generator):
     leaves = leaves_of(inputs, torch.float32, None)
     ours = gradients(fused_topk_ce(*leaves, ids, logprobs.float(), reduction="sum"), leaves)
     for mine, plain, exact in zip(ours, by_definition(torch.float32), by_definition(torch.float64), strict=True):
-        assert (mine - exact).norm() <= 3 * (plain - exact).norm()
+        # The value is one number, which plain torch can hit by luck: a rounding of a logit is left to it.
+        rounding = 1e4 * torch.finfo(torch.float32).eps if exact.ndim == 0 else 0.0
+        assert (mine - exact).norm() <= 3 * (plain - exact).norm() + rounding
 
 
 def test_gradcheck(generator):
