@@ -59,6 +59,9 @@ def fused_distil_loss(
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
     logit_softcap: float | None = None,
+    teacher_logit_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float | None = None,
     cost: str = "ce",
     jsd_weight: float = 0.5,
     credit_span: str = "future",
@@ -124,8 +127,13 @@ def fused_distil_loss(
         do not cover the rows.
     """
     checks = ArgumentChecks("fused_distil_loss")
-    call = Call(checks, student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias,
-                token_mask, token_weight, temperature, teacher_temperature, logit_softcap, backend)  # fmt: skip
+    scalings = checks.scalings(
+        temperature, logit_softcap, student_logit_scale, teacher_temperature, teacher_logit_softcap, teacher_logit_scale
+    )
+    call = Call(
+        checks, scalings, backend, student_hidden, student_weight, teacher_hidden, teacher_weight,
+        student_bias=student_bias, teacher_bias=teacher_bias, token_mask=token_mask, token_weight=token_weight,
+    )  # fmt: skip
     checks.packed(student_hidden, cu_seqlens)
     checks.rows("tokens", tokens, student_hidden, "int64", optional=False)
     checks.one_of("cost", cost, tuple(COSTS))

@@ -44,6 +44,9 @@ class LossOptions(TypedDict, total=False):
     temperature: float
     teacher_temperature: float | None
     logit_softcap: float | None
+    teacher_logit_softcap: float | None
+    student_logit_scale: float
+    teacher_logit_scale: float | None
     reduction: str
     normalizer: float | Tensor | None
     gradient_threshold: float
@@ -69,6 +72,9 @@ def fused_forward_ce(  # type: ignore[misc]  # the overloads leave the other arg
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
     logit_softcap: float | None = None,
+    teacher_logit_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     gradient_threshold: float = 0.0,
@@ -89,7 +95,11 @@ def fused_forward_ce(  # type: ignore[misc]  # the overloads leave the other arg
         temperature: divides both models' logits, after bias and softcap; from 1e-12 to 1e12, as the softcap. There is
             no temperature-squared factor.
         teacher_temperature: the teacher's own temperature; default `temperature`.
-        logit_softcap: logits become softcap * tanh(logits / softcap) first, in both models.
+        logit_softcap: logits become softcap * tanh(logits / softcap) first, in both models; None or math.inf: they do
+            not.
+        teacher_logit_softcap: the teacher's own softcap; default `logit_softcap`. math.inf: the teacher has none.
+        student_logit_scale: multiplies the student's logits before the softcap, bias included; from 1e-12 to 1e12.
+        teacher_logit_scale: the teacher's own scale; default `student_logit_scale`.
         reduction: "none" gives [...]; "sum" the weighted sum; "mean" the weighted sum over `normalizer`.
         normalizer: denominator of "mean"; default the sum of counted weights (1 where that is 0). Pass one global
             value when accumulating gradients over micro-batches.
@@ -115,8 +125,9 @@ def fused_forward_ce(  # type: ignore[misc]  # the overloads leave the other arg
         "fused_forward_ce", FORWARD_CE, student_hidden, student_weight, teacher_hidden, teacher_weight,
         student_bias=student_bias, teacher_bias=teacher_bias, token_mask=token_mask, token_weight=token_weight,
         temperature=temperature, teacher_temperature=teacher_temperature, logit_softcap=logit_softcap,
-        reduction=reduction, normalizer=normalizer, gradient_threshold=gradient_threshold,
-        return_dropped=return_dropped, backend=backend, plan=plan,
+        teacher_logit_softcap=teacher_logit_softcap, student_logit_scale=student_logit_scale,
+        teacher_logit_scale=teacher_logit_scale, reduction=reduction, normalizer=normalizer,
+        gradient_threshold=gradient_threshold, return_dropped=return_dropped, backend=backend, plan=plan,
     )  # fmt: skip
 
 
@@ -174,6 +185,9 @@ def _token_loss(
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
     logit_softcap: float | None = None,
+    teacher_logit_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     gradient_threshold: float = 0.0,
@@ -193,8 +207,13 @@ def _token_loss(
             f"gradient_threshold is {gradient_threshold} and return_dropped {return_dropped} with reduction='none', "
             "expected 'mean' or 'sum': the gradient of a row must be formed in the forward pass"
         )
-    call = Call(checks, student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias,
-                token_mask, token_weight, temperature, teacher_temperature, logit_softcap, backend)  # fmt: skip
+    scalings = checks.scalings(
+        temperature, logit_softcap, student_logit_scale, teacher_temperature, teacher_logit_softcap, teacher_logit_scale
+    )
+    call = Call(
+        checks, scalings, backend, student_hidden, student_weight, teacher_hidden, teacher_weight,
+        student_bias=student_bias, teacher_bias=teacher_bias, token_mask=token_mask, token_weight=token_weight,
+    )  # fmt: skip
 
     # A loss per token: its upstream gradients come later.
     if reduction == "none":

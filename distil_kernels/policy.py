@@ -48,6 +48,7 @@ def fused_policy_loss(
     token_weight: Tensor | None = None,
     temperature: float = 1.0,
     logit_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
     normalizer: float | Tensor | None = None,
     backend: str = "auto",
     plan: str | Plan = "auto",
@@ -72,8 +73,11 @@ def fused_policy_loss(
         PolicyLoss. Only `loss` is differentiable.
     """
     checks = ArgumentChecks("fused_policy_loss")
-    call = Call(checks, student_hidden, student_weight, None, None, student_bias, None, token_mask, token_weight,
-                temperature, None, logit_softcap, backend, has_teacher=False)  # fmt: skip
+    scalings = checks.scalings(temperature, logit_softcap, student_logit_scale)
+    call = Call(
+        checks, scalings, backend, student_hidden, student_weight, student_bias=student_bias, token_mask=token_mask,
+        token_weight=token_weight, has_teacher=False,
+    )  # fmt: skip
     checks.rows("tokens", tokens, student_hidden, "int64", optional=False)
     checks.rows("advantages", advantages, student_hidden, "float", optional=False)
     checks.rows("old_logprobs", old_logprobs, student_hidden, "float")

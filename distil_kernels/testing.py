@@ -37,7 +37,8 @@ class Inputs:
     teacher_weight: Tensor | None
     tokens: Tensor
     options: dict[str, Any] = field(default_factory=dict)
-    """student_bias, teacher_bias, token_mask, token_weight, temperature, teacher_temperature, logit_softcap."""
+    """student_bias, teacher_bias, token_mask, token_weight, temperature, teacher_temperature, logit_softcap,
+    teacher_logit_softcap, student_logit_scale, teacher_logit_scale."""
 
     @property
     def heads(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -190,24 +191,26 @@ def cost_by_definition(inputs: Inputs, cost: str, jsd_weight: float = 0.5) -> Te
 def logits(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Returns the logits [N, V] of student and teacher, the teacher's without gradient."""
     options = inputs.options
-    temperature = options.get("temperature", 1.0)
     teacher_bias = options.get("teacher_bias")
     teacher_weight = inputs.teacher_weight
     if teacher_weight is None:
         teacher_weight = inputs.student_weight
         teacher_bias = options.get("student_bias") if teacher_bias is None else teacher_bias
 
-    def model_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-        raw = hidden.flatten(0, -2) @ weight.T + (0.0 if bias is None else bias)
-        if options.get("logit_softcap") is not None:
-            raw = options["logit_softcap"] * torch.tanh(raw / options["logit_softcap"])
-        return raw / temperature
+    def model_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, ...]) -> Tensor:
+        scale, softcap, temperature = map(options.get, names)
+        scaled = (hidden.flatten(0, -2) @ weight.T + (0.0 if bias is None else bias)) * (scale or 1.0)
+        capped = scaled if softcap in (None, math.inf) else softcap * torch.tanh(scaled / softcap)
+        return capped / (temperature or 1.0)
 
-    student = model_logits(inputs.student_hidden, inputs.student_weight, options.get("student_bias"), temperature)
+    names = "student_logit_scale", "logit_softcap", "temperature"
+    student = model_logits(inputs.student_hidden, inputs.student_weight, options.get("student_bias"), names)
+    own = "teacher_logit_scale", "teacher_logit_softcap", "teacher_temperature"
+    names = tuple(
+        name if options.get(name) is not None else of_student for name, of_student in zip(own, names, strict=True)
+    )
     with torch.no_grad():
-        teacher = model_logits(
-            inputs.teacher_hidden, teacher_weight, teacher_bias, options.get("teacher_temperature") or temperature
-        )
+        teacher = model_logits(inputs.teacher_hidden, teacher_weight, teacher_bias, names)
     return student, teacher
 
 
@@ -246,7 +249,7 @@ def term_sizes(inputs: Inputs, row_weight: Tensor) -> dict[str, float]:
     s, t = logits(wide)
     mass = (s.softmax(-1) + t.softmax(-1)) * row_weight.double().abs()[:, None]
     hidden = wide.student_hidden.flatten(0, -2)
-    gain = 1.0 / float(inputs.options.get("temperature", 1.0))
+    gain = float(inputs.options.get("student_logit_scale", 1.0)) / float(inputs.options.get("temperature", 1.0))
     return {
         "student_hidden": float((mass @ wide.student_weight.abs()).max()) * gain,
         "student_weight": float((mass.T @ hidden.abs()).max()) * gain,

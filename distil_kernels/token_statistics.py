@@ -73,6 +73,9 @@ def token_stats(
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
     logit_softcap: float | None = None,
+    teacher_logit_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float | None = None,
     backend: str = "auto",
     plan: str | Plan = "auto",
 ) -> TokenStats:
@@ -90,8 +93,13 @@ def token_stats(
         As `fused_forward_ce`; ValueError for token ids outside the vocabulary (checked on the CPU).
     """
     checks = ArgumentChecks("token_stats")
-    call = Call(checks, student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias,
-                token_mask, None, temperature, teacher_temperature, logit_softcap, backend)  # fmt: skip
+    scalings = checks.scalings(
+        temperature, logit_softcap, student_logit_scale, teacher_temperature, teacher_logit_softcap, teacher_logit_scale
+    )
+    call = Call(
+        checks, scalings, backend, student_hidden, student_weight, teacher_hidden, teacher_weight,
+        student_bias=student_bias, teacher_bias=teacher_bias, token_mask=token_mask,
+    )  # fmt: skip
     checks.rows("tokens", tokens, student_hidden, "int64", optional=False)
     statistics = call.differentiable_statistics(tokens.reshape(-1), FORWARD_CE, plan, logprob_grad=True)
     return from_statistics(statistics, student_hidden.shape[:-1])
@@ -106,6 +114,7 @@ def token_logprobs(
     token_mask: Tensor | None = None,
     temperature: float = 1.0,
     logit_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
     backend: str = "auto",
     plan: str | Plan = "auto",
 ) -> TokenLogprobs:
@@ -118,8 +127,11 @@ def token_logprobs(
         Others, and what is raised: as in `fused_forward_ce`.
     """
     checks = ArgumentChecks("token_logprobs")
-    call = Call(checks, student_hidden, student_weight, None, None, student_bias, None, token_mask, None, temperature,
-                None, logit_softcap, backend, has_teacher=False)  # fmt: skip
+    scalings = checks.scalings(temperature, logit_softcap, student_logit_scale)
+    call = Call(
+        checks, scalings, backend, student_hidden, student_weight, student_bias=student_bias, token_mask=token_mask,
+        has_teacher=False,
+    )  # fmt: skip
     checks.rows("tokens", tokens, student_hidden, "int64", optional=False)
     statistics = call.differentiable_statistics(tokens.reshape(-1), Cost(Statistic.ENTROPY), plan, logprob_grad=True)
     logprob, entropy = statistics[Statistic.LOGPROB], statistics[Statistic.ENTROPY]

@@ -33,6 +33,7 @@ def fused_topk_ce(
     token_weight: Tensor | None = None,
     temperature: float = 1.0,
     logit_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
@@ -47,7 +48,8 @@ def fused_topk_ce(
         student_bias: [V].
         token_mask: [...] bool, True counts. Other rows are not read: they may hold anything.
         token_weight: [...] float, multiplies each token's cross-entropy. It gets no gradient.
-        temperature, logit_softcap: of the student, as in `fused_forward_ce`; the teacher's log-probs stay as they are.
+        temperature, logit_softcap, student_logit_scale: of the student, as in `fused_forward_ce`; the teacher's
+            log-probs stay as they are.
         reduction: "sum" the weighted sum; "mean" the weighted sum over `normalizer`.
         normalizer: denominator of "mean"; default the sum of counted weights (1 where that is 0).
 
@@ -62,8 +64,11 @@ def fused_topk_ce(
     checks.one_of("reduction", reduction, ("mean", "sum"))
     if normalizer is not None and reduction != "mean":
         checks.value_error(f"normalizer is given with reduction={reduction!r}, expected reduction='mean'")
-    call = Call(checks, student_hidden, student_weight, None, None, student_bias, None, token_mask, token_weight,
-                temperature, None, logit_softcap, _PLAIN_TORCH, has_teacher=False)  # fmt: skip
+    scalings = checks.scalings(temperature, logit_softcap, student_logit_scale)
+    call = Call(
+        checks, scalings, _PLAIN_TORCH, student_hidden, student_weight, student_bias=student_bias,
+        token_mask=token_mask, token_weight=token_weight, has_teacher=False,
+    )  # fmt: skip
     checks.named_tokens(student_hidden, teacher_ids, teacher_logprobs)
     denominator = None if reduction == "sum" else call.denominator(checks.normalizer(normalizer, student_hidden))
     return call.topk_loss(teacher_ids, teacher_logprobs, Cost(COSTS["ce"]), denominator).total
@@ -81,6 +86,7 @@ def fused_topk_distil_loss(
     token_mask: Tensor | None = None,
     temperature: float = 1.0,
     logit_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
     cost: str = "ce",
     credit_span: str = "future",
     discount: float = 1.0,
@@ -111,8 +117,11 @@ def fused_topk_distil_loss(
         As `fused_topk_ce` and `fused_distil_loss`.
     """
     checks = ArgumentChecks("fused_topk_distil_loss")
-    call = Call(checks, student_hidden, student_weight, None, None, student_bias, None, token_mask, None, temperature,
-                None, logit_softcap, _PLAIN_TORCH, has_teacher=False)  # fmt: skip
+    scalings = checks.scalings(temperature, logit_softcap, student_logit_scale)
+    call = Call(
+        checks, scalings, _PLAIN_TORCH, student_hidden, student_weight, student_bias=student_bias,
+        token_mask=token_mask, has_teacher=False,
+    )  # fmt: skip
     checks.one_of("cost", cost, ("ce", "kl"))
     normalizer = checks.normalizer(normalizer, student_hidden)
     checks.packed(student_hidden, cu_seqlens)

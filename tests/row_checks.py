@@ -10,7 +10,16 @@ from types import ModuleType
 
 import torch
 
-from distil_kernels.backends import FORWARD_CE, NUM_STATISTICS, Cost, LogitPair, LogitTransform, Statistic, reference
+from distil_kernels.backends import (
+    FORWARD_CE,
+    NUM_STATISTICS,
+    Cost,
+    LogitPair,
+    LogitScaling,
+    LogitTransform,
+    Statistic,
+    reference,
+)
 from distil_kernels.testing import Inputs, assert_within_budget, baselines, cost_by_definition, oracle
 
 NAMES = {
@@ -117,6 +126,11 @@ def check_softcap_and_minus_infinity(kernels: ModuleType, generator: torch.Gener
     cost_weight, logprob_weight = torch.rand(2, 3, generator=generator) + 0.1
     capped = as_inputs(logits, tokens, logit_softcap=20.0, temperature=0.7)
     plain = as_inputs(logits, tokens, student_bias=bias, teacher_bias=bias)
+    scaled = as_inputs(logits, tokens, logit_softcap=20.0, temperature=0.7, student_logit_scale=3.0,
+                       teacher_logit_softcap=math.inf, teacher_logit_scale=0.5)  # fmt: skip
+    student, teacher = LogitScaling(0.7, 20.0, 3.0).transform(None), LogitScaling(0.7, None, 0.5).transform(None)
+    copy = LogitPair(logits.student.clone(), logits.teacher.clone())
+    check(kernels, copy, student, teacher, scaled, cost_weight, logprob_weight)
     transform = LogitTransform(None, 20.0, 0.7)
     copy = LogitPair(logits.student.clone(), logits.teacher.clone())
     check(kernels, copy, transform, transform, capped, cost_weight, logprob_weight)

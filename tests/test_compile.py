@@ -86,14 +86,19 @@ class Settings(NamedTuple):
     discount: float
     normalizer: float
     horizon: int
+    scale: float
 
     @property
     def student(self) -> dict[str, float]:
-        return {"temperature": self.temperature, "logit_softcap": self.softcap}
+        return {"temperature": self.temperature, "logit_softcap": self.softcap, "student_logit_scale": self.scale}
 
     @property
     def both(self) -> dict[str, float]:
-        return self.student | {"teacher_temperature": self.temperature + 0.5}
+        return self.student | {
+            "teacher_temperature": self.temperature + 0.5,
+            "teacher_logit_softcap": 2.0 * self.softcap,
+            "teacher_logit_scale": self.scale + 0.3,
+        }
 
 
 SCHEDULES = {
@@ -142,7 +147,9 @@ def test_one_graph_serves_every_call(name, dynamic, generator):
         inputs = make_inputs(num_rows, 300, 8, generator=generator)
         borders = torch.linspace(0, num_rows, 2 + step % 4).long()
         inputs = replace(inputs, options={"cu_seqlens": borders})
-        settings = Settings(0.5 + step / 7, 3.0 + step / 3, 0.99 - step / 20, 2.0 + num_rows / 3, 2 + step % 4)
+        settings = Settings(
+            0.5 + step / 7, 3.0 + step / 3, 0.99 - step / 20, 2.0 + num_rows / 3, 2 + step % 4, 0.6 + step / 9
+        )
         ours, eager = compiled(inputs, settings), SCHEDULES[name](inputs, settings)
         assert torch.equal(ours, eager)
         leaves = list(inputs.leaves.values())

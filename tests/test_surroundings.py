@@ -227,9 +227,12 @@ def test_float16_does_not_depend_on_the_size_of_weights(op, size, generator):
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("softcap", [None, 1e-12, 1.0, 1e12])
 @pytest.mark.parametrize("temperature", [1e-12, 1.0, 1e12])
-def test_the_largest_and_smallest_scales_of_logits(temperature, softcap, backend, generator):
-    """By the definition in float64, but for the rounding of S - T, which an extreme temperature multiplies."""
-    inputs = make_inputs(N, 40, D, generator=generator, temperature=temperature, logit_softcap=softcap)
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_the_largest_and_smallest_scales_of_logits(scale, temperature, softcap, backend, generator):
+    """By the definition in float64, but for the rounding of S - T, which an extreme scale multiplies."""
+    inputs = make_inputs(
+        N, 40, D, generator=generator, temperature=temperature, logit_softcap=softcap, student_logit_scale=scale
+    )
 
     def found(value: torch.Tensor, copy: Inputs) -> list[torch.Tensor]:
         return [value.detach(), *torch.autograd.grad(value, list(copy.leaves.values()))]
@@ -237,7 +240,7 @@ def test_the_largest_and_smallest_scales_of_logits(temperature, softcap, backend
     wide = inputs.to(torch.float64)
     ours = found(fused_forward_ce(*inputs.heads, **inputs.options, reduction="sum", backend=backend), inputs)
     for mine, exact in zip(ours, found(oracle(wide).ce.sum(), wide), strict=True):
-        assert (mine - exact).norm() <= 1e-5 * exact.norm() + 1e-5 / temperature
+        assert (mine - exact).norm() <= 1e-5 * exact.norm() + 1e-5 * scale / temperature
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -94,6 +94,23 @@ class LogitTransform:
     temperature: float
 
 
+class LogitScaling(NamedTuple):
+    """The numbers of logit = softcap * tanh(scale * (raw + bias) / softcap) / temperature; no tanh without softcap."""
+
+    temperature: float = 1.0
+    softcap: float | None = None
+    scale: float = 1.0
+    """Above 0."""
+
+    def transform(self, bias: Tensor | None) -> LogitTransform:
+        """Returns what the row kernels apply: a scale c is another softcap and temperature, since
+
+        k tanh(c x / k) / T  =  (k / c) tanh(x / (k / c)) / (T / c)
+        """
+        softcap = None if self.softcap is None else self.softcap / self.scale
+        return LogitTransform(bias, softcap, self.temperature / self.scale)
+
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distil_kernels.backends import Cost, Statistic
+from distil_kernels.backends import Cost, LogitScaling, Statistic
 from distil_kernels.backends.dispatch import BackendChoice, choose_backend
 from distil_kernels.engine import custom_ops
 from distil_kernels.engine.checks import ArgumentChecks
@@ -63,26 +63,21 @@ class Call:
     def __init__(
         self,
         checks: ArgumentChecks,
+        scalings: tuple[LogitScaling, LogitScaling],
+        backend: str | BackendChoice,
         student_hidden: Tensor,
         student_weight: Tensor,
-        teacher_hidden: Tensor | None,
-        teacher_weight: Tensor | None,
-        student_bias: Tensor | None,
-        teacher_bias: Tensor | None,
-        token_mask: Tensor | None,
-        token_weight: Tensor | None,
-        temperature: float,
-        teacher_temperature: float | None,
-        logit_softcap: float | None,
-        backend: str | BackendChoice,
+        teacher_hidden: Tensor | None = None,
+        teacher_weight: Tensor | None = None,
         *,
+        student_bias: Tensor | None,
+        teacher_bias: Tensor | None = None,
+        token_mask: Tensor | None,
+        token_weight: Tensor | None = None,
         has_teacher: bool = True,
     ) -> None:
         # Check every argument that the ops share.
         self._checks = checks
-        checks.scale("temperature", temperature, optional=False)
-        checks.scale("teacher_temperature", teacher_temperature)
-        checks.scale("logit_softcap", logit_softcap)
         leaves = student_hidden, student_weight, student_bias
         checks.no_tangents(student_hidden=student_hidden, student_weight=student_weight, student_bias=student_bias)
         student_hidden, student_weight = _as_autocast(student_hidden, student_weight)
@@ -105,12 +100,7 @@ class Call:
         self._counted = None if token_mask is None else token_mask.reshape(-1)
         self._token_weight = None if token_weight is None else token_weight.detach().reshape(-1)
 
-        # Settings of the Spec that do not depend on the op.
-        self._transform: dict[str, Any] = {
-            "temperature": float(temperature),
-            "teacher_temperature": float(temperature if teacher_temperature is None else teacher_temperature),
-            "logit_softcap": None if logit_softcap is None else float(logit_softcap),
-        }
+        self._scalings = scalings
         if not isinstance(backend, BackendChoice):
             backend = choose_backend(backend, student_hidden.device, student_hidden.dtype)
         self._backend = backend
@@ -250,7 +240,8 @@ class Call:
             plan=plan.name,
             plan_reason=plan.reason,
             needs=self._needs,
-            **self._transform,
+            student=self._scalings[0],
+            teacher=self._scalings[1],
             **settings,
         )
         rows = {"chunk_rows": plan.chunk_rows, "staging_rows": plan.staging_rows}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from distil_kernels.backends import LogitScaling
 from distil_kernels.engine.credit import BASELINES, SPANS, Credit, CreditInputs
 from distil_kernels.engine.gemm import accumulation_dtype
 from distil_kernels.engine.plan import Plan
@@ -22,7 +23,7 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MAX_SIZE = 2**31 - 1
 _LARGEST = sys.float_info.max
 _SMALLEST_SCALE, _LARGEST_SCALE = 1e-12, 1e12
-"""Bounds of temperature and softcap: quotients of both, and products with logits, are normal float32 numbers."""
+"""Bounds of temperature, scale and softcap: quotients of both, and products with logits, are normal float32 numbers."""
 _MAX_MASS = 1 + 1e-3
 """Log-probs of an API are rounded: their sum may pass 1 by this much, and then the tail is empty."""
 
@@ -44,6 +45,36 @@ class ArgumentChecks:
     def type_error(self, message: str) -> NoReturn:
         """Raises a TypeError that names the op."""
         raise TypeError(f"[{self._function}] {message}")
+
+    def scalings(
+        self,
+        temperature: float,
+        logit_softcap: float | None,
+        student_logit_scale: float,
+        teacher_temperature: float | None = None,
+        teacher_logit_softcap: float | None = None,
+        teacher_logit_scale: float | None = None,
+    ) -> tuple[LogitScaling, LogitScaling]:
+        """Checks what makes logits of both heads' outputs, and returns it; the teacher's default is the student's."""
+        self.scale("temperature", temperature, optional=False)
+        self.scale("teacher_temperature", teacher_temperature)
+        self.scale("student_logit_scale", student_logit_scale, optional=False)
+        self.scale("teacher_logit_scale", teacher_logit_scale)
+        softcap = self._softcap("logit_softcap", logit_softcap)
+        teacher_softcap = self._softcap("teacher_logit_softcap", teacher_logit_softcap)
+        student = LogitScaling(float(temperature), softcap, float(student_logit_scale))
+        return student, LogitScaling(
+            student.temperature if teacher_temperature is None else float(teacher_temperature),
+            softcap if teacher_logit_softcap is None else teacher_softcap,
+            student.scale if teacher_logit_scale is None else float(teacher_logit_scale),
+        )
+
+    def _softcap(self, name: str, value: float | None) -> float | None:
+        """Checks a softcap, of which infinity is none, and returns it."""
+        if value is None or self._number(name, value) > _LARGEST:
+            return None
+        self.scale(name, value)
+        return float(value)
 
     def heads(
         self,
@@ -231,7 +262,7 @@ class ArgumentChecks:
             self.value_error(f"{name} is {value}, expected a finite number above 0")
 
     def scale(self, name: str, value: float | None, *, optional: bool = True) -> None:
-        """Checks a number that logits are divided by: with its reciprocal they keep their digits in float32."""
+        """Checks a factor or divisor of logits: with its reciprocal they keep their digits in float32."""
         self.positive(name, value, optional=optional)
         if value is not None and not _SMALLEST_SCALE <= value <= _LARGEST_SCALE:
             self.value_error(f"{name} is {value}, expected a number from {_SMALLEST_SCALE:g} to {_LARGEST_SCALE:g}")

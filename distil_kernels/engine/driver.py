@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self  # comes with torch
 
-from distil_kernels.backends import NUM_STATISTICS, LogitPair, LogitTransform, Statistic
+from distil_kernels.backends import NUM_STATISTICS, LogitPair, LogitScaling, LogitTransform, Statistic
 from distil_kernels.backends.dispatch import BACKENDS
 from distil_kernels.engine import gemm
 from distil_kernels.engine.checks import check_tokens, sequence_lengths
@@ -86,19 +86,17 @@ class Inputs:
         if cu_seqlens is not None:
             lengths = sequence_lengths(cu_seqlens, num_rows, spec.credit.group_size)
 
-        def transform(bias: Tensor | None, temperature: float) -> LogitTransform:
-            return LogitTransform(
-                None if bias is None else bias.to(dtype).contiguous(), spec.logit_softcap, temperature
-            )
+        def transform(scaling: LogitScaling, bias: Tensor | None) -> LogitTransform:
+            return scaling.transform(None if bias is None else bias.to(dtype).contiguous())
 
         return cls(
             spec=spec,
             student_hidden=student_hidden,
             student_weight=student_weight,
-            student=transform(student_bias, spec.temperature),
+            student=transform(spec.student, student_bias),
             teacher_hidden=teacher_hidden,
             teacher_weight=teacher_weight,
-            teacher=transform(teacher_bias, spec.teacher_temperature),
+            teacher=transform(spec.teacher, teacher_bias),
             tokens=None if tokens is None else tokens.contiguous(),
             counted=counted,
             row_weight=student_hidden.new_ones(num_rows, dtype=dtype) if row_weight is None else row_weight,

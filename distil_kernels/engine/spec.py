@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distil_kernels.backends import FORWARD_CE, Cost, Statistic
+from distil_kernels.backends import FORWARD_CE, Cost, LogitScaling, Statistic
 from distil_kernels.engine.credit import NO_CREDIT, Credit
 from distil_kernels.engine.gradients import NO_GRADIENTS, Needs
 from distil_kernels.engine.plan import Plan
@@ -37,11 +37,8 @@ class Spec(NamedTuple):
     """Which of the student's tensors need a gradient."""
     cost: Cost = FORWARD_CE
     """What a row costs."""
-    temperature: float = 1.0
-    """Temperature of the student."""
-    teacher_temperature: float = 1.0
-    logit_softcap: float | None = None
-    """Softcap of both models' logits; None for none."""
+    student: LogitScaling = LogitScaling()
+    teacher: LogitScaling = LogitScaling()
     gradient_threshold: float = 0.0
     """Entries of the logits' gradient below this share of their row's largest are left out of the products."""
     credit: Credit = NO_CREDIT
@@ -87,6 +84,7 @@ def _decoded(text: str, numbers: tuple[float, ...]) -> Spec:
     fields = json.loads(text, strict=False, object_hook=with_number)  # a reason may hold line breaks
     statistic, jsd_weight = fields["cost"].values()
     fields["cost"] = Cost(Statistic(statistic), jsd_weight)
+    fields["student"], fields["teacher"] = LogitScaling(**fields["student"]), LogitScaling(**fields["teacher"])
     fields["needs"] = Needs(**fields["needs"])
     fields["credit"] = Credit(**fields["credit"])
     fields["policy"] = None if fields["policy"] is None else Policy(**fields["policy"])

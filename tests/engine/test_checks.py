@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 
 import pytest
 import torch
@@ -72,6 +73,12 @@ def arguments(**changes):
         ({"logit_softcap": 3e38}, ValueError, "logit_softcap is 3e[+]38, expected a number from"),
         ({"teacher_temperature": -1.0}, ValueError, "teacher_temperature is -1.0"),
         ({"logit_softcap": 0.0}, ValueError, "logit_softcap is 0.0"),
+        ({"teacher_logit_softcap": -math.inf}, ValueError, "teacher_logit_softcap is -inf, expected"),
+        ({"teacher_logit_softcap": math.nan}, ValueError, "teacher_logit_softcap is nan, expected"),
+        ({"teacher_logit_softcap": 1e-13}, ValueError, "teacher_logit_softcap is 1e-13, expected a number from 1e-12"),
+        ({"student_logit_scale": -2.0}, ValueError, "student_logit_scale is -2.0, expected a finite number above 0"),
+        ({"student_logit_scale": None}, TypeError, "student_logit_scale is NoneType"),
+        ({"teacher_logit_scale": 1e17}, ValueError, "teacher_logit_scale is 1e[+]17, expected a number from 1e-12 to"),
         ({"logit_softcap": "30"}, TypeError, "logit_softcap is str"),
         ({"reduction": "avg"}, ValueError, "reduction is 'avg', expected one of"),
         ({"normalizer": 0.0}, ValueError, "normalizer is 0.0"),

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from distil_kernels.backends import Cost, Statistic
+from distil_kernels.backends import Cost, LogitScaling, Statistic
 from distil_kernels.engine.credit import Credit
 from distil_kernels.engine.gradients import Needs
 from distil_kernels.engine.policy import Policy
@@ -16,12 +16,12 @@ SPECS = {
     "plain": Spec("cpu", "first choice", "recompute", "asked for by name"),
     "everything": Spec(
         "triton", 'cannot "import"\n\tC:\\path', "gradient_in_forward", "ß → ε", needs=Needs(True, False, True),
-        cost=Cost(Statistic.JSD, 0.1), temperature=0.1 + 0.2, teacher_temperature=1 / 3, logit_softcap=5e-324,
+        cost=Cost(Statistic.JSD, 0.1), student=LogitScaling(0.1 + 0.2, 5e-324), teacher=LogitScaling(1 / 3, None, 0.1),
         gradient_threshold=math.nextafter(1.0, 0.0),
         credit=Credit("sequence", "values", 4, 0.9, 10**12, True, 1e300, -0.0, math.pi),
         policy=Policy(None, 0.28, -1e-17),
     ),
-    "infinite": Spec("cpu", "", "recompute", "", temperature=math.inf, gradient_threshold=-math.inf),
+    "infinite": Spec("cpu", "", "recompute", "", student=LogitScaling(math.inf), gradient_threshold=-math.inf),
 }  # fmt: skip
 
 
@@ -40,8 +40,9 @@ def test_floats_apart(name):
     """One text for every value of the floats, which come back from a tensor to the last bit."""
     text, numbers = SPECS[name].encode_apart()
     assert repr(Spec.decode(text, numbers)) == repr(SPECS[name])
-    assert text == SPECS[name]._replace(temperature=0.25).encode_apart()[0]
-    assert math.isnan(Spec.decode(text).temperature) and Spec.decode(text).plan == SPECS[name].plan
+    student = SPECS[name].student._replace(temperature=0.25)
+    assert text == SPECS[name]._replace(student=student).encode_apart()[0]
+    assert math.isnan(Spec.decode(text).student.temperature) and Spec.decode(text).plan == SPECS[name].plan
 
 
 def test_fields_are_printed_by_name():
