@@ -50,8 +50,8 @@ def fused_distil_loss(
     teacher_hidden: Tensor,
     teacher_weight: Tensor | None = None,
     *,
-    tokens: Tensor,
-    cu_seqlens: Tensor,
+    tokens: Tensor | None,
+    cu_seqlens: Tensor | None,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     token_mask: Tensor | None = None,
@@ -87,8 +87,10 @@ def fused_distil_loss(
 
     Args:
         student_hidden: [N, D] packed rows, the hidden states that predict `tokens`; others as in `fused_forward_ce`.
-        tokens: [N] int64, sampled from the student at `temperature` with nothing cut off.
-        cu_seqlens: [B + 1] int32 or int64, borders of the sequences. Keep it on the CPU.
+        tokens: [N] int64, sampled from the student at `temperature` with nothing cut off. None with credit_span "none"
+            and no `behaviour_logprobs`: a token-wise loss, with `stats` but for log-probs from the same pass.
+        cu_seqlens: [B + 1] int32 or int64, borders of the sequences. Keep it on the CPU. None with credit_span "none":
+            all rows are one sequence.
         token_mask: [N] bool. Other rows (a tool's output) have neither cost nor credit, but keep their position.
         token_weight: [N] float, w_t: multiplies the token's cost, in the sum and in the credit of earlier tokens.
         cost: "ce" for H(T, S) (the paper) or "kl" for KL(T || S): the same local gradient, another credit; "reverse_kl"
@@ -135,7 +137,7 @@ def fused_distil_loss(
         student_bias=student_bias, teacher_bias=teacher_bias, token_mask=token_mask, token_weight=token_weight,
     )  # fmt: skip
     checks.packed(student_hidden, cu_seqlens)
-    checks.rows("tokens", tokens, student_hidden, "int64", optional=False)
+    checks.rows("tokens", tokens, student_hidden, "int64")
     checks.one_of("cost", cost, tuple(COSTS))
     checks.share("jsd_weight", jsd_weight)
     normalizer = checks.normalizer(normalizer, student_hidden)
@@ -144,17 +146,25 @@ def fused_distil_loss(
         student_hidden, credit_span, baseline, group_size, discount, horizon, normalize_by_remaining, credit_clip,
         credit_scale, importance_clip, behaviour_logprobs,
     )  # fmt: skip
-    denominator = cu_seqlens.numel() - 1 if normalizer is None else normalizer
+    for name, tensor in (("tokens", tokens), ("cu_seqlens", cu_seqlens)):
+        if tensor is None and credit_span != "none":
+            checks.value_error(
+                f"{name} is None with credit_span={credit_span!r}, expected a tensor, or the span 'none'"
+            )
+    if tokens is None and behaviour_logprobs is not None:
+        checks.value_error("tokens is None with behaviour_logprobs, expected the tokens that these belong to")
+    num_sequences = 1 if cu_seqlens is None else cu_seqlens.numel() - 1
+    denominator = num_sequences if normalizer is None else normalizer
     result = call.scalar_loss(
         Cost(COSTS[cost], jsd_weight), denominator, tokens=tokens, cu_seqlens=cu_seqlens, credit=credit,
         gradient_threshold=gradient_threshold, plan=plan,
     )  # fmt: skip
-    return distil_result(result, COSTS[cost])
+    return distil_result(result, COSTS[cost], has_tokens=tokens is not None)
 
 
-def distil_result(result: ScalarLoss, cost: Statistic) -> DistilLoss:
+def distil_result(result: ScalarLoss, cost: Statistic, *, has_tokens: bool = True) -> DistilLoss:
     """Returns what users get of a sequence-level loss on packed rows."""
     statistics = result.statistics.detach()
     weights, cost_to_go = result.credit.detach().unbind()
-    stats = from_statistics(statistics, statistics.shape[1:])
+    stats = from_statistics(statistics, statistics.shape[1:], has_tokens=has_tokens)
     return DistilLoss(result.total, stats, statistics[cost], weights, cost_to_go, result.dropped)

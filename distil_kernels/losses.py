@@ -217,7 +217,7 @@ def _token_loss(
 
     # A loss per token: its upstream gradients come later.
     if reduction == "none":
-        costs = call.differentiable_statistics(None, cost, plan, logprob_grad=False)[cost.statistic]
+        costs = call.differentiable_statistics(None, cost, plan)[cost.statistic]
         weights = call.row_weight()
         return (costs if weights is None else costs * weights).reshape(student_hidden.shape[:-1])
 

@@ -203,11 +203,11 @@ def logits(inputs: Inputs) -> tuple[Tensor, Tensor]:
         capped = scaled if softcap in (None, math.inf) else softcap * torch.tanh(scaled / softcap)
         return capped / (temperature or 1.0)
 
-    names = "student_logit_scale", "logit_softcap", "temperature"
-    student = model_logits(inputs.student_hidden, inputs.student_weight, options.get("student_bias"), names)
-    own = "teacher_logit_scale", "teacher_logit_softcap", "teacher_temperature"
+    of_student = ("student_logit_scale", "logit_softcap", "temperature")
+    student = model_logits(inputs.student_hidden, inputs.student_weight, options.get("student_bias"), of_student)
+    own = ("teacher_logit_scale", "teacher_logit_softcap", "teacher_temperature")
     names = tuple(
-        name if options.get(name) is not None else of_student for name, of_student in zip(own, names, strict=True)
+        name if options.get(name) is not None else default for name, default in zip(own, of_student, strict=True)
     )
     with torch.no_grad():
         teacher = model_logits(inputs.teacher_hidden, teacher_weight, teacher_bias, names)

@@ -23,7 +23,7 @@ from distil_kernels.engine.plan import Plan
 class TokenStats(NamedTuple):
     """Statistics of each token in nats, float32 (float64 for float64 inputs). S: student, T: teacher, y: token.
 
-    Rows that a mask leaves out hold 0 (False in `agree`).
+    Rows that a mask leaves out hold 0 (False in `agree`). Without tokens both log-probs are NaN.
     """
 
     ce: Tensor
@@ -50,7 +50,10 @@ class TokenStats(NamedTuple):
 
 
 class TokenLogprobs(NamedTuple):
-    """Log-prob and entropy of each token [...], in nats; float32 (float64 for float64 inputs). Masked rows hold 0."""
+    """Log-prob and entropy of each token [...], in nats; float32 (float64 for float64 inputs). Masked rows hold 0.
+
+    Without tokens the log-prob is NaN.
+    """
 
     logprob: Tensor
     """log S[y], differentiable."""
@@ -66,7 +69,7 @@ def token_stats(
     teacher_hidden: Tensor,
     teacher_weight: Tensor | None = None,
     *,
-    tokens: Tensor,
+    tokens: Tensor | None,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     token_mask: Tensor | None = None,
@@ -82,7 +85,7 @@ def token_stats(
     """Everything that reinforcement learning by distillation needs per token, from one pass over the vocabulary.
 
     Args:
-        tokens: [...] int64, the sampled tokens that the rows predict.
+        tokens: [...] int64, the sampled tokens that the rows predict; None: log-probs are not asked for.
         Others as in `fused_forward_ce`.
 
     Returns:
@@ -100,16 +103,16 @@ def token_stats(
         checks, scalings, backend, student_hidden, student_weight, teacher_hidden, teacher_weight,
         student_bias=student_bias, teacher_bias=teacher_bias, token_mask=token_mask,
     )  # fmt: skip
-    checks.rows("tokens", tokens, student_hidden, "int64", optional=False)
-    statistics = call.differentiable_statistics(tokens.reshape(-1), FORWARD_CE, plan, logprob_grad=True)
-    return from_statistics(statistics, student_hidden.shape[:-1])
+    checks.rows("tokens", tokens, student_hidden, "int64")
+    statistics = call.differentiable_statistics(tokens, FORWARD_CE, plan)
+    return from_statistics(statistics, student_hidden.shape[:-1], has_tokens=tokens is not None)
 
 
 def token_logprobs(
     student_hidden: Tensor,
     student_weight: Tensor,
     *,
-    tokens: Tensor,
+    tokens: Tensor | None,
     student_bias: Tensor | None = None,
     token_mask: Tensor | None = None,
     temperature: float = 1.0,
@@ -123,7 +126,7 @@ def token_logprobs(
     Args:
         student_hidden: [..., D] last hidden states.
         student_weight: [V, D] lm_head.
-        tokens: [...] int64, the tokens that the rows predict.
+        tokens: [...] int64, the tokens that the rows predict; None: the entropy alone is asked for.
         Others, and what is raised: as in `fused_forward_ce`.
     """
     checks = ArgumentChecks("token_logprobs")
@@ -132,21 +135,23 @@ def token_logprobs(
         checks, scalings, backend, student_hidden, student_weight, student_bias=student_bias, token_mask=token_mask,
         has_teacher=False,
     )  # fmt: skip
-    checks.rows("tokens", tokens, student_hidden, "int64", optional=False)
-    statistics = call.differentiable_statistics(tokens.reshape(-1), Cost(Statistic.ENTROPY), plan, logprob_grad=True)
+    checks.rows("tokens", tokens, student_hidden, "int64")
+    statistics = call.differentiable_statistics(tokens, Cost(Statistic.ENTROPY), plan)
     logprob, entropy = statistics[Statistic.LOGPROB], statistics[Statistic.ENTROPY]
+    if tokens is None:
+        logprob = torch.full_like(entropy, torch.nan)
     lse = (statistics[Statistic.MAX_LOGIT] + statistics[Statistic.LOG_NORMALIZER]).detach()
     return TokenLogprobs(*(row.reshape(student_hidden.shape[:-1]) for row in (logprob, entropy, lse)))
 
 
-def from_statistics(statistics: Tensor, shape: torch.Size) -> TokenStats:
+def from_statistics(statistics: Tensor, shape: torch.Size, *, has_tokens: bool) -> TokenStats:
     """Returns the fields of TokenStats from the rows of a statistics matrix [NUM_STATISTICS, N]."""
 
     def row(statistic: Statistic, source: Tensor) -> Tensor:
         return source[statistic].reshape(shape)
 
     detached = statistics.detach()
-    return TokenStats(
+    stats = TokenStats(
         ce=row(Statistic.FORWARD_CE, statistics),
         kl=row(Statistic.FORWARD_KL, detached),
         reverse_kl=row(Statistic.REVERSE_KL, detached),
@@ -158,3 +163,7 @@ def from_statistics(statistics: Tensor, shape: torch.Size) -> TokenStats:
         teacher_lse=row(Statistic.TEACHER_MAX_LOGIT, detached) + row(Statistic.TEACHER_LOG_NORMALIZER, detached),
         agree=row(Statistic.AGREE, detached) != 0,
     )
+    if has_tokens:
+        return stats
+    unknown = torch.full_like(stats.lse, torch.nan)
+    return stats._replace(logprob=unknown, teacher_logprob=unknown)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from distil_kernels import fused_distil_loss
-from distil_kernels.engine import sizes
+from distil_kernels.engine import driver, sizes
 from distil_kernels.engine.plan import choose_plan
 from distil_kernels.engine.sizes import Shape
 from distil_kernels.testing import (
@@ -251,3 +253,68 @@ def test_nothing_counted(lengths, plan, generator):
     assert not ours.credit.any()
     for leaf in inputs.leaves.values():
         assert torch.equal(leaf.grad, torch.zeros_like(leaf))
+
+
+@pytest.mark.parametrize("plan", ["auto", "recompute", "frozen_head"])
+@pytest.mark.parametrize("cost", ["kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize(("backend", "dtype"), [("reference", torch.float64), ("cpu", torch.bfloat16)], ids=str)
+def test_without_tokens_and_borders(backend, dtype, cost, plan, chunk_bytes, generator):
+    """A token-wise loss and the student's entropy from one pass, with the bits that a call with tokens has."""
+    inputs = make_inputs(20, 331, 16, dtype=dtype, generator=generator)
+    inputs.student_weight.requires_grad_(plan != "frozen_head")
+    mask = torch.rand(20, generator=generator) < 0.7
+    with torch.no_grad():
+        inputs.student_hidden[~mask] = math.nan
+    options = {"cost": cost, "credit_span": "none", "normalizer": 7.0, "token_mask": mask, "backend": backend}
+    with_tokens = fused_distil_loss(
+        *inputs.heads, tokens=inputs.tokens, cu_seqlens=torch.tensor([0, 5, 20]), plan=plan, **options
+    )
+    without = fused_distil_loss(*inputs.heads, tokens=None, cu_seqlens=None, plan=plan, **options)
+    leaves = list(inputs.leaves.values())
+    for ours, theirs in zip(
+        (without.loss, *torch.autograd.grad(without.loss, leaves)),
+        (with_tokens.loss, *torch.autograd.grad(with_tokens.loss, leaves)),
+        strict=True,
+    ):
+        assert torch.equal(ours, theirs)
+    for name, value in without.stats._asdict().items():
+        if name in ("logprob", "teacher_logprob"):
+            assert value.isnan().all()
+        else:
+            assert torch.equal(value, getattr(with_tokens.stats, name))
+    with torch.no_grad():
+        inputs.student_hidden[~mask] = 0.0
+    exact = oracle(inputs.to(torch.float64)).entropy[mask]
+    torch.testing.assert_close(without.stats.entropy[mask].double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_without_tokens_there_are_four_products(generator, monkeypatch):
+    names = []
+    for name in ("lm_head", "grad_hidden", "grad_weight", "add_grad_weight"):
+        original = getattr(driver.gemm, name)
+        monkeypatch.setattr(
+            driver.gemm, name,
+            lambda *args, name=name, original=original, **kw: names.append(name) or original(*args, **kw),
+        )  # fmt: skip
+    inputs = make_inputs(8, 131, 16, generator=generator)
+    out = fused_distil_loss(*inputs.heads, tokens=None, cu_seqlens=None, cost="jsd", credit_span="none")
+    out.loss.backward()
+    assert sorted(names) == ["grad_hidden", "grad_weight", "lm_head", "lm_head"]
+    assert torch.equal(out.loss, out.cost.sum())  # one sequence
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokens": None}, "tokens is None with credit_span='future', expected a tensor, or the span 'none'"),
+        ({"cu_seqlens": None}, "cu_seqlens is None with credit_span='future', expected a tensor"),
+        (
+            {"tokens": None, "credit_span": "none", "behaviour_logprobs": torch.zeros(6)},
+            "tokens is None with behaviour_logprobs, expected the tokens",
+        ),
+    ],
+)
+def test_credit_needs_tokens_and_borders(options, message, generator):
+    inputs = make_inputs(6, 19, 8, generator=generator)
+    with pytest.raises(ValueError, match=message):
+        fused_distil_loss(*inputs.heads, **{"tokens": inputs.tokens, "cu_seqlens": torch.tensor([0, 6])} | options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distil_kernels import token_stats
+from distil_kernels import token_logprobs, token_stats
 from distil_kernels.engine import kept_gradient, sizes
 from distil_kernels.testing import KINDS, assert_within_budget, baselines, make_inputs, oracle, term_sizes
 
@@ -114,3 +114,29 @@ def test_masked_rows_need_no_token(generator):
     with_garbage = token_stats(*inputs.heads, tokens=tokens, token_mask=mask)
     clean = token_stats(*inputs.heads, tokens=inputs.tokens, token_mask=mask)
     assert all(torch.equal(a, b) for a, b in zip(with_garbage, clean, strict=True))
+
+
+@pytest.mark.parametrize("plan", ["kept_gradient", "recompute", "frozen_head"])
+@pytest.mark.parametrize(("backend", "dtype"), [("reference", torch.float64), ("cpu", torch.float32)], ids=str)
+def test_without_tokens(backend, dtype, plan, generator):
+    """All but the log-probs, and the gradients of the cross-entropy, or of the entropy without a teacher."""
+    mask = torch.rand(12, generator=generator) < 0.7
+    inputs = make_inputs(12, 331, 8, dtype=dtype, bias=True, generator=generator)
+    inputs.student_weight.requires_grad_(plan != "frozen_head")
+    inputs.options["student_bias"].requires_grad_(plan != "frozen_head")
+    upstream, leaves = torch.randn(12, generator=generator, dtype=dtype), list(inputs.leaves.values())
+    options = {"token_mask": mask, "backend": backend, "plan": plan}
+    found = token_stats(*inputs.heads, tokens=None, **inputs.options, **options)
+    alone = token_logprobs(*inputs.heads[:2], tokens=None, student_bias=inputs.options["student_bias"], **options)
+    exact, wide = oracle(copy := inputs.to(torch.float64)), list(copy.leaves.values())
+    for name, ours in (("ce", found.ce), ("entropy", alone.entropy)):
+        rows = getattr(exact, name)[mask]
+        torch.testing.assert_close(ours[mask].double(), rows, rtol=1e-5, atol=1e-5)
+        gradients = torch.autograd.grad(ours, leaves, upstream)
+        expected = torch.autograd.grad(rows, wide, upstream[mask].double(), retain_graph=True)
+        for mine, theirs in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-5)
+    for value in (found.logprob, found.teacher_logprob, alone.logprob):
+        assert value.isnan().all() and not value.requires_grad
+    torch.testing.assert_close(found.entropy, alone.entropy.detach())
+    torch.testing.assert_close(found.lse, alone.lse)

@@ -184,11 +184,10 @@ class Call:
         )  # fmt: skip
         return PolicyRows(rule.divided(total), statistics, surrogate, clipped)
 
-    def differentiable_statistics(
-        self, tokens: Tensor | None, cost: Cost, plan: str | Plan, *, logprob_grad: bool
-    ) -> Tensor:
-        """Computes statistics [NUM_STATISTICS, N]; gradients flow through the cost and LOGPROB."""
-        chosen = choose_plan(self._shape(scalar=False, logprob_grad=logprob_grad), plan)
+    def differentiable_statistics(self, tokens: Tensor | None, cost: Cost, plan: str | Plan) -> Tensor:
+        """Computes statistics [NUM_STATISTICS, N]; gradients flow through the cost, and LOGPROB if there are tokens."""
+        chosen = choose_plan(self._shape(scalar=False, logprob_grad=tokens is not None), plan)
+        tokens = None if tokens is None else tokens.reshape(-1)
         statistics, *_ = self._compute(
             custom_ops.row_statistics, chosen, *self._student, *self._teacher, tokens, self._counted, cost=cost
         )

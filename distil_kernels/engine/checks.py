@@ -166,10 +166,12 @@ class ArgumentChecks:
             )
         self._same_device(name, tensor, student_hidden)
 
-    def packed(self, student_hidden: Tensor, cu_seqlens: Tensor) -> None:
-        """Checks packed rows [N, D] with sequence borders [B + 1]."""
+    def packed(self, student_hidden: Tensor, cu_seqlens: Tensor | None) -> None:
+        """Checks packed rows [N, D] with sequence borders [B + 1]; None for one sequence."""
         if student_hidden.dim() != 2:
             self.value_error(f"student_hidden has shape {list(student_hidden.shape)}, expected packed rows [N, D]")
+        if cu_seqlens is None:
+            return
         self._tensor("cu_seqlens", cu_seqlens)
         if cu_seqlens.dtype not in (torch.int32, torch.int64):
             self.type_error(f"cu_seqlens has dtype {cu_seqlens.dtype}, expected int32 or int64")
