@@ -91,7 +91,8 @@ def fused_distil_loss(
             and no `behaviour_logprobs`: a token-wise loss, with `stats` but for log-probs from the same pass.
         cu_seqlens: [B + 1] int32 or int64, borders of the sequences. Keep it on the CPU. None with credit_span "none":
             all rows are one sequence.
-        token_mask: [N] bool. Other rows (a tool's output) have neither cost nor credit, but keep their position.
+        token_mask: [N] bool or integer. Other rows (a tool's output) have neither cost nor credit, but keep their
+            position.
         token_weight: [N] float, w_t: multiplies the token's cost, in the sum and in the credit of earlier tokens.
         cost: "ce" for H(T, S) (the paper) or "kl" for KL(T || S): the same local gradient, another credit; "reverse_kl"
             for KL(S || T); "jsd" for b KL(T || M) + (1 - b) KL(S || M) with M = b T + (1 - b) S.
@@ -118,7 +119,7 @@ def fused_distil_loss(
             later tokens are drawn as it drew them. An exact weight is a product over the tokens up to each cost (the
             whole sequence with "sequence"), whose variance grows with the length.
         importance_clip: bound of rho_t; biased. Without `behaviour_logprobs` an error.
-        normalizer: denominator of loss and gradient; default B.
+        normalizer: denominator of loss and gradient, as in `fused_forward_ce`; default B.
         gradient_threshold: as in `fused_forward_ce`.
 
     Returns:
@@ -136,7 +137,7 @@ def fused_distil_loss(
         checks, scalings, backend, student_hidden, student_weight, teacher_hidden, teacher_weight,
         student_bias=student_bias, teacher_bias=teacher_bias, token_mask=token_mask, token_weight=token_weight,
     )  # fmt: skip
-    checks.packed(student_hidden, cu_seqlens)
+    checks.packed(student_hidden, cu_seqlens, optional=True)
     checks.rows("tokens", tokens, student_hidden, "int64")
     checks.one_of("cost", cost, tuple(COSTS))
     checks.share("jsd_weight", jsd_weight)
@@ -154,7 +155,7 @@ def fused_distil_loss(
     if tokens is None and behaviour_logprobs is not None:
         checks.value_error("tokens is None with behaviour_logprobs, expected the tokens that these belong to")
     num_sequences = 1 if cu_seqlens is None else cu_seqlens.numel() - 1
-    denominator = num_sequences if normalizer is None else normalizer
+    denominator = call.denominator(normalizer, num_sequences)
     result = call.scalar_loss(
         Cost(COSTS[cost], jsd_weight), denominator, tokens=tokens, cu_seqlens=cu_seqlens, credit=credit,
         gradient_threshold=gradient_threshold, plan=plan,

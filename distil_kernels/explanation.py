@@ -155,7 +155,7 @@ def _explanation(name: str, call: _CustomOpCall, token_mask: Tensor | None, cu_s
         logprob_grad=call.arguments["tokens"] is not None, grad_hidden=spec.needs.hidden,
         grad_head=spec.needs.weight or spec.needs.bias,
     )  # fmt: skip
-    counted = None if token_mask is None else token_mask.reshape(-1).cpu()
+    counted = None if token_mask is None else token_mask.reshape(-1).cpu().to(torch.bool)
     memory, num_chunks = call_memory(shape, plan, num_models), _num_chunks(shape, spec, plan, counted, cu_seqlens)
     if plan.is_without_gradient and forms_no_logits(spec, plan, num_models):
         memory, num_chunks = Memory(0, 0, 0, 0, peak=0), 0

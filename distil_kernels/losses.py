@@ -90,7 +90,8 @@ def fused_forward_ce(  # type: ignore[misc]  # the overloads leave the other arg
         teacher_hidden: [..., D_T]; D_T and the dtype may differ from the student's.
         teacher_weight: [V, D_T]; None shares the student's head (and, without `teacher_bias`, its bias).
         student_bias, teacher_bias: [V].
-        token_mask: [...] bool, True counts. Other rows are not read: they may hold anything.
+        token_mask: [...] bool or integer; True or 1 counts. Other rows are not read: they may hold anything, and
+            tokens of no vocabulary.
         token_weight: [...] float, multiplies each token's cross-entropy. It gets no gradient.
         temperature: divides both models' logits, after bias and softcap; from 1e-12 to 1e12, as the softcap. There is
             no temperature-squared factor.
@@ -101,8 +102,9 @@ def fused_forward_ce(  # type: ignore[misc]  # the overloads leave the other arg
         student_logit_scale: multiplies the student's logits before the softcap, bias included; from 1e-12 to 1e12.
         teacher_logit_scale: the teacher's own scale; default `student_logit_scale`.
         reduction: "none" gives [...]; "sum" the weighted sum; "mean" the weighted sum over `normalizer`.
-        normalizer: denominator of "mean"; default the sum of counted weights (1 where that is 0). Pass one global
-            value when accumulating gradients over micro-batches.
+        normalizer: denominator of "mean", a number of any type or a tensor with one element; default the sum of
+            counted weights (1 where that is 0). Pass one global value when accumulating gradients over micro-batches;
+            it may be 0 where nothing counts.
         gradient_threshold: entries of a row's logit gradient below this share of its largest magnitude, from 0 (off)
             to 1 (excluded), are left out of the gradients of hidden states and weight; the value and the gradient of
             the bias stay exact. The error is bounded in docs/mathematics.md. For float32 and bfloat16 on the CPU

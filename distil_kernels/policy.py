@@ -66,7 +66,7 @@ def fused_policy_loss(
             advantages; None for no bound.
         entropy_weight: of an entropy bonus.
         token_weight: [...] float, multiplies each token's loss.
-        normalizer: denominator; default the sum of counted weights (1 where that is 0).
+        normalizer: denominator, as that of the mean in `fused_forward_ce`.
         Others, and what is raised: as in `fused_forward_ce`.
 
     Returns:

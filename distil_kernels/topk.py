@@ -46,12 +46,13 @@ def fused_topk_ce(
         teacher_logprobs: [..., K] float, their natural log-probs under the teacher (what stands beside -1 is not read).
             Samples of a black box are such a distribution too: each token's share.
         student_bias: [V].
-        token_mask: [...] bool, True counts. Other rows are not read: they may hold anything.
+        token_mask: [...] bool or integer; True or 1 counts. Other rows are not read: they may hold anything, and
+            tokens of no vocabulary.
         token_weight: [...] float, multiplies each token's cross-entropy. It gets no gradient.
         temperature, logit_softcap, student_logit_scale: of the student, as in `fused_forward_ce`; the teacher's
             log-probs stay as they are.
         reduction: "sum" the weighted sum; "mean" the weighted sum over `normalizer`.
-        normalizer: denominator of "mean"; default the sum of counted weights (1 where that is 0).
+        normalizer: denominator of "mean", as in `fused_forward_ce`.
 
     Returns:
         [] float32 (float64 for float64 inputs), with gradients for hidden states, weight and bias.
@@ -131,7 +132,7 @@ def fused_topk_distil_loss(
         credit_scale, importance_clip, behaviour_logprobs,
     )  # fmt: skip
     checks.named_tokens(student_hidden, teacher_ids, teacher_logprobs)
-    denominator = cu_seqlens.numel() - 1 if normalizer is None else normalizer
+    denominator = call.denominator(normalizer, cu_seqlens.numel() - 1)
     result = call.topk_loss(
         teacher_ids, teacher_logprobs, Cost(COSTS[cost]), denominator, tokens=tokens, cu_seqlens=cu_seqlens,
         credit=credit,

@@ -3,10 +3,13 @@ a second derivative."""
 
 from __future__ import annotations
 
+import decimal
+import fractions
 import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,6 +59,9 @@ OPS = {
     ),
 }
 assert len(OPS) == len([name for name in distil_kernels.__all__ if name.startswith(("fused", "token"))]) + 1
+
+
+REDUCED = [op for op in OPS if op not in ("forward_ce of rows", "stats", "logprobs")]
 
 
 def results(op: str, inputs: Inputs, **options: object) -> list[torch.Tensor]:
@@ -189,7 +195,9 @@ def test_a_teacher_that_ran_under_inference_mode(op, plan, generator):
 def test_a_normalizer_of_any_one_element(op, dtype, generator):
     inputs = make_inputs(N, 40, D, dtype=dtype, generator=generator)
     expected = results(op, inputs, normalizer=3.0)
-    for normalizer in (torch.tensor([3.0], requires_grad=True), torch.tensor(3.0).double(), torch.tensor([[3]])):
+    of_tensors = torch.tensor([3.0], requires_grad=True), torch.tensor(3.0).double(), torch.tensor([[3]])
+    of_numpy = np.float32(3), np.int64(3), np.array(3), np.array(3.0, dtype=np.float16)
+    for normalizer in (*of_tensors, *of_numpy, fractions.Fraction(3), decimal.Decimal(3)):
         for ours, each in zip(results(op, inputs, normalizer=normalizer), expected, strict=True):
             assert ours.shape == each.shape and ours.dtype == each.dtype
             torch.testing.assert_close(ours, each)
@@ -209,6 +217,34 @@ def test_float16_has_room_for_sums_over_tokens(generator):
     ours = grad(hidden, inputs.student_weight, Plan("gradient_in_forward", 256, 2048))
     assert ours.isfinite().all()
     torch.testing.assert_close(ours, grad(hidden, inputs.student_weight, "auto"), rtol=1e-2, atol=0.1)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("op", REDUCED)
+def test_nothing_over_nothing_is_nothing(op, dtype, frozen, generator):
+    """A micro-batch without a token, and a normalizer that nobody has counted anything for."""
+    inputs = make_inputs(N, 40, D, dtype=dtype, generator=generator)
+    inputs.student_weight.requires_grad_(not frozen)
+    for normalizer in (0, 0.0, np.float64(0), torch.tensor(0), torch.tensor(0.0)):
+        for each in results(op, inputs, normalizer=normalizer, token_mask=torch.zeros(N, dtype=torch.int64)):
+            assert torch.equal(each, torch.zeros_like(each))
+    with pytest.raises(ValueError, match=f"normalizer is 0 with {N} tokens, expected a number above 0"):
+        results(op, inputs, normalizer=0)
+    counted = torch.arange(N) == 3
+    assert results(op, inputs, normalizer=torch.tensor(0), token_mask=counted)[0].abs() == torch.inf
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_masks_of_ones_and_zeros(op, generator):
+    inputs = make_inputs(N, 40, D, generator=generator)
+    mask = torch.rand(N, generator=generator) < 0.6
+    expected = results(op, inputs, token_mask=mask)
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+        for ours, each in zip(results(op, inputs, token_mask=mask.to(dtype)), expected, strict=True):
+            assert torch.equal(ours, each)
+    with pytest.raises(TypeError, match=r"token_mask has dtype torch.float32, expected bool or an integer"):
+        OPS[op](inputs, token_mask=mask.float())
 
 
 @pytest.mark.parametrize("size", [1e-8, 1e6])

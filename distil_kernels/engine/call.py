@@ -84,7 +84,7 @@ class Call:
         teacher_hidden, teacher_weight = _as_autocast(teacher_hidden, teacher_weight)
         other_hidden = teacher_hidden if has_teacher else student_hidden
         checks.heads(student_hidden, student_weight, other_hidden, teacher_weight, student_bias, teacher_bias)
-        checks.rows("token_mask", token_mask, student_hidden, "bool")
+        checks.rows("token_mask", token_mask, student_hidden, "mask")
         checks.rows("token_weight", token_weight, student_hidden, "float")
 
         # Flatten the rows; only the student's tensors may get gradients.
@@ -97,7 +97,7 @@ class Call:
             None if teacher_weight is None else teacher_weight.detach(),
             None if teacher_bias is None else teacher_bias.detach(),
         )
-        self._counted = None if token_mask is None else token_mask.reshape(-1)
+        self._counted = None if token_mask is None else token_mask.reshape(-1).to(torch.bool)
         self._token_weight = None if token_weight is None else token_weight.detach().reshape(-1)
 
         self._scalings = scalings
@@ -118,15 +118,30 @@ class Call:
         weight = self._token_weight.to(self._dtype).contiguous()  # row kernels know its address alone
         return weight if self._counted is None else torch.where(self._counted, weight, 0.0)
 
-    def denominator(self, normalizer: float | Tensor | None) -> float | Tensor:
-        """Returns the denominator of a mean: the normalizer, or the sum of counted weights (1 if that is 0)."""
-        if normalizer is not None:
+    def denominator(self, normalizer: float | Tensor | None, default: int | None = None) -> float | Tensor:
+        """Returns the denominator of a mean: the normalizer, or a default, which is the sum of counted weights.
+
+        It is 1 where that sum is 0, and where nothing counts: 0 tokens over a normalizer of 0 are 0.
+        """
+        if normalizer is None and default is not None:
+            return default
+        weight, num_rows = self.row_weight(), self._hidden.shape[0]
+        if normalizer is None:
+            if weight is None:
+                return max(num_rows, 1)
+            total = weight.sum()
+            return torch.where(total == 0, 1.0, total)
+        if not isinstance(normalizer, Tensor) and normalizer > 0:
             return normalizer
-        weight = self.row_weight()
         if weight is None:
-            return max(self._hidden.shape[0], 1)
-        total = weight.sum()
-        return torch.where(total == 0, 1.0, total)
+            if not isinstance(normalizer, Tensor) and num_rows:
+                self._checks.value_error(
+                    f"normalizer is {normalizer} with {num_rows} tokens, expected a number above 0"
+                )
+            return normalizer if num_rows else 1
+        if not isinstance(normalizer, Tensor):
+            normalizer = weight.new_full((), normalizer)
+        return torch.where((weight == 0).all(), 1.0, normalizer)
 
     def scalar_loss(
         self,

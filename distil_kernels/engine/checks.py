@@ -6,15 +6,18 @@ checked where the op runs, on the CPU only: on a GPU it would cost a synchronisa
 
 from __future__ import annotations
 
+import decimal
 import math
+import numbers
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from distil_kernels.backends import LogitScaling
+from distil_kernels.engine.allocation import to_device
 from distil_kernels.engine.credit import BASELINES, SPANS, Credit, CreditInputs
 from distil_kernels.engine.gemm import accumulation_dtype
 from distil_kernels.engine.plan import Plan
@@ -147,18 +150,18 @@ class ArgumentChecks:
     def rows(
         self, name: str, tensor: Tensor | None, student_hidden: Tensor, kind: str, *, optional: bool = True
     ) -> None:
-        """Checks a tensor with one entry per token; `kind` is "bool", "float" or "int64"."""
+        """Checks a tensor with one entry per token; `kind` is "mask", "float" or "int64"."""
         if tensor is None and optional:
             return
         tensor = self._tensor(name, tensor)
         accepted = {
-            "bool": tensor.dtype == torch.bool,
+            "mask": not (tensor.dtype.is_floating_point or tensor.dtype.is_complex),
             "float": tensor.dtype.is_floating_point,
             "int64": tensor.dtype == torch.int64,
         }
         if not accepted[kind]:
-            meaning = " (True counts)" if kind == "bool" else ""
-            self.type_error(f"{name} has dtype {tensor.dtype}, expected {kind}{meaning}")
+            expected = "bool or an integer (True or 1 counts)" if kind == "mask" else kind
+            self.type_error(f"{name} has dtype {tensor.dtype}, expected {expected}")
         if tensor.shape != student_hidden.shape[:-1]:
             self.value_error(
                 f"{name} has shape {list(tensor.shape)}, expected {list(student_hidden.shape[:-1])} "
@@ -166,13 +169,13 @@ class ArgumentChecks:
             )
         self._same_device(name, tensor, student_hidden)
 
-    def packed(self, student_hidden: Tensor, cu_seqlens: Tensor | None) -> None:
-        """Checks packed rows [N, D] with sequence borders [B + 1]; None for one sequence."""
+    def packed(self, student_hidden: Tensor, cu_seqlens: Tensor | None, *, optional: bool = False) -> None:
+        """Checks packed rows [N, D] with sequence borders [B + 1]."""
         if student_hidden.dim() != 2:
             self.value_error(f"student_hidden has shape {list(student_hidden.shape)}, expected packed rows [N, D]")
-        if cu_seqlens is None:
+        if cu_seqlens is None and optional:
             return
-        self._tensor("cu_seqlens", cu_seqlens)
+        cu_seqlens = self._tensor("cu_seqlens", cu_seqlens)
         if cu_seqlens.dtype not in (torch.int32, torch.int64):
             self.type_error(f"cu_seqlens has dtype {cu_seqlens.dtype}, expected int32 or int64")
         if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
@@ -312,21 +315,28 @@ class ArgumentChecks:
                 "in order): with six products there is little to gain"
             )
 
-    def normalizer(self, normalizer: float | Tensor | None, student_hidden: Tensor) -> float | Tensor | None:
-        """Checks a number above 0, or a tensor with one element, whose value is not read.
+    def normalizer(self, normalizer: Any, student_hidden: Tensor) -> float | Tensor | None:
+        """Checks a number of at least 0 of any type, or a tensor with one element, whose value is not read.
 
-        Returns it; a tensor with shape [], the loss's dtype, and no gradient.
+        Returns it; a tensor with shape [], the loss's dtype and device, and no gradient.
         """
+        if normalizer is None:
+            return None
         if not isinstance(normalizer, Tensor):
-            self.positive("normalizer", normalizer)
+            if not isinstance(normalizer, (int, float)):
+                normalizer = _python_number(normalizer)
+            self.between("normalizer", normalizer, 0.0, math.inf)
             return normalizer
         self._tensor("normalizer", normalizer)
         if normalizer.is_complex() or normalizer.dtype == torch.bool:
             self.type_error(f"normalizer has dtype {normalizer.dtype}, expected a float or an integer")
         if normalizer.numel() != 1:
             self.value_error(f"normalizer has shape {list(normalizer.shape)}, expected one element")
+        normalizer = normalizer.detach().reshape(()).to(accumulation_dtype(student_hidden.dtype))
+        if normalizer.device.type == "cpu" and student_hidden.device.type != "cpu":
+            return to_device(normalizer, student_hidden.device)
         self._same_device("normalizer", normalizer, student_hidden)
-        return normalizer.detach().reshape(()).to(accumulation_dtype(student_hidden.dtype))
+        return normalizer
 
     def one_of(self, name: str, value: object, choices: tuple[str, ...]) -> None:
         """Checks a choice by name."""
@@ -376,6 +386,14 @@ class ArgumentChecks:
             )
         if bias is not None and bias.shape != (weight.shape[0],):
             self.value_error(f"{model}_bias has shape {list(bias.shape)}, expected [{weight.shape[0]}]")
+
+
+def _python_number(value: Any) -> Any:
+    """Returns what numpy, fractions or decimal have for a real number as a float or an int, and others as they are."""
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return value.item()
+    is_real = isinstance(value, (numbers.Real, decimal.Decimal)) and not isinstance(value, bool)
+    return float(value) if is_real else value
 
 
 def _described(value: object) -> str:
