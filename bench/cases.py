@@ -177,7 +177,7 @@ def _smollm2_inputs(case: Case, regime: str, generator: torch.Generator) -> Inpu
     from distil_kernels.train.models.loading import load
 
     model, tokenizer = load(smollm2.NAME)
-    parts = split(model, check=False)
+    parts = split(model)
     num_windows = -(-case.num_rows // SEQUENCE_ROWS)
     text = "\n\n".join(topics[name] for name in sorted(topics))[: 12 * SEQUENCE_ROWS * num_windows]
     ids = torch.tensor(tokenizer(text)["input_ids"][: (2 * num_windows + 1) * SEQUENCE_ROWS])

@@ -104,7 +104,9 @@ def distil_loss(student: CausalLM, teacher: CausalLM, rollouts: list[Rollout], r
     # No logits of all tokens exist: the op takes hidden states and the weights of both heads.
     return fused_distil_loss(
         hidden, student.weight, teacher_hidden, teacher.weight,
-        student_bias=student.bias, teacher_bias=teacher.bias, logit_softcap=student.softcap,
+        student_bias=student.bias, teacher_bias=teacher.bias,
+        student_logit_scale=student.logit_scale, teacher_logit_scale=teacher.logit_scale,
+        logit_softcap=student.logit_softcap, teacher_logit_softcap=teacher.logit_softcap,
         tokens=torch.tensor([token for completion in completions for token in completion], device=hidden.device),
         cu_seqlens=torch.tensor([0, *map(len, completions)]).cumsum(0),
         cost="kl", discount=0.9, baseline="leave_one_out", group_size=rollouts_per_problem,

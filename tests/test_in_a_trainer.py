@@ -1,4 +1,4 @@
-"""README's compute_loss, as it stands there, in a transformers.Trainer."""
+"""README's code, as it stands there: compute_loss in a transformers.Trainer, and models split into their parts."""
 
 from __future__ import annotations
 
@@ -9,11 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import llama_config
+from tiny import SMALL, llama_config
 from torch.nn import functional
-from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 import distil_kernels
+from distil_kernels.hf import split
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -68,3 +77,19 @@ def test_readmes_compute_loss_is_the_loss_over_full_logits(num_accumulated, tmp_
         trained(tmp_path, ours, num_accumulated), trained(tmp_path, NAIVE, num_accumulated), strict=True
     ):
         torch.testing.assert_close(mine, naive, rtol=1e-4, atol=1e-5)
+
+
+def test_readmes_split_is_the_loss_over_full_logits() -> None:
+    (source,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "split(student)" in block)
+    torch.manual_seed(0)
+    student = Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=3.0)).eval()
+    teacher = CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.25)).eval()
+    inputs = {
+        "input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]]),
+        "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
+    }
+    scope = {**vars(distil_kernels), "split": split, "student": student, "teacher": teacher, "inputs": inputs}
+    exec(source, scope)
+    with torch.no_grad():
+        logprobs, probs = student(**inputs).logits.log_softmax(-1), teacher(**inputs).logits.softmax(-1)
+    torch.testing.assert_close(scope["loss"], -(probs * logprobs).sum(-1).mean())

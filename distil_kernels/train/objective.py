@@ -136,9 +136,9 @@ def policy_loss(
     out = fused_policy_loss(
         student_hidden, student.weight, tokens=batch.tokens,
         advantages=advantages.repeat_interleave(batch.cu_seqlens.diff()).to(student_hidden.device),
-        student_bias=student.bias, temperature=config.temperature, logit_softcap=student.softcap,
-        normalizer=normalizer, backend=config.backend, plan=config.plan, token_mask=batch.judged.values,
-        old_logprobs=behaviour,
+        student_bias=student.bias, temperature=config.temperature, logit_softcap=student.logit_softcap,
+        student_logit_scale=student.logit_scale, normalizer=normalizer, backend=config.backend, plan=config.plan,
+        token_mask=batch.judged.values, old_logprobs=behaviour,
     )  # fmt: skip
     values = {"entropy": out.entropy, **_off_policy(state, behaviour, out.logprob, batch.judged)}
     state.finish_update(out.logprob)
@@ -180,7 +180,8 @@ def fused_loss(
     options |= dict(
         student_bias=student.bias,
         temperature=config.temperature,
-        logit_softcap=student.softcap,
+        logit_softcap=student.logit_softcap,
+        student_logit_scale=student.logit_scale,
         tokens=batch.tokens,
         cu_seqlens=batch.cu_seqlens,
         cost=config.objective if config.objective in ("reverse_kl", "jsd") else config.cost,
@@ -197,8 +198,9 @@ def fused_loss(
         return fused_topk_distil_loss(student_hidden, student.weight, target.ids, target.logprobs, **options)
     return fused_distil_loss(
         student_hidden, student.weight, target.states.to(student_hidden.dtype), target.weight,
-        teacher_bias=target.bias, teacher_temperature=config.teacher_temperature, jsd_weight=config.jsd_weight,
-        backend=config.backend, plan=plan, **options,
+        teacher_bias=target.bias, teacher_temperature=config.teacher_temperature,
+        teacher_logit_softcap=target.logit_softcap, teacher_logit_scale=target.logit_scale,
+        jsd_weight=config.jsd_weight, backend=config.backend, plan=plan, **options,
     )  # fmt: skip
 
 

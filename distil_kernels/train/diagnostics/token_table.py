@@ -75,7 +75,10 @@ def _likeliest(
             probs, ids = target.logprobs[block, :NUM_TOP].exp(), target.ids[block, :NUM_TOP]
         else:
             weight = student.weight if target.weight is None else target.weight
-            teacher = replace(student, weight=weight, bias=target.bias)
+            teacher = replace(
+                student, weight=weight, bias=target.bias, logit_scale=target.logit_scale,
+                logit_softcap=target.logit_softcap,
+            )  # fmt: skip
             logits = teacher.logits(target.states[block].to(student.weight.dtype)).float() / config.teacher_temperature
             probs, ids = logits.softmax(-1).topk(min(NUM_TOP, logits.shape[1]))
         same = student_probs.gather(1, ids.clamp(min=0))

@@ -27,7 +27,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -127,7 +127,8 @@ def reader(
     if is_sharded and not _has_varlen(lm):
         excluded.add("packed")
     with_gradients = tuple(way for way in ways if way not in excluded)
-    return Reader(lm.model, lm.body, lm.weight, lm.bias, lm.softcap, lm.scale, ways, with_gradients, autocast)
+    parts = {field.name: getattr(lm, field.name) for field in fields(CausalLM)}
+    return Reader(**parts, ways=ways, ways_with_gradients=with_gradients, autocast=autocast)
 
 
 def choose(

@@ -40,7 +40,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from distil_kernels.hf import CausalLM, split
+from distil_kernels.hf import CausalLM, Headless, split
 
 
 def shard(models: Sequence[Any], accelerator: Accelerator) -> None:
@@ -97,14 +97,15 @@ def unsharded_heads(*models: nn.Module) -> Iterator[None]:
             model.reset_iter_state()
 
 
-def split_sharded(model: nn.Module, check: bool = True) -> CausalLM:
+def split_sharded(model: nn.Module) -> CausalLM:
     """Returns what `hf.split` does, of a model that may be sharded; to be called in `unsharded`.
 
     A sharded model's `weight` and `bias` have values in `unsharded`, in `unsharded_heads`, and from a forward to its
     backward.
     """
-    parts = split(model, check)
-    return dataclasses.replace(parts, body=_Body(parts)) if isinstance(model, FSDPModule) else parts
+    parts = split(model)
+    enters_by_model = isinstance(parts.body, Headless) or not isinstance(model, FSDPModule)
+    return parts if enters_by_model else dataclasses.replace(parts, body=_Body(parts))
 
 
 class _Body:

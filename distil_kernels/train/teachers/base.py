@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
@@ -23,6 +24,9 @@ class HiddenTarget(NamedTuple):
     """[V, teacher's D]; None if teacher and student share a head."""
     bias: Tensor | None
     """[V]."""
+    logit_scale: float = 1.0
+    logit_softcap: float = math.inf
+    """math.inf: none."""
 
 
 class TopKTarget(NamedTuple):

@@ -9,8 +9,6 @@ model of the same vocabulary.
 The frozen teacher of a student with new adapters is the same model with its adapters off and costs no memory; where the
 adapters were trained before it is a second set of them, and so is an ema teacher. The kinds `remote` and `samples` have
 no weights here: `remote.RemoteTeacher`.
-
-Left out: a local teacher whose softcap is not the student's (the loss knows one).
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -79,7 +78,7 @@ class InProcessTeacher:
         else:
             start = other or copied(student.model)
             with unsharded(start):
-                self.lm = reader(split_sharded(start, check=False), reading, autocast=student.autocast)
+                self.lm = reader(split_sharded(start), reading, autocast=student.autocast)
         self._average: dict[str, tuple[Tensor, Tensor]] = {}
         """By name, each averaged parameter of an ema teacher and the student's parameter that it follows."""
         if kind == "ema":
@@ -92,9 +91,10 @@ class InProcessTeacher:
         return self.kind in ("live", "ema")
 
     @property
-    def head(self) -> tuple[Tensor | None, Tensor | None]:
-        """Weight and bias of the teacher's head; the weight is None if it is the student's."""
-        return (None if self.lm.weight is self._student.weight else self.lm.weight), self.lm.bias
+    def head(self) -> tuple[Tensor | None, Tensor | None, float, float]:
+        """The fields of `HiddenTarget` after its states; the weight is None if it is the student's."""
+        weight = None if self.lm.weight is self._student.weight else self.lm.weight
+        return weight, self.lm.bias, self.lm.logit_scale, self.lm.logit_softcap
 
     def opened(self) -> contextlib.AbstractContextManager[None]:
         return self.lm.opened()
@@ -185,18 +185,15 @@ def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedToken
 def _with_head_like(lm: CausalLM, student: CausalLM) -> CausalLM:
     """The teacher with a head of as many rows as the student's: further rows are cut off, missing ones have
     probability 0."""
-    if lm.softcap != student.softcap:
-        raise ValueError(
-            f"[teacher_model] its logits are capped at {lm.softcap}, expected the student's {student.softcap}"
-        )
     weight, bias = lm.weight, lm.bias
     rows, wanted = weight.shape[0], student.weight.shape[0]
     if rows < wanted:
-        if lm.softcap is not None:
+        if not math.isinf(lm.logit_softcap):
             raise ValueError(
                 f"[teacher_model] its head has {rows} rows, expected the student's {wanted} or more: capped logits "
                 "cannot say that a token is absent"
             )
         weight = nn.functional.pad(weight, (0, 0, 0, wanted - rows))
-        bias = nn.functional.pad(weight.new_zeros(rows) if bias is None else bias, (0, wanted - rows), value=ABSENT)
+        absent = max(ABSENT / lm.logit_scale, torch.finfo(weight.dtype).min)
+        bias = nn.functional.pad(weight.new_zeros(rows) if bias is None else bias, (0, wanted - rows), value=absent)
     return dataclasses.replace(lm, weight=weight[:wanted], bias=None if bias is None else bias[:wanted])

@@ -46,7 +46,7 @@ def by_hand(lm: CausalLM, prompts: list[list[int]], rows: list[int], completions
     """Each row alone, through the model's own body."""
     parts = []
     for row, done in zip(rows, completions, strict=True):
-        hidden = lm.body(torch.tensor([prompts[row] + done])).last_hidden_state * lm.scale
+        hidden = lm.body(torch.tensor([prompts[row] + done])).last_hidden_state
         parts.append(hidden[0, len(prompts[row]) - 1 : -1])
     return torch.cat(parts)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -41,7 +43,7 @@ def test_live_follows_at_once_and_shares_the_head() -> None:
     before = states(teacher)
     shift(lm)
     assert not torch.allclose(states(teacher), before)
-    assert teacher.head == (None, None) and not states(teacher).requires_grad
+    assert teacher.head == (None, None, 1.0, math.inf) and not states(teacher).requires_grad
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -86,7 +88,7 @@ def test_ema_of_adapters_is_a_second_set_of_adapters() -> None:
         assert (mine is own[name]) == (name not in teacher.state_dict()) == ("lora_" not in name)
         assert own[name].requires_grad == ("lora_" in name) and not mine.requires_grad
         torch.testing.assert_close(mine, start[name] + 0.25 * 0.05 * ("lora_" in name))
-    assert teacher.head == (None, None)  # the student's: both models' logits in one product
+    assert teacher.head == (None, None, 1.0, math.inf)  # the student's: both models' logits in one product
     other = InProcessTeacher(student(lora=True), "ema", 0.25)
     other.load_state_dict(teacher.state_dict())
     torch.testing.assert_close(states(other), states(teacher))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import metrics, packed, train, trainer
-from tiny import byte_tokenizer, llama_config
+from tiny import SMALL, byte_tokenizer, llama_config
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GenerationConfig, PreTrainedModel
 
 from distil_kernels.hf import split
@@ -112,14 +112,33 @@ def test_an_answer_ends_where_the_teacher_would_end_it(tiny_model: Path, tmp_pat
     assert saved.eos_token_id == [0, 99]
 
 
+def capped(**changes: object) -> PreTrainedModel:
+    settings = {**SMALL, "head_dim": 8, "final_logit_softcapping": 3.0, **changes}
+    return model(Gemma2Config(**settings))
+
+
+@pytest.mark.parametrize("student_is_capped", [False, True])
+def test_each_model_has_its_own_softcap_and_scale(student_is_capped: bool) -> None:
+    torch.manual_seed(0)
+    scaled = CohereConfig(**SMALL, logit_scale=0.25)
+    lm, other = (capped(), model(scaled)) if student_is_capped else (model(scaled), capped())
+    student = reader(split(lm))
+    teacher = InProcessTeacher(student, "local", 0.0, other)
+    with torch.no_grad():
+        hidden = torch.cat(
+            [
+                student.hidden(torch.tensor([PROMPTS[row] + done]))[0, len(PROMPTS[row]) - 1 : -1]
+                for row, done in zip(ROWS, COMPLETIONS, strict=True)
+            ]
+        )
+        expected = -(state_logprobs(other, 260).exp() * state_logprobs(lm, 260)).sum()
+        torch.testing.assert_close(ours(student, teacher, hidden).double(), expected, rtol=2e-5, atol=0)
+
+
 def test_what_the_loss_cannot_express_is_said() -> None:
     lm = reader(split(model(llama_config())))
-    capped = Gemma2Config(
-        vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, final_logit_softcapping=30.0,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match=r"\[teacher_model\] its logits are capped at 30.0, expected the student's"):
-        InProcessTeacher(lm, "local", 0.0, model(capped))
+    with pytest.raises(ValueError, match=r"\[teacher_model\] its head has 250 rows, .* capped logits cannot say"):
+        InProcessTeacher(lm, "local", 0.0, capped(vocab_size=250))
     for given in ({"teacher": "local"}, {"teacher_model": "somewhere"}):
         with pytest.raises(ValueError, match=r"\[teacher_model\] belongs to teacher local"):
             Config(**given).check()
