@@ -1,6 +1,7 @@
 """Distillation from a teacher's whole distribution, without [tokens, vocab] logits.
 
     fused_forward_ce         forward cross-entropy from hidden states and heads
+    fused_forward_kl         forward KL
     fused_reverse_kl         reverse KL
     fused_jsd                generalised Jensen-Shannon divergence
     fused_topk_ce            forward cross-entropy to a teacher of which only some tokens' log-probs are known
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distil_kernels.distil import DistilLoss, fused_distil_loss
     from distil_kernels.explanation import Explanation, explain
-    from distil_kernels.losses import ForwardCE, fused_forward_ce, fused_jsd, fused_reverse_kl
+    from distil_kernels.losses import ForwardCE, fused_forward_ce, fused_forward_kl, fused_jsd, fused_reverse_kl
     from distil_kernels.policy import PolicyLoss, fused_policy_loss
     from distil_kernels.token_statistics import TokenLogprobs, TokenStats, token_logprobs, token_stats
     from distil_kernels.topk import fused_topk_ce, fused_topk_distil_loss
@@ -38,6 +39,7 @@ __all__ = [
     "explain",
     "fused_distil_loss",
     "fused_forward_ce",
+    "fused_forward_kl",
     "fused_jsd",
     "fused_policy_loss",
     "fused_reverse_kl",

@@ -23,7 +23,7 @@ from distil_kernels.engine.driver import forms_no_logits
 from distil_kernels.engine.plan import Memory, Plan, call_memory
 from distil_kernels.engine.sizes import Shape
 from distil_kernels.engine.spec import Spec
-from distil_kernels.losses import fused_forward_ce, fused_jsd, fused_reverse_kl
+from distil_kernels.losses import fused_forward_ce, fused_forward_kl, fused_jsd, fused_reverse_kl
 from distil_kernels.policy import fused_policy_loss
 from distil_kernels.token_statistics import token_logprobs, token_stats
 from distil_kernels.topk import fused_topk_ce, fused_topk_distil_loss
@@ -31,8 +31,8 @@ from distil_kernels.topk import fused_topk_ce, fused_topk_distil_loss
 _OPS: dict[str, Callable[..., Any]] = {
     op.__name__: op
     for op in (
-        fused_forward_ce, fused_reverse_kl, fused_jsd, fused_distil_loss, fused_topk_ce, fused_topk_distil_loss,
-        fused_policy_loss, token_stats, token_logprobs,
+        fused_forward_ce, fused_forward_kl, fused_reverse_kl, fused_jsd, fused_distil_loss, fused_topk_ce,
+        fused_topk_distil_loss, fused_policy_loss, token_stats, token_logprobs,
     )
 }  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Losses per token between a teacher's and a student's whole distribution, without [tokens, vocab] logits.
 
     fused_forward_ce   H(T, S) = logsumexp(s) - sum_v T_v s_v      what DistIL minimises
+    fused_forward_kl   KL(T || S) = H(T, S) - H(T)                 the same gradient, 0 where the models agree
     fused_reverse_kl   KL(S || T)                                  SDPO
     fused_jsd          b KL(T || M) + (1 - b) KL(S || M),  M = b T + (1 - b) S          OPSD
 
@@ -133,6 +134,23 @@ def fused_forward_ce(  # type: ignore[misc]  # the overloads leave the other arg
     )  # fmt: skip
 
 
+def fused_forward_kl(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor | None = None,
+    **options: Unpack[LossOptions],
+) -> Any:
+    """Forward KL divergence KL(T || S) of teacher and student, as exact as `TokenStats.kl`: 0 where they agree.
+
+    Its gradient is that of the forward cross-entropy; the value lacks the teacher's entropy.
+
+    Arguments, options, what is returned and raised: as `fused_forward_ce`.
+    """
+    heads = student_hidden, student_weight, teacher_hidden, teacher_weight
+    return _token_loss("fused_forward_kl", Cost(Statistic.FORWARD_KL), *heads, **options)
+
+
 def fused_reverse_kl(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -164,7 +182,7 @@ def fused_jsd(
 
     Args:
         jsd_weight: b, above 0 and below 1. It goes to 0 with b (1 - b): the KL divergences are not its ends, they are
-            `fused_forward_ce` (less the teacher's entropy) and `fused_reverse_kl`.
+            `fused_forward_kl` and `fused_reverse_kl`.
         Others, what is returned and raised: as `fused_forward_ce`.
     """
     ArgumentChecks("fused_jsd").share("jsd_weight", jsd_weight)

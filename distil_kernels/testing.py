@@ -177,8 +177,8 @@ class Oracle(NamedTuple):
 
 
 def cost_by_definition(inputs: Inputs, cost: str, jsd_weight: float = 0.5) -> Tensor:
-    """Returns the cost [N] "ce", "reverse_kl", "jsd" or "entropy" in the dtype of the inputs; differentiable."""
-    if cost in ("ce", "reverse_kl", "entropy"):
+    """Returns the cost [N] "ce", "kl", "reverse_kl", "jsd" or "entropy" in the dtype of the inputs; differentiable."""
+    if cost in ("ce", "kl", "reverse_kl", "entropy"):
         return getattr(oracle(inputs), cost)
     s, t = (each.log_softmax(-1) for each in logits(inputs))
     # Log-probs of -inf (entries that a model excludes) contribute 0, not 0 * inf.

@@ -10,6 +10,7 @@ from torch import Tensor
 from distil_kernels import (
     fused_distil_loss,
     fused_forward_ce,
+    fused_forward_kl,
     fused_jsd,
     fused_policy_loss,
     fused_reverse_kl,
@@ -89,6 +90,7 @@ def _of_costs(op: Any, **fixed: Any) -> Any:
 
 SCALAR = {
     "forward_ce": _of_costs(fused_forward_ce, return_dropped=True),
+    "forward_kl": _of_costs(fused_forward_kl),
     "reverse_kl": _of_costs(fused_reverse_kl),
     "jsd": _of_costs(fused_jsd),
     "policy": lambda rows, heads, mask, **options: fused_policy_loss(

@@ -159,6 +159,16 @@ def check_small_divergences(kernels: ModuleType, generator: torch.Generator, **o
     assert same[Statistic.FORWARD_KL].eq(0).all() and same[Statistic.REVERSE_KL].eq(0).all()
 
 
+def check_equal_models(kernels: ModuleType, generator: torch.Generator) -> None:
+    """Divergences of rows that are the same are 0, not rounding, also behind a scale and a softcap."""
+    for kind in ("ordinary", "peaked", "offset"):
+        student = make_logits(3, 4099, generator, kind).student
+        for scaling in (LogitScaling(), LogitScaling(0.7, 20.0, 3.0)):
+            transform = scaling.transform(torch.randn(4099, generator=generator))
+            found = kernels.row_stats(LogitPair(student, student.clone()), transform, transform, None, FORWARD_CE)
+            assert not found[Statistic.FORWARD_KL].any() and not found[Statistic.REVERSE_KL].any()
+
+
 def check_blocks(kernels: ModuleType, generator: torch.Generator) -> None:
     """4099 columns: two Triton programs per row, the second with three; the largest logit is on either side."""
     logits = make_logits(2, 4099, generator)

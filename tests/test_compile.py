@@ -13,6 +13,7 @@ import distil_kernels
 from distil_kernels import (
     fused_distil_loss,
     fused_forward_ce,
+    fused_forward_kl,
     fused_jsd,
     fused_policy_loss,
     fused_reverse_kl,
@@ -104,6 +105,7 @@ class Settings(NamedTuple):
 SCHEDULES = {
     "fused_forward_ce": lambda x, n: fused_forward_ce(*x.heads, **n.both, normalizer=n.normalizer),
     "fused_forward_ce of rows": lambda x, n: fused_forward_ce(*x.heads, **n.both, reduction="none"),
+    "fused_forward_kl": lambda x, n: fused_forward_kl(*x.heads, **n.both, normalizer=n.normalizer),
     "fused_reverse_kl": lambda x, n: fused_reverse_kl(*x.heads, **n.both, reduction="sum"),
     "fused_jsd": lambda x, n: fused_jsd(*x.heads, **n.both, jsd_weight=n.discount / 2, normalizer=n.normalizer),
     "token_stats": lambda x, n: token_stats(*x.heads, tokens=x.tokens, **n.both).logprob,

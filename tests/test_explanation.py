@@ -60,6 +60,7 @@ def arguments_of(op: str, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, An
     packed = {"tokens": tokens, "cu_seqlens": BORDERS}
     return {
         "fused_forward_ce": (heads, {}),
+        "fused_forward_kl": (heads, {"normalizer": 3.0}),
         "fused_reverse_kl": (heads, {"reduction": "sum"}),
         "fused_jsd": (heads, {"jsd_weight": 0.3}),
         "fused_distil_loss": (heads, {"baseline": "leave_one_out", "group_size": 2, **packed}),

@@ -12,6 +12,7 @@ from distil_kernels import (
     explain,
     fused_distil_loss,
     fused_forward_ce,
+    fused_forward_kl,
     fused_jsd,
     fused_policy_loss,
     fused_reverse_kl,
@@ -92,6 +93,9 @@ def one_row_each() -> torch.Tensor:
 OPS = {
     "fused_forward_ce": (
         lambda x: fused_forward_ce(*x.heads, **x.options, reduction="sum"), lambda x: oracle(x).ce.sum(),
+    ),
+    "fused_forward_kl": (
+        lambda x: fused_forward_kl(*x.heads, **x.options, normalizer=1.0), lambda x: oracle(x).kl.sum(),
     ),
     "fused_reverse_kl": (
         lambda x: fused_reverse_kl(*x.heads, **x.options, reduction="sum"), lambda x: oracle(x).reverse_kl.sum(),

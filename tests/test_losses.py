@@ -11,6 +11,7 @@ import distil_kernels
 from distil_kernels import (
     fused_distil_loss,
     fused_forward_ce,
+    fused_forward_kl,
     fused_jsd,
     fused_policy_loss,
     fused_reverse_kl,
@@ -30,10 +31,10 @@ from distil_kernels.testing import (
     oracle,
 )
 
-LOSSES = {"reverse_kl": fused_reverse_kl, "jsd": fused_jsd}
+LOSSES = {"kl": fused_forward_kl, "reverse_kl": fused_reverse_kl, "jsd": fused_jsd}
 LOSSES_BY_NAME = {loss.__name__: loss for loss in LOSSES.values()}
 BACKENDS = ["reference", "cpu"]
-OPTIONS = {"reverse_kl": {}, "jsd": {"jsd_weight": 0.3}}
+OPTIONS = {"kl": {}, "reverse_kl": {}, "jsd": {"jsd_weight": 0.3}}
 
 
 def gradients(value, inputs):
@@ -113,6 +114,32 @@ def test_jsd_is_small_and_exact_between_near_models(generator):
     assert 0 < float(exact.max()) < 1e-5
 
 
+@pytest.mark.parametrize("cost", ["kl", "reverse_kl"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_divergences_of_near_models_are_exact_and_of_equal_ones_zero(backend, cost, generator):
+    """1e-7 and below, where the cross-entropy less the entropy is rounding; the gradient is that of the definition."""
+    inputs = make_inputs(16, 4096, 32, kind="near", generator=generator)
+    exact = cost_by_definition(inputs.to(torch.float64), cost).detach()
+    ours = LOSSES[cost](*inputs.heads, reduction="none", backend=backend).detach()
+    assert (ours >= 0).all() and 0 < float(exact.max()) < 1e-5
+    assert float(((ours - exact) / exact).abs().max()) < 2e-2
+    total = LOSSES[cost](*inputs.heads, reduction="sum", backend=backend)
+    assert float((total - exact.sum()).abs() / exact.sum()) < 2e-2
+    hidden, weight = inputs.heads[:2]
+    for teacher in ((hidden, weight), (hidden, None)):
+        value = LOSSES[cost](hidden, weight, *teacher, backend=backend)
+        assert value == 0
+        for gradient in torch.autograd.grad(value, [hidden, weight]):
+            assert float(gradient.abs().max()) < 1e-7
+
+
+def test_forward_kl_has_the_gradient_of_the_cross_entropy(generator):
+    inputs = make_inputs(12, 131, 16, bias=True, generator=generator)
+    kl, ce = fused_forward_kl(*inputs.heads, **inputs.options), fused_forward_ce(*inputs.heads, **inputs.options)
+    assert all(map(torch.equal, gradients(kl, inputs).values(), gradients(ce, inputs).values()))
+    torch.testing.assert_close(kl, ce - oracle(inputs).teacher_entropy.mean())
+
+
 def test_jsd_at_small_weight_is_a_scaled_kl(generator):
     """Its ends are modes of their own: JSD_b / (b (1 - b)) goes to KL(T || S) as b goes to 0, JSD_b to 0."""
     inputs = make_inputs(16, 131, 32, dtype=torch.float64, generator=generator)
@@ -125,7 +152,7 @@ def test_jsd_at_small_weight_is_a_scaled_kl(generator):
             fused_jsd(*inputs.heads, jsd_weight=end)
 
 
-@pytest.mark.parametrize("cost", ["reverse_kl", "jsd"])
+@pytest.mark.parametrize("cost", ["kl", "reverse_kl", "jsd"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sequence_level_gradient(backend, cost, generator):
     """c grad cost + a grad logprob with the credit of the cost's own future, over several chunks."""
@@ -249,7 +276,9 @@ def test_without_a_teacher_there_is_one_product_and_half_the_logits(generator, m
     assert shapes == [(8, 131), (8, 131)]
 
 
-@pytest.mark.parametrize("name", ["fused_reverse_kl", "fused_jsd", "fused_policy_loss", "token_logprobs"])
+@pytest.mark.parametrize(
+    "name", ["fused_forward_kl", "fused_reverse_kl", "fused_jsd", "fused_policy_loss", "token_logprobs"]
+)
 def test_compiles_without_graph_breaks(name, generator):
     inputs = make_inputs(12, 131, 16, generator=generator)
 

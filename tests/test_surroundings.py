@@ -17,6 +17,7 @@ import distil_kernels
 from distil_kernels import (
     fused_distil_loss,
     fused_forward_ce,
+    fused_forward_kl,
     fused_jsd,
     fused_policy_loss,
     fused_reverse_kl,
@@ -45,6 +46,7 @@ def both(found: TokenStats | TokenLogprobs) -> torch.Tensor:
 OPS = {
     "forward_ce": lambda x, **options: fused_forward_ce(*x.heads, **options),
     "forward_ce of rows": lambda x, **options: fused_forward_ce(*x.heads, reduction="none", **options).sum(),
+    "forward_kl": lambda x, **options: fused_forward_kl(*x.heads, **options),
     "reverse_kl": lambda x, **options: fused_reverse_kl(*x.heads, **options),
     "jsd": lambda x, **options: fused_jsd(*x.heads, **options),
     "stats": lambda x, **options: both(token_stats(*x.heads, tokens=x.tokens, **options)),

@@ -126,6 +126,7 @@ def test_other_costs(kernels, cost, kind, generator):
 def test_corners(kernels, generator):
     row_checks.check_softcap_and_minus_infinity(kernels, generator)
     row_checks.check_blocks(kernels, generator)
+    row_checks.check_equal_models(kernels, generator)
     row_checks.check_first_of_equal_maxima(kernels)
     row_checks.check_unused_rows_and_nan(kernels, generator)
     row_checks.check_tokens_outside(kernels, generator)

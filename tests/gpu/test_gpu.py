@@ -15,6 +15,7 @@ import torch
 from distil_kernels import (
     fused_distil_loss,
     fused_forward_ce,
+    fused_forward_kl,
     fused_jsd,
     fused_policy_loss,
     fused_reverse_kl,
@@ -95,6 +96,7 @@ def test_row_kernels(kernels, vocab_size, kind, generator):
 def test_row_kernels_in_corners(kernels, generator):
     row_checks.check_softcap_and_minus_infinity(kernels, generator)
     row_checks.check_blocks(kernels, generator)
+    row_checks.check_equal_models(kernels, generator)
     row_checks.check_first_of_equal_maxima(kernels)
     row_checks.check_unused_rows_and_nan(kernels, generator)
     row_checks.check_tokens_outside(kernels, generator)
@@ -243,6 +245,7 @@ def other_ops(copy: Inputs, backend: str) -> dict[str, torch.Tensor]:
     logprobs = torch.stack([numbers - 2.0, numbers - 1.5], -1)
     sampled = token_logprobs(hidden, weight, tokens=copy.tokens, **options)
     return {
+        "forward_kl": fused_forward_kl(*copy.heads, token_mask=mask, token_weight=numbers + 2.0, **options),
         "reverse_kl": fused_reverse_kl(*copy.heads, token_mask=mask, token_weight=numbers + 2.0, **options),
         "jsd": fused_jsd(*copy.heads, jsd_weight=0.3, **options),
         "jsd of rows": (fused_jsd(*copy.heads, reduction="none", token_mask=mask, **options) * numbers).sum(),

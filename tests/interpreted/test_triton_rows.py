@@ -26,6 +26,10 @@ def test_softcap_and_minus_infinity(generator):
     row_checks.check_softcap_and_minus_infinity(triton, generator)
 
 
+def test_equal_models(generator):
+    row_checks.check_equal_models(triton, generator)
+
+
 def test_blocks_of_a_row_meet(generator):
     row_checks.check_blocks(triton, generator)
 
