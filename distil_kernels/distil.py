@@ -54,6 +54,7 @@ def fused_distil_loss(
     cu_seqlens: Tensor | None,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    vocab_size: int | None = None,
     token_mask: Tensor | None = None,
     token_weight: Tensor | None = None,
     temperature: float = 1.0,
@@ -76,6 +77,7 @@ def fused_distil_loss(
     importance_clip: float | None = None,
     normalizer: float | Tensor | None = None,
     gradient_threshold: float = 0.0,
+    detach_hidden: bool = False,
     backend: str = "auto",
     plan: str | Plan = "auto",
 ) -> DistilLoss:
@@ -136,6 +138,7 @@ def fused_distil_loss(
     call = Call(
         checks, scalings, backend, student_hidden, student_weight, teacher_hidden, teacher_weight,
         student_bias=student_bias, teacher_bias=teacher_bias, token_mask=token_mask, token_weight=token_weight,
+        vocab_size=vocab_size, detach_hidden=detach_hidden,
     )  # fmt: skip
     checks.packed(student_hidden, cu_seqlens, optional=True)
     checks.rows("tokens", tokens, student_hidden, "int64")

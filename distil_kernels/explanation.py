@@ -245,6 +245,7 @@ def _from_sizes(
         "advantages": tensor(num_rows),
     }
     needs_grad = set(needs_grad)
+    options.setdefault("detach_hidden", "student_hidden" not in needs_grad)
     for name in needs_grad:
         tensors[name].requires_grad_()
     parameters = inspect.signature(op).parameters.values()

@@ -40,6 +40,7 @@ class LossOptions(TypedDict, total=False):
 
     student_bias: Tensor | None
     teacher_bias: Tensor | None
+    vocab_size: int | None
     token_mask: Tensor | None
     token_weight: Tensor | None
     temperature: float
@@ -52,6 +53,7 @@ class LossOptions(TypedDict, total=False):
     normalizer: float | Tensor | None
     gradient_threshold: float
     return_dropped: bool
+    detach_hidden: bool
     backend: str
     plan: str | Plan
 
@@ -68,6 +70,7 @@ def fused_forward_ce(  # type: ignore[misc]  # the overloads leave the other arg
     *,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    vocab_size: int | None = None,
     token_mask: Tensor | None = None,
     token_weight: Tensor | None = None,
     temperature: float = 1.0,
@@ -80,6 +83,7 @@ def fused_forward_ce(  # type: ignore[misc]  # the overloads leave the other arg
     normalizer: float | Tensor | None = None,
     gradient_threshold: float = 0.0,
     return_dropped: bool = False,
+    detach_hidden: bool = False,
     backend: str = "auto",
     plan: str | Plan = "auto",
 ) -> Tensor | ForwardCE:
@@ -91,6 +95,8 @@ def fused_forward_ce(  # type: ignore[misc]  # the overloads leave the other arg
         teacher_hidden: [..., D_T]; D_T and the dtype may differ from the student's.
         teacher_weight: [V, D_T]; None shares the student's head (and, without `teacher_bias`, its bias).
         student_bias, teacher_bias: [V].
+        vocab_size: V where the heads have more rows, also different numbers of them: rows from V on are padding that is
+            not read, with a gradient of 0. No head is copied; the gradient of a longer student_weight is, once.
         token_mask: [...] bool or integer; True or 1 counts. Other rows are not read: they may hold anything, and
             tokens of no vocabulary.
         token_weight: [...] float, multiplies each token's cross-entropy. It gets no gradient.
@@ -112,6 +118,8 @@ def fused_forward_ce(  # type: ignore[misc]  # the overloads leave the other arg
             back end, with a scalar loss whose gradient is formed in the forward pass. It saves time where the model is
             sure of most tokens, and may take more memory than it saves (docs/performance.md).
         return_dropped: also return how much each row lost; for reductions "mean" and "sum".
+        detach_hidden: the head alone learns. Without it, hidden states that need no gradient beside a head that does
+            are an error: mostly they have lost it.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
         plan: "auto", a name of `distil_kernels.plan.PLANS`, or a `distil_kernels.plan.Plan` with sizes of its own.
 
@@ -126,11 +134,12 @@ def fused_forward_ce(  # type: ignore[misc]  # the overloads leave the other arg
     """
     return _token_loss(
         "fused_forward_ce", FORWARD_CE, student_hidden, student_weight, teacher_hidden, teacher_weight,
-        student_bias=student_bias, teacher_bias=teacher_bias, token_mask=token_mask, token_weight=token_weight,
-        temperature=temperature, teacher_temperature=teacher_temperature, logit_softcap=logit_softcap,
-        teacher_logit_softcap=teacher_logit_softcap, student_logit_scale=student_logit_scale,
-        teacher_logit_scale=teacher_logit_scale, reduction=reduction, normalizer=normalizer,
-        gradient_threshold=gradient_threshold, return_dropped=return_dropped, backend=backend, plan=plan,
+        student_bias=student_bias, teacher_bias=teacher_bias, vocab_size=vocab_size, token_mask=token_mask,
+        token_weight=token_weight, temperature=temperature, teacher_temperature=teacher_temperature,
+        logit_softcap=logit_softcap, teacher_logit_softcap=teacher_logit_softcap,
+        student_logit_scale=student_logit_scale, teacher_logit_scale=teacher_logit_scale, reduction=reduction,
+        normalizer=normalizer, gradient_threshold=gradient_threshold, return_dropped=return_dropped,
+        detach_hidden=detach_hidden, backend=backend, plan=plan,
     )  # fmt: skip
 
 
@@ -200,6 +209,7 @@ def _token_loss(
     *,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    vocab_size: int | None = None,
     token_mask: Tensor | None = None,
     token_weight: Tensor | None = None,
     temperature: float = 1.0,
@@ -212,6 +222,7 @@ def _token_loss(
     normalizer: float | Tensor | None = None,
     gradient_threshold: float = 0.0,
     return_dropped: bool = False,
+    detach_hidden: bool = False,
     backend: str = "auto",
     plan: str | Plan = "auto",
 ) -> Any:
@@ -233,6 +244,7 @@ def _token_loss(
     call = Call(
         checks, scalings, backend, student_hidden, student_weight, teacher_hidden, teacher_weight,
         student_bias=student_bias, teacher_bias=teacher_bias, token_mask=token_mask, token_weight=token_weight,
+        vocab_size=vocab_size, detach_hidden=detach_hidden,
     )  # fmt: skip
 
     # A loss per token: its upstream gradients come later.

@@ -44,12 +44,14 @@ def fused_policy_loss(
     clip_high: float | None = 0.2,
     entropy_weight: float = 0.0,
     student_bias: Tensor | None = None,
+    vocab_size: int | None = None,
     token_mask: Tensor | None = None,
     token_weight: Tensor | None = None,
     temperature: float = 1.0,
     logit_softcap: float | None = None,
     student_logit_scale: float = 1.0,
     normalizer: float | Tensor | None = None,
+    detach_hidden: bool = False,
     backend: str = "auto",
     plan: str | Plan = "auto",
 ) -> PolicyLoss:
@@ -76,7 +78,7 @@ def fused_policy_loss(
     scalings = checks.scalings(temperature, logit_softcap, student_logit_scale)
     call = Call(
         checks, scalings, backend, student_hidden, student_weight, student_bias=student_bias, token_mask=token_mask,
-        token_weight=token_weight, has_teacher=False,
+        token_weight=token_weight, vocab_size=vocab_size, detach_hidden=detach_hidden, has_teacher=False,
     )  # fmt: skip
     checks.rows("tokens", tokens, student_hidden, "int64", optional=False)
     checks.rows("advantages", advantages, student_hidden, "float", optional=False)

@@ -72,6 +72,7 @@ def token_stats(
     tokens: Tensor | None,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    vocab_size: int | None = None,
     token_mask: Tensor | None = None,
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
@@ -79,6 +80,7 @@ def token_stats(
     teacher_logit_softcap: float | None = None,
     student_logit_scale: float = 1.0,
     teacher_logit_scale: float | None = None,
+    detach_hidden: bool = False,
     backend: str = "auto",
     plan: str | Plan = "auto",
 ) -> TokenStats:
@@ -102,6 +104,7 @@ def token_stats(
     call = Call(
         checks, scalings, backend, student_hidden, student_weight, teacher_hidden, teacher_weight,
         student_bias=student_bias, teacher_bias=teacher_bias, token_mask=token_mask,
+        vocab_size=vocab_size, detach_hidden=detach_hidden,
     )  # fmt: skip
     checks.rows("tokens", tokens, student_hidden, "int64")
     statistics = call.differentiable_statistics(tokens, FORWARD_CE, plan)
@@ -114,10 +117,12 @@ def token_logprobs(
     *,
     tokens: Tensor | None,
     student_bias: Tensor | None = None,
+    vocab_size: int | None = None,
     token_mask: Tensor | None = None,
     temperature: float = 1.0,
     logit_softcap: float | None = None,
     student_logit_scale: float = 1.0,
+    detach_hidden: bool = False,
     backend: str = "auto",
     plan: str | Plan = "auto",
 ) -> TokenLogprobs:
@@ -133,7 +138,7 @@ def token_logprobs(
     scalings = checks.scalings(temperature, logit_softcap, student_logit_scale)
     call = Call(
         checks, scalings, backend, student_hidden, student_weight, student_bias=student_bias, token_mask=token_mask,
-        has_teacher=False,
+        vocab_size=vocab_size, detach_hidden=detach_hidden, has_teacher=False,
     )  # fmt: skip
     checks.rows("tokens", tokens, student_hidden, "int64")
     statistics = call.differentiable_statistics(tokens, Cost(Statistic.ENTROPY), plan)

@@ -29,6 +29,7 @@ def fused_topk_ce(
     teacher_logprobs: Tensor,
     *,
     student_bias: Tensor | None = None,
+    vocab_size: int | None = None,
     token_mask: Tensor | None = None,
     token_weight: Tensor | None = None,
     temperature: float = 1.0,
@@ -36,6 +37,7 @@ def fused_topk_ce(
     student_logit_scale: float = 1.0,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
+    detach_hidden: bool = False,
 ) -> Tensor:
     """Forward cross-entropy to the K tokens that a teacher named, and to one bucket of all others.
 
@@ -44,8 +46,11 @@ def fused_topk_ce(
         student_weight: [V, D] lm_head, same dtype.
         teacher_ids: [..., K] int64, different tokens of the student's vocabulary; -1 where fewer are known.
         teacher_logprobs: [..., K] float, their natural log-probs under the teacher (what stands beside -1 is not read).
-            Samples of a black box are such a distribution too: each token's share.
+            Samples of a black box are such a distribution too: each token's share. A row's probabilities may sum to
+            more than 1 by the rounding of two decimals (.5 %) and of their own dtype; they are not renormalised, and
+            nothing is left for the other tokens.
         student_bias: [V].
+        vocab_size, detach_hidden: as in `fused_forward_ce`.
         token_mask: [...] bool or integer; True or 1 counts. Other rows are not read: they may hold anything, and
             tokens of no vocabulary.
         token_weight: [...] float, multiplies each token's cross-entropy. It gets no gradient.
@@ -58,8 +63,9 @@ def fused_topk_ce(
         [] float32 (float64 for float64 inputs), with gradients for hidden states, weight and bias.
 
     Raises:
-        ValueError, TypeError: an argument is wrong; the message names it. What stands in ids and log-probs is looked
-            at on the CPU only: on a GPU it would cost a synchronisation.
+        ValueError, TypeError: an argument is wrong; the message names it. Ids outside the vocabulary, a token that is
+            named twice and log-probs of no distribution are refused on every device: on an NVIDIA GPU by an assertion
+            there (`torch._assert_async`), for which nothing waits and after which the process has to end.
     """
     checks = ArgumentChecks("fused_topk_ce")
     checks.one_of("reduction", reduction, ("mean", "sum"))
@@ -68,7 +74,8 @@ def fused_topk_ce(
     scalings = checks.scalings(temperature, logit_softcap, student_logit_scale)
     call = Call(
         checks, scalings, _PLAIN_TORCH, student_hidden, student_weight, student_bias=student_bias,
-        token_mask=token_mask, token_weight=token_weight, has_teacher=False,
+        token_mask=token_mask, token_weight=token_weight, vocab_size=vocab_size, detach_hidden=detach_hidden,
+        has_teacher=False,
     )  # fmt: skip
     checks.named_tokens(student_hidden, teacher_ids, teacher_logprobs)
     denominator = None if reduction == "sum" else call.denominator(checks.normalizer(normalizer, student_hidden))
@@ -84,6 +91,7 @@ def fused_topk_distil_loss(
     tokens: Tensor,
     cu_seqlens: Tensor,
     student_bias: Tensor | None = None,
+    vocab_size: int | None = None,
     token_mask: Tensor | None = None,
     temperature: float = 1.0,
     logit_softcap: float | None = None,
@@ -100,6 +108,7 @@ def fused_topk_distil_loss(
     behaviour_logprobs: Tensor | None = None,
     importance_clip: float | None = None,
     normalizer: float | Tensor | None = None,
+    detach_hidden: bool = False,
 ) -> DistilLoss:
     """`fused_distil_loss` for a teacher as `fused_topk_ce` knows it: K tokens and one bucket of all others.
 
@@ -121,7 +130,7 @@ def fused_topk_distil_loss(
     scalings = checks.scalings(temperature, logit_softcap, student_logit_scale)
     call = Call(
         checks, scalings, _PLAIN_TORCH, student_hidden, student_weight, student_bias=student_bias,
-        token_mask=token_mask, has_teacher=False,
+        token_mask=token_mask, vocab_size=vocab_size, detach_hidden=detach_hidden, has_teacher=False,
     )  # fmt: skip
     checks.one_of("cost", cost, ("ce", "kl"))
     normalizer = checks.normalizer(normalizer, student_hidden)

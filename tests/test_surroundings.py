@@ -26,6 +26,7 @@ from distil_kernels import (
     token_logprobs,
     token_stats,
 )
+from distil_kernels.engine import driver
 from distil_kernels.engine.plan import PLANS, Plan
 from distil_kernels.testing import Inputs, make_inputs, oracle
 from distil_kernels.token_statistics import TokenLogprobs, TokenStats
@@ -295,3 +296,86 @@ def test_negated_views(op, generator):
     views = replace(inputs, **{name: negated(getattr(inputs, name)) for name in names})
     for ours, each in zip(results(op, views), results(op, inputs), strict=True):
         assert torch.equal(ours, each)
+
+
+def padded(inputs: Inputs, student_rows: int, teacher_rows: int) -> Inputs:
+    """Heads with rows of NaN behind the vocabulary."""
+
+    def longer(tensor: torch.Tensor, num_rows: int) -> torch.Tensor:
+        made = tensor.new_full((num_rows, *tensor.shape[1:]), torch.nan)
+        made[: len(tensor)] = tensor.detach()
+        return made.requires_grad_(tensor.requires_grad)
+
+    biases = {"student_bias": student_rows, "teacher_bias": teacher_rows}
+    return replace(
+        inputs,
+        student_weight=longer(inputs.student_weight, student_rows),
+        teacher_weight=None if inputs.teacher_weight is None else longer(inputs.teacher_weight, teacher_rows),
+        options={name: longer(inputs.options[name], size) for name, size in biases.items() if name in inputs.options},
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("student_rows", "teacher_rows"), [(43, 47), (40, 64), (64, 40)])
+@pytest.mark.parametrize("op", OPS)
+def test_padding_rows_do_not_exist(op, student_rows, teacher_rows, dtype, generator):
+    """With `vocab_size` heads of any length are those without padding; the padding's gradient is 0."""
+    inputs = make_inputs(N, 40, D, dtype=dtype, bias=True, generator=generator)
+    with_teacher = op not in ("logprobs", "policy", "topk_ce", "topk_distil")
+
+    def found(each: Inputs, **options: int) -> list[torch.Tensor]:
+        biases = {name: value for name, value in each.options.items() if with_teacher or name == "student_bias"}
+        return results(op, each, **biases, **options)
+
+    expected, ours = found(inputs), found(padded(inputs, student_rows, teacher_rows), vocab_size=40)
+    value, hidden, *head = ours
+    assert torch.equal(value, expected[0]) and torch.equal(hidden, expected[1])
+    for gradient, exact in zip(head, expected[2:], strict=True):
+        assert len(gradient) == student_rows
+        assert torch.equal(gradient[:40], exact) and not gradient[40:].any()
+
+
+@pytest.mark.parametrize("rows", [40, 45])
+def test_padding_of_a_shared_head(rows, generator):
+    inputs = make_inputs(N, 40, D, shared_head=True, generator=generator)
+    expected = results("jsd", inputs)
+    ours = results("jsd", padded(inputs, rows, rows), vocab_size=40)
+    assert torch.equal(ours[0], expected[0]) and torch.equal(ours[1], expected[1])
+    assert torch.equal(ours[2][:40], expected[2]) and not ours[2][40:].any()
+
+
+def test_no_head_is_copied_for_its_padding(generator, monkeypatch):
+    read = []
+    original = driver.gemm.lm_head
+    monkeypatch.setattr(
+        driver.gemm, "lm_head", lambda hidden, weight, out: read.append(weight) or original(hidden, weight, out=out)
+    )
+    inputs = padded(make_inputs(N, 40, D, generator=generator), 43, 47)
+    fused_forward_ce(*inputs.heads, vocab_size=40)
+    heads = inputs.student_weight, inputs.teacher_weight
+    assert [(each.data_ptr(), len(each)) for each in read] == [(head.data_ptr(), 40) for head in heads]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_hidden_states_that_lost_their_gradient(op, generator):
+    """An error that names the way out, for which the head's gradient is the same and hidden states get none."""
+    inputs = make_inputs(N, 40, D, generator=generator)
+    _, _, expected = results(op, inputs)
+    lost = replace(inputs, student_hidden=inputs.student_hidden.detach())
+    with pytest.raises(
+        ValueError, match=r"student_hidden needs no gradient but student_weight does.*detach_hidden=True"
+    ):
+        OPS[op](lost)
+    torch.testing.assert_close(results(op, lost, detach_hidden=True)[1], expected)
+    OPS[op](inputs, detach_hidden=True).backward()
+    torch.testing.assert_close(inputs.student_weight.grad, expected)
+    assert inputs.student_hidden.grad is None
+    with torch.no_grad():
+        assert not OPS[op](lost).requires_grad
+    nothing = replace(lost, student_weight=lost.student_weight.detach())
+    assert not OPS[op](nothing).requires_grad
+    bias = torch.zeros(40, requires_grad=True)
+    with pytest.raises(ValueError, match="student_hidden needs no gradient but student_bias does"):
+        OPS[op](nothing, student_bias=bias)
+    OPS[op](nothing, student_bias=bias, detach_hidden=True).backward()
+    assert bias.grad.any()

@@ -161,6 +161,10 @@ def test_opcheck(dtype, generator):
         ({"teacher_ids": torch.full((N, 2), V)}, "expected 0 to 66"),
         ({"teacher_ids": torch.full((N, 2), 3)}, "twice"),
         ({"teacher_logprobs": torch.full((N, 2), 0.1)}, "expected at most 1"),
+        (
+            {"teacher_logprobs": torch.full((N, 2), torch.inf)},
+            r"no distribution \(they sum to inf\), expected at most 1",
+        ),
         ({"teacher_logprobs": torch.full((N, 2), torch.nan)}, "expected at most 1"),
         ({"teacher_logprobs": torch.zeros(N, 3)}, "expected one"),
         ({"teacher_ids": torch.zeros(N - 1, 2, dtype=torch.int64)}, "teacher_ids has shape"),
@@ -174,3 +178,64 @@ def test_wrong_arguments(change, message, generator):
     arguments = {"teacher_ids": ids, "teacher_logprobs": logprobs} | change
     with pytest.raises(ValueError, match=message):
         fused_topk_ce(*inputs.heads[:2], **arguments)
+
+
+def with_mass(mass, dtype, generator, num_named=8):
+    """Log-probs [N, K] of a dtype whose probabilities sum to `mass` in the last row, and to less in the others."""
+    share = torch.rand(N, num_named, generator=generator, dtype=torch.float64) + 0.2
+    share = share / share.sum(-1, keepdim=True) * 0.9
+    share[-1] *= mass / 0.9
+    return torch.stack([torch.randperm(V, generator=generator)[:num_named] for _ in range(N)]), share.log().to(dtype)
+
+
+@pytest.mark.parametrize(("mass", "dtype", "is_right"), [
+    (1.0014, torch.float32, True), (1.0014, torch.bfloat16, True), (1.0014, torch.float64, True),
+    (1.0049, torch.float32, True), (1.006, torch.float32, False), (1.03, torch.bfloat16, False),
+    (1.03, torch.float16, False),
+])  # fmt: skip
+def test_a_mass_above_one_by_the_rounding_of_log_probs(mass, dtype, is_right, generator):
+    inputs = make_inputs(N, V, D, generator=generator)
+    ids, logprobs = with_mass(mass, dtype, generator)
+    mask = torch.arange(N) < N - 1
+    fused_topk_ce(*inputs.heads[:2], ids, logprobs, token_mask=mask)
+    if not is_right:
+        with pytest.raises(ValueError, match=r"teacher_logprobs has a row .* \(they sum to 1.0"):
+            fused_topk_ce(*inputs.heads[:2], ids, logprobs)
+        return
+
+    # Nothing is renormalised: the last row weighs as much as its probabilities sum to, and has no tail.
+    leaves = leaves_of(inputs, torch.float64, None)
+    value = fused_topk_ce(*leaves, ids, logprobs, reduction="sum")
+    probs = logprobs.double().exp()
+    named = (leaves[0] @ leaves[1].T).log_softmax(-1).gather(1, ids)
+    tail = (1.0 - named.exp().sum(-1)).log()
+    exact = -(probs * named).sum() - ((1.0 - probs.sum(-1)).clamp(min=0.0) * tail).sum()
+    for ours, theirs in zip(gradients(value, leaves), gradients(exact, leaves), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_distribution_in_half_precision_is_one(dtype, generator):
+    """Of few tokens and of all, sure and unsure: what rounding makes of its sum is no error."""
+    inputs = make_inputs(N, V, D, generator=generator)
+    for scale in (0.0, 0.3, 3.0, 30.0):
+        logprobs = (scale * torch.randn(N, V, generator=generator)).log_softmax(-1).to(dtype)
+        for num_named in (V, 20):
+            top = logprobs.topk(num_named)
+            fused_topk_ce(*inputs.heads[:2], top.indices, top.values)
+
+
+def test_log_probs_of_two_decimals_are_a_distribution(generator):
+    inputs = make_inputs(N, V, D, generator=generator)
+    for scale in (0.3, 3.0):
+        top = (scale * torch.randn(N, V, generator=generator)).log_softmax(-1).topk(V)
+        fused_topk_ce(*inputs.heads[:2], top.indices, (top.values * 100).round() / 100)
+
+
+def test_a_distribution_over_every_token_sums_to_one(generator):
+    inputs = make_inputs(N, V, D, generator=generator)
+    ids = torch.stack([torch.randperm(V, generator=generator) for _ in range(N)])
+    logprobs = torch.full((N, V), 0.5 / V).log()
+    with pytest.raises(ValueError, match=r"every token whose probabilities are no distribution \(they sum to 0.5"):
+        fused_topk_ce(*inputs.heads[:2], ids, logprobs)
+    fused_topk_ce(*inputs.heads[:2], ids[:, 1:], logprobs[:, 1:])

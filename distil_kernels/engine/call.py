@@ -14,7 +14,6 @@ from distil_kernels.engine.checks import ArgumentChecks
 from distil_kernels.engine.credit import CreditInputs, known_in_order
 from distil_kernels.engine.custom_ops import PolicyRows, ScalarLoss
 from distil_kernels.engine.gemm import accumulation_dtype
-from distil_kernels.engine.gradients import Needs
 from distil_kernels.engine.plan import Plan, check_plan, choose_plan
 from distil_kernels.engine.policy import Policy
 from distil_kernels.engine.scaled_gradients import anchor_of
@@ -74,12 +73,20 @@ class Call:
         teacher_bias: Tensor | None = None,
         token_mask: Tensor | None,
         token_weight: Tensor | None = None,
+        vocab_size: int | None,
+        detach_hidden: bool,
         has_teacher: bool = True,
     ) -> None:
         # Check every argument that the ops share.
         self._checks = checks
-        leaves = student_hidden, student_weight, student_bias
         checks.no_tangents(student_hidden=student_hidden, student_weight=student_weight, student_bias=student_bias)
+        self._needs = checks.needs(student_hidden, student_weight, student_bias, detach_hidden)
+        if detach_hidden and isinstance(student_hidden, Tensor):
+            student_hidden = student_hidden.detach()
+        if vocab_size is not None:
+            student_weight, student_bias, teacher_weight, teacher_bias = checks.vocabulary(
+                vocab_size, student_weight, student_bias, teacher_weight, teacher_bias
+            )
         student_hidden, student_weight = _as_autocast(student_hidden, student_weight)
         teacher_hidden, teacher_weight = _as_autocast(teacher_hidden, teacher_weight)
         other_hidden = teacher_hidden if has_teacher else student_hidden
@@ -104,8 +111,6 @@ class Call:
         if not isinstance(backend, BackendChoice):
             backend = choose_backend(backend, student_hidden.device, student_hidden.dtype)
         self._backend = backend
-        grad_enabled = torch.is_grad_enabled()
-        self._needs = Needs(*(grad_enabled and tensor is not None and tensor.requires_grad for tensor in leaves))
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -172,10 +177,7 @@ class Call:
         credit: CreditInputs = _NO_CREDIT,
     ) -> ScalarLoss:
         """Computes the same to a teacher that named tokens [..., K] with their log-probs."""
-        named = (
-            teacher_ids.reshape(-1, teacher_ids.shape[-1]),
-            teacher_logprobs.detach().to(self._dtype).reshape(-1, teacher_ids.shape[-1]),
-        )
+        named = tuple(each.detach().reshape(-1, teacher_ids.shape[-1]) for each in (teacher_ids, teacher_logprobs))
         return self._sum_of_costs(
             custom_ops.topk_loss, named, cost, denominator, tokens, cu_seqlens, credit, 0.0, "auto"
         )

@@ -1,7 +1,8 @@
 """Checks of every argument of the public ops, once, before any work starts.
 
-Messages name the argument, what came and what was expected. What depends on values in memory (token ids, cu_seqlens) is
-checked where the op runs, on the CPU only: on a GPU it would cost a synchronisation.
+Messages name the argument, what came and what was expected. What depends on values in memory is checked where the op
+runs: sequence borders always, a teacher's named tokens on a GPU by assertions there, and the student's tokens on the
+CPU only, since it would cost a synchronisation.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import decimal
 import math
 import numbers
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -20,6 +22,7 @@ from distil_kernels.backends import LogitScaling
 from distil_kernels.engine.allocation import to_device
 from distil_kernels.engine.credit import BASELINES, SPANS, Credit, CreditInputs
 from distil_kernels.engine.gemm import accumulation_dtype
+from distil_kernels.engine.gradients import Needs
 from distil_kernels.engine.plan import Plan
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -27,8 +30,8 @@ _MAX_SIZE = 2**31 - 1
 _LARGEST = sys.float_info.max
 _SMALLEST_SCALE, _LARGEST_SCALE = 1e-12, 1e12
 """Bounds of temperature, scale and softcap: quotients of both, and products with logits, are normal float32 numbers."""
-_MAX_MASS = 1 + 1e-3
-"""Log-probs of an API are rounded: their sum may pass 1 by this much, and then the tail is empty."""
+_TWO_DECIMALS = math.expm1(0.005)
+"""What the probabilities of a row can sum to beyond 1 where an API rounds log-probs to two decimals."""
 
 
 class ArgumentChecks:
@@ -79,6 +82,38 @@ class ArgumentChecks:
         self.scale(name, value)
         return float(value)
 
+    def needs(
+        self, student_hidden: Tensor, student_weight: Tensor, student_bias: Tensor | None, detach_hidden: bool
+    ) -> Needs:
+        """Returns which tensors get a gradient; hidden states that lost theirs on the way are an error."""
+        self.flag("detach_hidden", detach_hidden)
+        hidden, weight, bias = (
+            torch.is_grad_enabled() and isinstance(tensor, Tensor) and tensor.requires_grad
+            for tensor in (student_hidden, student_weight, student_bias)
+        )
+        if (weight or bias) and not hidden and not detach_hidden:
+            head = "student_weight" if weight else "student_bias"
+            self.value_error(
+                f"student_hidden needs no gradient but {head} does, expected both: the body would not learn (was it "
+                "run under no_grad?); pass detach_hidden=True if the head alone is to learn, or call under "
+                "torch.no_grad() if nothing is"
+            )
+        return Needs(hidden and not detach_hidden, weight, bias)
+
+    def vocabulary(self, vocab_size: int, *heads: Tensor | None) -> list[Any]:
+        """Returns views of the first rows of student's weight and bias, and of the teacher's."""
+        self.count("vocab_size", vocab_size)
+        names = "student_weight", "student_bias", "teacher_weight", "teacher_bias"
+        for name, tensor in zip(names, heads, strict=True):
+            if isinstance(tensor, Tensor) and tensor.dim() > 0 and tensor.shape[0] < vocab_size:
+                self.value_error(f"vocab_size is {vocab_size}, {name} has {tensor.shape[0]} rows: expected no more")
+        return [
+            tensor[:vocab_size]
+            if isinstance(tensor, Tensor) and tensor.dim() and tensor.layout == torch.strided
+            else tensor
+            for tensor in heads
+        ]
+
     def heads(
         self,
         student_hidden: Tensor,
@@ -127,7 +162,7 @@ class ArgumentChecks:
             if teacher_weight.shape[0] != student_weight.shape[0]:
                 self.value_error(
                     f"student_weight has {student_weight.shape[0]} rows, teacher_weight "
-                    f"{teacher_weight.shape[0]}: both models need the same vocabulary (slice off padding rows)"
+                    f"{teacher_weight.shape[0]}: both models need the same vocabulary (vocab_size= leaves padding out)"
                 )
         if teacher_bias is not None and teacher_bias.shape != (student_weight.shape[0],):
             self.value_error(f"teacher_bias has shape {list(teacher_bias.shape)}, expected [{student_weight.shape[0]}]")
@@ -414,23 +449,53 @@ def check_tokens(tokens: Tensor | None, counted: Tensor | None, vocab_size: int)
 
 
 def check_named_tokens(ids: Tensor, logprobs: Tensor, counted: Tensor | None, vocab_size: int) -> None:
-    """Checks the values of named tokens [N, K] of rows that count (on the CPU only)."""
-    if ids.device.type != "cpu":
-        return
-    if counted is not None:
-        ids, logprobs = ids[counted], logprobs[counted]
+    """Checks the values of named tokens [N, K] of rows that count: different tokens, log-probs of a distribution.
+
+    Log-probs are rounded, by an API to two decimals or by their dtype: the sum of a row's probabilities may differ from
+    that of a distribution by what this makes of it.
+    """
     if ids.numel() == 0:
         return
-    if int(ids.min()) < -1 or int(ids.max()) >= vocab_size:
-        raise ValueError(
-            f"teacher_ids holds ids from {int(ids.min())} to {int(ids.max())}, expected 0 to {vocab_size - 1}, or -1"
-        )
-    ordered = ids.sort(-1).values
-    if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
-        raise ValueError("teacher_ids names a token twice in one row, expected different tokens")
-    mass = torch.where(ids >= 0, logprobs.double().exp(), 0.0).sum(-1)
-    if not (mass <= _MAX_MASS).all():
-        raise ValueError(f"teacher_logprobs has a row of probability {float(mass.max())}, expected at most 1")
+    if counted is not None:
+        ids = torch.where(counted[:, None], ids, -1)
+    _require(
+        ((ids >= -1) & (ids < vocab_size)).all(),
+        "teacher_ids holds ids outside the vocabulary",
+        lambda: f"from {int(ids.min())} to {int(ids.max())}",
+        f"expected 0 to {vocab_size - 1}, or -1",
+    )
+    known, ordered = ids >= 0, ids.sort(-1).values
+    is_twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    _require(
+        ~is_twice.any(),
+        "teacher_ids names a token twice in one row",
+        lambda: f"token {int(ordered[:, 1:][is_twice][0])}",
+        "expected different tokens",
+    )
+    probs = torch.where(known, logprobs.double(), -torch.inf).exp()
+    mass = probs.sum(-1)
+    terms = torch.special.entr(probs.clamp(max=1.0)).sum(-1)  # what a log p that is off by a share of itself moves p by
+    rounding = _TWO_DECIMALS + torch.finfo(logprobs.dtype).eps / 2 * terms
+    _require(
+        (mass <= 1.0 + rounding).all(),  # False for NaN
+        "teacher_logprobs has a row whose probabilities are no distribution",
+        lambda: f"they sum to {float(mass.max()):.6g}",
+        "expected at most 1",
+    )
+    _require(
+        ((known.sum(-1) < vocab_size) | (mass >= 1.0 - rounding)).all(),
+        "teacher_logprobs has a row with every token whose probabilities are no distribution",
+        lambda: f"they sum to {float(mass.min()):.6g}",
+        "expected 1",
+    )
+
+
+def _require(holds: Tensor, what: str, came: Callable[[], str], expected: str) -> None:
+    """Raises a ValueError unless `holds` []; on an NVIDIA GPU an assertion there, for which the host does not wait."""
+    if holds.device.type == "cuda":
+        torch._assert_async(holds, f"[distil_kernels] {what}, {expected}")
+    elif not holds:
+        raise ValueError(f"{what} ({came()}), {expected}")
 
 
 def sequence_lengths(cu_seqlens: Tensor, num_rows: int, group_size: int | None) -> Tensor:

@@ -3,7 +3,8 @@
     CE = - sum_k p_k log S_k  -  p_tail log S_tail,       p_tail = 1 - sum_k p_k,   S_tail = sum of S over other tokens
 
 All tokens that the teacher did not name are one bucket, so no mass is lost and nothing is claimed about its inside.
-With P = sum_k p_k + p_tail (1 but for rounding) and s the student's logits
+With P = sum_k p_k + p_tail (1 but for the rounding of log-probs, which stays: nothing is renormalised) and s the
+student's logits
 
     dCE / ds_k = P S_k - p_k         dCE / ds_v = (P S_tail - p_tail) S_v / S_tail       (v in the tail)
 
@@ -36,7 +37,7 @@ class TopKInputs(Inputs):
     """Inputs of one call whose teacher names K tokens per row, in place of hidden states and a head."""
 
     teacher_ids: Tensor  # [N, K] int64, -1 where fewer are known
-    teacher_logprobs: Tensor  # [N, K] in the accumulation dtype
+    teacher_logprobs: Tensor  # [N, K] in the precision that they were stored in
 
     def __post_init__(self) -> None:
         check_named_tokens(self.teacher_ids, self.teacher_logprobs, self.counted, self.vocab_size)
@@ -57,9 +58,8 @@ class TopKWorkspace(Workspace):
         self._buckets = None  # its memory is free before the next chunk needs it
         chunk = super().load(rows)
         inputs = self._topk
-        self._buckets = _Buckets(
-            chunk.logits.student, inputs.student, inputs.teacher_ids[rows], inputs.teacher_logprobs[rows]
-        )
+        logprobs = inputs.teacher_logprobs[rows].to(inputs.dtype)
+        self._buckets = _Buckets(chunk.logits.student, inputs.student, inputs.teacher_ids[rows], logprobs)
         return chunk
 
     def row_stats(self, chunk: LogitChunk) -> Tensor:

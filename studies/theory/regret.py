@@ -186,6 +186,7 @@ def library_loss_and_gradient(
         teacher.log().T,
         token_weight=state_probs,
         reduction="sum",
+        detach_hidden=True,
     )
     (gradient,) = torch.autograd.grad(loss, table)
     return loss.detach(), gradient

@@ -115,6 +115,7 @@ def library_gradient(problem: SequenceProblem, logits: Tensor, objective: Object
         cost=objective.cost,
         credit_span="future" if objective.future_credit else "none",
         normalizer=1.0,
+        detach_hidden=True,
     )
     (gradient,) = torch.autograd.grad(result.loss, table)
     return gradient

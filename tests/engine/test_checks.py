@@ -80,17 +80,24 @@ def arguments(**changes):
         ({"student_logit_scale": None}, TypeError, "student_logit_scale is NoneType"),
         ({"teacher_logit_scale": 1e17}, ValueError, "teacher_logit_scale is 1e[+]17, expected a number from 1e-12 to"),
         ({"logit_softcap": "30"}, TypeError, "logit_softcap is str"),
+        ({"vocab_size": 12}, ValueError, "vocab_size is 12, student_weight has 11 rows: expected no more"),
+        ({"vocab_size": 5, "teacher_bias": torch.zeros(4)}, ValueError, "vocab_size is 5, teacher_bias has 4 rows"),
+        ({"vocab_size": 0}, ValueError, "vocab_size is 0, expected a positive integer"),
+        ({"detach_hidden": None}, TypeError, "detach_hidden is NoneType, expected a bool"),
         ({"reduction": "avg"}, ValueError, "reduction is 'avg', expected one of"),
         ({"normalizer": 0.0}, ValueError, "normalizer is 0.0"),
         ({"normalizer": torch.ones(2)}, ValueError, "normalizer has shape"),
         ({"normalizer": 2.0, "reduction": "sum"}, ValueError, "expected reduction='mean'"),
         ({"backend": "metal"}, ValueError, "backend must be 'auto' or one of"),
         ({"plan": "fast"}, ValueError, "plan must be 'auto' or one of"),
-        ({"plan": "frozen_head", "student_weight": torch.zeros(V, D, requires_grad=True)}, ValueError,
+        ({"plan": "frozen_head", "student_weight": torch.zeros(V, D, requires_grad=True),
+          "detach_hidden": True}, ValueError,
          "student_weight or student_bias needs a gradient"),
-        ({"plan": "stats_only", "student_weight": torch.zeros(V, D, requires_grad=True)}, ValueError,
+        ({"plan": "stats_only", "student_weight": torch.zeros(V, D, requires_grad=True),
+          "detach_hidden": True}, ValueError,
          "an input needs a gradient"),
-        ({"plan": "kept_gradient", "student_weight": torch.zeros(V, D, requires_grad=True)}, ValueError,
+        ({"plan": "kept_gradient", "student_weight": torch.zeros(V, D, requires_grad=True),
+          "detach_hidden": True}, ValueError,
          "use 'gradient_in_forward'"),
     ],
 )  # fmt: skip
@@ -129,6 +136,11 @@ def test_backend_asked_for_by_name_never_falls_back():
 def test_tokens(tokens, error, message):
     with pytest.raises(error, match=message):
         token_stats(**arguments(), tokens=tokens)
+
+
+def test_tokens_of_padding_rows_are_none():
+    with pytest.raises(ValueError, match="tokens holds ids from 8 to 8, expected 0 to 7"):
+        token_stats(**arguments(), tokens=torch.full((N,), 8), vocab_size=8)
 
 
 @pytest.mark.parametrize(

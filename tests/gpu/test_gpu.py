@@ -327,7 +327,7 @@ def test_memory_is_what_the_plan_says(backend, dtype, name, chunk_rows, staging_
     assert (0.0 if no_logits else 0.6) < extra / extra_bytes(shape, plan) < 1.3
 
 
-@pytest.mark.parametrize("op", ["forward_ce", "credit", "statistics", "policy"])
+@pytest.mark.parametrize("op", ["forward_ce", "credit", "statistics", "policy", "top k", "without tokens"])
 def test_runs_on_the_current_stream_and_waits_for_nothing(backend, op, generator):
     moved_inputs = on_gpu(make_inputs(64, 1031, 64, dtype=torch.bfloat16, generator=generator))
     heads, tokens = moved_inputs.heads, moved_inputs.tokens
@@ -338,6 +338,11 @@ def test_runs_on_the_current_stream_and_waits_for_nothing(backend, op, generator
             return fused_forward_ce(*heads, backend=backend)
         if op == "credit":
             return fused_distil_loss(*heads, tokens=tokens, cu_seqlens=borders, backend=backend).loss
+        if op == "top k":
+            return fused_topk_ce(*heads[:2], tokens[:, None], advantages[:, None] - 1.2, normalizer=torch.tensor(3))
+        if op == "without tokens":
+            return fused_distil_loss(*heads, tokens=None, cu_seqlens=None, credit_span="none", backend=backend,
+                                     student_logit_scale=0.5, vocab_size=1000).loss  # fmt: skip
         if op == "policy":
             return fused_policy_loss(*heads[:2], tokens=tokens, advantages=advantages, backend=backend).loss
         found = token_stats(*heads, tokens=tokens, backend=backend)
@@ -353,3 +358,16 @@ def test_runs_on_the_current_stream_and_waits_for_nothing(backend, op, generator
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
     assert torch.equal(value, expected)
+
+
+@pytest.mark.skipif(not IS_EMULATED, reason="an assertion that fails on a GPU ends the process")
+@pytest.mark.parametrize(("ids", "logprob"), [(1031, -1.0), (-2, -1.0), (3, 0.01), (3, float("nan"))])
+def test_what_a_teacher_cannot_name_is_refused_on_a_gpu_too(ids, logprob, generator):
+    moved_inputs = on_gpu(make_inputs(8, 1031, 64, generator=generator))
+    named = torch.full((8, 1), ids).to(GPU), torch.full((8, 1), logprob).to(GPU)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match=r"\[distil_kernels\] teacher_"):
+            fused_topk_ce(*moved_inputs.heads[:2], *named)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -61,7 +61,7 @@ def test_means_of_a_top_k_teacher_are_over_tokens_that_count(tiny_model: Path, t
 
     def logged(completion: list[int]) -> dict[str, float]:
         torch.manual_seed(0)
-        hidden = torch.randn(4, run.student.weight.shape[1])[: len(completion)]
+        hidden = torch.randn(4, run.student.weight.shape[1])[: len(completion)].requires_grad_()
         probabilities = torch.rand(4, 2).sort(1, descending=True).values / 2
         target = TopKTarget(torch.tensor([[3, 4]] * 4), probabilities.log(), torch.rand(4) / 10)
         target = TopKTarget(*(part[: len(completion)] for part in target))
