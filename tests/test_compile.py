@@ -53,6 +53,10 @@ LOSSES = {
         h, w, *i.heads[2:], tokens=i.tokens, cu_seqlens=torch.tensor([0, 4, 12]),
         discount=0.9, baseline="leave_one_out", group_size=2,
     ).loss,
+    "padded": lambda h, w, i: fused_distil_loss(
+        h, w, *i.heads[2:], tokens=None, cu_seqlens=None, cost="kl", credit_span="none", vocab_size=25,
+        token_mask=(i.tokens % 3 > 0).long(), normalizer=(i.tokens % 3 > 0).sum(), student_logit_scale=0.5,
+    ).loss,
     "topk": lambda h, w, i: fused_topk_ce(h, w, i.tokens[:, None], torch.full((12, 1), -0.5)),
     "topk distil": lambda h, w, i: fused_topk_distil_loss(
         h, w, i.tokens[:, None], torch.full((12, 1), -0.5), tokens=i.tokens, cu_seqlens=torch.tensor([0, 4, 12]),
@@ -161,6 +165,20 @@ def test_one_graph_serves_every_call(name, dynamic, generator):
         ):
             assert torch.equal(mine, theirs)
     assert num_graphs <= 4  # the first call, any call, and where per-row outputs change their plan
+
+
+def test_a_head_alone_compiles(generator):
+    inputs = make_inputs(12, 30, 8, generator=generator)
+
+    def loss(hidden, weight):
+        return fused_jsd(hidden, weight, *inputs.heads[2:], teacher_logit_softcap=3.0, detach_hidden=True)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for hidden in (inputs.student_hidden, inputs.student_hidden.detach()):
+        ours, eager = (
+            torch.autograd.grad(f(hidden, inputs.student_weight), inputs.student_weight) for f in (compiled, loss)
+        )
+        assert torch.equal(ours[0], eager[0])
 
 
 def test_inductor(generator):

@@ -104,7 +104,7 @@ def test_credit_settings_reach_the_loss(tiny_model: Path, tmp_path: Path, baseli
     lengths = [4, 2] * len(batch)
     run.average.observe(torch.arange(6.0).repeat(len(batch)), lengths)
     run.average.follow()
-    hidden = torch.randn(sum(lengths), 32)
+    hidden = torch.randn(sum(lengths), 32, requires_grad=True)
     target = HiddenTarget(hidden.flip(0), *run.teacher.head)
     out = fused_loss(run.student, hidden, target, pack(batch), run.config, run.average)
     given = {"none": None, "moving_average": run.average.values(lengths)}.get(baseline, baseline)
