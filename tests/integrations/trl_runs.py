@@ -22,7 +22,7 @@ from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 STEPS = 3
 PROMPTS = ["2+3=", "the sky is", "q", "10-4="]
 COMMON = {
-    "per_device_train_batch_size": 4, "max_steps": STEPS, "learning_rate": 1e-3, "lr_scheduler_type": "constant",
+    "per_device_train_batch_size": 4, "max_steps": STEPS, "learning_rate": 0.05, "optim": "sgd", "lr_scheduler_type": "constant",
     "logging_steps": 1, "report_to": "none", "save_strategy": "no", "use_cpu": True, "disable_tqdm": True,
     "dataloader_pin_memory": False, "gradient_checkpointing": False, "bf16": False,
 }  # fmt: skip
