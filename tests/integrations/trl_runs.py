@@ -76,7 +76,7 @@ def sdpo(folder: Path, trainer: type = SDPOTrainer, config: type = SDPOConfig, *
     arguments = config(str(folder), **COMMON | options)
     columns = {"prompt": PROMPTS * 3, "privileged_context": [f"say {text[::-1]}" for text in PROMPTS * 3]}
     return trainer(
-        saved_model(folder / "model"), reward, arguments, Dataset.from_dict(columns),
+        saved_model(folder.parent / "model"), reward, arguments, Dataset.from_dict(columns),
         processing_class=tokenizer(), **extra,
     )  # fmt: skip
 
@@ -86,7 +86,7 @@ def sdft(folder: Path, **options: Any) -> SDFTTrainer:
     arguments = SDFTConfig(str(folder), **COMMON | options)
     columns = {"prompt": PROMPTS * 3, "privileged_context": [f"say {text[::-1]}" for text in PROMPTS * 3]}
     return SDFTTrainer(
-        saved_model(folder / "model"), args=arguments, train_dataset=Dataset.from_dict(columns),
+        saved_model(folder.parent / "model"), args=arguments, train_dataset=Dataset.from_dict(columns),
         processing_class=tokenizer(),
     )  # fmt: skip
 
