@@ -104,7 +104,7 @@ class Headless:
 
         handle = self._head.register_forward_pre_hook(catch)
         try:
-            self._model(**kwargs)
+            self._model.forward(**kwargs)  # not self._model(...), as in _read
         finally:
             handle.remove()
         if len(caught) != 1:
@@ -126,7 +126,7 @@ def split(model: nn.Module) -> CausalLM:
         ValueError: the model's logits are not a linear head of hidden states with scale and softcap.
     """
     inner = _without_peft(model)
-    head = _output_head(inner)
+    head = output_head(model)
     try:
         with _evaluating(model), torch.no_grad():
             scale, softcap = _probed_transform(model, head)
@@ -154,8 +154,13 @@ def _without_peft(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _output_head(inner: Any) -> nn.Linear:
-    """Returns the linear layer that the model calls for its logits."""
+def output_head(model: Any) -> nn.Linear:
+    """Returns the linear layer that a model, bare or PEFT-wrapped, calls for its logits.
+
+    Raises:
+        ValueError: it is no plain linear layer.
+    """
+    inner = _without_peft(model)
     name, head = type(inner).__name__, inner.get_output_embeddings()
     if hasattr(head, "modules_to_save"):  # PEFT's wrapper: it calls the copy that is trained, or the original
         copies = [head.modules_to_save[each] for each in head.active_adapters if each in head.modules_to_save]
@@ -290,7 +295,8 @@ def _read(model: Any, *hooks: tuple[Callable[[Any], Any], Any]) -> Tensor:
     options = {"use_cache": False} if _takes(inner.forward, "use_cache") else {}
     handles = [register(hook) for register, hook in hooks]
     try:
-        return model(input_ids=tokens, **options).logits
+        # Not model(...): within a sharded model's forward, where weights are whole, its hooks would shard them again.
+        return model.forward(input_ids=tokens, **options).logits
     except _Refused:
         raise
     except Exception as error:

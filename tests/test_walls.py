@@ -24,7 +24,7 @@ LIBRARY = [
     {"explanation"},
     {"testing"},
     {"hf"},
-    {"train"},
+    {"integrations", "train"},
 ]
 ENGINE = [
     {"gpu_products"},

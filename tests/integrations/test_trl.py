@@ -32,7 +32,10 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "distillation, reverse KL": (trl_runs.distillation, {"beta": 1.0, "gradient_accumulation_steps": 2}),
     "SDPO, forward KL": (trl_runs.sdpo, SDPO | {"distillation_alpha": 0.0, "gradient_accumulation_steps": 2}),
     "SDPO, JSD beside rewards": (trl_runs.sdpo, SDPO | {"distillation_alpha": 0.5, "distillation_weight": 0.5}),
-    "SDPO, rewards alone": (trl_runs.sdpo, SDPO | {"distillation_weight": 0.0, "importance_sampling_level": "sequence"}),
+    "SDPO, rewards alone": (
+        trl_runs.sdpo,
+        SDPO | {"distillation_weight": 0.0, "importance_sampling_level": "sequence"},
+    ),
     "SDPO, older rollouts": (
         trl_runs.sdpo,
         SDPO | {"num_iterations": 2, "distillation_is_clip": 1.01, "temperature": 0.8, "learning_rate": 0.2},
@@ -150,12 +153,15 @@ def test_distil_trainer_has_the_gradient_of_the_mathematics(options: dict[str, A
     def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
         return (p.exp() * (p - q)).sum(-1)
 
-    cost = mask * {
-        "ce": -(teacher.exp() * student).sum(-1),
-        "kl": kl(teacher, student),
-        "reverse_kl": kl(student, teacher),
-        "jsd": args.jsd_weight * kl(teacher, mixture) + (1 - args.jsd_weight) * kl(student, mixture),
-    }[args.cost]
+    cost = (
+        mask
+        * {
+            "ce": -(teacher.exp() * student).sum(-1),
+            "kl": kl(teacher, student),
+            "reverse_kl": kl(student, teacher),
+            "jsd": args.jsd_weight * kl(teacher, mixture) + (1 - args.jsd_weight) * kl(student, mixture),
+        }[args.cost]
+    )
     fixed = cost.detach()
     to_come = torch.zeros_like(fixed)
     for position in range(length):

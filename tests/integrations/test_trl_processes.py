@@ -20,7 +20,7 @@ from two_processes import PROCESSES, together
 
 from distil_kernels.integrations.trl import DistILConfig, DistILTrainer, apply_distil_kernels_to_trl
 
-PROCESSES.set_forkserver_preload(["distil_kernels.train.trainer", "test_trl_processes"])
+PROCESSES.set_forkserver_preload(["distil_kernels.integrations.trl.distil_trainer", "trl.experimental.gkd.gkd_trainer"])
 pytestmark = pytest.mark.slow
 
 GREEDY = {"generation_kwargs": {"do_sample": False}, "shuffle_dataset": False}  # the same rollouts, however shared out
@@ -32,10 +32,8 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def sharded(self: Accelerator, model: torch.nn.Module, evaluation_mode: bool = False, **_: Any) -> torch.nn.Module:
-    """Wraps a student as accelerate does with FSDP2, which it offers on GPUs alone."""
-    if evaluation_mode:
-        return model
+def shard(model: torch.nn.Module) -> torch.nn.Module:
+    """Wraps a model as accelerate does with FSDP2, which it offers on GPUs alone."""
     for layer in model.model.layers:
         fully_shard(layer, reshard_after_forward=True)
     return fully_shard(model, reshard_after_forward=True)
@@ -43,12 +41,16 @@ def sharded(self: Accelerator, model: torch.nn.Module, evaluation_mode: bool = F
 
 def train(rank: int, folder: Path, wrapper: str, batch: int, names: tuple[str, ...], switched: bool = True) -> None:
     """Trains cases and saves their parameters."""
+    options: dict[str, Any] = {"per_device_train_batch_size": batch}
     if wrapper == "FSDP2":
-        Accelerator.prepare_model = sharded
+        options["prepare"] = shard
+        Accelerator.prepare_model = lambda self, model, evaluation_mode=False, **_: (
+            shard(model) if evaluation_mode else model
+        )
     for name in names:
-        make, options = CASES[name]
+        make, options_of_case = CASES[name]
         with apply_distil_kernels_to_trl() if switched else nullcontext():
-            run = trl_runs.run(make, folder / f"{name}{rank}", per_device_train_batch_size=batch, **options)
+            run = trl_runs.run(make, folder / f"{name}{rank}", **options, **options_of_case)
         assert all(isinstance(value, DTensor) for value in run.parameters.values()) == (wrapper == "FSDP2")
         whole = {
             key.removeprefix("module."): value.full_tensor() if isinstance(value, DTensor) else value
@@ -59,15 +61,23 @@ def train(rank: int, folder: Path, wrapper: str, batch: int, names: tuple[str, .
         AcceleratorState._reset_state()
 
 
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
+    """Parameters after a run in one process; of GKD, whose loss TRL scales by the processes, after TRL's own in two."""
+    folder = tmp_path_factory.mktemp("expected")
+    trl_runs.saved_model(folder / "model")
+    train(0, folder, "none", 4, ("distillation", "sdpo", "distil"))
+    assert together(train, folder, "DDP", 2, ("gkd",), False) == [0, 0]
+    return {name: torch.load(folder / f"{name}.pt") for name in CASES}
+
+
 @pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
-def test_two_processes_learn_what_one_does(wrapper: str, tmp_path: Path) -> None:
-    for place in ("one", "two", "trl"):
-        trl_runs.saved_model(tmp_path / place / "model")
-    train(0, tmp_path / "one", "none", 4, tuple(CASES))
-    assert together(train, tmp_path / "two", wrapper, 2, tuple(CASES)) == [0, 0]
-    # TRL's GKD in two processes is not what it is in one; ours is what TRL's is.
-    assert together(train, tmp_path / "trl", wrapper, 2, ("gkd",), False) == [0, 0]
-    for name in CASES:
-        expected = torch.load(tmp_path / ("trl" if name == "gkd" else "one") / f"{name}.pt")
-        for key, value in torch.load(tmp_path / "two" / f"{name}.pt").items():
-            torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-6, msg=f"{name} {key}")
+def test_two_processes_learn_what_one_does(
+    wrapper: str, expected: dict[str, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    trl_runs.saved_model(tmp_path / "model")
+    assert together(train, tmp_path, wrapper, 2, tuple(CASES)) == [0, 0]
+    for name, parameters in expected.items():
+        learnt = torch.load(tmp_path / f"{name}.pt")
+        for key, value in parameters.items():
+            torch.testing.assert_close(learnt[key], value, rtol=1e-5, atol=1e-6, msg=f"{name} {key}")

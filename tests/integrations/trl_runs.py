@@ -22,7 +22,8 @@ from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 STEPS = 3
 PROMPTS = ["2+3=", "the sky is", "q", "10-4="]
 COMMON = {
-    "per_device_train_batch_size": 4, "max_steps": STEPS, "learning_rate": 0.05, "optim": "sgd", "lr_scheduler_type": "constant",
+    "per_device_train_batch_size": 4, "max_steps": STEPS, "learning_rate": 0.05, "optim": "sgd",
+    "lr_scheduler_type": "constant",
     "logging_steps": 1, "report_to": "none", "save_strategy": "no", "use_cpu": True, "disable_tqdm": True,
     "dataloader_pin_memory": False, "gradient_checkpointing": False, "bf16": False,
 }  # fmt: skip
@@ -115,10 +116,13 @@ def gold(folder: Path, **options: Any) -> GOLDTrainer:
     )  # fmt: skip
 
 
-def run(make: Callable[..., Any], folder: Path, **options: Any) -> Run:
-    """Makes a trainer, trains it, and returns what it logged after each step, without times."""
+def run(
+    make: Callable[..., Any], folder: Path, prepare: Callable[[Any], Any] = lambda model: model, **options: Any
+) -> Run:
+    """Makes a trainer, prepares its model, trains it, and returns what it logged after each step, without times."""
     torch.manual_seed(3)
     trainer = make(folder, **options)
+    prepare(trainer.model)
     trainer.train()
     logs = [
         {key: value for key, value in record.items() if not any(word in key for word in ("time", "epoch", "runtime"))}

@@ -19,7 +19,7 @@ from typing import Any
 if find_spec("trl") is None:
     raise ImportError("[trl] the package trl is not installed: pip install 'distil-kernels[trl]'", name="trl")
 
-from distil_kernels.integrations.trl.switch import Replaced, apply_distil_kernels_to_trl  # noqa: E402
+from distil_kernels.integrations.trl.switch import Replaced, apply_distil_kernels_to_trl
 
 __all__ = ["DistILConfig", "DistILTrainer", "Replaced", "apply_distil_kernels_to_trl"]
 

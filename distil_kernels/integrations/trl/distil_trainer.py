@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # of the import below; DistIL's users know by its name
 
@@ -34,7 +34,7 @@ class DistILConfig(SDPOConfig):
     ratio where rollouts are older than the student.
     """
 
-    distillation_mode: str = field(
+    distillation_mode: Literal["sampled_token", "full_logits", "topk_logits"] = field(
         default="full_logits", metadata={"help": "Not used: DistIL compares whole distributions."}
     )
     cost: str = field(
@@ -124,6 +124,9 @@ class DistILTrainer(SDPOTrainer):
     _compute_teacher_student_logits = methods.teacher_student_logits(SDPOTrainer._compute_teacher_student_logits)
     compute_loss = methods.self_distillation(SDPOTrainer.compute_loss)
 
+    args: DistILConfig
+    _forms_logits_because: str | None = None
+
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *others: Any, **named: Any) -> None:
         if not isinstance(args, DistILConfig):
             raise TypeError(f"[DistILTrainer] args is {type(args).__name__}, expected a DistILConfig")
@@ -133,9 +136,9 @@ class DistILTrainer(SDPOTrainer):
         with Replaced(SDPO_FUNCTIONS):
             return super()._compute_policy_loss(inputs, student_logits)
 
-    def _compute_rollout_logps(self, **tensors: Any) -> Tensor | None:
+    def _compute_rollout_logps(self, *tensors: Tensor, **named: Tensor) -> Tensor | None:
         with Replaced(SDPO_FUNCTIONS):
-            return super()._compute_rollout_logps(**tensors)
+            return super()._compute_rollout_logps(*tensors, **named)
 
     def _compute_self_distillation_loss(self, model: Any, inputs: dict[str, Any], distillation_logits: Any) -> Tensor:
         student, teacher = distillation_logits.student_logits, distillation_logits.teacher_logits

@@ -8,6 +8,7 @@ and sharded weights are whole where they are needed.
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from trl.models.utils import _ForwardRedirection
 
 from distil_kernels import fused_distil_loss, hf
@@ -47,13 +49,14 @@ def chunked_divergence_loss(original: Callable[..., Any]) -> Callable[..., Any]:
         temperature: float = 1.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         student = UnformedLogits(
-            student_hidden_states, _whole(student_lm_head_weight), _whole(student_lm_head_bias), student_logit_scale,
-            student_final_logit_softcapping, temperature,
+            student_hidden_states, student_lm_head_weight, student_lm_head_bias, student_logit_scale,
+            _softcap(student_final_logit_softcapping), temperature,
         )  # fmt: skip
         teacher = UnformedLogits(
-            teacher_hidden_states, _whole(teacher_lm_head_weight), _whole(teacher_lm_head_bias), teacher_logit_scale,
-            teacher_final_logit_softcapping, temperature,
+            teacher_hidden_states, teacher_lm_head_weight, teacher_lm_head_bias, teacher_logit_scale,
+            _softcap(teacher_final_logit_softcapping), temperature,
         )  # fmt: skip
+        student, teacher = _whole(student), _whole(teacher)
         counted = completion_mask.reshape(-1) != 0
         num_counted = counted.sum()
         result = fused_distil_loss(
@@ -165,15 +168,15 @@ def dispatched(original: Callable[..., Any], name: str) -> Callable[..., Any]:
 def within_forward(trainer: Any, model: nn.Module, loss: Callable[[nn.Module], Any]) -> Any:
     """Computes `loss` of the unwrapped model inside its wrapper's forward."""
     unwrapped = trainer.accelerator.unwrap_model(model)
-    if unwrapped is _inside.get():
-        return loss(unwrapped)
+    if (inside := _inside.get()) is not None and inside is unwrapped:
+        return loss(inside)
 
     def run() -> Any:
-        token = _inside.set(unwrapped)
+        before = _inside.set(unwrapped)
         try:
             return loss(unwrapped)
         finally:
-            _inside.reset(token)
+            _inside.reset(before)
 
     return _ForwardRedirection()(model, unwrapped, run)
 
@@ -184,14 +187,13 @@ def read(trainer: Any, model: nn.Module, **inputs: Any) -> UnformedLogits:
 
     def run() -> UnformedLogits:
         parts = _split(unwrapped)
-        return UnformedLogits(
-            parts.hidden(**inputs), parts.weight, parts.bias, parts.logit_scale, parts.logit_softcap
-        )
+        return UnformedLogits(parts.hidden(**inputs), parts.weight, parts.bias, parts.logit_scale, parts.logit_softcap)
 
     if unwrapped is _inside.get():
         return run()
     logits = _ForwardRedirection()(model, unwrapped, run)
-    return replace(logits, weight=_whole(logits.weight), bias=_whole(logits.bias))
+    head = _head(unwrapped)  # a sharded one is another tensor outside the forward
+    return _whole(replace(logits, weight=head.weight, bias=head.bias))
 
 
 class HeadError(ValueError):
@@ -199,10 +201,21 @@ class HeadError(ValueError):
 
 
 def _split(model: nn.Module) -> hf.CausalLM:
+    """Splits a model when it is first read; later the parts are the same, the head's tensors those of the moment."""
+    if (known := getattr(model, "_distil_kernels_parts", None)) is not None:
+        head = _head(model)
+        return replace(known, weight=head.weight, bias=head.bias)
     try:
-        return hf.split(model)
+        parts, head = hf.split(model), hf.output_head(model)
     except ValueError as error:
         raise HeadError(str(error)) from error
+    model.__dict__ |= {"_distil_kernels_parts": parts, "_distil_kernels_head": head}  # and no child of the module
+    return parts
+
+
+def _head(model: Any) -> nn.Linear:
+    """Returns the head of a model that has been split."""
+    return model.__dict__["_distil_kernels_head"]
 
 
 def _where_heads_are_linear(
@@ -247,6 +260,13 @@ def _denominator(num_items: Any, num_counted: Tensor) -> Any:
     return num_items.to(num_counted.device) if isinstance(num_items, Tensor) else num_items
 
 
-def _whole(tensor: Tensor | None) -> Tensor | None:
-    """Returns a head that is whole, also where each process holds a part of it."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def _softcap(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def _whole(logits: UnformedLogits) -> UnformedLogits:
+    """Returns logits whose head is whole, also where each process holds a part of it."""
+    if not isinstance(logits.weight, DTensor):
+        return logits
+    bias = logits.bias.full_tensor() if isinstance(logits.bias, DTensor) else logits.bias
+    return replace(logits, weight=logits.weight.full_tensor(), bias=bias)

@@ -132,10 +132,10 @@ class Replaced:
 def apply_distil_kernels_to_trl() -> Replaced:
     """Makes TRL's distillation trainers compute their losses from hidden states, for the remainder of the process.
 
-    DistillationTrainer, SDPOTrainer, SDFTTrainer, GKDTrainer, GOLDTrainer and what derives from them keep their options,
-    losses, metrics and gradients (to rounding), and form no logits [B, T, V] any more. What has no such form is left to
-    TRL with a warning, once: a model whose logits are not a linear head of hidden states, a teacher on a server, GOLD
-    with two vocabularies, metrics that a user computes from logits.
+    DistillationTrainer, SDPOTrainer, SDFTTrainer, GKDTrainer, GOLDTrainer and what derives from them keep their
+    options, losses, metrics and gradients (to rounding), and form no logits [B, T, V] any more. What has no such form
+    is left to TRL with a warning, once: a model whose logits are not a linear head of hidden states, a teacher on a
+    server, GOLD with two vocabularies, metrics that a user computes from logits.
 
     Returns:
         What was replaced; its `restore()` puts TRL's own back. A second call while the first stands replaces nothing.

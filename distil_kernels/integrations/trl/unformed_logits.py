@@ -7,6 +7,7 @@ Losses are per token [B, T]; those of tokens that do not count are 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,7 +33,7 @@ class UnformedLogits:
     bias: Tensor | None = None
     """[V]."""
     scale: float = 1.0
-    softcap: float | None = None
+    softcap: float = math.inf
     temperature: float = 1.0
     token_mask: Tensor | None = None
     """[B, T] bool, the tokens that can count; None: all."""
@@ -60,7 +61,7 @@ class UnformedLogits:
     def formed(self, hidden: Tensor) -> Tensor:
         """Returns logits [n, V] of some rows of the hidden states [n, D]."""
         logits = nn.functional.linear(hidden, self.weight, self.bias).float() * self.scale
-        if self.softcap is not None:
+        if math.isfinite(self.softcap):
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits / self.temperature
 
@@ -78,7 +79,7 @@ class UnformedLogits:
         return {
             "teacher_bias": self.bias,
             "teacher_logit_scale": self.scale,
-            "teacher_logit_softcap": torch.inf if self.softcap is None else self.softcap,
+            "teacher_logit_softcap": self.softcap,
             "teacher_temperature": self.temperature,
         }
 
