@@ -120,7 +120,7 @@ def test_imports_flow_one_way(package, floors):
             )
 
 
-@pytest.mark.parametrize("folder", ["distil_kernels/train", "studies"])
+@pytest.mark.parametrize("folder", ["distil_kernels/integrations", "distil_kernels/train", "studies"])
 def test_trainers_use_the_public_ops(folder):
     below = {"_C", "backends", "engine"}
     for path in sources(folder, "*.py"):
@@ -137,7 +137,8 @@ def test_kernel_library_needs_only_torch():
     """Importing the package pulls in no optional dependency and starts nothing."""
     code = (
         "import sys, distil_kernels; "
-        "loaded = {'transformers', 'accelerate', 'peft', 'rich', 'matplotlib', 'hypothesis'} & set(sys.modules); "
+        "heavy = {'transformers', 'accelerate', 'peft', 'rich', 'matplotlib', 'hypothesis', 'trl'}; "
+        "loaded = heavy & set(sys.modules); "
         "assert not loaded, loaded"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

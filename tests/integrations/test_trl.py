@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,23 @@ def test_distil_trainer_needs_no_switch_and_records_what_it_learns(tmp_path: Pat
     run = trl_runs.run(trl_runs.sdpo, tmp_path, trainer=DistILTrainer, config=DistILConfig, num_iterations=2)
     assert not head_rows
     assert {"distil/kl", "distil/abs_credit", "distil/entropy", "self_distillation/reward_mean"} <= run.logs[0].keys()
+
+
+def test_the_example_of_the_readme_runs(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (example,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "DistILTrainer(" in block)
+    changes = {
+        "HuggingFaceTB/SmolLM2-135M-Instruct": str(tiny_model),
+        "max_steps=50": "max_steps=2, use_cpu=True, bf16=False, report_to='none', logging_steps=1",
+    }
+    for known, shorter in changes.items():
+        assert known in example
+        example = example.replace(known, shorter)
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    assert capsys.readouterr().out.count("distil/kl") == 2
 
 
 @pytest.mark.parametrize(
