@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import subprocess
+import multiprocessing
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -29,6 +29,7 @@ import machine
 import speed_plots
 import speed_tables
 import torch
+import verify
 from cases import (
     DATA,
     DTYPES,
@@ -139,7 +140,7 @@ def _measure(case: Case, options: argparse.Namespace) -> dict:
         verified = {}
         runnable = {candidate.name: candidate for candidate in selected if candidate.unavailable(case) is None}
         for name in with_progress(list(runnable), "verified"):
-            verified[name] = _verify(folder, name)
+            verified[name] = _verify(folder, name, case.device)
         inputs = torch.load(folder / "all_rows.pt", weights_only=False)["inputs"]
     right = [runnable[name] for name, result in verified.items() if result["reason"] is None]
     timings, limits, failures = _time(case, right, inputs.on_device(case.device), options)
@@ -171,18 +172,25 @@ def _prepare(case: Case, folder: Path, labels: bool) -> dict[str, float]:
     return kl
 
 
-def _verify(folder: Path, name: str) -> dict:
+def _verify(folder: Path, name: str, device: str) -> dict:
     """Runs verify.py on a candidate and returns its result, or the reason why there is none."""
-    command = [sys.executable, str(Path(__file__).parent / "verify.py"), str(folder), name]
-    try:
-        process = subprocess.run(command, capture_output=True, text=True, timeout=_VERIFY_SECONDS)
-    except subprocess.TimeoutExpired:
+    # On a CPU from one that has imported torch; a process that uses CUDA must not be a fork.
+    context = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
+    if device == "cpu":
+        context.set_forkserver_preload(["torch._dynamo"])
+    result = folder / "result.json"
+    result.unlink(missing_ok=True)
+    process = context.Process(target=verify.main, args=(folder, name))
+    process.start()
+    process.join(_VERIFY_SECONDS)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
         return {"reason": f"took longer than {_VERIFY_SECONDS} s"}
-    lines = process.stdout.strip().splitlines()
-    if process.returncode != 0 or not lines:
-        last = (process.stderr.strip().splitlines() or [""])[-1]
-        return {"reason": f"its process ended with code {process.returncode}: {last}"[:300]}
-    return json.loads(lines[-1])
+    if process.exitcode != 0 or not result.exists():
+        last = ((folder / "output.txt").read_text().strip().splitlines() or [""])[-1]
+        return {"reason": f"its process ended with code {process.exitcode}: {last}"[:300]}
+    return json.loads(result.read_text())
 
 
 def _time(

@@ -1,15 +1,13 @@
 """Verifies one candidate in a separate process: correctness, accuracy and memory. run.py starts it.
 
-    python bench/verify.py FOLDER CANDIDATE        prints one line of JSON
-
-FOLDER holds case.json, and <regime>.pt with inputs and exact results. The value must agree with the oracle, and so must
-the gradients in the ordinary regime: a wrong result is never timed.
+Its folder holds case.json, and <regime>.pt with inputs and exact results. The value must agree with the oracle, and so
+must the gradients in the ordinary regime: a wrong result is never timed.
 """
 
 from __future__ import annotations
 
 import json
-import sys
+import os
 from pathlib import Path
 
 import torch
@@ -71,9 +69,14 @@ def _memory(case: Case, loss: Loss, folder: Path) -> int | None:
 
 
 def main(folder: Path, name: str) -> None:
+    """Leaves result.json in the folder, and output.txt, what the candidate printed."""
+    with (folder / "output.txt").open("w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
     case = Case(**json.loads((folder / "case.json").read_text()))
     torch.set_num_threads(case.threads)
     return_large_blocks()
+    assert set(REGIMES) == {"ordinary", "converged"}
     available = candidates(case.op, torch.device(case.device), case.torch_dtype)
     candidate = next(candidate for candidate in available if candidate.name == name)
     try:
@@ -81,9 +84,4 @@ def main(folder: Path, name: str) -> None:
     except Exception as error:  # a peer may fail in any way; the table shows its reason
         lines = f"{type(error).__name__}: {error}".splitlines()
         row = {"reason": f"failed: {lines[0]}"[:300]}
-    print("\n" + json.dumps(row))
-
-
-if __name__ == "__main__":
-    assert set(REGIMES) == {"ordinary", "converged"}
-    main(Path(sys.argv[1]), sys.argv[2])
+    (folder / "result.json").write_text(json.dumps(row))

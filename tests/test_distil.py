@@ -205,9 +205,9 @@ def test_frozen_head(chunk_bytes, generator):
 
 
 def test_many_sequences_in_several_blocks(monkeypatch, generator):
-    """64 sequences in groups of 4 do not fit a chunk: blocks of whole groups, one after the other."""
-    monkeypatch.setitem(sizes.LOGITS_CHUNK_BYTES, "cpu", 2 * 4 * 53 * 48)  # 48 rows
-    lengths = torch.randint(0, 12, (64,), generator=generator).tolist()
+    """24 sequences in groups of 4 do not fit a chunk: blocks of whole groups, one after the other."""
+    monkeypatch.setitem(sizes.LOGITS_CHUNK_BYTES, "cpu", 2 * 4 * 53 * 18)  # 18 rows
+    lengths = torch.randint(0, 12, (24,), generator=generator).tolist()
     inputs = make_inputs(sum(lengths), 53, 8, generator=generator)
     check(inputs, lengths=lengths, baseline="leave_one_out", group_size=4, discount=0.95)
     check(inputs, lengths=lengths, baseline="position_mean")

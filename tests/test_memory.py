@@ -1,6 +1,7 @@
 """Peak memory of forward and backward does not grow with the number of rows, beyond what grows by itself.
 
-Each measurement is a process of its own: the peak of its resident memory above what it held just before the call.
+Each measurement is a process of its own: the peak of its resident memory above what it held just before the call. They
+are forks of one that has imported torch and computed nothing.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -23,9 +25,11 @@ V, D = 8192, 64
 CHUNK_BYTES = 8 * 2**20  # 128 rows of both models' logits
 
 MEASURE = f"""
-import sys, torch
+import os, sys, torch
+import torch._dynamo  # the first call of any custom op imports it
 import distil_kernels
 from distil_kernels.engine import sizes
+distil_kernels.fused_forward_ce  # imports the ops
 sizes.LOGITS_CHUNK_BYTES["cpu"] = {CHUNK_BYTES}
 torch.set_num_threads(1)
 
@@ -58,23 +62,36 @@ def run(op, num_rows, hidden_size, dtype):
     loss.backward()
     return status("VmHWM") - before
 
-op, num_rows, hidden_size, dtype = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), getattr(torch, sys.argv[4])
-run(op, 128, hidden_size, dtype)  # code, threads and workspaces of the first call
-print(run(op, num_rows, hidden_size, dtype))
+for line in sys.stdin:
+    if os.fork():
+        os.wait()
+        continue
+    op, num_rows, hidden_size, dtype = line.split()
+    hidden_size, dtype = int(hidden_size), getattr(torch, dtype)
+    run(op, 128, hidden_size, dtype)  # code, threads and workspaces of the first call
+    print(run(op, int(num_rows), hidden_size, dtype), flush=True)
+    os._exit(0)
 """
 
 
-def peak(op: str, num_rows: int, hidden_size: int = D, dtype: torch.dtype = torch.float32) -> int:
-    command = [sys.executable, "-c", MEASURE, op, str(num_rows), str(hidden_size), str(dtype).removeprefix("torch.")]
+@pytest.fixture(scope="module")
+def peak() -> Iterator[Callable[..., int]]:
     # Freed blocks go back to the system at once; else the peak is of what glibc keeps, 32 to 120 MiB for one of 57.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-    return int(result.stdout)
+    command = [sys.executable, "-c", MEASURE]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=environment
+    ) as measuring:
+
+        def measure(op: str, num_rows: int, hidden_size: int = D, dtype: torch.dtype = torch.float32) -> int:
+            print(op, num_rows, hidden_size, str(dtype).removeprefix("torch."), file=measuring.stdin)
+            return int(measuring.stdout.readline())
+
+        yield measure
 
 
 @pytest.mark.parametrize("op", ["forward_ce", "distil_loss", "token_stats", "topk_ce", "topk_distil_loss"])
-def test_peak_does_not_grow_with_rows(op):
+def test_peak_does_not_grow_with_rows(op, peak):
     small, large = 1024, 8192
     # What grows: the hidden states' gradient, and a few numbers per row.
     per_row = D * 4 + 64 * 4
@@ -87,7 +104,7 @@ def test_peak_does_not_grow_with_rows(op):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("num_rows", "hidden_size"), [(4096, D), (256, 1024)])
-def test_peak_is_what_the_plan_says(num_rows, hidden_size, dtype, monkeypatch):
+def test_peak_is_what_the_plan_says(num_rows, hidden_size, dtype, peak, monkeypatch):
     """And the gradients themselves: backward hands out what forward has summed."""
     monkeypatch.setitem(sizes.LOGITS_CHUNK_BYTES, "cpu", CHUNK_BYTES)
     shape = sizes.Shape(num_rows, V, hidden_size, dtype, "cpu", scalar=True, grad_hidden=True, grad_head=True)

@@ -125,11 +125,13 @@ def _triton_type(name: str, constants: dict[str, object]) -> str:
     return "i64" if name.endswith("_stride") else "i32"
 
 
-def cuda_resources(nvcc: str) -> Iterator[Resources]:
+def cuda_resources(nvcc: str, folder: Path) -> Iterator[Resources]:
+    """Leaves what it compiles in the folder."""
     for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
         # There are no clusters before 90.
         for target in ("90a", "100a", "120a") if source.name == "row_cluster.cu" else ("80", "90a", "100a", "120a"):
-            yield from _ptxas(compile_cubin(nvcc, source, target, Path("/dev/null")), f"sm_{target}")
+            cubin = folder / f"{source.stem}.{target}.cubin"
+            yield from _ptxas(compile_cubin(nvcc, source, target, cubin), f"sm_{target}")
 
 
 def compile_cubin(nvcc: str, source: Path, target: str, cubin: Path) -> str:
@@ -143,18 +145,15 @@ def compile_cubin(nvcc: str, source: Path, target: str, cubin: Path) -> str:
     return run.stdout + run.stderr
 
 
-def cuda_instructions(nvcc: str) -> Iterator[sass.Count]:
-    """Of every loop of the row kernels on sm_90a. nvcc has no disassembler of its own; triton has one."""
+def cuda_instructions(folder: Path) -> Iterator[sass.Count]:
+    """Of every loop of the row kernels on sm_90a, from the folder. nvcc has no disassembler of its own; triton has."""
     cuobjdump = shutil.which("cuobjdump")
     if cuobjdump is None:
         import triton
 
         cuobjdump = str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("row_kernels", "row_cluster"):
-            cubin = Path(folder) / f"{name}.cubin"
-            compile_cubin(nvcc, ROOT / "csrc/cuda" / f"{name}.cu", "90a", cubin)
-            yield from sass.counts(cubin, cuobjdump)
+    for name in ("row_kernels", "row_cluster"):
+        yield from sass.counts(folder / f"{name}.90a.cubin", cuobjdump)
 
 
 def _ptxas(output: str, target: str) -> Iterator[Resources]:
@@ -179,8 +178,9 @@ def main(names: list[str]) -> int:
         if nvcc is None:
             print("no nvcc: csrc/cuda is left out")
         else:
-            table += cuda_resources(nvcc)
-            instructions += cuda_instructions(nvcc)
+            with tempfile.TemporaryDirectory() as folder:
+                table += cuda_resources(nvcc, Path(folder))
+                instructions += cuda_instructions(Path(folder))
     print(f"{'kernel':<24}{'target':<9}{'registers':>10}{'spills':>8}{'shared':>8}")
     for row in table:
         print(f"{row.kernel:<24}{row.target:<9}{row.registers:>10}{row.spills:>8}{row.shared:>8}")

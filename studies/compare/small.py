@@ -90,7 +90,7 @@ class Scale:
 
 
 QUICK = Scale(
-    tasks=(Budget("list", 2, 2, pretrain_steps=20), Budget("add", 2, 2, pretrain_steps=20, all_teachers=False)),
+    tasks=(Budget("list", 1, 2, pretrain_steps=4), Budget("add", 1, 2, pretrain_steps=4, all_teachers=False)),
     rates=(3e-4, 1e-3), seeds=2, tuning_seeds=1, models=1, eval_problems=8, final_samples=8,
 )  # fmt: skip
 

@@ -10,7 +10,6 @@ import types
 
 import pytest
 import row_checks
-import to_go_checks
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -134,11 +133,6 @@ def test_corners(kernels, generator):
     column = torch.arange(16384)  # 64 vectors of 4 for each of 64 threads, which has both its maxima in the first one
     first, place = column < 256, column % 4
     row_checks.check_small_terms_after_large_ones(kernels, first & (place == 0), first & (place == 1))
-
-
-def test_cost_to_go(kernels, generator):
-    to_go_checks.check_random_layouts(kernels, generator, 64)
-    to_go_checks.check_long_sequences(kernels, generator)
 
 
 class Operations(TorchDispatchMode):

@@ -57,7 +57,7 @@ def test_any_sign_is_right_and_others_are_not(generator):
 
 def test_pretrained_reader_is_right_when_it_reads(generator):
     task = TASKS["descend"]
-    model = pretrain(Pretraining("descend", 0, steps=220))
+    model = pretrain(Pretraining("descend", 0, steps=220, batch=64))
     problems = task.problems(200, generator, held_out=True)
     corrections = task.answer(problems)
 
@@ -102,7 +102,7 @@ def test_early_ends_are_where_the_credited_gradient_vanishes(discount, generator
     """Descent along the credited gradient of a student that ends with probability e_t, by autograd."""
     entropies = [0.0, log(3), 0.7, 1.5, 0.2, 0.0]
     logits = torch.randn(5, generator=generator, dtype=torch.float64).requires_grad_()
-    for _ in range(6000):
+    for _ in range(1500):
         ends = torch.cat([logits.sigmoid(), torch.zeros(1, dtype=torch.float64)])
         to_come, surrogate, alive = torch.zeros(()), torch.zeros(()), (1 - ends.detach()).cumprod(0)
         for t in reversed(range(6)):
@@ -111,7 +111,7 @@ def test_early_ends_are_where_the_credited_gradient_vanishes(discount, generator
             to_come = (entropies[t] + local + (1 - ends[t]) * discount * to_come).detach()
         (gradient,) = torch.autograd.grad(surrogate, logits)
         with torch.no_grad():
-            logits -= gradient
+            logits -= 4 * gradient
     # Where ending does not pay, the probability falls like 1 / steps.
     assert ends.tolist() == pytest.approx(stopping.early_ends(entropies, discount), abs=2e-2)
 
