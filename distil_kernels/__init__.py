@@ -12,6 +12,9 @@
     token_logprobs           log-probs and entropies of each token, without a teacher
     explain                  how a call of one of these is computed: plan, rows, back end, bytes, and why
 
+The losses as torch.nn modules: ForwardCELoss, ForwardKLLoss, ReverseKLLoss, JSDLoss, TopKCELoss, SequenceDistilLoss,
+TopKSequenceDistilLoss, ClippedPolicyLoss.
+
 Their results: ForwardCE, DistilLoss, PolicyLoss, TokenStats, TokenLogprobs, Explanation.
 
 They are imported, and torch with them, when one of them is first asked for: the trainer's --help is there at once.
@@ -23,6 +26,16 @@ if TYPE_CHECKING:
     from distil_kernels.distil import DistilLoss, fused_distil_loss
     from distil_kernels.explanation import Explanation, explain
     from distil_kernels.losses import ForwardCE, fused_forward_ce, fused_forward_kl, fused_jsd, fused_reverse_kl
+    from distil_kernels.modules import (
+        ClippedPolicyLoss,
+        ForwardCELoss,
+        ForwardKLLoss,
+        JSDLoss,
+        ReverseKLLoss,
+        SequenceDistilLoss,
+        TopKCELoss,
+        TopKSequenceDistilLoss,
+    )
     from distil_kernels.policy import PolicyLoss, fused_policy_loss
     from distil_kernels.token_statistics import TokenLogprobs, TokenStats, token_logprobs, token_stats
     from distil_kernels.topk import fused_topk_ce, fused_topk_distil_loss
@@ -30,12 +43,20 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClippedPolicyLoss",
     "DistilLoss",
     "Explanation",
     "ForwardCE",
+    "ForwardCELoss",
+    "ForwardKLLoss",
+    "JSDLoss",
     "PolicyLoss",
+    "ReverseKLLoss",
+    "SequenceDistilLoss",
     "TokenLogprobs",
     "TokenStats",
+    "TopKCELoss",
+    "TopKSequenceDistilLoss",
     "explain",
     "fused_distil_loss",
     "fused_forward_ce",
@@ -53,9 +74,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from distil_kernels import distil, explanation, losses, policy, token_statistics, topk
+    from distil_kernels import distil, explanation, losses, modules, policy, token_statistics, topk
 
-    for module in (distil, explanation, losses, policy, token_statistics, topk):
+    for module in (distil, explanation, losses, modules, policy, token_statistics, topk):
         globals().update({public: vars(module)[public] for public in __all__ if public in vars(module)})
     return globals()[name]
 

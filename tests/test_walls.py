@@ -21,7 +21,7 @@ LIBRARY = [
     {"token_statistics", "losses", "policy", "plan"},
     {"distil"},
     {"topk"},
-    {"explanation"},
+    {"explanation", "modules"},
     {"testing"},
     {"hf"},
     {"integrations", "train"},

@@ -1,6 +1,6 @@
 """Back end `triton` without a GPU: what it compiles, its choices, and what it says elsewhere.
 
-Its kernels run in Triton's interpreter, in a session of their own: tests/interpreted.
+Its kernels run in Triton's interpreter, in a session of their own: tests/interpreted and tests/gpu.
 """
 
 from __future__ import annotations
