@@ -52,7 +52,8 @@ NOT_INPUTS = {
 class CausalLM:
     """Body and head of a model: `hidden` runs the body, the fields are the head (V vocabulary, D hidden size).
 
-    The ops take the last four as `student_weight`, `student_bias`, `student_logit_scale` and `logit_softcap`.
+    The ops take the last five as `student_weight`, `student_bias`, `vocab_size`, `student_logit_scale` and
+    `logit_softcap`.
     """
 
     model: Any
@@ -63,6 +64,8 @@ class CausalLM:
     """[V, D], the model's own parameter."""
     bias: Tensor | None
     """[V], the model's own parameter."""
+    vocab_size: int
+    """Rows of the head that make logits; those after them are padding."""
     logit_scale: float
     logit_softcap: float
     """math.inf: none."""
@@ -83,8 +86,9 @@ class CausalLM:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns logits [..., V] of hidden states [..., D], in plain torch: for checks, not for training."""
-        bias = None if self.bias is None else self.bias.to(hidden.dtype)
-        head_output = nn.functional.linear(hidden, self.weight.to(hidden.dtype), bias)
+        weight = self.weight[: self.vocab_size].to(hidden.dtype)
+        bias = None if self.bias is None else self.bias[: self.vocab_size].to(hidden.dtype)
+        head_output = nn.functional.linear(hidden, weight, bias)
         return _transformed(head_output, self.logit_scale, self.logit_softcap)
 
 
@@ -129,9 +133,9 @@ def split(model: nn.Module) -> CausalLM:
     head = output_head(model)
     try:
         with _evaluating(model), torch.no_grad():
-            scale, softcap = _probed_transform(model, head)
+            transform = _probed_transform(model, head)
             body, states, logits = _probed_body(model, head)
-            parts = CausalLM(model, body, head.weight, head.bias, scale, softcap)
+            parts = CausalLM(model, body, head.weight, head.bias, *transform)
             _check_logits(parts, states, logits)
     except _Refused as reason:
         raise ValueError(f"[split] {type(inner).__name__} {reason}") from reason.__cause__
@@ -197,8 +201,11 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _probed_transform(model: Any, head: nn.Linear) -> tuple[float, float]:
-    """Returns scale and softcap: the model reads tokens, and numbers of ours take the place of the head's output."""
+def _probed_transform(model: Any, head: nn.Linear) -> tuple[int, float, float]:
+    """Returns vocabulary size, scale and softcap.
+
+    The model reads tokens, and numbers of ours take the place of the head's output.
+    """
     put: list[Tensor] = []
 
     def replace(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -214,9 +221,10 @@ def _probed_transform(model: Any, head: nn.Linear) -> tuple[float, float]:
     logits = _read(model, (partial(head.register_forward_hook, prepend=True), replace))
     if not put:
         raise _Refused("does not call its output head (hooks are not seen by a model that is compiled)")
-    if logits.shape != put[0].shape:
+    vocab_size = logits.shape[-1]
+    if logits.shape != put[0][..., :vocab_size].shape:
         raise _Refused(f"makes logits {tuple(logits.shape)} of the {tuple(put[0].shape)} that its head gives")
-    numbers, logits = put[0][0], logits[0].to(put[0].dtype)
+    numbers, logits = put[0][0, :, :vocab_size], logits[0].to(put[0].dtype)
     scale = _rounded((logits[0] / numbers[0]).median())
     if not 0 < scale < math.inf:
         raise _Refused(f"multiplies its head's output by {scale}, expected a positive number")
@@ -229,7 +237,7 @@ def _probed_transform(model: Any, head: nn.Linear) -> tuple[float, float]:
             f"does something to its head's output that is not scale and softcap, for {int(wrong.sum())} of "
             f"{len(wrong)} tokens (the first is {int(wrong.nonzero()[0])})"
         )
-    return scale, softcap
+    return vocab_size, scale, softcap
 
 
 def _numbers(like: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def distil_loss(student: CausalLM, teacher: CausalLM, rollouts: list[Rollout], r
     # No logits of all tokens exist: the op takes hidden states and the weights of both heads.
     return fused_distil_loss(
         hidden, student.weight, teacher_hidden, teacher.weight,
-        student_bias=student.bias, teacher_bias=teacher.bias,
+        student_bias=student.bias, teacher_bias=teacher.bias, vocab_size=student.vocab_size,
         student_logit_scale=student.logit_scale, teacher_logit_scale=teacher.logit_scale,
         logit_softcap=student.logit_softcap, teacher_logit_softcap=teacher.logit_softcap,
         tokens=torch.tensor([token for completion in completions for token in completion], device=hidden.device),

@@ -9,7 +9,7 @@ belongs together in some of them.
 
 from __future__ import annotations
 
-import dataclasses
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +24,7 @@ from distil_kernels.hf import CausalLM, split
 MOST_PARAMETERS = 2_000_000
 
 BY_VALUE: list[tuple[Any, str]] = [
-    (260, """vocab_size decoder_vocab_size vocab_size_per_layer_input unpadded_vocab_size shape_vocab_size
+    (260, """vocab_size decoder_vocab_size vocab_size_per_layer_input shape_vocab_size
         pronunciation_vocab_size audio_vocab_size mel_vocab_size"""),
     (32, """hidden_size d_model n_embd dim embed_dim embedding_size embedding_dim emb_dim dim_model_base out_hidden_size
         text_hidden_size attention_hidden_size hidden_size_global lru_width projection_dim output_dim vision_output_dim
@@ -33,6 +33,7 @@ BY_VALUE: list[tuple[Any, str]] = [
         projector_hidden_size vision_hidden_size patch_embed_hidden_size latent_query_num projection_hidden_size
         projection_hidden_dim merged_hidden_size nemo_conv_channels ext_pw_out_channel
         depthwise_separable_out_channel"""),
+    (256, "unpadded_vocab_size"),
     (48, """intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner ffn_hidden_size d_ff dim_ff dff
         feed_forward_size moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size mlp_dim
         dense_intermediate_size intermediate_size_mlp shared_experts_intermediate_size
@@ -160,7 +161,7 @@ def tiny_model(model_class: str, config_name: str, **changes: Any) -> Any:
 
 def tiny_config(config_class: type, changes: dict[str, Any]) -> Any:
     """Returns a small configuration; a change of an inner one is a dict."""
-    names = {field.name for field in dataclasses.fields(config_class)}
+    names = set(inspect.signature(config_class).parameters)
     settings = {name: value for name, value in SMALL.items() if name in names} | changes
     inner = {name: each for name, each in _inner_configs(config_class) if name in names}
     return config_class(**settings | {name: tiny_config(each, changes.get(name, {})) for name, each in inner.items()})
@@ -171,7 +172,7 @@ def _inner_configs(config_class: Any) -> Iterator[tuple[str, type]]:
     for name, spec in (getattr(config_class, "sub_configs_defaults", None) or {}).items():
         named = CONFIG_MAPPING[spec.model_type] if getattr(spec, "model_type", None) else spec
         each = getattr(named, "config_class", named)
-        if dataclasses.is_dataclass(each):
+        if isinstance(each, type) and issubclass(each, PretrainedConfig) and each is not PretrainedConfig:
             yield name, each
     try:
         default = config_class()
@@ -197,7 +198,8 @@ def outcome(model_class: str, config_name: str) -> str:
     scale = "" if parts.logit_scale == 1.0 else f", scale {parts.logit_scale:.4g}"
     softcap = "" if parts.logit_softcap == float("inf") else f", softcap {parts.logit_softcap:.4g}"
     bias = "" if parts.bias is None else ", bias"
-    return f"works by {type(parts.body).__name__}{bias}{scale}{softcap}"
+    rows = f", {parts.vocab_size} rows" if parts.vocab_size < parts.weight.shape[0] else ""
+    return f"works by {type(parts.body).__name__}{bias}{rows}{scale}{softcap}"
 
 
 @torch.no_grad()

@@ -124,7 +124,8 @@ FORWARDS = {
     "tokens left out": (lambda head, inputs, out: out.index_fill(-1, torch.tensor([9, 11]), -1e4), r"2 of 260 .* 9\)"),
     "another bias": (lambda head, inputs, out: out + 0.1, "does something"),
     "a negative scale": (lambda head, inputs, out: -out, "by -1.0, expected a positive number"),
-    "rows of padding": (lambda head, inputs, out: out[..., :250], r"logits \(1, 8, 250\) of the \(1, 8, 260\)"),
+    "tokens moved": (lambda head, inputs, out: out[..., 10:], "(does something|multiplies)"),
+    "one position": (lambda head, inputs, out: out[:, -1:], r"makes logits \(1, 1, 260\) of the \(1, 8, 260\)"),
 }
 
 
@@ -135,6 +136,19 @@ def test_a_forward_that_is_no_scale_and_softcap_does_not_pass(name: str) -> None
     model.lm_head.register_forward_hook(hook)
     with pytest.raises(ValueError, match=rf"\[split\] LlamaForCausalLM .*{message}"):
         split(model)
+
+
+def test_rows_of_a_padded_head_are_left_out() -> None:
+    model, tokens = build(llama_config(tie_word_embeddings=False)), torch.tensor([[7, 8, 9]])
+    model.lm_head.bias = nn.Parameter(torch.randn(260))
+    model.lm_head.register_forward_hook(lambda head, inputs, out: out[..., :250])
+    lm = split(model)
+    logits = lm.logits(lm.hidden(tokens))
+    torch.testing.assert_close(logits, model(input_ids=tokens).logits)
+    loss = fused_forward_ce(
+        lm.hidden(tokens), lm.weight, lm.hidden(tokens).detach(), None, student_bias=lm.bias, vocab_size=lm.vocab_size
+    )
+    torch.testing.assert_close(loss, -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean())
 
 
 def test_splitting_leaves_no_trace() -> None:

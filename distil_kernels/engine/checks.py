@@ -109,7 +109,10 @@ class ArgumentChecks:
                 self.value_error(f"vocab_size is {vocab_size}, {name} has {tensor.shape[0]} rows: expected no more")
         return [
             tensor[:vocab_size]
-            if isinstance(tensor, Tensor) and tensor.dim() and tensor.layout == torch.strided
+            if isinstance(tensor, Tensor)
+            and tensor.dim()
+            and tensor.shape[0] > vocab_size  # a view of all rows would cost a copy of the gradient
+            and tensor.layout == torch.strided
             else tensor
             for tensor in heads
         ]

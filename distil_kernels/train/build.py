@@ -160,7 +160,7 @@ def build_models(config: Config, accelerator: Accelerator, processes: Processes)
         student = reader(lm, config.reading, config.gradient_checkpointing, is_sharded, accelerator.autocast)
     teacher: Teacher
     if config.teacher_url:
-        teacher = RemoteTeacher(config, tokenizer, student.weight.shape[0], student.weight.device)
+        teacher = RemoteTeacher(config, tokenizer, student.vocab_size, student.weight.device)
     else:
         with accelerator.autocast():
             teacher = InProcessTeacher(

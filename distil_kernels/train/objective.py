@@ -136,9 +136,9 @@ def policy_loss(
     out = fused_policy_loss(
         student_hidden, student.weight, tokens=batch.tokens,
         advantages=advantages.repeat_interleave(batch.cu_seqlens.diff()).to(student_hidden.device),
-        student_bias=student.bias, temperature=config.temperature, logit_softcap=student.logit_softcap,
-        student_logit_scale=student.logit_scale, normalizer=normalizer, backend=config.backend, plan=config.plan,
-        token_mask=batch.judged.values, old_logprobs=behaviour,
+        student_bias=student.bias, vocab_size=student.vocab_size, temperature=config.temperature,
+        logit_softcap=student.logit_softcap, student_logit_scale=student.logit_scale, normalizer=normalizer,
+        backend=config.backend, plan=config.plan, token_mask=batch.judged.values, old_logprobs=behaviour,
     )  # fmt: skip
     values = {"entropy": out.entropy, **_off_policy(state, behaviour, out.logprob, batch.judged)}
     state.finish_update(out.logprob)
@@ -179,6 +179,7 @@ def fused_loss(
         baseline = average.values(batch.lengths)
     options |= dict(
         student_bias=student.bias,
+        vocab_size=student.vocab_size,
         temperature=config.temperature,
         logit_softcap=student.logit_softcap,
         student_logit_scale=student.logit_scale,

@@ -38,7 +38,7 @@ def held_out_logprob(student: Reader, groups: Sequence[PromptGroup], prompts: Pr
         tokens = torch.tensor([token for answer in answers for token in answer], device=hidden.device)
         out = token_logprobs(
             hidden.to(student.weight.dtype), student.weight, tokens=tokens, student_bias=student.bias,
-            temperature=config.temperature, logit_softcap=student.logit_softcap,
+            vocab_size=student.vocab_size, temperature=config.temperature, logit_softcap=student.logit_softcap,
             student_logit_scale=student.logit_scale, backend=config.backend,
         )  # fmt: skip
         total += out.logprob.sum().item()

@@ -183,10 +183,10 @@ def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedToken
 
 
 def _with_head_like(lm: CausalLM, student: CausalLM) -> CausalLM:
-    """The teacher with a head of as many rows as the student's: further rows are cut off, missing ones have
-    probability 0."""
-    weight, bias = lm.weight, lm.bias
-    rows, wanted = weight.shape[0], student.weight.shape[0]
+    """The teacher with the student's vocabulary: further rows of its head are cut off, missing ones have probability
+    0."""
+    rows, wanted = lm.vocab_size, student.vocab_size
+    weight, bias = lm.weight[:rows], lm.bias if lm.bias is None else lm.bias[:rows]
     if rows < wanted:
         if not math.isinf(lm.logit_softcap):
             raise ValueError(
@@ -196,4 +196,5 @@ def _with_head_like(lm: CausalLM, student: CausalLM) -> CausalLM:
         weight = nn.functional.pad(weight, (0, 0, 0, wanted - rows))
         absent = max(ABSENT / lm.logit_scale, torch.finfo(weight.dtype).min)
         bias = nn.functional.pad(weight.new_zeros(rows) if bias is None else bias, (0, wanted - rows), value=absent)
-    return dataclasses.replace(lm, weight=weight[:wanted], bias=None if bias is None else bias[:wanted])
+    bias = bias if bias is None else bias[:wanted]
+    return dataclasses.replace(lm, weight=weight[:wanted], bias=bias, vocab_size=wanted)
