@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,33 @@ from distil_kernels.train.config import Config
 from distil_kernels.train.models import loading
 from distil_kernels.train.trainer import Trainer
 
-TRAINERS: dict[str, dict[str, Any]] = {
-    "ours": {},
-    "trl full_logits": {"distillation_mode": "full_logits"},
-    "trl sampled_token": {"distillation_mode": "sampled_token"},
+
+@dataclass(frozen=True)
+class Peer:
+    """A trainer of TRL as it is timed."""
+
+    trainer: str
+    """SDPO, Distillation, GKD, or DistIL (ours, on SDPO's rollouts)."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of its configuration, by name."""
+    switched: bool = False
+    """Whether `apply_distil_kernels_to_trl` takes the logits out of it."""
+
+
+_FULL = {"distillation_mode": "full_logits"}
+TRAINERS: dict[str, Peer | None] = {
+    "ours": None,
+    "trl full_logits": Peer("SDPO", _FULL),
+    "trl full_logits, switched": Peer("SDPO", _FULL, switched=True),
+    "trl sampled_token": Peer("SDPO", {"distillation_mode": "sampled_token"}),
+    "trl DistIL": Peer("DistIL", {"cost": "reverse_kl"}),
+    "trl distillation": Peer("Distillation", {"beta": 0.5}),
+    "trl distillation, switched": Peer("Distillation", {"beta": 0.5}, switched=True),
+    "trl GKD": Peer("GKD", {"beta": 0.5, "lmbda": 1.0}),
+    "trl GKD, switched": Peer("GKD", {"beta": 0.5, "lmbda": 1.0}, switched=True),
 }
-"""Options of TRL's SDPOConfig by name. full_logits is the whole vocabulary, sampled_token its default."""
+"""Ours, and TRL's. full_logits is SDPO's whole vocabulary, sampled_token its default. The teacher of Distillation and
+GKD is another model, which reads the student's prompt."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +69,10 @@ class Work:
     @property
     def steps(self) -> int:
         return len(self.prompts) // self.config.prompts_per_step
+
+    def repeated_prompts(self) -> list[list[int]]:
+        """Returns each prompt as many times as it has rollouts, in the order of the steps."""
+        return [prompt for prompt in self.prompts for _ in range(self.config.rollouts_per_prompt)]
 
     @staticmethod
     def of(config: Config, steps: int, endless: bool, threads: int) -> Work:
@@ -97,10 +122,11 @@ def work_through(name: str, work: Work, pipe: Connection) -> None:
     warnings.simplefilter("ignore")
     gate = Gate(pipe, work.config.seed)
     with tempfile.TemporaryDirectory(prefix="distil_bench_") as folder:
-        if name == "ours":
+        peer = TRAINERS[name]
+        if peer is None:
             _ours(work, gate, Path(folder))
         else:
-            _trl(TRAINERS[name], work, gate, Path(folder))
+            _trl(peer, work, gate, Path(folder))
 
 
 def _ours(work: Work, gate: Gate, folder: Path) -> None:
@@ -117,17 +143,11 @@ def _ours(work: Work, gate: Gate, folder: Path) -> None:
         gate.end(kl=record["reverse_kl"], grad_norm=record["grad_norm"])
 
 
-def _trl(options: dict[str, Any], work: Work, gate: Gate, folder: Path) -> None:
+def _trl(peer: Peer, work: Work, gate: Gate, folder: Path) -> None:
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-    from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
-    from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
-    class Theirs(SDPOTrainer):
-        def _prepare_inputs(self, inputs: Any) -> Any:
-            prepared = super()._prepare_inputs(inputs)
-            gate.rolled_out(self._get_completion_ids_list(prepared))
-            return prepared
+    from distil_kernels.integrations.trl import apply_distil_kernels_to_trl
 
     class Steps(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -135,25 +155,17 @@ def _trl(options: dict[str, Any], work: Work, gate: Gate, folder: Path) -> None:
 
         def on_log(self, _arguments: Any, _state: Any, _control: Any, logs: dict[str, float], **_: Any) -> None:
             if "grad_norm" in logs:  # the last one is of the whole run
-                gate.end(kl=logs["self_distillation/distillation_loss"], grad_norm=logs["grad_norm"])
+                loss = logs.get("self_distillation/distillation_loss", logs["loss"])
+                gate.end(kl=loss, grad_norm=logs["grad_norm"])
 
+    if peer.switched:
+        apply_distil_kernels_to_trl()
     config = work.config
-    arguments = SDPOConfig(
-        **options,
+    options = dict(
+        peer.options,
         per_device_train_batch_size=config.prompts_per_step * config.rollouts_per_prompt,
-        num_generations=config.rollouts_per_prompt,
-        max_completion_length=config.max_new_tokens,
-        max_prompt_length=config.max_prompt_tokens,
         temperature=config.temperature,
-        shuffle_dataset=False,
         max_steps=work.steps,
-        # Its teacher's prompt is what ours reads, and nothing else.
-        teacher_model_kind=config.teacher,
-        teacher_update_rate=config.ema_rate,
-        include_environment_feedback=True,
-        use_successful_as_teacher=False,
-        reprompt_template="{feedback}",
-        feedback_template="{feedback_raw}",
         optim="adamw_torch_fused",
         learning_rate=config.learning_rate,
         lr_scheduler_type="constant",
@@ -169,7 +181,45 @@ def _trl(options: dict[str, Any], work: Work, gate: Gate, folder: Path) -> None:
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+    )
+    make = {"SDPO": _sdpo, "DistIL": _sdpo, "Distillation": _distillation, "GKD": _gkd}[peer.trainer]
+    trainer = make(peer, work, gate, options)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Steps())  # after the one that moves its teacher
+    trainer.train()
+
+
+def _sdpo(peer: Peer, work: Work, gate: Gate, options: dict[str, Any]) -> Any:
+    from datasets import Dataset
+    from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
+
+    trainer_class, config_class = SDPOTrainer, SDPOConfig
+    if peer.trainer == "DistIL":
+        from distil_kernels.integrations.trl import DistILConfig, DistILTrainer
+
+        trainer_class, config_class = DistILTrainer, DistILConfig
+
+    class Theirs(trainer_class):
+        def _prepare_inputs(self, inputs: Any) -> Any:
+            prepared = super()._prepare_inputs(inputs)
+            gate.rolled_out(self._get_completion_ids_list(prepared))
+            return prepared
+
+    config = work.config
+    arguments = config_class(
+        **options,
+        num_generations=config.rollouts_per_prompt,
+        max_completion_length=config.max_new_tokens,
+        max_prompt_length=config.max_prompt_tokens,
+        shuffle_dataset=False,
         diagnostics_warning_interval=0,
+        # Its teacher's prompt is what ours reads, and nothing else.
+        teacher_model_kind=config.teacher,
+        teacher_update_rate=config.ema_rate,
+        include_environment_feedback=True,
+        use_successful_as_teacher=False,
+        reprompt_template="{feedback}",
+        feedback_template="{feedback_raw}",
     )
     model, tokenizer = loading.load(config.model)
     columns = {
@@ -179,9 +229,69 @@ def _trl(options: dict[str, Any], work: Work, gate: Gate, folder: Path) -> None:
     }
     trainer = Theirs(model, _reward, arguments, Dataset.from_dict(columns), processing_class=tokenizer)
     trainer.eos_token_ids = trainer.generation_config.eos_token_id = work.stop_ids
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Steps())  # after the one that moves its teacher
-    trainer.train()
+    return trainer
+
+
+def _distillation(peer: Peer, work: Work, gate: Gate, options: dict[str, Any]) -> Any:
+    from datasets import Dataset
+    from trl import DistillationConfig, DistillationTrainer
+
+    class Theirs(DistillationTrainer):
+        def _prepare_inputs(self, inputs: Any) -> Any:
+            prepared = super()._prepare_inputs(inputs)
+            rows = zip(prepared["completion_ids"], prepared["completion_mask"].bool(), strict=True)
+            gate.rolled_out([ids[mask].tolist() for ids, mask in rows])
+            return prepared
+
+    model, tokenizer = loading.load(work.config.model)
+    arguments = DistillationConfig(**options, max_completion_length=work.config.max_new_tokens, shuffle_dataset=False)
+    prompts = [_as_text(tokenizer, ids) for ids in work.repeated_prompts()]
+    trainer = Theirs(
+        model, _other_teacher(work), arguments, Dataset.from_dict({"prompt": prompts}), processing_class=tokenizer
+    )
+    trainer.eos_token_ids = trainer.generation_config.eos_token_id = work.stop_ids
+    return trainer
+
+
+def _gkd(peer: Peer, work: Work, gate: Gate, options: dict[str, Any]) -> Any:
+    from datasets import Dataset
+    from torch.utils.data import SequentialSampler
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    class Theirs(GKDTrainer):
+        def _get_train_sampler(self, dataset: Any = None) -> Any:
+            return SequentialSampler(dataset or self.train_dataset)
+
+        @staticmethod
+        def generate_on_policy_outputs(model: Any, inputs: Any, generation_config: Any) -> Any:
+            outputs = GKDTrainer.generate_on_policy_outputs(model, inputs, generation_config)
+            gate.rolled_out([ids[labels != -100].tolist() for ids, _, labels in zip(*outputs, strict=True)])
+            return outputs
+
+    model, tokenizer = loading.load(work.config.model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+
+    def collate(records: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        padded = tokenizer.pad({"input_ids": [record["prompt"] for record in records]}, padding_side="left")
+        ids, mask = (torch.tensor(padded[name]) for name in ("input_ids", "attention_mask"))
+        # The text that its own sampling replaces is not there: lmbda is 1.
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids, "prompts": ids, "prompt_attention_mask": mask}
+
+    trainer = Theirs(
+        model=model, teacher_model=_other_teacher(work),
+        args=GKDConfig(**options, max_new_tokens=work.config.max_new_tokens), data_collator=collate,
+        train_dataset=Dataset.from_dict({"prompt": work.repeated_prompts()}), processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.generation_config.eos_token_id = work.stop_ids
+    return trainer
+
+
+def _other_teacher(work: Work) -> Any:
+    """The same model, but for its last norm: a teacher from which there is something to learn."""
+    teacher, _ = loading.load(work.config.model)
+    with torch.no_grad():
+        teacher.base_model.norm.weight.mul_(0.9)
+    return teacher
 
 
 def _reward(completions: list[str], answer: list[str], **_: Any) -> list[float]:

@@ -1,14 +1,17 @@
-"""A step of this trainer (preset sdpo) and of TRL's SDPOTrainer: time, memory, and whether they compute the same.
+"""A step of this trainer (preset sdpo) and of TRL's trainers, also switched to our losses: time, memory, same numbers?
 
     python bench/trainers.py                        the default job's shape
     python bench/trainers.py --shape long --gradient_checkpointing
-    python bench/trainers.py --trainers ours full   those whose names hold one of these words
+    python bench/trainers.py --trainers full DistIL     those whose names hold one of these words, and ours
     python bench/trainers.py --render bench/results/trainers_*.json     Markdown of earlier runs
 
 Every trainer runs in a separate process and takes its steps in turns with the others, in an order shuffled for each
 round. All have the same model, optimiser, precision and attention, and get the same prompts of student and teacher as
 token ids. The learning rate is 0 (AdamW does all its work), so that all of them keep the same weights; before each step
 all set the same seed, so that they sample the same completions: the step's loss and gradient must then agree.
+
+SDPO computes what ours does. DistillationTrainer and GKD have another teacher and JSD: they are there for the switch
+(`apply_distil_kernels_to_trl`), with and without which each is timed.
 
 Columns: median seconds of a step and their spread; ratio to ours; medians of its rollouts (with prompts and feedback)
 and of its update (all that follows); completion tokens per second; MiB that its process holds before a step, and its
@@ -50,6 +53,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 """Options of Config. In `long` no token ends an answer."""
 WARM_UP = 1
+SWITCHED = ", switched"
 MEDIANS = ("rollout", "held", "rollout_peak", "update_peak")
 COLUMNS = (
     "", "s/step", "+-", "x ours", "rollout s", "update s", "tokens/s", "MiB", "rollout +MiB", "update +MiB", "KL/token",
@@ -169,8 +173,19 @@ def cells(table: dict[str, Any]) -> list[list[str]]:
 def notes(table: dict[str, Any]) -> list[str]:
     ours, *others = table["rows"]
     steps, (least, most) = len(ours["kl"]), table["completion_tokens"]
-    lines = [f"medians of {ours['rounds']} steps; KL of the first one"]
+    lines = [f"medians of {ours['rounds']} steps; KL of the first one (the loss where there is none)"]
+    by_name = {row["name"]: row for row in others}
+    for name, after in by_name.items():
+        if (before := by_name.get(name.removesuffix(SWITCHED))) and name.endswith(SWITCHED):
+            faster, update, peak = (before[key] / after[key] for key in ("seconds", "update", "update_peak"))
+            lines.append(
+                f"{name}: a step {faster:.2f} times as fast, its update {update:.2f} times, in {1 / peak:.2f} of the "
+                f"memory; loss off by {_largest_error(after['kl'], before['kl']):.1e} at most, norm of the gradient by "
+                f"{_largest_error(after['grad_norm'], before['grad_norm']):.1e}"
+            )
     for row in others:
+        if (peer := TRAINERS[row["name"]]) is None or peer.trainer not in ("SDPO", "DistIL"):
+            continue  # another teacher and another loss
         note = f"{row['name']}: the same completions in {row['same_completions']} of {steps} steps"
         if row["name"] == "trl full_logits":
             note += f"; KL per token off by {_largest_error(row['kl'], ours['kl']):.1e} at most"
@@ -183,7 +198,7 @@ def notes(table: dict[str, Any]) -> list[str]:
 
 def _largest_error(values: list[float], expected: list[float]) -> float:
     """The largest relative difference of two lists."""
-    return max(abs(a - b) / abs(b) for a, b in zip(values, expected, strict=True))
+    return max(abs(a - b) / max(abs(b), 1e-30) for a, b in zip(values, expected, strict=True))
 
 
 def markdown(run: dict[str, Any]) -> str:
