@@ -15,6 +15,7 @@ pytest.importorskip("trl")
 import torch
 import trl_runs
 from peft import LoraConfig
+from tiny import llama_config
 from transformers import LlamaForCausalLM
 from trl.experimental.gkd import GKDTrainer
 from trl.experimental.sdpo import sdpo_trainer
@@ -284,3 +285,10 @@ def test_what_has_no_such_form_is_left_to_trl_and_said_once(
     assert head_rows
     for after, before in zip(switched.logs, expected.logs, strict=True):
         assert after == pytest.approx(before, rel=1e-6)
+
+
+def test_a_padded_head_is_left_to_trl() -> None:
+    model = LlamaForCausalLM(llama_config())
+    model.lm_head.register_forward_hook(lambda head, inputs, logits: logits[..., :250])
+    with pytest.raises(methods.HeadError, match="its head has 260 rows, of which 250 make logits"):
+        methods._split(model)
