@@ -53,6 +53,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "SDFT": (trl_runs.sdft, SDPO | {"distillation_alpha": 0.5}),
     "SDFT, top K": (trl_runs.sdft, {}),
     "GKD": (trl_runs.gkd, {"beta": 0.5, "gradient_accumulation_steps": 2}),
+    "GKD, a model for images": (trl_runs.image_text_model, {"beta": 0.5, "lmbda": 0.0}),
     "GOLD": (trl_runs.gold, {"beta": 0.3, "temperature": 0.9}),
 }
 

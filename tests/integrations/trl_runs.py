@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
+import architectures
 import torch
 from datasets import Dataset
 from tiny import byte_tokenizer, llama_config
@@ -92,6 +93,13 @@ def sdft(folder: Path, **options: Any) -> SDFTTrainer:
     )  # fmt: skip
 
 
+def image_text_model(folder: Path, **options: Any) -> GKDTrainer:
+    """GKD of the text of a model that could also read images, whose head has a softcap."""
+    name = "Gemma3ForConditionalGeneration"
+    student = architectures.tiny_model(name, architectures.architectures()[name], text_config={"pad_token_id": 0})
+    return gkd(folder, student=student, **options)
+
+
 def _conversations() -> Dataset:
     turns = [
         [{"role": "user", "content": text}, {"role": "assistant", "content": text[::-1] + "!" * i}]
@@ -100,11 +108,11 @@ def _conversations() -> Dataset:
     return Dataset.from_dict({"messages": turns * 3})
 
 
-def gkd(folder: Path, trainer: type = GKDTrainer, **options: Any) -> GKDTrainer:
+def gkd(folder: Path, trainer: type = GKDTrainer, student: Any = None, **options: Any) -> GKDTrainer:
     arguments = GKDConfig(str(folder), **COMMON | {"max_new_tokens": 6, "max_length": 64, **options})
     return trainer(
-        model=model(0), teacher_model=model(1, hidden_size=48), args=arguments, train_dataset=_conversations(),
-        eval_dataset=_conversations(), processing_class=tokenizer(),
+        model=student or model(0), teacher_model=model(1, hidden_size=48), args=arguments,
+        train_dataset=_conversations(), eval_dataset=_conversations(), processing_class=tokenizer(),
     )  # fmt: skip
 
 

@@ -50,11 +50,11 @@ def chunked_divergence_loss(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> tuple[Tensor, Tensor, Tensor]:
         student = UnformedLogits(
             student_hidden_states, student_lm_head_weight, student_lm_head_bias, student_logit_scale,
-            _softcap(student_final_logit_softcapping), temperature,
+            _softcap(student_final_logit_softcapping), temperature=temperature,
         )  # fmt: skip
         teacher = UnformedLogits(
             teacher_hidden_states, teacher_lm_head_weight, teacher_lm_head_bias, teacher_logit_scale,
-            _softcap(teacher_final_logit_softcapping), temperature,
+            _softcap(teacher_final_logit_softcapping), temperature=temperature,
         )  # fmt: skip
         student, teacher = _whole(student), _whole(teacher)
         counted = completion_mask.reshape(-1) != 0
@@ -187,7 +187,9 @@ def read(trainer: Any, model: nn.Module, **inputs: Any) -> UnformedLogits:
 
     def run() -> UnformedLogits:
         parts = _split(unwrapped)
-        return UnformedLogits(parts.hidden(**inputs), parts.weight, parts.bias, parts.logit_scale, parts.logit_softcap)
+        return UnformedLogits(
+            parts.hidden(**inputs), parts.weight, parts.bias, parts.logit_scale, parts.logit_softcap, parts.vocab_size
+        )
 
     if unwrapped is _inside.get():
         return run()

@@ -34,6 +34,8 @@ class UnformedLogits:
     """[V]."""
     scale: float = 1.0
     softcap: float = math.inf
+    vocab_size: int | None = None
+    """V, where the head has further rows that make no logits."""
     temperature: float = 1.0
     token_mask: Tensor | None = None
     """[B, T] bool, the tokens that can count; None: all."""
@@ -60,7 +62,8 @@ class UnformedLogits:
 
     def formed(self, hidden: Tensor) -> Tensor:
         """Returns logits [n, V] of some rows of the hidden states [n, D]."""
-        logits = nn.functional.linear(hidden, self.weight, self.bias).float() * self.scale
+        bias = None if self.bias is None else self.bias[: self.vocab_size]
+        logits = nn.functional.linear(hidden, self.weight[: self.vocab_size], bias).float() * self.scale
         if math.isfinite(self.softcap):
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits / self.temperature
@@ -70,6 +73,7 @@ class UnformedLogits:
         return {
             "student_bias": self.bias,
             "student_logit_scale": self.scale,
+            "vocab_size": self.vocab_size,
             "logit_softcap": self.softcap,
             "temperature": self.temperature,
         }
