@@ -100,6 +100,14 @@ def image_text_model(folder: Path, **options: Any) -> GKDTrainer:
     return gkd(folder, student=student, **options)
 
 
+def padded_heads(folder: Path, **options: Any) -> GKDTrainer:
+    """GKD of models whose heads have ten rows that make no logits."""
+    trainer = gkd(folder, **options)
+    for each in (trainer.model, trainer.teacher_model):
+        each.lm_head.register_forward_hook(lambda head, inputs, logits: logits[..., :250])
+    return trainer
+
+
 def _conversations() -> Dataset:
     turns = [
         [{"role": "user", "content": text}, {"role": "assistant", "content": text[::-1] + "!" * i}]

@@ -211,8 +211,6 @@ def _split(model: nn.Module) -> hf.CausalLM:
         parts, head = hf.split(model), hf.output_head(model)
     except ValueError as error:
         raise HeadError(str(error)) from error
-    if parts.vocab_size < head.weight.shape[0]:
-        raise HeadError(f"its head has {head.weight.shape[0]} rows, of which {parts.vocab_size} make logits")
     model.__dict__ |= {"_distil_kernels_parts": parts, "_distil_kernels_head": head}  # and no child of the module
     return parts
 
