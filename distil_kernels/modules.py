@@ -58,8 +58,10 @@ class _Loss(nn.Module):
         # Whether a back end runs is the batch's matter, unless entries of the gradient are to be left out.
         if "backend" in known and not (options.get("gradient_threshold") and backend in ("auto", "cpu")):
             options = options | {"backend": "reference"}
+        vocab_size = options.get("vocab_size")
+        num_tokens = vocab_size if isinstance(vocab_size, int) and vocab_size > 0 else 1
         with torch.no_grad():
-            self._without_rows(torch.empty(0, 1, device="cpu"), torch.empty(1, 1, device="cpu"), options)
+            self._without_rows(torch.empty(0, 1, device="cpu"), torch.empty(num_tokens, 1, device="cpu"), options)
 
     @classmethod
     def option_names(cls) -> frozenset[str]:
@@ -71,7 +73,7 @@ class _Loss(nn.Module):
         return frozenset(names - OF_A_BATCH)
 
     def _without_rows(self, hidden: torch.Tensor, weight: torch.Tensor, options: dict[str, Any]) -> None:
-        """Calls the function with hidden states [0, 1] and a head [1, 1]."""
+        """Calls the function with hidden states [0, 1] and a head [V, 1]."""
         type(self)._function(hidden, weight, hidden, weight, **options)
 
     def forward(self, *tensors: torch.Tensor | None, **batch: Any) -> Any:

@@ -84,6 +84,7 @@ def test_it_compiles_as_one_graph(module, generator):
     (modules.ForwardCELoss, {"plan": "kept_gradient"}, "a scalar loss keeps nothing"),
     (modules.ForwardCELoss, {"reduction": "none", "gradient_threshold": 0.1}, "gradient_threshold is 0.1"),
     (modules.ForwardCELoss, {"backend": "reference", "gradient_threshold": 0.1}, "expected 'cpu'"),
+    (modules.ForwardCELoss, {"vocab_size": 0}, "vocab_size is 0"),
     (modules.JSDLoss, {"jsd_weight": 1}, r"\[fused_jsd\] jsd_weight is 1"),
     (modules.ForwardCELoss, {"jsd_weight": 0.5}, r"\[ForwardCELoss\] 'jsd_weight' is no option, expected some of"),
     (modules.ForwardCELoss, {"token_mask": None}, r"\[ForwardCELoss\] token_mask came at construction"),
@@ -103,7 +104,7 @@ def test_options_that_are_right_where_they_will_be_used():
     """A back end that cannot run here, sizes for other batches, a group, a clip of a ratio."""
     modules.ForwardCELoss(backend="cuda", plan=Plan("gradient_in_forward", 64, 128))
     modules.ForwardCELoss(reduction="none", plan="kept_gradient", backend="triton")
-    modules.ForwardCELoss(plan="frozen_head")
+    modules.ForwardCELoss(plan="frozen_head", vocab_size=151_936, detach_hidden=True)
     modules.SequenceDistilLoss(baseline="leave_one_out", group_size=8, importance_clip=2.0, credit_span="sequence")
     with torch.device("meta"):
         modules.SequenceDistilLoss(discount=0.9)
