@@ -151,8 +151,8 @@ def _explanation(name: str, call: _CustomOpCall, token_mask: Tensor | None, cu_s
     hidden, weight = call.arguments["student_hidden"], call.arguments["student_weight"]
     num_models = 1 if call.arguments.get("teacher_hidden") is None else 2
     shape = Shape(
-        hidden.shape[0], weight.shape[0], weight.shape[1], hidden.dtype, hidden.device.type, call.is_scalar,
-        logprob_grad=call.arguments["tokens"] is not None, grad_hidden=spec.needs.hidden,
+        hidden.shape[0], call.arguments["vocab_size"], weight.shape[1], hidden.dtype, hidden.device.type,
+        call.is_scalar, logprob_grad=call.arguments["tokens"] is not None, grad_hidden=spec.needs.hidden,
         grad_head=spec.needs.weight or spec.needs.bias,
     )  # fmt: skip
     counted = None if token_mask is None else token_mask.reshape(-1).cpu().to(torch.bool)

@@ -96,7 +96,7 @@ def fused_forward_ce(  # type: ignore[misc]  # the overloads leave the other arg
         teacher_weight: [V, D_T]; None shares the student's head (and, without `teacher_bias`, its bias).
         student_bias, teacher_bias: [V].
         vocab_size: V where the heads have more rows, also different numbers of them: rows from V on are padding that is
-            not read, with a gradient of 0. No head is copied; the gradient of a longer student_weight is, once.
+            not read, with a gradient of 0, and so are entries of their biases. Nothing is copied for it.
         token_mask: [...] bool or integer; True or 1 counts. Other rows are not read: they may hold anything, and
             tokens of no vocabulary.
         token_weight: [...] float, multiplies each token's cross-entropy. It gets no gradient.

@@ -217,9 +217,9 @@ def test_opcheck_scalar_loss(plan, generator):
     text, numbers = spec.encode_apart()
     torch.library.opcheck(
         torch.ops.distil_kernels.scalar_loss,
-        (i.student_hidden, i.student_weight, None, i.teacher_hidden, i.teacher_weight, None, i.tokens, None, None,
+        (i.student_hidden, i.student_weight, None, i.teacher_hidden, i.teacher_weight, None, i.tokens % 17, None, None,
          torch.tensor(3.0), torch.tensor([0, 2, 6]), None, torch.zeros(6), numbers, None),
-        {"spec": text, "chunk_rows": 4, "staging_rows": 0},
+        {"spec": text, "vocab_size": 17, "chunk_rows": 4, "staging_rows": 0},
     )  # fmt: skip
 
 
@@ -229,9 +229,9 @@ def test_opcheck_row_statistics(plan, generator):
     text, numbers = Spec("cpu", "", plan, "", Needs(hidden=True, weight=True, bias=False)).encode_apart()
     torch.library.opcheck(
         torch.ops.distil_kernels.row_statistics,
-        (i.student_hidden, i.student_weight, None, i.teacher_hidden, i.teacher_weight, None, i.tokens, None,
+        (i.student_hidden, i.student_weight, None, i.teacher_hidden, i.teacher_weight, None, i.tokens % 17, None,
          numbers, None),
-        {"spec": text, "chunk_rows": 4, "staging_rows": 0},
+        {"spec": text, "vocab_size": 17, "chunk_rows": 4, "staging_rows": 0},
     )  # fmt: skip
 
 

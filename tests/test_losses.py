@@ -306,9 +306,9 @@ def test_opcheck_policy_loss(generator):
     text, numbers = spec.encode_apart()
     torch.library.opcheck(
         torch.ops.distil_kernels.policy_loss,
-        (inputs.student_hidden, inputs.student_weight, None, inputs.tokens, None, None, torch.tensor(3.0),
+        (inputs.student_hidden, inputs.student_weight, None, inputs.tokens % 17, None, None, torch.tensor(3.0),
          -torch.ones(6), None, numbers, None),
-        {"spec": text, "chunk_rows": 4, "staging_rows": 0},
+        {"spec": text, "vocab_size": 17, "chunk_rows": 4, "staging_rows": 0},
     )  # fmt: skip
 
 

@@ -167,12 +167,16 @@ def test_no_derivative_is_silently_zero(op, frozen, generator):
 @pytest.mark.parametrize("op", OPS)
 def test_vmap_is_a_loop(op, generator):
     inputs = make_inputs(N, 40, D, generator=generator)
-    both_hidden = torch.randn(2, N, D, generator=generator)
+    both_hidden = torch.randn(2, N, D, generator=generator).requires_grad_()
 
     def loss(hidden: torch.Tensor) -> torch.Tensor:
         return OPS[op](replace(inputs, student_hidden=hidden))
 
-    assert torch.equal(torch.func.vmap(loss)(both_hidden), torch.stack([loss(hidden) for hidden in both_hidden]))
+    ours, expected = torch.func.vmap(loss)(both_hidden), torch.stack([loss(hidden) for hidden in both_hidden])
+    assert torch.equal(ours, expected)
+    leaves = [both_hidden, inputs.student_weight]
+    for mine, each in zip(*(torch.autograd.grad(value.sum(), leaves) for value in (ours, expected)), strict=True):
+        torch.testing.assert_close(mine, each)
 
 
 @pytest.mark.parametrize(("op", "plan"), [

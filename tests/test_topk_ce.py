@@ -151,7 +151,7 @@ def test_opcheck(dtype, generator):
         tokens = None if credit == NO_CREDIT else ids[:, 0]
         spec = Spec("reference", "", "gradient_in_forward", "", Needs(True, True, False), credit=credit)
         arguments = (*shared, tokens, None, torch.ones(4), torch.tensor(2.0), torch.tensor([0, 1, 4]), None, None)
-        rows, (text, numbers) = {"chunk_rows": 3, "staging_rows": 4}, spec.encode_apart()
+        rows, (text, numbers) = {"vocab_size": 9, "chunk_rows": 3, "staging_rows": 4}, spec.encode_apart()
         torch.library.opcheck(torch.ops.distil_kernels.topk_loss, (*arguments, numbers, None), {"spec": text, **rows})
 
 

@@ -83,14 +83,12 @@ class Call:
         self._needs = checks.needs(student_hidden, student_weight, student_bias, detach_hidden)
         if detach_hidden and isinstance(student_hidden, Tensor):
             student_hidden = student_hidden.detach()
-        if vocab_size is not None:
-            student_weight, student_bias, teacher_weight, teacher_bias = checks.vocabulary(
-                vocab_size, student_weight, student_bias, teacher_weight, teacher_bias
-            )
         student_hidden, student_weight = _as_autocast(student_hidden, student_weight)
         teacher_hidden, teacher_weight = _as_autocast(teacher_hidden, teacher_weight)
         other_hidden = teacher_hidden if has_teacher else student_hidden
-        checks.heads(student_hidden, student_weight, other_hidden, teacher_weight, student_bias, teacher_bias)
+        self._vocab_size = checks.heads(
+            student_hidden, student_weight, other_hidden, teacher_weight, student_bias, teacher_bias, vocab_size
+        )
         checks.rows("token_mask", token_mask, student_hidden, "mask")
         checks.rows("token_weight", token_weight, student_hidden, "float")
 
@@ -260,17 +258,19 @@ class Call:
             teacher=self._scalings[1],
             **settings,
         )
-        rows = {"chunk_rows": plan.chunk_rows, "staging_rows": plan.staging_rows}
+        sizes = {
+            "vocab_size": self._vocab_size, "chunk_rows": plan.chunk_rows, "staging_rows": plan.staging_rows
+        }  # fmt: skip
         if torch.compiler.is_compiling():  # a compiled graph is not differentiated twice
             text, numbers = spec.encode_apart()
-            return op(*tensors, numbers, None, spec=text, **rows)
+            return op(*tensors, numbers, None, spec=text, **sizes)
         anchor = anchor_of(*self._student) if any(self._needs) else None
-        return op(*tensors, None, anchor, spec=spec.encode(), **rows)
+        return op(*tensors, None, anchor, spec=spec.encode(), **sizes)
 
     def _shape(self, *, scalar: bool, logprob_grad: bool) -> Shape:
-        hidden, weight, _ = self._student
+        hidden = self._hidden
         return Shape(
-            hidden.shape[0], weight.shape[0], weight.shape[1], hidden.dtype, hidden.device.type, scalar, logprob_grad,
+            hidden.shape[0], self._vocab_size, hidden.shape[1], hidden.dtype, hidden.device.type, scalar, logprob_grad,
             grad_hidden=self._needs.hidden, grad_head=self._needs.weight or self._needs.bias,
         )  # fmt: skip
 

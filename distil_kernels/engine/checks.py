@@ -88,7 +88,7 @@ class ArgumentChecks:
         """Returns which tensors get a gradient; hidden states that lost theirs on the way are an error."""
         self.flag("detach_hidden", detach_hidden)
         hidden, weight, bias = (
-            torch.is_grad_enabled() and isinstance(tensor, Tensor) and tensor.requires_grad
+            torch.is_grad_enabled() and isinstance(tensor, Tensor) and _needs_gradient(tensor)
             for tensor in (student_hidden, student_weight, student_bias)
         )
         if (weight or bias) and not hidden and not detach_hidden:
@@ -100,23 +100,6 @@ class ArgumentChecks:
             )
         return Needs(hidden and not detach_hidden, weight, bias)
 
-    def vocabulary(self, vocab_size: int, *heads: Tensor | None) -> list[Any]:
-        """Returns views of the first rows of student's weight and bias, and of the teacher's."""
-        self.count("vocab_size", vocab_size)
-        names = "student_weight", "student_bias", "teacher_weight", "teacher_bias"
-        for name, tensor in zip(names, heads, strict=True):
-            if isinstance(tensor, Tensor) and tensor.dim() > 0 and tensor.shape[0] < vocab_size:
-                self.value_error(f"vocab_size is {vocab_size}, {name} has {tensor.shape[0]} rows: expected no more")
-        return [
-            tensor[:vocab_size]
-            if isinstance(tensor, Tensor)
-            and tensor.dim()
-            and tensor.shape[0] > vocab_size  # a view of all rows would cost a copy of the gradient
-            and tensor.layout == torch.strided
-            else tensor
-            for tensor in heads
-        ]
-
     def heads(
         self,
         student_hidden: Tensor,
@@ -125,8 +108,10 @@ class ArgumentChecks:
         teacher_weight: Tensor | None,
         student_bias: Tensor | None,
         teacher_bias: Tensor | None,
-    ) -> None:
-        """Checks that hidden states [..., D] and heads [V, D] belong together."""
+        vocab_size: int | None,
+    ) -> int:
+        """Checks that hidden states [..., D] and heads [V, D] belong together, and returns V: `vocab_size` if given."""
+        self.count("vocab_size", vocab_size)
         tensors = {
             "student_hidden": student_hidden,
             "student_weight": student_weight,
@@ -143,7 +128,7 @@ class ArgumentChecks:
             if checked.dtype not in _DTYPES:
                 self.type_error(f"{name} has dtype {checked.dtype}, expected float64, float32, bfloat16 or float16")
             self._same_device(name, checked, student_hidden)
-        self._head("student", student_hidden, student_weight, student_bias)
+        self._head("student", student_hidden, student_weight, student_bias, vocab_size)
         if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
             self.value_error(
                 f"student_hidden has rows {list(student_hidden.shape[:-1])}, teacher_hidden "
@@ -161,19 +146,20 @@ class ArgumentChecks:
                     "without teacher_weight both share student_weight and its dtype"
                 )
         else:
-            self._head("teacher", teacher_hidden, teacher_weight, teacher_bias)
-            if teacher_weight.shape[0] != student_weight.shape[0]:
+            self._head("teacher", teacher_hidden, teacher_weight, teacher_bias, vocab_size)
+            if vocab_size is None and teacher_weight.shape[0] != student_weight.shape[0]:
                 self.value_error(
                     f"student_weight has {student_weight.shape[0]} rows, teacher_weight "
                     f"{teacher_weight.shape[0]}: both models need the same vocabulary (vocab_size= leaves padding out)"
                 )
-        if teacher_bias is not None and teacher_bias.shape != (student_weight.shape[0],):
+        if teacher_weight is None and teacher_bias is not None and teacher_bias.shape != student_weight.shape[:1]:
             self.value_error(f"teacher_bias has shape {list(teacher_bias.shape)}, expected [{student_weight.shape[0]}]")
         if (teacher_hidden.dtype == torch.float64) != (student_hidden.dtype == torch.float64):
             self.type_error(
                 f"student_hidden is {student_hidden.dtype}, teacher_hidden {teacher_hidden.dtype}: "
                 "float64 does not mix with other dtypes"
             )
+        return student_weight.shape[0] if vocab_size is None else vocab_size
 
     def no_tangents(self, **tensors: object) -> None:
         """Checks that forward-mode differentiation is not asked for: the custom ops would drop the tangents."""
@@ -402,7 +388,7 @@ class ArgumentChecks:
         if tensor.device != student_hidden.device:
             self.value_error(f"{name} is on {tensor.device}, student_hidden on {student_hidden.device}")
 
-    def _head(self, model: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    def _head(self, model: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab_size: int | None) -> None:
         if hidden.dim() < 1 or weight.dim() != 2:
             self.value_error(
                 f"{model}_hidden has shape {list(hidden.shape)}, {model}_weight {list(weight.shape)}, "
@@ -422,8 +408,17 @@ class ArgumentChecks:
             self.type_error(
                 f"{model}_hidden is {hidden.dtype}, {model}_weight {weight.dtype}: cast one, or use autocast"
             )
-        if bias is not None and bias.shape != (weight.shape[0],):
+        if vocab_size is not None and weight.shape[0] < vocab_size:
+            self.value_error(f"vocab_size is {vocab_size}, {model}_weight has {weight.shape[0]} rows: expected no more")
+        if bias is not None and bias.shape != weight.shape[:1]:
             self.value_error(f"{model}_bias has shape {list(bias.shape)}, expected [{weight.shape[0]}]")
+
+
+def _needs_gradient(tensor: Tensor) -> bool:
+    """Returns whether a gradient is wanted, also by what torch.func.vmap has wrapped."""
+    if tensor.requires_grad or torch.compiler.is_compiling() or not torch._C._functorch.is_batchedtensor(tensor):
+        return tensor.requires_grad
+    return _needs_gradient(torch._C._functorch.get_unwrapped(tensor))
 
 
 def _python_number(value: Any) -> Any:

@@ -7,9 +7,9 @@
     rows_backward, kept_backward have no gradient of their own: differentiating twice is an error, which `anchor`
     (`scaled_gradients.anchor_of`) brings about
 
-An op takes its tensors, one `Spec` as text (under torch.compile without its numbers, which are `numbers`), and the rows
-of a chunk and of the staging buffer. Its arguments have been checked by the public op. Gradients that are not needed
-are tensors of size 0.
+An op takes its tensors, one `Spec` as text (under torch.compile without its numbers, which are `numbers`), the size of
+the vocabulary (the heads may have more rows), and the rows of a chunk and of the staging buffer. Its arguments have
+been checked by the public op. Gradients that are not needed are tensors of size 0.
 """
 
 from typing import Any, NamedTuple, Optional
@@ -53,14 +53,15 @@ def scalar_loss(
     anchor: Optional[Tensor],
     *,
     spec: str,
+    vocab_size: int,
     chunk_rows: int,
     staging_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `ScalarLoss`, then gradients of hidden, weight and bias."""
     record = Spec.decode(spec, numbers)
     inputs = driver.Inputs.of(
-        record, student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, tokens,
-        counted, row_weight=row_weight, denominator=denominator, cu_seqlens=cu_seqlens,
+        record, vocab_size, student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
+        tokens, counted, row_weight=row_weight, denominator=denominator, cu_seqlens=cu_seqlens,
         baseline_values=baseline_values, behaviour_logprobs=behaviour_logprobs,
     )  # fmt: skip
     result = driver.scalar_loss(inputs, record.plan_of(chunk_rows, staging_rows))
@@ -81,7 +82,7 @@ class ScalarLoss(NamedTuple):
 
 
 def _fake_scalar_loss(
-    student_hidden: Tensor, student_weight: Tensor, *_: Any, spec: str, chunk_rows: int, staging_rows: int
+    student_hidden: Tensor, student_weight: Tensor, *_: Any, spec: str, staging_rows: int, **__: Any
 ) -> tuple[Tensor, ...]:
     dtype = accumulation_dtype(student_hidden.dtype)
     num_rows = student_hidden.shape[0]
@@ -128,13 +129,14 @@ def topk_loss(
     anchor: Optional[Tensor],
     *,
     spec: str,
+    vocab_size: int,
     chunk_rows: int,
     staging_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `ScalarLoss`, then gradients of hidden, weight and bias."""
     record = Spec.decode(spec, numbers)
     inputs = TopKInputs.of(
-        record, student_hidden, student_weight, student_bias, None, None, None, tokens, counted,
+        record, vocab_size, student_hidden, student_weight, student_bias, None, None, None, tokens, counted,
         row_weight=row_weight, denominator=denominator, cu_seqlens=cu_seqlens, baseline_values=baseline_values,
         behaviour_logprobs=behaviour_logprobs, teacher_ids=teacher_ids, teacher_logprobs=teacher_logprobs,
     )  # fmt: skip
@@ -161,13 +163,14 @@ def policy_loss(
     anchor: Optional[Tensor],
     *,
     spec: str,
+    vocab_size: int,
     chunk_rows: int,
     staging_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `PolicyRows`, then gradients of hidden, weight and bias."""
     record = Spec.decode(spec, numbers)
     inputs = driver.Inputs.of(
-        record, student_hidden, student_weight, student_bias, None, None, None, tokens, counted,
+        record, vocab_size, student_hidden, student_weight, student_bias, None, None, None, tokens, counted,
         row_weight=row_weight, denominator=denominator,
     )  # fmt: skip
     result = driver.policy_loss(inputs, record.plan_of(chunk_rows, staging_rows), advantages, old_logprobs)
@@ -185,7 +188,7 @@ class PolicyRows(NamedTuple):
 
 @policy_loss.register_fake
 def _(
-    student_hidden: Tensor, student_weight: Tensor, *_: Any, spec: str, chunk_rows: int, staging_rows: int
+    student_hidden: Tensor, student_weight: Tensor, *_: Any, spec: str, staging_rows: int, **__: Any
 ) -> tuple[Tensor, ...]:
     dtype, num_rows = accumulation_dtype(student_hidden.dtype), student_hidden.shape[0]
     return (
@@ -214,14 +217,15 @@ def row_statistics(
     anchor: Optional[Tensor],
     *,
     spec: str,
+    vocab_size: int,
     chunk_rows: int,
     staging_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(statistics [NUM_STATISTICS, N], hidden gradient for unit upstream [N, D], the fields of `KeptGradient`)."""
     record = Spec.decode(spec, numbers)
     inputs = driver.Inputs.of(
-        record, student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, tokens,
-        counted,
+        record, vocab_size, student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
+        tokens, counted,
     )  # fmt: skip
     result = driver.rows_statistics(inputs, record.plan_of(chunk_rows, staging_rows))
     return result.statistics, result.base_hidden, *result.kept
@@ -241,6 +245,7 @@ def _(
     anchor: Tensor | None,
     *,
     spec: str,
+    vocab_size: int,
     chunk_rows: int,
     staging_rows: int,
 ) -> tuple[Tensor, ...]:
@@ -251,9 +256,7 @@ def _(
     return (
         student_hidden.new_empty(NUM_STATISTICS, num_rows, dtype=dtype),
         student_hidden.new_empty(student_hidden.shape if plan.is_frozen_head else 0),
-        student_hidden.new_empty(
-            num_kept, num_rows, row_stride(student_weight.shape[0], kept_dtype, device_type), dtype=kept_dtype
-        ),
+        student_hidden.new_empty(num_kept, num_rows, row_stride(vocab_size, kept_dtype, device_type), dtype=kept_dtype),
         student_hidden.new_empty(num_kept, num_rows, dtype=dtype),
     )
 
@@ -325,14 +328,15 @@ def rows_backward(
     logprob_weight: Tensor,
     *,
     spec: str,
+    vocab_size: int,
     chunk_rows: int,
     staging_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of sum(cost_weight * cost + logprob_weight * logprob), weights [N]."""
     record = Spec.decode(spec, numbers)
     inputs = driver.Inputs.of(
-        record, student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, tokens,
-        counted,
+        record, vocab_size, student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
+        tokens, counted,
     )  # fmt: skip
     sums = driver.rows_backward(
         inputs, record.plan_of(chunk_rows, staging_rows), statistics, cost_weight.contiguous(),
@@ -352,6 +356,7 @@ def kept_backward(
     upstream: Tensor,
     *,
     spec: str,
+    vocab_size: int,
     chunk_rows: int,
     staging_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -360,14 +365,14 @@ def kept_backward(
     plan, kept = record.plan_of(chunk_rows, staging_rows), KeptGradient(kept_rows, residual)
     if counted is not None:  # the products read every row: zeros of the kept gradients times what others may hold
         student_hidden = student_hidden.masked_fill(~counted[:, None], 0.0)
-    gradients = backward_of_kept(student_hidden, student_weight, plan, record.needs, kept, upstream)
+    gradients = backward_of_kept(student_hidden, student_weight, vocab_size, plan, record.needs, kept, upstream)
     return gradients.hidden, gradients.weight.to(student_weight.dtype), gradients.bias
 
 
 @rows_backward.register_fake
 @kept_backward.register_fake
 def _(
-    student_hidden: Tensor, student_weight: Tensor, *_: Any, spec: str, chunk_rows: int, staging_rows: int
+    student_hidden: Tensor, student_weight: Tensor, *_: Any, spec: str, staging_rows: int, **__: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight, bias = _fake_gradients(student_hidden, student_weight, Spec.decode(spec), staging_rows)
     return hidden, weight.to(student_weight.dtype), bias

@@ -39,8 +39,9 @@ class Inputs:
     """Inputs of one call: N rows, V vocabulary entries, B sequences."""
 
     spec: Spec
+    vocab_size: int
     student_hidden: Tensor  # [N, D]
-    student_weight: Tensor  # [V, D]
+    student_weight: Tensor  # [V or more, D]; rows from V on are padding, and so in the other head and in biases
     student: LogitTransform
     teacher_hidden: Tensor | None  # [N, D_T]; None for no teacher
     teacher_weight: Tensor | None  # [V, D_T]; None shares the student's
@@ -57,6 +58,7 @@ class Inputs:
     def of(
         cls,
         spec: Spec,
+        vocab_size: int,
         student_hidden: Tensor,
         student_weight: Tensor,
         student_bias: Tensor | None,
@@ -81,21 +83,22 @@ class Inputs:
             named_tokens: fields of a subclass.
         """
         num_rows, dtype = student_hidden.shape[0], gemm.accumulation_dtype(student_hidden.dtype)
-        check_tokens(tokens, counted, student_weight.shape[0])
+        check_tokens(tokens, counted, vocab_size)
         lengths = torch.tensor([num_rows], device="cpu")
         if cu_seqlens is not None:
             lengths = sequence_lengths(cu_seqlens, num_rows, spec.credit.group_size)
 
         def transform(scaling: LogitScaling, bias: Tensor | None) -> LogitTransform:
-            return scaling.transform(None if bias is None else bias.to(dtype).contiguous())
+            return scaling.transform(None if bias is None else bias[:vocab_size].to(dtype).contiguous())
 
         return cls(
             spec=spec,
+            vocab_size=vocab_size,
             student_hidden=student_hidden,
             student_weight=student_weight,
             student=transform(spec.student, student_bias),
             teacher_hidden=teacher_hidden,
-            teacher_weight=teacher_weight,
+            teacher_weight=None if teacher_weight is None else teacher_weight[:vocab_size],
             teacher=transform(spec.teacher, teacher_bias),
             tokens=None if tokens is None else tokens.contiguous(),
             counted=counted,
@@ -112,8 +115,9 @@ class Inputs:
         return self.student_hidden.shape[0]
 
     @property
-    def vocab_size(self) -> int:
-        return self.student_weight.shape[0]
+    def student_head(self) -> Tensor:
+        """The student's weight [V, D] without padding; a view."""
+        return self.student_weight[: self.vocab_size]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,8 +148,12 @@ class Inputs:
 
     def new_sums(self, plan: Plan) -> GradientSums:
         """Allocates the sums of the gradients that the call needs."""
+        return self.sums_of(self.spec.needs, plan.staging_rows, self.spec.gradient_threshold)
+
+    def sums_of(self, needs: Needs, staging_rows: int, gradient_threshold: float = 0.0) -> GradientSums:
+        """Allocates sums of some gradients."""
         return GradientSums(
-            self.student_hidden, self.student_weight, self.spec.needs, plan.staging_rows, self.spec.gradient_threshold
+            self.student_hidden, self.student_weight, self.vocab_size, needs, staging_rows, gradient_threshold
         )
 
     def chunks(self, chunk_rows: int) -> Iterator[Rows]:
@@ -234,7 +242,7 @@ class Workspace:
         # Without a teacher the row kernels read the student's logits twice.
         if inputs.teacher_hidden is None:
             student_logits = self._logits[:num_rows]
-            gemm.lm_head(hidden, inputs.student_weight, out=student_logits)
+            gemm.lm_head(hidden, inputs.student_head, out=student_logits)
             return LogitChunk(rows, LogitPair(student_logits, student_logits), tokens)
 
         # A shared head reads its weight once for both models.
@@ -242,9 +250,9 @@ class Workspace:
         both = self._logits[: 2 * num_rows]
         pair = LogitPair(both[:num_rows], both[num_rows:])
         if inputs.teacher_weight is None:
-            gemm.lm_head(torch.cat([hidden, teacher_hidden]), inputs.student_weight, out=both)
+            gemm.lm_head(torch.cat([hidden, teacher_hidden]), inputs.student_head, out=both)
         else:
-            gemm.lm_head(hidden, inputs.student_weight, out=pair.student)
+            gemm.lm_head(hidden, inputs.student_head, out=pair.student)
             gemm.lm_head(teacher_hidden, inputs.teacher_weight, out=pair.teacher)
         return LogitChunk(rows, pair, tokens)
 
@@ -384,7 +392,7 @@ def _in_two_passes(inputs: Inputs, plan: Plan) -> tuple[Tensor, Tensor, Gradient
 
     # Then the gradient, from logits that are formed a second time.
     if plan.is_without_gradient:
-        no_sums = GradientSums(inputs.student_hidden, inputs.student_weight, NO_GRADIENTS, staging_rows=0)
+        no_sums = inputs.sums_of(NO_GRADIENTS, staging_rows=0)
         return statistics, credit_weights, no_sums
     logprob_weight = None if inputs.spec.credit.span == "none" else credit_weights[0]
     return statistics, credit_weights, rows_backward(inputs, plan, statistics, cost_weight, logprob_weight)
@@ -396,7 +404,7 @@ def rows_statistics(inputs: Inputs, plan: Plan) -> RowsResult:
     kept = new_kept(inputs.student_hidden, inputs.vocab_size, num_kept, inputs.counted)
     needs_hidden = Needs(hidden=plan.is_frozen_head, weight=False, bias=False)
     staging_rows = plan.staging_rows if plan.is_frozen_head else 0
-    sums = GradientSums(inputs.student_hidden, inputs.student_weight, needs_hidden, staging_rows)
+    sums = inputs.sums_of(needs_hidden, staging_rows)
     if forms_no_logits(inputs.spec, plan, inputs.num_models):
         return RowsResult(_head_statistics(inputs), sums.result().hidden, kept)
 
@@ -425,9 +433,9 @@ def _head_statistics(inputs: Inputs) -> Tensor:
     """Returns the statistics of every row that counts, from a kernel that forms no logits."""
     assert inputs.teacher_hidden is not None
     rows: Rows = slice(None) if inputs.counted is None else inputs.counted.nonzero()[:, 0]
-    teacher_weight = inputs.student_weight if inputs.teacher_weight is None else inputs.teacher_weight
+    teacher_weight = inputs.student_head if inputs.teacher_weight is None else inputs.teacher_weight
     row_statistics = inputs.kernels.head_stats(
-        inputs.student_hidden[rows], inputs.student_weight, inputs.teacher_hidden[rows], teacher_weight,
+        inputs.student_hidden[rows], inputs.student_head, inputs.teacher_hidden[rows], teacher_weight,
         inputs.student, inputs.teacher, None if inputs.tokens is None else inputs.tokens[rows],
     )  # fmt: skip
     if inputs.counted is None:
@@ -469,7 +477,7 @@ def rows_backward(
         cost_weight, logprob_weight: [N].
     """
     workspace = inputs.workspace(plan.chunk_rows)
-    sums = GradientSums(inputs.student_hidden, inputs.student_weight, inputs.spec.needs, plan.staging_rows)
+    sums = inputs.sums_of(inputs.spec.needs, plan.staging_rows)
     for rows in inputs.chunks(plan.chunk_rows):
         chunk = workspace.load(rows)
         out = sums.output_buffer(chunk.logits.student)

@@ -26,8 +26,8 @@ class Gradients(NamedTuple):
     """Gradients of the student's tensors; empty for a tensor that needs none."""
 
     hidden: Tensor  # [N, D] in the dtype of the hidden states
-    weight: Tensor  # [V, D] in the dtype of `grad_weight_dtype`
-    bias: Tensor  # [V] in the accumulation dtype
+    weight: Tensor  # as the weight, padding rows included, in the dtype of `grad_weight_dtype`
+    bias: Tensor  # [V] and padding, in the accumulation dtype
 
 
 class Needs(NamedTuple):
@@ -50,22 +50,30 @@ class GradientSums:
 
     Args:
         hidden: [N, D] of the student.
-        weight: [V, D] of the student.
+        weight: of the student, [V, D] or more rows: the gradient of those is 0.
+        vocab_size: V.
         staging_rows: rows of the staging buffer; 0 for none.
         gradient_threshold: smaller entries of a row, relative to its largest, are left out of dh and dW.
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, needs: Needs, staging_rows: int, gradient_threshold: float = 0.0
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        vocab_size: int,
+        needs: Needs,
+        staging_rows: int,
+        gradient_threshold: float = 0.0,
     ) -> None:
         dtype = gemm.accumulation_dtype(hidden.dtype)
         self._gradient_threshold = gradient_threshold
         self.dropped = hidden.new_zeros(hidden.shape[0], dtype=dtype)
-        self._hidden, self._weight, self._needs = hidden, weight, needs
+        self._hidden, self._weight, self._needs = hidden, weight[:vocab_size], needs
         self._grad_hidden = hidden.new_zeros(hidden.shape if needs.hidden else 0)
         self._grad_bias = weight.new_zeros(weight.shape[0] if needs.bias else 0, dtype=dtype)
         self._weight_dtype = grad_weight_dtype(weight, staging_rows, hidden.shape[0])
-        self._grad_weight: Tensor | None = None  # allocated by the first product
+        self._grad_weight: Tensor | None = None  # [V, D], allocated by the first product
+        self._num_padding = weight.shape[0] - vocab_size
         self._weight_residual: Tensor | None = None
         self._operand_dtype = gemm.operand_dtype(hidden.dtype, hidden.device.type)
         self._staging_rows = staging_rows
@@ -123,13 +131,14 @@ class GradientSums:
                 out = self._new_grad_weight()
                 gemm.grad_weight(grad_logits, hidden, out=out, residual=self._weight_residual)
         if self._needs.bias:
-            gemm.add_grad_bias(grad_logits, upstream, out=self._grad_bias)
+            gemm.add_grad_bias(grad_logits, upstream, out=self._grad_bias[: self._weight.shape[0]])
 
     def result(self) -> Gradients:
         """Multiplies what is still staged, and returns the sums."""
         self._flush()
         if self._needs.weight:
-            weight = self._grad_weight_so_far()
+            self._grad_weight_so_far()
+            weight = self._padded_grad_weight
         else:
             weight = self._weight.new_empty(0, dtype=self._weight_dtype)
         return Gradients(self._grad_hidden, weight, self._grad_bias)
@@ -157,7 +166,10 @@ class GradientSums:
         like, dtype = self._weight, self._weight_dtype
         stores_residual = dtype != self._grad_bias.dtype and self._hidden.shape[0] > ROUNDED_SUMS * self._staging_rows
         self._weight_residual = allocation.empty(*like.shape, like=like, dtype=dtype) if stores_residual else None
-        self._grad_weight = allocation.empty(*like.shape, like=like, dtype=dtype)
+        num_rows, hidden_size = like.shape
+        whole = allocation.empty(num_rows + self._num_padding, hidden_size, like=like, dtype=dtype)
+        whole[num_rows:] = 0
+        self._padded_grad_weight, self._grad_weight = whole, whole[:num_rows]
         return self._grad_weight
 
     def _grad_weight_so_far(self) -> Tensor:

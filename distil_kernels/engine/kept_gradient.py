@@ -46,20 +46,26 @@ def new_kept(hidden: Tensor, vocab_size: int, num_kept: int, counted: Tensor | N
 
 
 def backward_of_kept(
-    student_hidden: Tensor, student_weight: Tensor, plan: Plan, needs: Needs, kept: KeptGradient, upstream: Tensor
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    vocab_size: int,
+    plan: Plan,
+    needs: Needs,
+    kept: KeptGradient,
+    upstream: Tensor,
 ) -> Gradients:
     """Returns the gradients of sum_k sum_n upstream [K, N] output [K, N] from the stored gradients of the outputs."""
-    num_rows, vocab_size = student_hidden.shape[0], student_weight.shape[0]
+    num_rows = student_hidden.shape[0]
     rows = kept.rows[:, :, :vocab_size]
 
     # One output: its stored rows are the operand of one product.
     if len(rows) == 1:
-        sums = GradientSums(student_hidden, student_weight, needs, staging_rows=num_rows)
+        sums = GradientSums(student_hidden, student_weight, vocab_size, needs, staging_rows=num_rows)
         sums.multiply(slice(0, num_rows), rows[0], upstream[0], kept.residual[0])
         return sums.result()
 
     # Two outputs: each chunk is mixed into the staging buffer, or into a scratch that is multiplied at once.
-    sums = GradientSums(student_hidden, student_weight, needs, plan.staging_rows)
+    sums = GradientSums(student_hidden, student_weight, vocab_size, needs, plan.staging_rows)
     scratch = new_rows(student_hidden, 0 if plan.staging_rows else plan.chunk_rows, vocab_size, upstream.dtype)
     for begin in range(0, num_rows, plan.chunk_rows):
         chunk = slice(begin, min(begin + plan.chunk_rows, num_rows))

@@ -16,7 +16,7 @@ def test_a_gradient_of_many_products_is_rounded_once(monkeypatch, generator):
     exact = grad_logits.t().double() @ hidden.double()
 
     def error(staging_rows: int) -> float:
-        sums = GradientSums(hidden, weight, Needs(hidden=False, weight=True, bias=False), staging_rows)
+        sums = GradientSums(hidden, weight, len(weight), Needs(hidden=False, weight=True, bias=False), staging_rows)
         for begin in range(0, 640, 16):
             rows = slice(begin, begin + 16)
             sums.output_buffer(torch.empty(16, 96)).copy_(grad_logits[rows])
