@@ -18,6 +18,7 @@ from peft import LoraConfig
 from transformers import LlamaForCausalLM
 from trl.experimental.gkd import GKDTrainer
 from trl.experimental.sdpo import sdpo_trainer
+from trl.generation import vllm_client
 from trl.trainer import distillation_trainer
 
 from distil_kernels.integrations.trl import DistILConfig, DistILTrainer, apply_distil_kernels_to_trl, methods, switch
@@ -31,6 +32,10 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "distillation, forward KL": (trl_runs.distillation, {"beta": 0.0}),
     "distillation, JSD": (trl_runs.distillation, {"beta": 0.3, "temperature": 0.7}),
     "distillation, reverse KL": (trl_runs.distillation, {"beta": 1.0, "gradient_accumulation_steps": 2}),
+    "distillation from a server, top 5": (trl_runs.served_distillation, {"beta": 0.0, "loss_top_k": 5}),
+    "distillation from a server, JSD": (trl_runs.served_distillation, {"beta": 0.5, "loss_top_k": 1}),
+    "SDPO from a server, top 5": (trl_runs.served_sdpo, TOP_5 | {"distillation_alpha": 0.5}),
+    "SDPO from a server": (trl_runs.served_sdpo, {"distillation_mode": "sampled_token"}),
     "SDPO, forward KL": (trl_runs.sdpo, SDPO | {"distillation_alpha": 0.0, "gradient_accumulation_steps": 2}),
     "SDPO, JSD beside rewards": (trl_runs.sdpo, SDPO | {"distillation_alpha": 0.5, "distillation_weight": 0.5}),
     "SDPO, rewards alone": (
@@ -78,6 +83,7 @@ def test_the_switch_changes_no_number(
     case: str, tmp_path: Path, head_rows: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make, options = CASES[case]
+    monkeypatch.setattr(vllm_client, "VLLMClient", trl_runs.Server)
     monkeypatch.setattr(unformed, "CHUNK_BYTES", 5 * 4 * 260)  # five rows of a top-K loss at a time
     expected = trl_runs.run(make, tmp_path / "before", **copy.deepcopy(options))
     formed = len(head_rows)
@@ -219,6 +225,7 @@ def test_the_example_of_the_readme_runs(
         ({"credit_span": "sequence"}, "discount is 0.9"),
         ({"cost": "hinge"}, "cost is 'hinge'"),
         ({"distillation_alpha": 0.5}, "distillation_alpha is 0.5"),
+        ({"use_teacher_server": True}, "use_teacher_server is True"),
         ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_generations": 4}, "a multiple of"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
@@ -19,6 +20,7 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.experimental.gold import GOLDConfig, GOLDTrainer
 from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
+from trl.experimental.server_distillation import ServerDistillationConfig, ServerDistillationTrainer
 
 STEPS = 3
 PROMPTS = ["2+3=", "the sky is", "q", "10-4="]
@@ -67,6 +69,44 @@ def distillation(folder: Path, **options: Any) -> DistillationTrainer:
     data = Dataset.from_dict({"prompt": PROMPTS * 3})
     teacher = model(1, hidden_size=48)  # another width, the same vocabulary
     return DistillationTrainer(model(0), teacher, arguments, data, processing_class=tokenizer())
+
+
+class Server:
+    """A teacher as a client of TRL's gets it: log-probs of whole sequences in one request."""
+
+    def __init__(self, **_: Any) -> None:
+        self.teacher = model(1)
+
+    @torch.no_grad()
+    def get_sequence_logprobs(
+        self, sequences: list[list[int]], prompt_lengths: list[int], top_logprobs: int, temperature: float
+    ) -> dict[str, list[Any]]:
+        answers: dict[str, list[Any]] = {"actual_logprobs": [], "logprobs": [], "logprob_token_ids": []}
+        for ids, start in zip(sequences, prompt_lengths, strict=True):
+            logits = self.teacher(torch.tensor([ids])).logits[0, start - 1 : -1]
+            logprobs = (logits / temperature).log_softmax(-1)
+            top = logprobs.topk(top_logprobs)
+            answers["actual_logprobs"].append(logprobs.gather(-1, torch.tensor(ids[start:])[:, None]).tolist())
+            answers["logprobs"].append(top.values.tolist())
+            answers["logprob_token_ids"].append(top.indices.tolist())
+        return answers
+
+
+def served_distillation(folder: Path, **options: Any) -> ServerDistillationTrainer:
+    options = {"max_completion_length": 6, "teacher_model_server_url": "http://nowhere", **options}
+    arguments = ServerDistillationConfig(str(folder), **COMMON | options)
+    return ServerDistillationTrainer(
+        model(0), arguments, Dataset.from_dict({"prompt": PROMPTS * 3}), processing_class=tokenizer()
+    )
+
+
+def served_sdpo(folder: Path, **options: Any) -> SDPOTrainer:
+    """SDPO as it is with `use_teacher_server`, which wants vLLM."""
+    trainer = sdpo(folder, **options)
+    trainer.use_teacher_server, trainer.teacher_client = True, Server()
+    trainer.vllm_generation = SimpleNamespace(sync_weights=lambda: None)
+    trainer._last_loaded_step = 0
+    return trainer
 
 
 def sdpo(folder: Path, trainer: type = SDPOTrainer, config: type = SDPOConfig, **options: Any) -> SDPOTrainer:

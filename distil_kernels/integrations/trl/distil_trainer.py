@@ -22,6 +22,10 @@ LOSS_OPTIONS = (
     "credit_scale",
 )  # fmt: skip
 """Fields of DistILConfig that are arguments of `fused_distil_loss`."""
+OF_ANOTHER_LOSS = (
+    "distillation_mode", "distillation_alpha", "distillation_topk", "distillation_add_tail", "use_teacher_server"
+)  # fmt: skip
+"""Fields of SDPOConfig that choose a loss."""
 
 
 @dataclass
@@ -29,9 +33,9 @@ class DistILConfig(SDPOConfig):
     """Options of DistILTrainer: SDPO's rollouts, feedback, teachers and rewards, and the arguments of the loss.
 
     The loss has the names and meanings of `distil_kernels.fused_distil_loss`, and the defaults of
-    `python -m distil_kernels.train`. SDPO's `distillation_mode`, `distillation_alpha`, `distillation_topk` and
-    `distillation_add_tail` choose another loss and stay at their defaults; `distillation_is_clip` bounds the importance
-    ratio where rollouts are older than the student.
+    `python -m distil_kernels.train`. What chooses another loss in SDPO stays at its default: `distillation_mode`,
+    `distillation_alpha`, `distillation_topk`, `distillation_add_tail`, `use_teacher_server`. `distillation_is_clip`
+    bounds the importance ratio where rollouts are older than the student.
     """
 
     distillation_mode: Literal["sampled_token", "full_logits", "topk_logits"] = field(
@@ -68,11 +72,11 @@ class DistILConfig(SDPOConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         defaults = {option.name: option.default for option in fields(self)}
-        for name in ("distillation_mode", "distillation_alpha", "distillation_topk", "distillation_add_tail"):
+        for name in OF_ANOTHER_LOSS:
             if getattr(self, name) != defaults[name]:
                 raise ValueError(
                     f"[DistILConfig] {name} is {getattr(self, name)!r}, expected its default {defaults[name]!r}: the "
-                    "loss is chosen by cost and jsd_weight"
+                    "loss is to the whole distribution of a teacher in this process, chosen by cost and jsd_weight"
                 )
         if self.baseline == "leave_one_out" and self.credit_span != "none":
             for name, group in (("train", self.num_generations), ("eval", self.num_generations_eval)):
@@ -121,7 +125,6 @@ class DistILTrainer(SDPOTrainer):
     }
 
     _forward_logits = methods.forward_logits(SDPOTrainer._forward_logits)
-    _compute_teacher_student_logits = methods.teacher_student_logits(SDPOTrainer._compute_teacher_student_logits)
     compute_loss = methods.self_distillation(SDPOTrainer.compute_loss)
 
     args: DistILConfig

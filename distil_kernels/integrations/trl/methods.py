@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from trl.models.utils import _ForwardRedirection
 
 from distil_kernels import fused_distil_loss, hf
 from distil_kernels.integrations.trl import unformed_logits
-from distil_kernels.integrations.trl.unformed_logits import UnformedLogits, divergence, in_row_chunks
+from distil_kernels.integrations.trl.unformed_logits import UnformedLogits, divergence
 
 _inside: ContextVar[nn.Module | None] = ContextVar("_inside", default=None)
 """The model whose wrapper's forward is running."""
@@ -78,22 +79,7 @@ def forward_logits(original: Callable[..., Any]) -> Callable[..., Any]:
         logits = read(self, model, input_ids=input_ids, attention_mask=attention_mask)
         return logits[:, -logits_to_keep - 1 : -1, :] / self.temperature
 
-    return _where_heads_are_linear(method, original, _asks_a_server)
-
-
-def teacher_student_logits(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes the method of SDPO and SDFT that reads both models: tokens that no loss counts are not computed."""
-
-    @functools.wraps(original)
-    def method(self: Any, model: nn.Module, teacher_model: nn.Module, inputs: dict[str, Any]) -> Any:
-        logits = original(self, model, teacher_model, inputs)
-        if isinstance(logits.student_logits, UnformedLogits):
-            counted = inputs["completion_mask"] != 0
-            logits.student_logits = replace(logits.student_logits, token_mask=counted)
-            logits.teacher_logits = replace(logits.teacher_logits, token_mask=counted)
-        return logits
-
-    return method
+    return _where_heads_are_linear(method, original)
 
 
 def self_distillation(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -102,11 +88,25 @@ def self_distillation(original: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return within_forward(self, model, lambda student: original(self, student, *args, **kwargs))
 
-    return _where_heads_are_linear(method, original, _asks_a_server)
+    return _where_heads_are_linear(method, original)
 
 
-def _asks_a_server(self: Any, *_: Any, **__: Any) -> str | None:
-    return "asks a server for its teacher's log-probs" if self.use_teacher_server else None
+def served_distillation(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes `compute_loss` of ServerDistillationTrainer: theirs, of a student that gives unformed logits."""
+
+    def method(
+        self: Any, model: nn.Module, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        def loss(student: nn.Module) -> Any:
+            def outputs(**tensors: Tensor) -> Any:
+                return SimpleNamespace(logits=read(self, student, **tensors))
+
+            return original(self, outputs, inputs, False, *args, **kwargs)
+
+        value = within_forward(self, model, loss)
+        return (value, None) if return_outputs else value
+
+    return _where_heads_are_linear(method, original)
 
 
 def logit_divergence(original: Callable[..., Any], temperature: Callable[[Any], float]) -> Callable[..., Any]:
@@ -147,20 +147,13 @@ gkd_loss = functools.partial(logit_divergence, temperature=lambda trainer: 1.0)
 gold_loss = functools.partial(logit_divergence, temperature=lambda trainer: trainer.temperature)
 
 
-def dispatched(original: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """Makes a function that takes logits: from unformed ones it computes what TRL's computes from logits."""
+def dispatched(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a function that takes logits: of unformed ones, it is that of the same name in `unformed_logits`."""
+    of_unformed = getattr(unformed_logits, original.__name__)
 
     @functools.wraps(original)
-    def function(student_logits: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(student_logits, UnformedLogits):
-            return original(student_logits, *args, **kwargs)
-        if hasattr(unformed_logits, name):
-            return getattr(unformed_logits, name)(student_logits, *args, **kwargs)
-        # TRL's own arithmetic, a chunk of rows at a time.
-        teacher_logits, *rest = args
-        return in_row_chunks(
-            lambda student, teacher: original(student, teacher, *rest, **kwargs), student_logits, teacher_logits
-        )
+    def function(logits: Any, *args: Any, **kwargs: Any) -> Any:
+        return (of_unformed if isinstance(logits, UnformedLogits) else original)(logits, *args, **kwargs)
 
     return function
 
@@ -182,14 +175,20 @@ def within_forward(trainer: Any, model: nn.Module, loss: Callable[[nn.Module], A
 
 
 def read(trainer: Any, model: nn.Module, **inputs: Any) -> UnformedLogits:
-    """Runs a model's body on `inputs`, through its wrapper's forward, and returns its unformed logits [B, L, V]."""
+    """Runs a model's body on `inputs`, through its wrapper's forward, and returns its unformed logits [B, L, V].
+
+    Those that predict padding do not count.
+    """
     unwrapped = trainer.accelerator.unwrap_model(model)
+    attention_mask = inputs["attention_mask"] != 0
+    token_mask = torch.cat([attention_mask[:, 1:], torch.zeros_like(attention_mask[:, :1])], 1)
 
     def run() -> UnformedLogits:
         parts = _split(unwrapped)
         return UnformedLogits(
-            parts.hidden(**inputs), parts.weight, parts.bias, parts.logit_scale, parts.logit_softcap, parts.vocab_size
-        )
+            parts.hidden(**inputs), parts.weight, parts.bias, parts.logit_scale, parts.logit_softcap, parts.vocab_size,
+            token_mask=token_mask,
+        )  # fmt: skip
 
     if unwrapped is _inside.get():
         return run()

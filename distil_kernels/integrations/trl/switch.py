@@ -7,7 +7,6 @@ import importlib.metadata
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -45,41 +44,37 @@ class Place(NamedTuple):
         return self.name.rsplit(".", 1)[-1]
 
 
-def _self_distillation(name: str) -> list[Place]:
-    """The functions that SDPO's and SDFT's losses call, each of the two its own copy."""
+def _functions(name: str) -> list[Place]:
+    """The functions that SDPO's or SDFT's losses call, each of the two its own copy."""
     trainer, losses = f"trl.experimental.{name}.{name}_trainer", f"trl.experimental.{name}.loss_utils"
-    full, topk = "compute_full_logit_self_distillation_loss", "compute_topk_self_distillation_loss"
-    logprobs = "logits, index, temperature, row_mask"
+    pair = "student_logits, teacher_logits"
     return [
-        Place(trainer, "selective_log_softmax", logprobs, partial(methods.dispatched, name="selective_log_softmax")),
-        Place(losses, "selective_log_softmax", logprobs, partial(methods.dispatched, name="selective_log_softmax")),
-        Place(
-            trainer, full, "student_logits, teacher_logits, distillation_alpha", partial(methods.dispatched, name=full)
-        ),
-        Place(
-            trainer,
-            topk,
-            "student_logits, teacher_logits, distillation_topk, distillation_alpha, distillation_add_tail",
-            partial(methods.dispatched, name=topk),
-        ),
-    ]
-
-
-def _trainer(name: str, class_name: str) -> list[Place]:
-    """The methods of SDPO or SDFT."""
-    module = f"trl.experimental.{name}.{name}_trainer"
-    return [
-        Place(module, f"{class_name}.{method}", f"self, {parameters}", make)
-        for method, parameters, make in (
-            ("_forward_logits", "model, input_ids, attention_mask, logits_to_keep", methods.forward_logits),
-            ("_compute_teacher_student_logits", "model, teacher_model, inputs", methods.teacher_student_logits),
-            ("compute_loss", COMPUTE_LOSS, methods.self_distillation),
+        Place(module, function, parameters, methods.dispatched)
+        for module, function, parameters in (
+            (trainer, "selective_log_softmax", "logits, index, temperature, row_mask"),
+            (losses, "selective_log_softmax", "logits, index, temperature, row_mask"),
+            (trainer, "compute_full_logit_self_distillation_loss", f"{pair}, distillation_alpha"),
+            (
+                trainer,
+                "compute_topk_self_distillation_loss",
+                f"{pair}, distillation_topk, distillation_alpha, distillation_add_tail",
+            ),
         )
     ]
 
 
-COMPUTE_LOSS = "model, inputs, return_outputs, num_items_in_batch"
-SDPO_FUNCTIONS = _self_distillation("sdpo")
+def _methods(name: str, trainer: str) -> list[Place]:
+    """The methods of SDPO or SDFT."""
+    module = f"trl.experimental.{name}.{name}_trainer"
+    read = "self, model, input_ids, attention_mask, logits_to_keep"
+    return [
+        Place(module, f"{trainer}._forward_logits", read, methods.forward_logits),
+        Place(module, f"{trainer}.compute_loss", COMPUTE_LOSS, methods.self_distillation),
+    ]
+
+
+COMPUTE_LOSS = "self, model, inputs, return_outputs, num_items_in_batch"
+SDPO_FUNCTIONS = _functions("sdpo")
 PLACES = [
     Place(
         "trl.trainer.distillation_trainer",
@@ -89,12 +84,18 @@ PLACES = [
         "teacher_logit_scale, student_final_logit_softcapping, teacher_final_logit_softcapping, temperature",
         methods.chunked_divergence_loss,
     ),
+    Place(
+        "trl.experimental.server_distillation.server_distillation_trainer",
+        "ServerDistillationTrainer.compute_loss",
+        COMPUTE_LOSS,
+        methods.served_distillation,
+    ),
     *SDPO_FUNCTIONS,
-    *_trainer("sdpo", "SDPOTrainer"),
-    *_self_distillation("sdft"),
-    *_trainer("sdft", "SDFTTrainer"),
-    Place("trl.experimental.gkd.gkd_trainer", "GKDTrainer.compute_loss", f"self, {COMPUTE_LOSS}", methods.gkd_loss),
-    Place("trl.experimental.gold.gold_trainer", "GOLDTrainer.compute_loss", f"self, {COMPUTE_LOSS}", methods.gold_loss),
+    *_methods("sdpo", "SDPOTrainer"),
+    *_functions("sdft"),
+    *_methods("sdft", "SDFTTrainer"),
+    Place("trl.experimental.gkd.gkd_trainer", "GKDTrainer.compute_loss", COMPUTE_LOSS, methods.gkd_loss),
+    Place("trl.experimental.gold.gold_trainer", "GOLDTrainer.compute_loss", COMPUTE_LOSS, methods.gold_loss),
 ]
 
 
@@ -132,10 +133,10 @@ class Replaced:
 def apply_distil_kernels_to_trl() -> Replaced:
     """Makes TRL's distillation trainers compute their losses from hidden states, for the remainder of the process.
 
-    DistillationTrainer, SDPOTrainer, SDFTTrainer, GKDTrainer, GOLDTrainer and what derives from them keep their
-    options, losses, metrics and gradients (to rounding), and form no logits [B, T, V] any more. What has no such form
-    is left to TRL with a warning, once: a model whose logits are not a linear head of hidden states, a teacher on a
-    server, GOLD with two vocabularies, metrics that a user computes from logits.
+    DistillationTrainer, ServerDistillationTrainer, SDPOTrainer, SDFTTrainer, GKDTrainer, GOLDTrainer and what derives
+    from them keep their options, losses, metrics and gradients (to rounding), and form no logits [B, T, V] any more.
+    What has no such form is left to TRL with a warning, once: a model whose logits are not a linear head of hidden
+    states, GOLD with two vocabularies, metrics that a user computes from logits.
 
     Returns:
         What was replaced; its `restore()` puts TRL's own back. A second call while the first stands replaces nothing.
