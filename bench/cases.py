@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from distil_kernels.hf import split
-from distil_kernels.testing import Inputs, credit_by_definition, make_inputs, oracle
+from distil_kernels.testing import Inputs, cost_by_definition, credit_by_definition, make_inputs, oracle
 
-NUM_PRODUCTS = {"ce": 4, "frozen": 3, "stats": 4, "distil": 4, "label": 3}
+NUM_PRODUCTS = {"ce": 4, "frozen": 3, "stats": 4, "distil": 4, "label": 3, "jsd": 4}
 REGIMES = {"ordinary": 0.25, "converged": 0.01}
 """The teacher's noise as a share of the student's size, by regime."""
 DATA = {
@@ -44,6 +44,7 @@ LOGIT_SCALE = 4.0
 SEQUENCE_ROWS = 64
 """Number of rows of a sequence in `distil`."""
 DISCOUNT = 0.9
+JSD_WEIGHT = 0.5
 
 SMOLLM2_SHAPE = (49152, 576)
 
@@ -208,14 +209,16 @@ def exact_result(op: str, case_inputs: CaseInputs) -> ExactResult:
         c, a = torch.zeros(num_rows).double(), torch.full((num_rows,), -1.0 / num_rows, dtype=torch.float64)
     else:
         c, a = torch.full((num_rows,), 1.0 / num_rows, dtype=torch.float64), torch.zeros(num_rows).double()
+    costs = []
     for rows, block in _blocks(inputs):
         exact = oracle(block)
-        (c[rows] @ exact.ce + a[rows] @ exact.logprob).backward()
+        costs.append(cost_by_definition(block, "jsd", JSD_WEIGHT) if op == "jsd" else exact.ce)
+        (c[rows] @ costs[-1] + a[rows] @ exact.logprob).backward()
     values = {
         "ce": statistics["ce"].mean().item(),
         "kl": statistics["kl"].mean().item(),
         "label": -statistics["logprob"].mean().item(),
-        "loss": (c @ statistics["ce"] + (a @ statistics["logprob"] if op != "distil" else 0.0)).item(),
+        "loss": (c @ torch.cat(costs).detach() + (a @ statistics["logprob"] if op != "distil" else 0.0)).item(),
     }
     return ExactResult(values, {name: leaf.grad for name, leaf in inputs.leaves.items()})
 

@@ -8,6 +8,7 @@ Install the peers beside a torch that stays as it is (they are pure Python; plai
 like may pull another torch and its CUDA packages):
 
     pip install --no-deps liger-kernel trl torchtune flash-linear-attention fla-core cut-cross-entropy orda-kernel
+    pip install --no-deps quack-kernels && pip install nvidia-cutlass-dsl     kernels in CuTe, for a Hopper or later
 
 TRL's trainers also import transformers, accelerate and datasets. `pip install -e .[bench]` installs all of it with
 dependencies, for a machine where that is wanted; there, pin torch in a constraints file.
@@ -16,14 +17,16 @@ dependencies, for a machine where that is wanted; there, pin torch in a constrai
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from cases import DISCOUNT, Case, CaseInputs
+from cases import DISCOUNT, JSD_WEIGHT, Case, CaseInputs
 from torch import Tensor
 
 import distil_kernels as dk
@@ -77,6 +80,7 @@ def _ours(op: str, device: torch.device, dtype: torch.dtype) -> list[Candidate]:
         "frozen": ("frozen_head",),
         "stats": ("kept_gradient", "recompute"),
         "distil": ("gradient_in_forward", "recompute"),
+        "jsd": ("gradient_in_forward", "kept_gradient", "recompute"),
     }[op]
     ours = []
     for backend, module in BACKENDS.items():
@@ -113,13 +117,15 @@ def _sparse_candidate(threshold: float, unavailable: str | None) -> Candidate:
 
 def _our_candidate(op: str, backend: str, plan: str, unavailable: str | None) -> Candidate:
     def build(case: Case) -> Loss:
-        return {"stats": stats, "distil": distil}.get(op, per_row_ce if plan == "kept_gradient" else ce)
+        return {"stats": stats, "distil": distil}.get(op, mean_of_rows if plan == "kept_gradient" else mean)
 
-    def ce(inputs: CaseInputs) -> Tensor:
-        return dk.fused_forward_ce(*inputs.heads, backend=backend, plan=plan)
+    token_loss = partial(dk.fused_jsd, jsd_weight=JSD_WEIGHT) if op == "jsd" else dk.fused_forward_ce
 
-    def per_row_ce(inputs: CaseInputs) -> Tensor:
-        return dk.fused_forward_ce(*inputs.heads, reduction="none", backend=backend, plan=plan).mean()
+    def mean(inputs: CaseInputs) -> Tensor:
+        return token_loss(*inputs.heads, backend=backend, plan=plan)
+
+    def mean_of_rows(inputs: CaseInputs) -> Tensor:
+        return token_loss(*inputs.heads, reduction="none", backend=backend, plan=plan).mean()
 
     def stats(inputs: CaseInputs) -> Tensor:
         stats = dk.token_stats(*inputs.heads, tokens=inputs.tokens, backend=backend, plan=plan)
@@ -170,7 +176,18 @@ def _naive(op: str) -> Loss:
         surrogate = credit @ logprob
         return (ce.sum() + surrogate - surrogate.detach()) / num_sequences
 
-    return {"stats": stats, "distil": distil}.get(op, ce)
+    def jsd(inputs: CaseInputs) -> Tensor:
+        log_s, log_t = (logits.log_softmax(-1, dtype=torch.float32) for logits in _logits(inputs))
+        mixture = torch.logaddexp(log_t + math.log(JSD_WEIGHT), log_s + math.log1p(-JSD_WEIGHT))
+        teacher, student = ((each.exp() * (each - mixture)).sum(-1) for each in (log_t, log_s))
+        return (JSD_WEIGHT * teacher + (1 - JSD_WEIGHT) * student).mean()
+
+    return {"stats": stats, "distil": distil, "jsd": jsd}.get(op, ce)
+
+
+def _beta(case: Case) -> float:
+    """The argument that makes a generalised JSD of Liger or TRL the op: 0 is the forward KL there."""
+    return JSD_WEIGHT if case.op == "jsd" else 0.0
 
 
 def _naive_compiled(case: Case) -> Loss:
@@ -182,7 +199,7 @@ def _liger_chunked(case: Case) -> Loss:
 
     def loss(inputs: CaseInputs) -> Tensor:
         hidden, weight, teacher_hidden, teacher_weight = inputs.heads
-        hard, soft, beta = 0.0, 1.0, 0.0
+        hard, soft, beta = 0.0, 1.0, _beta(case)
         return LigerFusedLinearJSDFunction.apply(
             hidden, weight, teacher_hidden, teacher_weight, inputs.tokens, None, None, hard, soft, beta
         )
@@ -193,13 +210,25 @@ def _liger_chunked(case: Case) -> Loss:
 def _liger_fused(case: Case) -> Loss:
     from liger_kernel.transformers.functional import liger_fused_linear_jsd
 
-    return lambda inputs: liger_fused_linear_jsd(*inputs.heads, jsd_beta=0.0)
+    return lambda inputs: liger_fused_linear_jsd(*inputs.heads, jsd_beta=_beta(case))
+
+
+def _liger_fused_kl(case: Case) -> Loss:
+    from liger_kernel.transformers.functional import liger_fused_linear_kl_div
+
+    def loss(inputs: CaseInputs) -> Tensor:
+        hidden, weight, teacher_hidden, teacher_weight = inputs.heads
+        with torch.no_grad():  # it takes the teacher's probabilities of all rows
+            teacher = (teacher_hidden @ teacher_weight.T).softmax(-1)
+        return liger_fused_linear_kl_div(hidden, weight, teacher)
+
+    return loss
 
 
 def _trl_generalized_jsd(case: Case) -> Loss:
     from trl.experimental.gkd.gkd_trainer import GKDTrainer
 
-    return lambda inputs: GKDTrainer.generalized_jsd_loss(*_logits(inputs), beta=0.0)
+    return lambda inputs: GKDTrainer.generalized_jsd_loss(*_logits(inputs), beta=_beta(case))
 
 
 def _trl_chunked(case: Case) -> Loss:
@@ -207,10 +236,10 @@ def _trl_chunked(case: Case) -> Loss:
 
     def loss(inputs: CaseInputs) -> Tensor:
         hidden, weight, teacher_hidden, teacher_weight = inputs.heads
-        beta = 0.0
-        return ChunkedDivergenceFunction.apply(hidden, weight, None, teacher_hidden, teacher_weight, None, beta)[
-            0
-        ].mean()
+        rows = ChunkedDivergenceFunction.apply(
+            hidden, weight, None, teacher_hidden, teacher_weight, None, _beta(case)
+        )  # fmt: skip
+        return rows[0].mean()
 
     return loss
 
@@ -267,6 +296,20 @@ def _apple_label(case: Case) -> Loss:
     return loss
 
 
+def _liger_cute_label(case: Case) -> Loss:
+    from liger_kernel.ops.backends._cutedsl.fused_linear_cross_entropy import fused_linear_cross_entropy_cutedsl
+
+    return lambda inputs: fused_linear_cross_entropy_cutedsl(
+        inputs.student_hidden, inputs.student_weight, inputs.tokens
+    )[0]  # fmt: skip
+
+
+def _quack_label(case: Case) -> Loss:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return lambda inputs: chunked_linear_cross_entropy(inputs.student_hidden, inputs.student_weight, inputs.tokens)
+
+
 def _torch_label(case: Case) -> Loss:
     if not hasattr(F, "linear_cross_entropy"):
         raise RuntimeError(f"torch {torch.__version__} has no linear_cross_entropy")
@@ -280,18 +323,34 @@ def _torch_label(case: Case) -> Loss:
 
 
 _CE = ("ce", "frozen")
-_ALL = ("ce", "frozen", "stats", "distil")
+_JSD = ("jsd",)
+_ALL = ("ce", "frozen", "stats", "distil", "jsd")
 
 PEERS = (
     Candidate("naive torch", "peer", _ALL, "loss", lambda case: _naive(case.op)),
     Candidate("naive torch, compiled", "peer", _ALL, "loss", _naive_compiled),
     Candidate("liger chunked jsd, compiled", "peer", _CE, "kl", _liger_chunked, ("liger_kernel", "triton")),
     Candidate("liger fused linear jsd", "peer", _CE, "kl", _liger_fused, ("liger_kernel", "triton"), cuda_only=True),
+    Candidate("liger fused linear kl", "peer", _CE, "kl", _liger_fused_kl, ("liger_kernel", "triton"), cuda_only=True),
     Candidate("trl generalized jsd", "peer", _CE, "kl", _trl_generalized_jsd, ("trl", "datasets")),
     Candidate("trl chunked divergence", "peer", _CE, "kl", _trl_chunked, ("trl", "datasets")),
+    Candidate("liger chunked jsd, compiled", "peer", _JSD, "loss", _liger_chunked, ("liger_kernel", "triton")),
+    Candidate("liger fused linear jsd", "peer", _JSD, "loss", _liger_fused, ("liger_kernel", "triton"), cuda_only=True),
+    Candidate("trl generalized jsd", "peer", _JSD, "loss", _trl_generalized_jsd, ("trl", "datasets")),
+    Candidate("trl chunked divergence", "peer", _JSD, "loss", _trl_chunked, ("trl", "datasets")),
     Candidate("torchtune chunked kl", "peer", _CE, "loss", _torchtune_chunked, ("torchtune",)),
     Candidate("fla fused kl", "peer", _CE, "kl", _fla_fused_kl, ("fla", "triton"), cuda_only=True),
     Candidate("orda", "peer", _CE, "kl", _orda, ("orda_kernel", "triton"), cuda_only=True),
     Candidate("apple cce (labels)", "label", ("ce",), "label", _apple_label, ("cut_cross_entropy",), cuda_only=True),
+    Candidate(
+        "liger cute ce (labels)",
+        "label",
+        ("ce",),
+        "label",
+        _liger_cute_label,
+        ("liger_kernel", "cutlass"),
+        cuda_only=True,
+    ),
+    Candidate("quack ce (labels)", "label", ("ce",), "label", _quack_label, ("quack", "cutlass"), cuda_only=True),
     Candidate("torch linear ce (labels)", "label", ("ce",), "label", _torch_label),
 )

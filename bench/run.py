@@ -45,7 +45,7 @@ from cases import (
 from peers import Candidate, candidates, default_plan
 from timing import Call, Timing, bare_products, forward_backward, interleaved, keep_freed_memory, with_progress
 
-OPS = ("ce", "distil", "stats", "frozen")
+OPS = ("ce", "distil", "stats", "frozen", "jsd")
 DEFAULT_SHAPES = {"cpu": ["1024x49152x576"], "cuda": ["8192x151936x4096"]}
 QUICK_SHAPE = "128x8192x128"
 _VERIFY_SECONDS = 1800

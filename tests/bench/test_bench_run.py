@@ -242,7 +242,7 @@ def _flops(call: timing.Call) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("arguments", [["--shapes", "1024x49152"], ["--shapes", "0x10x10"], ["--ops", "jsd"]])
+@pytest.mark.parametrize("arguments", [["--shapes", "1024x49152"], ["--shapes", "0x10x10"], ["--ops", "label"]])
 def test_a_wrong_argument_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run.main(arguments)
