@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import masked_rows
@@ -375,3 +376,26 @@ def test_what_a_teacher_cannot_name_is_refused_on_a_gpu_too(ids, logprob, genera
             fused_topk_ce(*moved_inputs.heads[:2], *named)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_padding_rows_do_not_exist(backend, generator):
+    """Heads with rows of NaN behind the vocabulary are those without, also where no logits are formed."""
+    inputs = make_inputs(20, 1031, 64, dtype=torch.bfloat16, generator=generator)
+
+    def longer(weight: torch.Tensor, num_rows: int) -> torch.Tensor:
+        nothing = torch.full((num_rows, 64), float("nan"), dtype=weight.dtype)
+        return torch.cat([weight.detach(), nothing]).requires_grad_(weight.requires_grad)
+
+    padded = replace(
+        inputs, student_weight=longer(inputs.student_weight, 9), teacher_weight=longer(inputs.teacher_weight, 40)
+    )
+    found = []
+    for copy in (on_gpu(inputs), on_gpu(padded)):
+        options = {"backend": backend, "vocab_size": 1031}
+        value = fused_forward_ce(*copy.heads, **options)
+        with torch.no_grad():
+            stats = token_stats(*copy.heads, tokens=copy.tokens, **options)
+        found.append([value.detach().cpu(), *gradients_of(value, copy).values(), *(each.cpu() for each in stats)])
+    (value, hidden, weight, *stats), expected = found[1], found[0]
+    assert torch.equal(weight[:1031], expected[2]) and not weight[1031:].any()
+    assert all(map(torch.equal, (value, hidden, *stats), (*expected[:2], *expected[3:])))
