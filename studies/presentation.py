@@ -6,13 +6,13 @@ Colours are Okabe and Ito's, for any colour vision; lines differ in dash too.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import platform
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 import distil_kernels
+from distil_kernels.extras import missing_packages
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,11 +32,10 @@ RC_PARAMS: Any = {
 }
 
 
-def require_packages(parser: argparse.ArgumentParser) -> None:
-    """Ends the program with the command that installs matplotlib and rich, where one of them is missing."""
-    missing = [name for name in ("matplotlib", "rich") if importlib.util.find_spec(name) is None]
-    if missing:
-        parser.exit(1, f"needs {' and '.join(missing)}: pip install 'distil-kernels[studies]'\n")
+def require_packages(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Ends the program with the command that installs matplotlib, rich and `names`, where one of them is missing."""
+    if line := missing_packages(("matplotlib", "rich", *names), "studies"):
+        parser.exit(2, f"{parser.prog}: {line}\n")
 
 
 def versions() -> str:

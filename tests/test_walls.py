@@ -15,7 +15,7 @@ PACKAGE = ROOT / "distil_kernels"
 
 # A module may import modules of its own floor or of floors below it. A name is a module or a package.
 LIBRARY = [
-    {"_C"},
+    {"_C", "extras"},
     {"backends"},
     {"engine"},
     {"token_statistics", "losses", "policy", "plan"},

@@ -16,6 +16,7 @@ from typing import TextIO, cast
 if __name__ == "__main__":  # until main can say so, Ctrl-C ends the process without a word
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+from distil_kernels.extras import missing_package
 from distil_kernels.train import commands
 from distil_kernels.train.command_line import parse, resolved, run_config
 from distil_kernels.train.config import Config, option_types
@@ -27,8 +28,8 @@ from distil_kernels.train.run.output import LastingOutput
 def main(arguments: list[str]) -> int:
     """Runs a command and returns the exit status.
 
-    0 is success, 1 a file that could not be written, a diverged run, a judge or a server that failed, 2 wrong options,
-    130 a stop by Ctrl-C.
+    0 is success, 1 a file that could not be written, a diverged run, a judge or a server that failed, 2 wrong options
+    or a package that is not installed, 130 a stop by Ctrl-C.
     """
     command, options = "train", arguments
     if arguments and not arguments[0].startswith("-"):
@@ -46,6 +47,11 @@ def main(arguments: list[str]) -> int:
         work = COMMANDS[command](options)
         status = 1
         return work() or 0
+    except ModuleNotFoundError as error:
+        if (line := missing_package(error)) is None:
+            raise
+        print(f"python -m distil_kernels.train: {line}", file=sys.stderr)
+        return 2
     except (ValueError, RuntimeError) as error:
         names_option = re.match(r"\[(\w+)\] ", str(error))
         if not names_option or (status == 1 and names_option[1] not in option_types()):  # a fault of the code

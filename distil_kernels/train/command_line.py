@@ -14,8 +14,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import yaml
-
 from distil_kernels.train.config import PRESETS, Config, OptionType, as_text, option_types
 
 NONE = ("none", "null")
@@ -62,6 +60,8 @@ def parse(arguments: list[str]) -> tuple[Config, set[str]]:
 
 def resolved(config: Config) -> str:
     """Returns the options with their values, as a file that --config reads."""
+    import yaml  # late: --help needs no package
+
     return yaml.safe_dump(config.settings(), sort_keys=False).rstrip()
 
 
@@ -136,6 +136,8 @@ def from_file(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file cannot be read, is no list of `option: value`, or has an unknown option or a wrong type.
     """
+    import yaml
+
     try:
         content = yaml.safe_load(path.read_text())
     except OSError as error:

@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", help="study language: path or hub name of the model [smollm2]")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
     options = parser.parse_args(arguments)
-    require_packages(parser)
+    require_packages(parser, *(["transformers", "accelerate", "peft"] if options.study == "language" else []))
     for name, minimum in (("jobs", 1), ("seeds", 1 if options.study == "language" else 2)):
         value = getattr(options, name)
         if value is not None and value < minimum:

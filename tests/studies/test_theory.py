@@ -355,4 +355,4 @@ def test_command_says_what_is_missing(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         command.main([])
     assert stopped.value.code == 1
-    assert "needs matplotlib and rich: pip install 'distil-kernels[studies]'" in capsys.readouterr().err
+    assert "matplotlib and rich are not installed: pip install 'distil-kernels[studies]'" in capsys.readouterr().err
