@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import importlib.util
 
 EXTRAS = {
     "train": frozenset(
@@ -26,7 +26,7 @@ def missing_package(error: ModuleNotFoundError) -> str | None:
 
 def missing_packages(names: tuple[str, ...], extra: str) -> str | None:
     """Returns the line for those modules that cannot be imported, or None; `extra` has all of them."""
-    missing = [name for name in names if find_spec(name) is None]
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
     return _line(missing, extra) if missing else None
 
 

@@ -13,9 +13,7 @@ import pytest
 from distil_kernels.extras import EXTRAS, missing_package
 
 ROOT = Path(__file__).parents[1]
-HIDDEN = sorted(
-    frozenset().union(*EXTRAS.values(), {"datasets", "huggingface_hub", "tokenizers"}) - {"jinja2", "numpy"}
-)
+HIDDEN = sorted(frozenset({"datasets", "tokenizers"}).union(*EXTRAS.values()) - {"jinja2", "numpy"})
 """Without those that torch may bring along."""
 RUN = f"""
 import runpy, sys

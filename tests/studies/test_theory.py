@@ -354,5 +354,5 @@ def test_command_says_what_is_missing(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as stopped:
         command.main([])
-    assert stopped.value.code == 1
+    assert stopped.value.code == 2
     assert "matplotlib and rich are not installed: pip install 'distil-kernels[studies]'" in capsys.readouterr().err
