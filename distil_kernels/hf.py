@@ -95,9 +95,10 @@ class CausalLM:
 class Headless:
     """A model whose head is shown no rows: the body of one that has more than a module below its head."""
 
-    def __init__(self, model: Any, head: nn.Linear) -> None:
+    def __init__(self, model: Any, head: nn.Linear, forward: Callable[..., Any]) -> None:
         inner = _without_peft(model)
-        self.config, self.forward, self._model, self._head = inner.config, inner.forward, model, head
+        self.config, self.forward = inner.config, inner.forward
+        self._model_forward, self._head = forward, head
 
     def __call__(self, **kwargs: Any) -> _Output:
         caught: list[Tensor] = []
@@ -108,13 +109,13 @@ class Headless:
 
         handle = self._head.register_forward_pre_hook(catch)
         try:
-            self._model.forward(**kwargs)  # not self._model(...), as in _read
+            self._model_forward(**kwargs)
         finally:
             handle.remove()
         if len(caught) != 1:
             raise ValueError(
-                f"[hidden] {type(self._model).__name__} called its head {len(caught)} times, expected once (hooks are "
-                "not seen by a model that is compiled)"
+                f"[hidden] a model of {type(self.config).__name__} called its head {len(caught)} times, expected once "
+                "(hooks are not seen by a model that is compiled)"
             )
         return _Output(caught[0])
 
@@ -123,8 +124,12 @@ class _Output(NamedTuple):
     last_hidden_state: Tensor
 
 
-def split(model: nn.Module) -> CausalLM:
+def split(model: nn.Module, forward: Callable[..., Any] | None = None) -> CausalLM:
     """Splits a causal LM or an image-text model, bare or PEFT-wrapped, into body and head.
+
+    Args:
+        forward: what is called to read tokens; default the model, whose hooks gather sharded weights. Within a forward
+            of a sharded model, where weights are whole, they would shard them again: `model.forward` has no hooks.
 
     Raises:
         ValueError: the model's logits are not a linear head of hidden states with scale and softcap.
@@ -133,8 +138,11 @@ def split(model: nn.Module) -> CausalLM:
     head = output_head(model)
     try:
         with _evaluating(model), torch.no_grad():
-            transform = _probed_transform(model, head)
-            body, states, logits = _probed_body(model, head)
+            read = partial(_read, forward or model, inner)
+            transform = _probed_transform(read, head)
+            body, states, logits = _probed_body(read, inner, head)
+            if body is None:
+                body = Headless(model, head, forward or model)
             parts = CausalLM(model, body, head.weight, head.bias, *transform)
             _check_logits(parts, states, logits)
     except _Refused as reason:
@@ -201,7 +209,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _probed_transform(model: Any, head: nn.Linear) -> tuple[int, float, float]:
+def _probed_transform(read: Callable[..., Tensor], head: nn.Linear) -> tuple[int, float, float]:
     """Returns vocabulary size, scale and softcap.
 
     The model reads tokens, and numbers of ours take the place of the head's output.
@@ -218,7 +226,7 @@ def _probed_transform(model: Any, head: nn.Linear) -> tuple[int, float, float]:
         return put[0]
 
     # Before hooks of others on the head: they belong to the forward.
-    logits = _read(model, (partial(head.register_forward_hook, prepend=True), replace))
+    logits = read((partial(head.register_forward_hook, prepend=True), replace))
     if not put:
         raise _Refused("does not call its output head (hooks are not seen by a model that is compiled)")
     vocab_size = logits.shape[-1]
@@ -249,8 +257,8 @@ def _numbers(like: Tensor) -> Tensor:
     return numbers.to(torch.bfloat16).to(like.device, precise)
 
 
-def _probed_body(model: Any, head: nn.Linear) -> tuple[Any, Tensor, Tensor]:
-    """Returns the body, and states [1, L, D] with the logits that the model makes of them."""
+def _probed_body(read: Callable[..., Tensor], inner: Any, head: nn.Linear) -> tuple[Any, Tensor, Tensor]:
+    """Returns the module that is the body, if one is, and states [1, L, D] with the logits that are made of them."""
     put: list[Tensor] = []
     got: list[Tensor] = []
 
@@ -268,15 +276,15 @@ def _probed_body(model: Any, head: nn.Linear) -> tuple[Any, Tensor, Tensor]:
     def catch_input(head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         got.append(inputs[0])
 
-    for body in _modules_below(_without_peft(model)):
+    for body in _modules_below(inner):
         hooks = (body.register_forward_hook, replace_output), (head.register_forward_pre_hook, catch_input)
-        logits = _read(model, *hooks)
+        logits = read(*hooks)
         if len(put) == len(got) == 1 and put[0].shape == got[0].shape and bool((put[0] == got[0]).all()):
             return body, put[0], logits
         put.clear()
         got.clear()
-    logits = _read(model, (head.register_forward_pre_hook, replace_input))
-    return Headless(model, head), put[0], logits
+    logits = read((head.register_forward_pre_hook, replace_input))
+    return None, put[0], logits
 
 
 def _modules_below(inner: Any) -> Iterator[nn.Module]:
@@ -296,15 +304,14 @@ def _states(like: Tensor) -> Tensor:
     return (states * torch.tensor(STATES)[:, None]).to(like)
 
 
-def _read(model: Any, *hooks: tuple[Callable[[Any], Any], Any]) -> Tensor:
+def _read(forward: Callable[..., Any], inner: Any, *hooks: tuple[Callable[[Any], Any], Any]) -> Tensor:
     """Returns the logits [1, L, V] of NUM_TOKENS plain tokens, read with these hooks in place."""
-    inner = _without_peft(model)
     tokens = torch.tensor([_plain_tokens(inner.config)], device=next(inner.parameters()).device)
     options = {"use_cache": False} if _takes(inner.forward, "use_cache") else {}
     handles = [register(hook) for register, hook in hooks]
     try:
-        # Not model(...): within a sharded model's forward, where weights are whole, its hooks would shard them again.
-        return model.forward(input_ids=tokens, **options).logits
+        logits: Tensor = forward(input_ids=tokens, **options).logits
+        return logits
     except _Refused:
         raise
     except Exception as error:

@@ -207,7 +207,7 @@ def _split(model: nn.Module) -> hf.CausalLM:
         head = _head(model)
         return replace(known, weight=head.weight, bias=head.bias)
     try:
-        parts, head = hf.split(model), hf.output_head(model)
+        parts, head = hf.split(model, model.forward), hf.output_head(model)
     except ValueError as error:
         raise HeadError(str(error)) from error
     model.__dict__ |= {"_distil_kernels_parts": parts, "_distil_kernels_head": head}  # and no child of the module
