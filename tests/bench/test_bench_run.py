@@ -165,6 +165,12 @@ def test_a_wrong_result_gets_no_speed() -> None:
     assert "another value" in reason(math.nan, 1.0)
 
 
+def test_a_candidate_whose_process_dies_has_its_last_words_as_reason(tmp_path: Path) -> None:
+    (tmp_path / "case.json").write_text(json.dumps(CASE.as_dict()))
+    reason = run._verify(tmp_path, "nobody's", "cpu")["reason"]
+    assert reason == "its process ended with code 1: StopIteration"
+
+
 def test_errors_are_relative_to_the_norm_of_the_exact_gradient() -> None:
     inputs = make_case_inputs(CASE, "ordinary")
     result = exact_result("ce", inputs)
