@@ -15,6 +15,7 @@ from transformers import (
     GPTNeoConfig,
     GPTNeoXConfig,
     MixtralConfig,
+    OpenAIGPTConfig,
     OPTConfig,
     Phi3Config,
     PretrainedConfig,
@@ -126,6 +127,12 @@ def test_states_and_rollouts_behind_prompts_longer_than_a_window(kind: str) -> N
         logits = lm.logits(alone)
     chosen = logits.gather(1, torch.tensor([token for own in done for token in own])[:, None])[:, 0]
     torch.testing.assert_close(chosen, logits.amax(1), rtol=1e-4, atol=1e-4)  # greedy
+
+
+def test_a_model_without_a_cache_reads_padded_rows_alone() -> None:
+    """The first GPT takes the argument of a cache and does not know it."""
+    config = OpenAIGPTConfig(vocab_size=260, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+    assert "shared" not in reader(split(AutoModelForCausalLM.from_config(config).eval())).ways
 
 
 def test_the_trial_leaves_no_trace() -> None:
