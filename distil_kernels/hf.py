@@ -189,8 +189,8 @@ def output_head(model: Any) -> nn.Linear:
         )
     if type(head) is not nn.Linear:
         raise ValueError(
-            f"[split] the output head of {name} is {head and type(head).__name__}, expected a plain torch.nn.Linear from "
-            "get_output_embeddings()"
+            f"[split] the output head of {name} is {head and type(head).__name__}, expected a plain torch.nn.Linear "
+            "from get_output_embeddings()"
         )
     if hasattr(head.weight, "device_mesh"):
         raise ValueError("[split] the head's weight is sharded (DTensor), which is not supported: gather it first")
