@@ -322,10 +322,14 @@ def _read(forward: Callable[..., Any], inner: Any, *hooks: tuple[Callable[[Any],
 
 
 def _plain_tokens(config: Any) -> list[int]:
-    """Returns NUM_TOKENS ids that no configuration names: they stand for no image and no padding."""
+    """Returns NUM_TOKENS ids that no configuration names: they stand for no image and no padding.
+
+    A vocabulary of a few tokens has fewer, and they are repeated.
+    """
     text = config.get_text_config(decoder=True)
     named = {value for each in (config, text) for value in vars(each).values() if type(value) is int}
-    return [token for token in range(text.vocab_size) if token not in named][:NUM_TOKENS]
+    plain = [token for token in range(text.vocab_size) if token not in named][:NUM_TOKENS] or [0]
+    return (plain * NUM_TOKENS)[:NUM_TOKENS]
 
 
 def _transformed(head_output: Tensor, scale: float, softcap: float) -> Tensor:

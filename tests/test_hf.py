@@ -151,6 +151,13 @@ def test_rows_of_a_padded_head_are_left_out() -> None:
     torch.testing.assert_close(loss, -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean())
 
 
+@pytest.mark.parametrize("num_tokens", [2, 7])
+def test_a_vocabulary_of_a_few_tokens(num_tokens: int) -> None:
+    model, tokens = build(llama_config(vocab_size=num_tokens)), torch.tensor([[0, 1]])
+    lm = split(model)
+    torch.testing.assert_close(lm.logits(lm.hidden(tokens)), model(input_ids=tokens).logits)
+
+
 def test_splitting_leaves_no_trace() -> None:
     model = build(GPT2Config(**{**CONFIGS["no rotary"].to_dict(), "resid_pdrop": 0.5})).train()
     model.transformer.h[0].eval()
