@@ -88,7 +88,8 @@ def test_readmes_split_is_the_loss_over_full_logits() -> None:
         "input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]]),
         "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
     }
-    scope = {**vars(distil_kernels), "split": split, "student": student, "teacher": teacher, "inputs": inputs}
+    scope: dict[str, Any] = {"fused_forward_ce": distil_kernels.fused_forward_ce, "split": split, "inputs": inputs}
+    scope |= {"student": student, "teacher": teacher}
     exec(source, scope)
     with torch.no_grad():
         logprobs, probs = student(**inputs).logits.log_softmax(-1), teacher(**inputs).logits.softmax(-1)
