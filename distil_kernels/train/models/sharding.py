@@ -103,9 +103,6 @@ def split_sharded(model: nn.Module) -> CausalLM:
     A sharded model's `weight` and `bias` have values in `unsharded`, in `unsharded_heads`, and from a forward to its
     backward.
     """
-    if isinstance(model, FSDPModule):
-        with torch.no_grad():  # a first pass of the whole: FSDP takes whatever runs first for its root
-            model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device))
     parts = split(model)
     enters_by_model = isinstance(parts.body, Headless) or not isinstance(model, FSDPModule)
     return parts if enters_by_model else dataclasses.replace(parts, body=_Body(parts))
