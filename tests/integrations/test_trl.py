@@ -54,6 +54,15 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         trl_runs.sdpo,
         SDPO | {"peft_config": LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)},
     ),
+    "SDPO, LoRA and a trained head, whose teacher has neither": (
+        trl_runs.sdpo,
+        SDPO
+        | {
+            "peft_config": LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+            "teacher_model_kind": "base",
+            "distillation_alpha": 0.5,
+        },
+    ),
     "SDFT": (trl_runs.sdft, SDPO | {"distillation_alpha": 0.5}),
     "SDFT, top K": (trl_runs.sdft, {}),
     "GKD": (trl_runs.gkd, {"beta": 0.5, "gradient_accumulation_steps": 2}),
@@ -99,6 +108,18 @@ def test_the_switch_changes_no_number(
     # DistillationTrainer never calls its head; the others' heads are silent now.
     assert formed > 0 or make is trl_runs.distillation
     assert len(head_rows) == formed
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_log_probs_of_all_tokens_sum_to_one(autocast: bool, generator: torch.Generator) -> None:
+    hidden, weight = (torch.randn(*shape, generator=generator) for shape in ((2, 3, 32), (17, 32)))
+    mask = torch.tensor([[True, True, False], [True, False, True]])
+    logits = unformed.UnformedLogits(hidden, weight, torch.randn(17, generator=generator), 0.7, 5.0, None, 0.9, mask)
+    index = torch.stack([torch.randperm(17, generator=generator) for _ in range(6)]).unflatten(0, (2, 3))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logprobs = unformed.UnformedLogprobs(logits).gather(-1, index)
+    torch.testing.assert_close(logprobs.exp().sum(-1)[mask], torch.ones(4), rtol=0, atol=1e-5)
+    assert not logprobs[~mask].any()
 
 
 def test_evaluations_form_no_logits_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,20 +202,18 @@ class HeadError(ValueError):
 
 
 def _split(model: nn.Module) -> hf.CausalLM:
-    """Splits a model when it is first read; later the parts are the same, the head's tensors those of the moment."""
-    if (known := getattr(model, "_distil_kernels_parts", None)) is not None:
-        head = _head(model)
-        return replace(known, weight=head.weight, bias=head.bias)
+    """Splits a model when it is first read; later only its head is looked up, which adapters may change."""
     try:
-        parts, head = hf.split(model, model.forward), hf.output_head(model)
+        known, head = getattr(model, "_distil_kernels_parts", None), hf.output_head(model)
+        parts = known or hf.split(model, model.forward)
     except ValueError as error:
         raise HeadError(str(error)) from error
     model.__dict__ |= {"_distil_kernels_parts": parts, "_distil_kernels_head": head}  # and no child of the module
-    return parts
+    return replace(parts, weight=head.weight, bias=head.bias)
 
 
 def _head(model: Any) -> nn.Linear:
-    """Returns the head of a model that has been split."""
+    """Returns the head that a model was last read with."""
     return model.__dict__["_distil_kernels_head"]
 
 

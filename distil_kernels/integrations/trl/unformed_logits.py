@@ -188,8 +188,12 @@ def named_logprobs(logits: UnformedLogits, index: Tensor) -> Tensor:
     index_rows = index.flatten(0, 1)[rows]
 
     def named_logits(hidden: Tensor, index: Tensor) -> Tensor:
+        head_rows = nn.functional.embedding(index, logits.weight)
+        if torch.is_autocast_enabled(hidden.device.type):  # rounded as the op that computes the log-prob rounds them
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            head_rows, hidden = head_rows.to(dtype), hidden.to(dtype)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        output = (nn.functional.embedding(index, logits.weight).to(dtype) * hidden.to(dtype).unsqueeze(1)).sum(-1)
+        output = (head_rows.to(dtype) * hidden.to(dtype).unsqueeze(1)).sum(-1)
         if logits.bias is not None:
             output = output + logits.bias[index]
         return logits.transformed(output)
