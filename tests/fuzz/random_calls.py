@@ -1,6 +1,6 @@
 """Random calls of the public ops, each checked against its definition in float64.
 
-    python tests/fuzz/random_calls.py --calls 10000             an hour, on one core
+    python tests/fuzz/random_calls.py --calls 10000             some ten calls a second, on one core
     python tests/fuzz/random_calls.py --calls 1 --seed 1234     one call again
 
 A call has a seed of its own, which a failure names. What is drawn: the op and its cost, reduction, credit, clip; sizes
