@@ -179,6 +179,8 @@ def build_data(config: Config, models: Models, task: Task, kind: FeedbackKind, p
         tool = Python(models.tokenizer, config.max_tool_calls, config.max_tool_tokens)
     longest = config.max_new_tokens + (tool.longest if tool else 0)
     notes = _check_positions(config, models, longest)
+    if isinstance(models.teacher, RemoteTeacher):
+        notes.append(models.teacher.note)
 
     examples = answered_problems(task, config.num_examples)
     prompts = Prompts(

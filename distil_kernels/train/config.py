@@ -146,6 +146,8 @@ class Config:
     ids; the key is OPENAI_API_KEY of the environment."""
     teacher_top: int = _number(20, AT_LEAST_1)
     """Tokens whose log-probs teacher remote is asked for; the others are one bucket."""
+    teacher_requests: int = _number(8, AT_LEAST_1)
+    """Requests to teacher_url that are under way together."""
     teacher_samples: int = _number(16, AT_LEAST_1)
     """Next tokens that teacher samples draws at each state."""
 

@@ -19,6 +19,10 @@ WAITS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 BUSY = (429, 500, 502, 503, 504)
 
 
+class Refused(ValueError):
+    """A server's refusal of a request: a status from 400 on that does not mean that it is busy."""
+
+
 class Endpoint:
     """The server at an address; the key is OPENAI_API_KEY of the environment.
 
@@ -30,10 +34,14 @@ class Endpoint:
         self.option, self.url = option, url.rstrip("/")
         self._has_answered = False
 
-    def ask(self, path: str, body: dict[str, Any] | None = None, timeout: float = TIMEOUT) -> dict[str, Any]:
+    def ask(self, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> dict[str, Any]:
         """The server's answer to a POST, or to a GET if there is no body.
 
+        Args:
+            timeout: seconds; None for TIMEOUT.
+
         Raises:
+            Refused: it refuses the request.
             ValueError: the server does not answer, or its answer is no JSON object.
         """
         request = Request(self.url + path, None if body is None else json.dumps(body).encode())
@@ -43,16 +51,17 @@ class Endpoint:
             request.add_unredirected_header("Authorization", f"Bearer {key}")
         for wait in (*WAITS, None):
             try:
-                with urlopen(request, timeout=timeout) as response:
+                with urlopen(request, timeout=TIMEOUT if timeout is None else timeout) as response:
                     content = response.read()
                 self._has_answered = True
                 break
             except HTTPError as error:
-                message, repeats = f"{error.code} {error.reason}, {short(error.read())}", error.code in BUSY
+                message, repeats = f"{error.code} {error.reason}, {_body(error)}", error.code in BUSY
+                kind = ValueError if repeats else Refused
             except (OSError, HTTPException) as error:
-                message, repeats = str(error) or type(error).__name__, self._has_answered
+                message, repeats, kind = str(error) or type(error).__name__, self._has_answered, ValueError
             if wait is None or not repeats:
-                raise ValueError(f"[{self.option}] {self.url}{path}: {message}")
+                raise kind(f"[{self.option}] {self.url}{path}: {message}")
             time.sleep(wait)
         try:
             answer = json.loads(content)
@@ -65,6 +74,14 @@ class Endpoint:
     def unexpected(self, path: str, answer: Any, expected: str) -> ValueError:
         """The error to raise when an answer has not the expected form."""
         return ValueError(f"[{self.option}] {self.url}{path} gave {short(answer)}, expected {expected}")
+
+
+def _body(error: HTTPError) -> str:
+    """What a server said beside the status of an error, if it lived to say it."""
+    try:
+        return short(error.read())
+    except (OSError, HTTPException):
+        return "nothing"
 
 
 def seeds(count: int) -> list[int]:

@@ -36,7 +36,7 @@ from distil_kernels.train.rollouts.vllm_server import RolloutServer, completion,
 from distil_kernels.train.run.distributed import ALONE
 from distil_kernels.train.run.json_lines import read_lines
 from distil_kernels.train.teachers.base import TopKTarget
-from distil_kernels.train.teachers.remote import RemoteTeacher
+from distil_kernels.train.teachers.remote import PROBE, RemoteTeacher
 
 pytestmark = pytest.mark.slow
 
@@ -90,6 +90,8 @@ def relay(endpoint: str) -> Iterator[Callable[[Callable[[dict[str, Any]], Any]],
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 asked = self.rfile.read(int(self.headers["Content-Length"]))
+                if not self.path.endswith("/completions"):
+                    return self.send_error(404)
                 with urlopen(Request(f"{endpoint}/completions", asked), timeout=60) as response:
                     said = change({**json.loads(asked), "headers": self.headers}, json.load(response))
                 if isinstance(said, int):
@@ -178,12 +180,13 @@ def test_a_token_that_does_not_count_costs_no_request(expert: tuple[Any, Any], r
         for n in range(len(done))
         if own[n]
     ]
-    assert sorted(seen) == sorted(asked)
+    text = tuple(expert[1](PROBE).input_ids)  # by which the server's model is known
+    assert sorted(seen) == sorted([*asked, text])
     assert (found.ids[~counted] == -1).all() and (found.unmapped == 0).all()
     assert (found.logprobs[counted][:, 0] - whole.logprobs[counted][:, 0]).abs().max() < 4 * CLOSE
     seen.clear()
     nothing = other.target(packed(prompts, rows, completions, [[False] * len(done) for done in completions]))
-    assert not seen and nothing.ids.tolist() == [[-1]] * len(counted)
+    assert seen == [text] and nothing.ids.tolist() == [[-1]] * len(counted)
 
 
 def test_shares_of_draws_are_the_models_probabilities(endpoint: str, expert: tuple[Any, Any]) -> None:
