@@ -59,11 +59,22 @@ struct RowTask {
 
 enum class FloatType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+// What a row's gradient by its logits takes beside cost and token: w0 S + w1 S log S + w2 + w3 onehot(label), w being
+// the row's numbers in GradRows::term_weights.
+enum TermWeight : int {
+  kStudentWeight = 0,
+  kStudentLogWeight = 1,
+  kUniformWeight = 2,
+  kLabelWeight = 3,
+  kNumTermWeights = 4,
+};
+
 // The gradient rows of a task. Row r is
 //
 //     d(cost_weight[r] * cost + logprob_weight[r] * log S[token]) / d raw student logit
 //
-// A row whose two weights are 0 gets zeros, whatever its logits are.
+// and, with term_weights, what TermWeight says times d logit / d raw. A row whose weights are all 0 gets zeros,
+// whatever its logits are.
 struct GradRows {
   const float* cost_weight;     // [num_rows]
   const float* logprob_weight;  // [num_rows], or nullptr: all 0
@@ -71,6 +82,8 @@ struct GradRows {
   std::int64_t row_stride;
   FloatType type;
   float* residual;  // [num_rows]: what the sum of each row lost to rounding; nullptr where it is not asked for
+  const float* term_weights;   // [kNumTermWeights, num_rows], or nullptr: all 0
+  const std::int64_t* labels;  // [num_rows], read in rows with a kLabelWeight; nullptr if there are none
 };
 
 enum class InstructionSet : int { kBest = 0, kPortable = 1, kAvx2 = 2, kAvx512 = 3 };
@@ -86,7 +99,7 @@ void cpu_row_stats(const RowTask& task, int num_threads, InstructionSet instruct
 void cpu_row_grad(const RowTask& task, const GradRows& grad, int num_threads, InstructionSet instruction_set);
 
 // Does both, for weights that do not depend on the statistics: the second read of a row finds it in a cache.
-// logprob_weight is nullptr.
+// logprob_weight and term_weights are nullptr.
 void cpu_row_stats_grad(const RowTask& task, const GradRows& grad, int num_threads, InstructionSet instruction_set);
 
 // An operand of a product: element (i, j) at data + i * row_stride + j * column_stride, one of the strides 1.
@@ -180,9 +193,9 @@ int cuda_row_stats(const RowTask& task, void* stream);
 // residual.
 int cuda_row_grad(const RowTask& task, const GradRows& grad, void* stream);
 
-// Statistics and gradient in one read of the logits, for kForwardCe and kForwardKl without logprob_weight, on
-// compute capability 9.0 and later. A row lies in the shared memory of cluster_size blocks (1, 2, 4 or 8). All rows
-// begin at multiples of 16 bytes. The residual is [num_rows, cluster_size], a sum for each block.
+// Statistics and gradient in one read of the logits, for kForwardCe and kForwardKl without logprob_weight and
+// term_weights, on compute capability 9.0 and later. A row lies in the shared memory of cluster_size blocks (1, 2, 4
+// or 8). All rows begin at multiples of 16 bytes. The residual is [num_rows, cluster_size], a sum for each block.
 int cuda_row_stats_grad(const RowTask& task, const GradRows& grad, int cluster_size, void* stream);
 
 // Sets num_clusters to the number of such clusters that the current device runs at once: 0 where none fits, as on a

@@ -223,6 +223,7 @@ struct RowGradient {
   float cost_weight, logprob_weight;
   float mean;  // the mean that the cost subtracts: KL(S || T), KL(S || M) or H(S)
   float jsd_weight;
+  float student_weight = 0.0f, student_log_weight = 0.0f, uniform_weight = 0.0f;  // as in TermWeight
 };
 
 // Returns the statistic that RowGradient::mean is.
@@ -237,7 +238,9 @@ DISTIL_INLINE Statistic mean_statistic(Statistic cost) {
 //     reverse KL                  S (log S/T - KL(S || T))
 //     JSD                         (1 - b) S (log S/M - KL(S || M))
 //     entropy                     -S (log S + H(S))
-template <Statistic kCost>
+//
+// With kTerms, the terms of TermWeight but for the label's are added; a cost of weight 0 may then be anything.
+template <Statistic kCost, bool kTerms = false>
 DISTIL_INLINE float grad_logit(float s, float t, const RowGradient& row) {
   const float p = exp_shifted(s - row.log_normalizer);
   const float q = kCost == kEntropy ? 0.0f : exp_shifted(t - row.teacher_log_normalizer);
@@ -253,7 +256,10 @@ DISTIL_INLINE float grad_logit(float s, float t, const RowGradient& row) {
   } else {
     cost = p - q;
   }
-  return row.cost_weight * cost - row.logprob_weight * p;
+  if (!kTerms) return row.cost_weight * cost - row.logprob_weight * p;
+  const float factor = row.student_log_weight * (at_least_floor(s) - row.log_normalizer) +
+                       (row.student_weight - row.logprob_weight);
+  return (row.cost_weight == 0.0f ? 0.0f : row.cost_weight * cost) + (p * factor + row.uniform_weight);
 }
 
 }  // namespace distil_kernels

@@ -41,7 +41,15 @@ class RowTask:
 
 class GradRows:
     def __init__(
-        self, cost_weight: int, logprob_weight: int, data: int, row_stride: int, type: FloatType, residual: int
+        self,
+        cost_weight: int,
+        logprob_weight: int,
+        data: int,
+        row_stride: int,
+        type: FloatType,
+        residual: int,
+        term_weights: int = 0,
+        labels: int = 0,
     ) -> None: ...
 
 class Matrix:

@@ -32,7 +32,7 @@ from distil_kernels.engine.checks import ArgumentChecks
 OF_A_BATCH = frozenset(
     {
         "student_bias", "teacher_bias", "token_mask", "token_weight", "normalizer", "tokens", "cu_seqlens",
-        "behaviour_logprobs", "advantages", "old_logprobs",
+        "behaviour_logprobs", "advantages", "old_logprobs", "labels", "reference_logprobs",
     }
 )  # fmt: skip
 """Keyword arguments of the functions that are given at the call."""
@@ -120,7 +120,7 @@ class TopKCELoss(_Loss):
 class SequenceDistilLoss(_Loss):
     """`fused_distil_loss`, called as `ForwardCELoss` with tokens and cu_seqlens; returns a `DistilLoss`.
 
-    A `baseline` of values is given at the call, one by its name at construction.
+    A `baseline` of values and a `distil_weight` of tokens are given at the call, others at construction.
     """
 
     _function: ClassVar[Callable[..., Any]] = staticmethod(distil.fused_distil_loss)
@@ -137,9 +137,9 @@ class SequenceDistilLoss(_Loss):
             "tokens": torch.empty(0, dtype=torch.int64, device="cpu"),
             "cu_seqlens": torch.zeros(num_sequences + 1, dtype=torch.int64, device="cpu"),
         }
-        if options.get("importance_clip") is not None:
-            sequences["behaviour_logprobs"] = hidden[:, 0]
-        return sequences
+        for name in ("behaviour_logprobs", "advantages", "old_logprobs", "reference_logprobs"):
+            sequences[name] = hidden[:, 0]
+        return sequences | {"labels": sequences["tokens"]}
 
 
 class TopKSequenceDistilLoss(SequenceDistilLoss):

@@ -18,6 +18,7 @@ from distil_kernels.backends.dispatch import BackendChoice
 from distil_kernels.distil import COSTS, DistilLoss, distil_result
 from distil_kernels.engine.call import Call
 from distil_kernels.engine.checks import ArgumentChecks
+from distil_kernels.engine.term_checks import CLIP, checked_terms
 
 _PLAIN_TORCH = BackendChoice("reference", "losses to named tokens are plain torch on every device")
 
@@ -107,6 +108,19 @@ def fused_topk_distil_loss(
     credit_scale: float = 1.0,
     behaviour_logprobs: Tensor | None = None,
     importance_clip: float | None = None,
+    distil_weight: float | Tensor = 1.0,
+    advantages: Tensor | None = None,
+    policy_weight: float | None = None,
+    old_logprobs: Tensor | None = None,
+    clip_low: float | None = CLIP,
+    clip_high: float | None = CLIP,
+    labels: Tensor | None = None,
+    label_weight: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss_weight: float = 0.0,
+    entropy_weight: float = 0.0,
+    reference_logprobs: Tensor | None = None,
+    reference_weight: float | None = None,
     normalizer: float | Tensor | None = None,
     detach_hidden: bool = False,
 ) -> DistilLoss:
@@ -140,12 +154,18 @@ def fused_topk_distil_loss(
         student_hidden, credit_span, baseline, group_size, discount, horizon, normalize_by_remaining, credit_clip,
         credit_scale, importance_clip, behaviour_logprobs,
     )  # fmt: skip
+    terms = checked_terms(
+        checks, student_hidden, tokens, cu_seqlens, distil_weight=distil_weight, advantages=advantages,
+        policy_weight=policy_weight, old_logprobs=old_logprobs, clip_low=clip_low, clip_high=clip_high, labels=labels,
+        label_weight=label_weight, label_smoothing=label_smoothing, z_loss_weight=z_loss_weight,
+        entropy_weight=entropy_weight, reference_logprobs=reference_logprobs, reference_weight=reference_weight,
+    )  # fmt: skip
     checks.named_tokens(student_hidden, teacher_ids, teacher_logprobs)
     denominator = call.denominator(normalizer, cu_seqlens.numel() - 1)
     result = call.topk_loss(
         teacher_ids, teacher_logprobs, Cost(COSTS[cost]), denominator, tokens=tokens, cu_seqlens=cu_seqlens,
-        credit=credit,
+        credit=credit, terms=terms,
     )  # fmt: skip
-    distil = distil_result(result, COSTS[cost])
+    distil = distil_result(result, COSTS[cost], terms)
     unknown = torch.full_like(distil.cost, torch.nan)
     return distil._replace(stats=distil.stats._replace(reverse_kl=unknown, teacher_lse=unknown))

@@ -50,13 +50,15 @@ dk::RowTask row_task(const dk::LogitRows& student, const dk::LogitRows& teacher,
 }
 
 dk::GradRows grad_rows(Address cost_weight, Address logprob_weight, Address data, std::int64_t row_stride,
-                       dk::FloatType type, Address residual) {
+                       dk::FloatType type, Address residual, Address term_weights, Address labels) {
   return {pointer<const float>(cost_weight),
           pointer<const float>(logprob_weight),
           pointer<void>(data),
           row_stride,
           type,
-          pointer<float>(residual)};
+          pointer<float>(residual),
+          pointer<const float>(term_weights),
+          pointer<const std::int64_t>(labels)};
 }
 
 dk::CostGrid cost_grid(Address costs, Address slots, Address later, std::int64_t num_positions,
@@ -120,7 +122,8 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<dk::GradRows>(m, "GradRows")
       .def(py::init(&grad_rows), py::arg("cost_weight"), py::arg("logprob_weight"), py::arg("data"),
-           py::arg("row_stride"), py::arg("type"), py::arg("residual"));
+           py::arg("row_stride"), py::arg("type"), py::arg("residual"), py::arg("term_weights") = 0,
+           py::arg("labels") = 0);
 
   m.def("cpu_row_stats", &dk::cpu_row_stats, py::arg("task"), py::arg("num_threads"), py::arg("instruction_set"),
         py::call_guard<py::gil_scoped_release>());

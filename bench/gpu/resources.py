@@ -59,8 +59,11 @@ def triton_resources(targets: tuple[tuple[str, int | str], ...]) -> Iterator[Res
         yield _triton(kernels.merge_partials, {"HAS_TOKENS": True, "SPLITS": 64}, target, 1, 3)
         yield _triton(kernels.mixture_partials, {**flags, "BLOCK": 4096}, target, 8, 3)
         for cost in (Statistic.FORWARD_CE, Statistic.REVERSE_KL, Statistic.JSD, Statistic.ENTROPY):
-            constants = {**flags, "HAS_LOGPROB": True, "ROUNDS": True, "COST": int(cost), "BLOCK": 4096}
+            constants = {**flags, "HAS_LOGPROB": True, "ROUNDS": True, "COST": int(cost), "BLOCK": 4096,
+                         "HAS_TERMS": False, "HAS_LABELS": False, "terms_ptr": None, "labels_ptr": None}  # fmt: skip
             yield _triton(kernels.row_grad, constants, target, 8, 3)
+        constants = {**flags, "HAS_LOGPROB": True, "ROUNDS": True, "COST": int(Statistic.JSD), "BLOCK": 4096}
+        yield _triton(kernels.row_grad, {**constants, "HAS_TERMS": True, "HAS_LABELS": True}, target, 8, 3)
         yield _triton(kernels.head_partials, {**flags, **shape, "HAS_TOKENS": True, "WIDEN": False}, target,
                       tile.num_warps, tile.num_stages)  # fmt: skip
         for constants in ({"HAS_HORIZON": True}, {"HAS_HORIZON": False, "num_later": 1}):
@@ -112,7 +115,7 @@ def _triton(
 def _triton_type(name: str, constants: dict[str, object]) -> str:
     if name in constants:
         return "constexpr"
-    if name in ("tokens_ptr", "slots_ptr"):
+    if name in ("tokens_ptr", "labels_ptr", "slots_ptr"):
         return "*i64"
     if name.endswith("later_ptr"):
         return "*fp64"

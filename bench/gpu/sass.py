@@ -72,18 +72,21 @@ def functions(cubin: Path, cuobjdump: str | Path) -> Iterator[tuple[str, list[In
         yield part.split("\n")[0], [Instruction(int(address, 16), text) for address, text in lines]
 
 
+_KINDS = {"Li1": " of any cost", "Li2": " of any cost, terms"}
+"""What the last parameter of row_grad says."""
+
+
 def counts(cubin: Path, cuobjdump: str | Path) -> list[Count]:
     """Of the variants that whole vectors without softcap take, in a file of csrc/cuda."""
     found = []
     for name, instructions in functions(cubin, cuobjdump):
         kernel = re.search(r"\d(row_stats_grad|row_stats|row_grad)I(\w*?)EEv", name)
-        if kernel is None or "Li1" in kernel[2] or kernel[2].startswith(("Lb1", "Li4ELb1")):
+        if kernel is None or kernel[2].startswith(("Li1", "Lb1", "Li4ELb1")):
             continue
         for mark, path in _marked_loops(instructions, LOOPS[kernel[1]]):
             pairs = sum(each.opcode.startswith(mark.opcode) for each in path) / mark.per_pair
             classes = collections.Counter(_class(each) for each in path)
-            any_cost = kernel[1] == "row_grad" and kernel[2].rstrip("E").endswith("Lb0")
-            loop = f"{mark.loop} of any cost" if any_cost else mark.loop
+            loop = mark.loop + _KINDS.get(kernel[2].rstrip("E")[-3:] if kernel[1] == "row_grad" else "", "")
             found.append(Count(kernel[1], loop, {name: n / pairs for name, n in classes.items()}))
     return found
 

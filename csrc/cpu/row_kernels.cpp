@@ -215,25 +215,26 @@ void stats_of_row(const RowTask& task, std::int64_t row) {
         tokens ? token_logprob(teacher, row, tokens[row], teacher_max.value, result.teacher_log_normalizer) : 0.0);
 }
 
-template <Statistic kCost>
+template <Statistic kCost, bool kTerms>
 inline void grad_block(const float* student_logits, const float* teacher_logits, std::int64_t size,
                        float student_max, float teacher_max, const RowGradient& row, float* out) {
 #pragma omp simd
   for (std::int64_t v = 0; v < size; ++v) {
-    out[v] = grad_logit<kCost>(student_logits[v] - student_max, teacher_logits[v] - teacher_max, row);
+    out[v] = grad_logit<kCost, kTerms>(student_logits[v] - student_max, teacher_logits[v] - teacher_max, row);
   }
 }
 
+template <bool kTerms>
 inline auto grad_block_of(Statistic cost) {
   switch (cost) {
     case kReverseKl:
-      return grad_block<kReverseKl>;
+      return grad_block<kReverseKl, kTerms>;
     case kJsd:
-      return grad_block<kJsd>;
+      return grad_block<kJsd, kTerms>;
     case kEntropy:
-      return grad_block<kEntropy>;
+      return grad_block<kEntropy, kTerms>;
     default:
-      return grad_block<kForwardCe>;
+      return grad_block<kForwardCe, kTerms>;
   }
 }
 
@@ -260,11 +261,17 @@ void grad_of_row(const RowTask& task, const GradRows& grad, std::int64_t row) {
   const LogitRows &student = task.student, &teacher = task.teacher;
   const std::int64_t vocab_size = task.vocab_size;
   float cost_weight = grad.cost_weight[row], logprob_weight = grad.logprob_weight ? grad.logprob_weight[row] : 0.0f;
+  float terms[kNumTermWeights] = {};
+  bool used = cost_weight != 0.0f || logprob_weight != 0.0f;
+  for (int i = 0; grad.term_weights && i < kNumTermWeights; ++i) {
+    terms[i] = grad.term_weights[i * task.num_rows + row];
+    used |= terms[i] != 0.0f;
+  }
   const bool is_bf16 = grad.type == FloatType::kBFloat16;
   char* const row_of_grad = static_cast<char*>(grad.data) + row * grad.row_stride * (is_bf16 ? 2 : 4);
   float* const exact = reinterpret_cast<float*>(row_of_grad);
   auto* const rounded = reinterpret_cast<std::uint16_t*>(row_of_grad);
-  if (cost_weight == 0.0f && logprob_weight == 0.0f) {
+  if (!used) {
     std::memset(row_of_grad, 0, vocab_size * (is_bf16 ? 2 : 4));
     if (grad.residual) grad.residual[row] = 0.0f;
     return;
@@ -275,18 +282,24 @@ void grad_of_row(const RowTask& task, const GradRows& grad, std::int64_t row) {
   const auto statistic = [&](Statistic which) { return task.statistics[which * task.num_rows + row]; };
   const float student_max = statistic(kMaxLogit), teacher_max = statistic(kTeacherMaxLogit);
   const std::int64_t token = logprob_weight != 0.0f ? task.tokens[row] : -1;
+  const std::int64_t label = terms[kLabelWeight] != 0.0f ? grad.labels[row] : -1;
   const bool softcap = student.softcap != 0.0f;
   if (!softcap) {  // d logit / d raw is the same number for the whole row
     cost_weight *= student.inverse_temperature;
     logprob_weight *= student.inverse_temperature;
+    for (float& weight : terms) weight *= student.inverse_temperature;
   }
   const RowGradient gradient{statistic(kLogNormalizer),
                              statistic(kTeacherLogNormalizer),
                              cost_weight,
                              logprob_weight,
                              statistic(mean_statistic(task.cost.statistic)),
-                             task.cost.jsd_weight};
-  const auto grad_block = grad_block_of(task.cost.statistic);
+                             task.cost.jsd_weight,
+                             terms[kStudentWeight],
+                             terms[kStudentLogWeight],
+                             terms[kUniformWeight]};
+  const auto grad_block =
+      grad.term_weights ? grad_block_of<true>(task.cost.statistic) : grad_block_of<false>(task.cost.statistic);
   for (std::int64_t begin = 0; begin < vocab_size; begin += kSumBlock) {
     const std::int64_t size = vocab_size - begin < kSumBlock ? vocab_size - begin : kSumBlock;
     const float* teacher_logits = load(teacher, row, begin, size, block.teacher, block.derivative);
@@ -294,6 +307,7 @@ void grad_of_row(const RowTask& task, const GradRows& grad, std::int64_t row) {
     float* out = is_bf16 ? buffer : exact + begin;
     grad_block(student_logits, teacher_logits, size, student_max, teacher_max, gradient, out);
     if (token >= begin && token < begin + size) out[token - begin] += logprob_weight;
+    if (label >= begin && label < begin + size) out[label - begin] += terms[kLabelWeight];
     if (softcap) {
 #pragma omp simd
       for (std::int64_t v = 0; v < size; ++v) out[v] *= block.derivative[v];

@@ -90,8 +90,10 @@ __global__ void __launch_bounds__(kThreads) row_mixture(RowTask task) {
   }
 }
 
-// kIsForward: the cost is the cross-entropy or the forward KL. The other costs are chosen when the kernel runs.
-template <int kWidth, bool kSoftcap, bool kIsForward>
+// What a gradient kernel can do: a cost that is not S - T is chosen when the kernel runs.
+enum GradKind : int { kForward = 0, kAnyCost = 1, kAnyCostAndTerms = 2 };
+
+template <int kWidth, bool kSoftcap, int kKind>
 __global__ void __launch_bounds__(kThreads) row_grad(RowTask task, GradRows grad) {
   __shared__ double scratch[kWarps];
   float residual = 0.0f;
@@ -100,8 +102,17 @@ __global__ void __launch_bounds__(kThreads) row_grad(RowTask task, GradRows grad
   const int vocab_size = static_cast<int>(task.vocab_size);
   const float cost_weight = grad.cost_weight[row];
   const float logprob_weight = grad.logprob_weight ? grad.logprob_weight[row] : 0.0f;
-  const bool used = cost_weight != 0.0f || logprob_weight != 0.0f;
+  float terms[kNumTermWeights] = {};
+  bool used = cost_weight != 0.0f || logprob_weight != 0.0f;
+  if (kKind == kAnyCostAndTerms) {
+#pragma unroll
+    for (int i = 0; i < kNumTermWeights; ++i) {
+      terms[i] = grad.term_weights[i * task.num_rows + row];
+      used |= terms[i] != 0.0f;
+    }
+  }
   const int token = logprob_weight != 0.0f ? static_cast<int>(task.tokens[row]) : -1;
+  const int label = terms[kLabelWeight] != 0.0f ? static_cast<int>(grad.labels[row]) : -1;
   const auto statistic = [&](Statistic which) { return task.statistics[which * task.num_rows + row]; };
   const float student_max = statistic(kMaxLogit), teacher_max = statistic(kTeacherMaxLogit);
   const RowGradient gradient{statistic(kLogNormalizer),
@@ -109,7 +120,10 @@ __global__ void __launch_bounds__(kThreads) row_grad(RowTask task, GradRows grad
                              cost_weight,
                              logprob_weight,
                              statistic(mean_statistic(task.cost.statistic)),
-                             task.cost.jsd_weight};
+                             task.cost.jsd_weight,
+                             terms[kStudentWeight],
+                             terms[kStudentLogWeight],
+                             terms[kUniformWeight]};
   for_groups<kWidth, kGroup>(vocab_size, [&](int first, auto whole) {
     constexpr int kStep = kThreads * kWidth;
     float s[kGroup][kWidth], t[kGroup][kWidth];
@@ -132,9 +146,11 @@ __global__ void __launch_bounds__(kThreads) row_grad(RowTask task, GradRows grad
         for (int i = 0; i < kWidth; ++i) {
           const float shifted_s = at_least_floor(s[g][i] - student_max);
           const float shifted_t = at_least_floor(t[g][i] - teacher_max);
-          out[i] = kIsForward ? grad_logit<kForwardCe>(shifted_s, shifted_t, gradient)
-                              : grad_logit_of(task.cost.statistic, shifted_s, shifted_t, gradient);
+          out[i] = kKind == kForward
+                       ? grad_logit<kForwardCe>(shifted_s, shifted_t, gradient)
+                       : grad_logit_of<kKind == kAnyCostAndTerms>(task.cost.statistic, shifted_s, shifted_t, gradient);
           if (column + i == token) out[i] += logprob_weight;
+          if (kKind == kAnyCostAndTerms && column + i == label) out[i] += terms[kLabelWeight];
           out[i] *= derivative_at<kSoftcap>(student, s[g][i]);
         }
       }
@@ -189,7 +205,8 @@ int cuda_row_grad(const RowTask& task, const GradRows& grad, void* stream) {
       starts_at_vectors(task.student) && starts_at_vectors(task.teacher) && starts_at_vectors(grad);
   return with_variant(task, vectors, [&](auto width, auto softcap) {
     const bool is_forward = task.cost.statistic == kForwardCe || task.cost.statistic == kForwardKl;
-    const auto kernel = is_forward ? row_grad<width, softcap, true> : row_grad<width, softcap, false>;
+    const auto plain = is_forward ? row_grad<width, softcap, kForward> : row_grad<width, softcap, kAnyCost>;
+    const auto kernel = grad.term_weights != nullptr ? row_grad<width, softcap, kAnyCostAndTerms> : plain;
     return launch(kernel, task.num_rows, stream, task, grad);
   });
 }

@@ -119,16 +119,17 @@ __device__ inline void accumulate(RowState<float>& state, const float (&s)[kWidt
 }
 
 // grad_logit of a cost that is known when the kernel runs. All threads have the same cost, so no branch diverges.
+template <bool kTerms>
 __device__ inline float grad_logit_of(Statistic cost, float s, float t, const RowGradient& row) {
   switch (cost) {
     case kReverseKl:
-      return grad_logit<kReverseKl>(s, t, row);
+      return grad_logit<kReverseKl, kTerms>(s, t, row);
     case kJsd:
-      return grad_logit<kJsd>(s, t, row);
+      return grad_logit<kJsd, kTerms>(s, t, row);
     case kEntropy:
-      return grad_logit<kEntropy>(s, t, row);
+      return grad_logit<kEntropy, kTerms>(s, t, row);
     default:
-      return grad_logit<kForwardCe>(s, t, row);
+      return grad_logit<kForwardCe, kTerms>(s, t, row);
   }
 }
 

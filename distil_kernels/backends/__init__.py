@@ -5,7 +5,8 @@ A back end is a module of this package with two row kernels and one question:
     unavailable(device, dtype) -> str | None
         why it cannot run there, or None. `dtype` is that of the student's hidden states.
     row_stats(logits, student, teacher, tokens, cost) -> statistics [NUM_STATISTICS, R]
-    row_grad(logits, student, teacher, tokens, statistics, cost, cost_weight, logprob_weight, out) -> residual | None
+    row_grad(logits, student, teacher, tokens, statistics, cost, cost_weight, logprob_weight, out, terms=None)
+        -> residual | None
 
 `logits` is a `LogitPair`: the raw outputs [R, V] of the two lm_head products, float32 (float64 for float64 inputs).
 Without a teacher both are the student's. `student` and `teacher` are `LogitTransform`s, which the kernels apply while
@@ -13,7 +14,8 @@ they read. `tokens` is int64 [R] or None. `cost` names the statistic that rows c
 second read of the logits, and are 0 unless they are the cost.
 
 `row_grad` writes d(cost_weight * cost + logprob_weight * log S[token]) / d raw student logit to `out` [R, V], which may
-be `logits.student` itself; a row whose two weights are 0 gets zeros whatever its logits hold. `out` may also be
+be `logits.student` itself; `terms` (`RowTerms`) adds what other terms of a loss contribute. A row whose weights are all
+0 gets zeros whatever its logits hold, and with `terms` a cost of weight 0 may be anything. `out` may also be
 bfloat16, on a GPU float16 too, the operand of the next products; then it has separate memory, or on the CPU the first
 half of each row of `logits.student`. It returns the residual [R]: what the sum of each row lost to rounding; None if
 nothing was rounded.
@@ -75,6 +77,28 @@ class Cost(NamedTuple):
 
 
 FORWARD_CE = Cost()
+
+
+class TermWeight(IntEnum):
+    """Rows of `RowTerms.weights`, as in csrc/distil_kernels.h: what each number of a row is the factor of."""
+
+    STUDENT = 0
+    """Of S."""
+    STUDENT_LOG = 1
+    """Of S log S."""
+    UNIFORM = 2
+    """Of 1."""
+    LABEL = 3
+    """Of onehot(label)."""
+
+
+class RowTerms(NamedTuple):
+    """What the gradient of some rows by their logits takes beside cost and token."""
+
+    weights: Tensor
+    """[4, R] in the dtype of the logits, contiguous; rows are `TermWeight`."""
+    labels: Tensor | None
+    """[R] int64, read where the label's weight is not 0; None for no labels."""
 
 
 class LogitPair(NamedTuple):

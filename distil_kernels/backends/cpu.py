@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distil_kernels.backends import NUM_STATISTICS, Cost, LogitPair, LogitTransform
+from distil_kernels.backends import NUM_STATISTICS, Cost, LogitPair, LogitTransform, RowTerms
 from distil_kernels.backends.row_task import grad_rows, row_task
 
 try:
@@ -60,12 +60,13 @@ def row_grad(
     cost_weight: Tensor,
     logprob_weight: Tensor | None,
     out: Tensor,
+    terms: RowTerms | None = None,
     *,
     instruction_set: str = "best",
 ) -> Tensor | None:
     residual = _new_residual(out)
     task = row_task(_C, logits, student, teacher, tokens, cost, statistics)
-    grad = grad_rows(_C, out, cost_weight, logprob_weight, residual)
+    grad = grad_rows(_C, out, cost_weight, logprob_weight, residual, terms)
     _C.cpu_row_grad(task, grad, torch.get_num_threads(), getattr(_C.InstructionSet, instruction_set))
     return residual
 

@@ -17,7 +17,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distil_kernels.backends import NUM_STATISTICS, Cost, LogitPair, LogitTransform, Statistic, constant_to_dynamo
+from distil_kernels.backends import (
+    NUM_STATISTICS,
+    Cost,
+    LogitPair,
+    LogitTransform,
+    RowTerms,
+    Statistic,
+    constant_to_dynamo,
+)
 from distil_kernels.backends.row_task import grad_rows, row_task
 
 try:
@@ -141,10 +149,11 @@ def row_grad(
     cost_weight: Tensor,
     logprob_weight: Tensor | None,
     out: Tensor,
+    terms: RowTerms | None = None,
 ) -> Tensor | None:
     residual = _new_residual(out, out.shape[0])
     task = row_task(_C, logits, student, teacher, tokens, cost, statistics)
-    grad = grad_rows(_C, out, cost_weight, logprob_weight, residual)
+    grad = grad_rows(_C, out, cost_weight, logprob_weight, residual, terms)
     with torch.cuda.device(logits.student.device):
         _check(_C.cuda_row_grad(task, grad, _stream()))
     return residual

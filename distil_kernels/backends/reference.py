@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distil_kernels.backends import Cost, LogitPair, LogitTransform, Statistic
+from distil_kernels.backends import Cost, LogitPair, LogitTransform, RowTerms, Statistic, TermWeight
 
 _FLOOR = -1e30
 """Replaces minus infinity among shifted logits, so that 0 * logit is 0."""
@@ -71,6 +71,7 @@ def row_grad(
     cost_weight: Tensor,
     logprob_weight: Tensor | None,
     out: Tensor,
+    terms: RowTerms | None = None,
 ) -> Tensor | None:
     derivative = _derivative(logits.student, student)
     s_log_normalizer = statistics[Statistic.LOG_NORMALIZER, :, None]
@@ -90,6 +91,9 @@ def row_grad(
         cost_grad = s_probs - t_probs
     grad = cost_weight[:, None] * cost_grad
     used = cost_weight != 0
+    if terms is not None:
+        grad = _add_terms(torch.where(used[:, None], grad, 0.0), s_probs, s - s_log_normalizer, terms)
+        used = used | terms.weights.any(0)
     if logprob_weight is not None:
         assert tokens is not None
         grad -= logprob_weight[:, None] * s_probs
@@ -98,6 +102,16 @@ def row_grad(
     grad = torch.where(used[:, None], grad * derivative, 0.0)
     out.copy_(grad)
     return None if out.dtype == grad.dtype else (grad - out).sum(-1)
+
+
+def _add_terms(grad: Tensor, probs: Tensor, logprobs: Tensor, terms: RowTerms) -> Tensor:
+    """Adds the terms' gradient by the logits to `grad` [R, V]."""
+    weights = terms.weights[:, :, None]
+    grad += probs * (weights[TermWeight.STUDENT] + weights[TermWeight.STUDENT_LOG] * logprobs)
+    grad += weights[TermWeight.UNIFORM]
+    if terms.labels is not None:  # where there is none, the weight is 0
+        grad.scatter_add_(1, terms.labels.clamp(min=0)[:, None], weights[TermWeight.LABEL])
+    return grad
 
 
 def cost_to_go(

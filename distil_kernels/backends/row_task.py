@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distil_kernels.backends import Cost, LogitPair, LogitTransform
+from distil_kernels.backends import Cost, LogitPair, LogitTransform, RowTerms
 
 
 def row_task(
@@ -33,8 +33,14 @@ def row_task(
 
 
 def grad_rows(
-    extension: Any, out: Tensor, cost_weight: Tensor, logprob_weight: Tensor | None, residual: Tensor | None
+    extension: Any,
+    out: Tensor,
+    cost_weight: Tensor,
+    logprob_weight: Tensor | None,
+    residual: Tensor | None,
+    terms: RowTerms | None = None,
 ) -> Any:
+    of_terms = {} if terms is None else {"term_weights": _address(terms.weights), "labels": _address(terms.labels)}
     return extension.GradRows(
         cost_weight=cost_weight.data_ptr(),
         logprob_weight=_address(logprob_weight),
@@ -42,6 +48,7 @@ def grad_rows(
         row_stride=out.stride(0),
         type=getattr(extension.FloatType, str(out.dtype).removeprefix("torch.")),
         residual=_address(residual),
+        **of_terms,
     )
 
 

@@ -23,7 +23,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distil_kernels.backends import NUM_STATISTICS, Cost, LogitPair, LogitTransform, Statistic, constant_to_dynamo
+from distil_kernels.backends import (
+    NUM_STATISTICS,
+    Cost,
+    LogitPair,
+    LogitTransform,
+    RowTerms,
+    Statistic,
+    constant_to_dynamo,
+)
 
 _MAX_BLOCK = 4096
 """Columns of one program: 16 per thread and model. One program for a row of 150k would leave most of the GPU idle."""
@@ -103,14 +111,17 @@ def row_grad(
     cost_weight: Tensor,
     logprob_weight: Tensor | None,
     out: Tensor,
+    terms: RowTerms | None = None,
 ) -> Tensor | None:
     num_rows, vocab_size = logits.student.shape
     block, num_splits = _blocks(vocab_size)
     residual = None if out.dtype == torch.float32 else logits.student.new_empty(num_rows, num_splits)
+    weights, labels = (None, None) if terms is None else terms
     _launch(
         _kernels().row_grad, num_rows * num_splits, *_logit_arguments(logits, student, teacher), tokens, statistics,
-        cost_weight, logprob_weight, cost.jsd_weight, out, out.stride(0), residual, num_rows, vocab_size, num_splits,
-        *_transform_flags(student, teacher), HAS_LOGPROB=logprob_weight is not None, ROUNDS=residual is not None,
+        cost_weight, logprob_weight, weights, labels, cost.jsd_weight, out, out.stride(0), residual, num_rows,
+        vocab_size, num_splits, *_transform_flags(student, teacher), HAS_LOGPROB=logprob_weight is not None,
+        HAS_TERMS=weights is not None, HAS_LABELS=labels is not None, ROUNDS=residual is not None,
         COST=int(cost.statistic), BLOCK=block, num_warps=_num_warps(block),
     )  # fmt: skip
     return None if residual is None else residual.sum(-1)

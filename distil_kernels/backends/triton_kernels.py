@@ -237,11 +237,12 @@ def mixture_partials(
 def row_grad(
     student_ptr, teacher_ptr, student_stride, teacher_stride, student_bias_ptr, teacher_bias_ptr,
     student_softcap, teacher_softcap, student_inverse_temperature, teacher_inverse_temperature,
-    tokens_ptr, statistics_ptr, cost_weight_ptr, logprob_weight_ptr, jsd_weight, out_ptr, out_stride, residual_ptr,
-    num_rows, vocab_size, num_splits,
+    tokens_ptr, statistics_ptr, cost_weight_ptr, logprob_weight_ptr, terms_ptr, labels_ptr, jsd_weight, out_ptr,
+    out_stride, residual_ptr, num_rows, vocab_size, num_splits,
     HAS_STUDENT_BIAS: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr,
     HAS_STUDENT_SOFTCAP: tl.constexpr, HAS_TEACHER_SOFTCAP: tl.constexpr,
-    HAS_LOGPROB: tl.constexpr, ROUNDS: tl.constexpr, COST: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_LOGPROB: tl.constexpr, HAS_TERMS: tl.constexpr, HAS_LABELS: tl.constexpr, ROUNDS: tl.constexpr,
+    COST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // num_splits).to(tl.int64)
     columns = (tl.program_id(0) % num_splits) * BLOCK + tl.arange(0, BLOCK)
@@ -251,6 +252,12 @@ def row_grad(
     if HAS_LOGPROB:
         logprob_weight = tl.load(logprob_weight_ptr + row)
         weight_size += tl.abs(logprob_weight)
+    if HAS_TERMS:  # in the order of TermWeight
+        student_weight, student_log_weight = tl.load(terms_ptr + row), tl.load(terms_ptr + num_rows + row)
+        uniform_weight = tl.load(terms_ptr + 2 * num_rows + row)
+        label_weight = tl.load(terms_ptr + 3 * num_rows + row)
+        weight_size += tl.abs(student_weight) + tl.abs(student_log_weight)
+        weight_size += tl.abs(uniform_weight) + tl.abs(label_weight)
 
     # A row whose weights are 0 is not read: it may hold anything.
     used = weight_size != 0
@@ -286,6 +293,12 @@ def row_grad(
         grad = -cost_weight * p * (s - log_normalizer + tl.load(statistics_ptr + ENTROPY * num_rows + row))
     else:
         grad = cost_weight * (p - q)
+    if HAS_TERMS:
+        grad = tl.where(cost_weight == 0, 0.0, grad)  # a cost of weight 0 may be anything
+        grad += p * (student_log_weight * (s - log_normalizer) + student_weight) + uniform_weight
+    if HAS_LABELS:
+        label = tl.load(labels_ptr + row)  # no column where there is none
+        grad += tl.where(columns == label, label_weight, 0.0)
     if HAS_LOGPROB:
         grad -= logprob_weight * p
         grad += tl.where(columns == tl.load(tokens_ptr + row), logprob_weight, 0.0)

@@ -19,8 +19,10 @@ from distil_kernels.engine.policy import Policy
 from distil_kernels.engine.scaled_gradients import anchor_of
 from distil_kernels.engine.sizes import Shape, choose_chunk_rows
 from distil_kernels.engine.spec import Spec
+from distil_kernels.engine.terms import TermInputs
 
 _NO_CREDIT = CreditInputs()
+_NO_TERMS = TermInputs()
 
 
 class Denominator(NamedTuple):
@@ -154,13 +156,14 @@ class Call:
         tokens: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         credit: CreditInputs = _NO_CREDIT,
+        terms: TermInputs = _NO_TERMS,
         gradient_threshold: float = 0.0,
         plan: str | Plan = "auto",
     ) -> ScalarLoss:
-        """Computes a weighted sum of costs over the denominator (None for 1), with credit if there is some."""
+        """Computes a weighted sum of costs, with credit and terms if given, over the denominator (None for 1)."""
         return self._sum_of_costs(
-            custom_ops.scalar_loss, self._teacher, cost, denominator, tokens, cu_seqlens, credit, gradient_threshold,
-            plan,
+            custom_ops.scalar_loss, self._teacher, cost, denominator, tokens, cu_seqlens, credit, terms,
+            gradient_threshold, plan,
         )  # fmt: skip
 
     def topk_loss(
@@ -173,11 +176,12 @@ class Call:
         tokens: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         credit: CreditInputs = _NO_CREDIT,
+        terms: TermInputs = _NO_TERMS,
     ) -> ScalarLoss:
         """Computes the same to a teacher that named tokens [..., K] with their log-probs."""
         named = tuple(each.detach().reshape(-1, teacher_ids.shape[-1]) for each in (teacher_ids, teacher_logprobs))
         return self._sum_of_costs(
-            custom_ops.topk_loss, named, cost, denominator, tokens, cu_seqlens, credit, 0.0, "auto"
+            custom_ops.topk_loss, named, cost, denominator, tokens, cu_seqlens, credit, terms, 0.0, "auto"
         )
 
     def policy_loss(
@@ -217,6 +221,7 @@ class Call:
         tokens: Tensor | None,
         cu_seqlens: Tensor | None,
         credit: CreditInputs,
+        terms: TermInputs,
         gradient_threshold: float,
         plan: str | Plan,
     ) -> ScalarLoss:
@@ -235,12 +240,12 @@ class Call:
             chosen = chosen._replace(staging_rows=0)  # entries are selected before they are rounded
 
         rule = self._denominator_rule(denominator)
-        total, statistics, weights, dropped, *_ = self._compute(
+        total, statistics, weights, dropped, values, *_ = self._compute(
             op, chosen, *self._student, *teacher, tokens, self._counted, self.row_weight(), rule.inside, cu_seqlens,
-            credit.baseline_values, credit.behaviour_logprobs, cost=cost, credit=credit.settings,
-            gradient_threshold=float(gradient_threshold),
+            credit.baseline_values, credit.behaviour_logprobs, *terms.tensors, cost=cost, credit=credit.settings,
+            terms=terms.settings, gradient_threshold=float(gradient_threshold),
         )  # fmt: skip
-        return ScalarLoss(rule.divided(total), statistics, weights, dropped)
+        return ScalarLoss(rule.divided(total), statistics, weights, dropped, values)
 
     def _denominator_rule(self, denominator: float | Tensor | None) -> Denominator:
         weight = None if self._token_weight is None else self.row_weight()

@@ -24,6 +24,7 @@ from distil_kernels.engine.credit import BASELINES, SPANS, Credit, CreditInputs
 from distil_kernels.engine.gemm import accumulation_dtype
 from distil_kernels.engine.gradients import Needs
 from distil_kernels.engine.plan import Plan
+from distil_kernels.engine.terms import NO_LABEL
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MAX_SIZE = 2**31 - 1
@@ -172,9 +173,19 @@ class ArgumentChecks:
                 )
 
     def rows(
-        self, name: str, tensor: Tensor | None, student_hidden: Tensor, kind: str, *, optional: bool = True
+        self,
+        name: str,
+        tensor: Tensor | None,
+        student_hidden: Tensor,
+        kind: str,
+        *,
+        optional: bool = True,
+        num_sequences: int | None = None,
     ) -> None:
-        """Checks a tensor with one entry per token; `kind` is "mask", "float" or "int64"."""
+        """Checks a tensor with one entry per token, or per sequence if their number is given.
+
+        `kind` is "mask", "float" or "int64".
+        """
         if tensor is None and optional:
             return
         tensor = self._tensor(name, tensor)
@@ -186,10 +197,12 @@ class ArgumentChecks:
         if not accepted[kind]:
             expected = "bool or an integer (True or 1 counts)" if kind == "mask" else kind
             self.type_error(f"{name} has dtype {tensor.dtype}, expected {expected}")
-        if tensor.shape != student_hidden.shape[:-1]:
+        is_per_sequence = num_sequences is not None and tensor.shape == (num_sequences,)
+        if tensor.shape != student_hidden.shape[:-1] and not is_per_sequence:
             self.value_error(
                 f"{name} has shape {list(tensor.shape)}, expected {list(student_hidden.shape[:-1])} "
                 "as in student_hidden without its last dimension"
+                f"{'' if num_sequences is None else f', or [{num_sequences}], one for each sequence'}"
             )
         self._same_device(name, tensor, student_hidden)
 
@@ -436,13 +449,23 @@ def _described(value: object) -> str:
 
 def check_tokens(tokens: Tensor | None, counted: Tensor | None, vocab_size: int) -> None:
     """Checks that the token ids of rows that count lie in the vocabulary (on the CPU only)."""
-    if tokens is None or tokens.device.type != "cpu":
+    _check_ids("tokens", tokens, counted, vocab_size, "(mask rows without a token by token_mask)")
+
+
+def check_labels(labels: Tensor | None, counted: Tensor | None, vocab_size: int) -> None:
+    """Checks the same of labels, of which NO_LABEL is none."""
+    if labels is not None:
+        counted = labels != NO_LABEL if counted is None else counted & (labels != NO_LABEL)
+        _check_ids("labels", labels, counted, vocab_size, f"or {NO_LABEL} for none")
+
+
+def _check_ids(name: str, ids: Tensor | None, counted: Tensor | None, vocab_size: int, others: str) -> None:
+    if ids is None or ids.device.type != "cpu":
         return
-    ids = tokens if counted is None else tokens[counted]
+    ids = ids if counted is None else ids[counted]
     if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
         raise ValueError(
-            f"tokens holds ids from {int(ids.min())} to {int(ids.max())}, expected 0 to {vocab_size - 1} "
-            "(mask rows without a token by token_mask)"
+            f"{name} holds ids from {int(ids.min())} to {int(ids.max())}, expected 0 to {vocab_size - 1} {others}"
         )
 
 

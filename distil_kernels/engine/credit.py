@@ -92,6 +92,11 @@ def siblings(lengths: Tensor, counted: Tensor) -> Tensor:
     return (ends.diff() > 0) | (lengths == 0)
 
 
+def weighted_cost(statistics: Tensor, cost: int, row_weight: Tensor) -> Tensor:
+    """Returns weight * cost [R] of rows; of a weight of 0 the cost may be anything."""
+    return torch.where(row_weight == 0, 0.0, row_weight * statistics[cost])
+
+
 class CreditChunk(NamedTuple):
     """Rows that are processed together: some consecutive positions of a block of sequences."""
 
@@ -218,7 +223,7 @@ class CreditScan:
         if chunk is None:
             credit = torch.zeros_like(statistics[:2])
         else:
-            credit = self.weights(row_weight * statistics[cost], chunk)
+            credit = self.weights(weighted_cost(statistics, cost, row_weight), chunk)
         if self._behaviour_logprobs is not None:
             ratio = self._importance(statistics[Statistic.LOGPROB], self._behaviour_logprobs[rows])
             row_weight, credit = row_weight * ratio, torch.stack([credit[0] * ratio, credit[1]])

@@ -24,6 +24,7 @@ from distil_kernels.engine.gradients import grad_weight_dtype, row_stride
 from distil_kernels.engine.kept_gradient import KeptGradient, backward_of_kept, count_kept
 from distil_kernels.engine.scaled_gradients import differentiable_once, input_gradients, scaled_gradients
 from distil_kernels.engine.spec import Spec
+from distil_kernels.engine.terms import NUM_TERMS, TermTensors
 from distil_kernels.engine.topk import TopKInputs
 
 # torch reads the annotations of a custom op at run time and knows Optional[Tensor], not Tensor | None.
@@ -49,6 +50,11 @@ def scalar_loss(
     cu_seqlens: Optional[Tensor],
     baseline_values: Optional[Tensor],
     behaviour_logprobs: Optional[Tensor],
+    distil_weight: Optional[Tensor],
+    advantages: Optional[Tensor],
+    old_logprobs: Optional[Tensor],
+    labels: Optional[Tensor],
+    reference_logprobs: Optional[Tensor],
     numbers: Optional[Tensor],
     anchor: Optional[Tensor],
     *,
@@ -56,16 +62,17 @@ def scalar_loss(
     vocab_size: int,
     chunk_rows: int,
     staging_rows: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `ScalarLoss`, then gradients of hidden, weight and bias."""
     record = Spec.decode(spec, numbers)
     inputs = driver.Inputs.of(
         record, vocab_size, student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
         tokens, counted, row_weight=row_weight, denominator=denominator, cu_seqlens=cu_seqlens,
         baseline_values=baseline_values, behaviour_logprobs=behaviour_logprobs,
+        term_tensors=TermTensors(distil_weight, advantages, old_logprobs, labels, reference_logprobs),
     )  # fmt: skip
     result = driver.scalar_loss(inputs, record.plan_of(chunk_rows, staging_rows))
-    return (result.loss, result.statistics, result.credit, result.dropped, *result.gradients)
+    return (result.loss, result.statistics, result.credit, result.dropped, result.terms, *result.gradients)
 
 
 class ScalarLoss(NamedTuple):
@@ -79,19 +86,22 @@ class ScalarLoss(NamedTuple):
     """[2, N], the weights a_t and the costs-to-go G_t."""
     dropped: Tensor
     """[N], share of each row's absolute gradient below the threshold."""
+    terms: Tensor
+    """[NUM_TERMS, N] values of the terms; [0, N] where the loss has none."""
 
 
 def _fake_scalar_loss(
     student_hidden: Tensor, student_weight: Tensor, *_: Any, spec: str, staging_rows: int, **__: Any
 ) -> tuple[Tensor, ...]:
-    dtype = accumulation_dtype(student_hidden.dtype)
+    dtype, record = accumulation_dtype(student_hidden.dtype), Spec.decode(spec)
     num_rows = student_hidden.shape[0]
     return (
         student_hidden.new_empty((), dtype=dtype),
         student_hidden.new_empty(NUM_STATISTICS, num_rows, dtype=dtype),
         student_hidden.new_empty(2, num_rows, dtype=dtype),
         student_hidden.new_empty(num_rows, dtype=dtype),
-        *_fake_gradients(student_hidden, student_weight, Spec.decode(spec), staging_rows),
+        student_hidden.new_empty(0 if record.terms is None else NUM_TERMS, num_rows, dtype=dtype),
+        *_fake_gradients(student_hidden, student_weight, record, staging_rows),
     )
 
 
@@ -125,6 +135,11 @@ def topk_loss(
     cu_seqlens: Optional[Tensor],
     baseline_values: Optional[Tensor],
     behaviour_logprobs: Optional[Tensor],
+    distil_weight: Optional[Tensor],
+    advantages: Optional[Tensor],
+    old_logprobs: Optional[Tensor],
+    labels: Optional[Tensor],
+    reference_logprobs: Optional[Tensor],
     numbers: Optional[Tensor],
     anchor: Optional[Tensor],
     *,
@@ -132,16 +147,17 @@ def topk_loss(
     vocab_size: int,
     chunk_rows: int,
     staging_rows: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `ScalarLoss`, then gradients of hidden, weight and bias."""
     record = Spec.decode(spec, numbers)
     inputs = TopKInputs.of(
         record, vocab_size, student_hidden, student_weight, student_bias, None, None, None, tokens, counted,
         row_weight=row_weight, denominator=denominator, cu_seqlens=cu_seqlens, baseline_values=baseline_values,
         behaviour_logprobs=behaviour_logprobs, teacher_ids=teacher_ids, teacher_logprobs=teacher_logprobs,
+        term_tensors=TermTensors(distil_weight, advantages, old_logprobs, labels, reference_logprobs),
     )  # fmt: skip
     result = driver.scalar_loss(inputs, record.plan_of(chunk_rows, staging_rows))
-    return (result.loss, result.statistics, result.credit, result.dropped, *result.gradients)
+    return (result.loss, result.statistics, result.credit, result.dropped, result.terms, *result.gradients)
 
 
 topk_loss.register_fake(_fake_scalar_loss)

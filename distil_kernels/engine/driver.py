@@ -23,15 +23,16 @@ import torch
 from torch import Tensor
 from typing_extensions import Self  # comes with torch
 
-from distil_kernels.backends import NUM_STATISTICS, LogitPair, LogitScaling, LogitTransform, Statistic
+from distil_kernels.backends import NUM_STATISTICS, LogitPair, LogitScaling, LogitTransform, RowTerms, Statistic
 from distil_kernels.backends.dispatch import BACKENDS
 from distil_kernels.engine import gemm
-from distil_kernels.engine.checks import check_tokens, sequence_lengths
-from distil_kernels.engine.credit import CreditChunk, CreditScan, reverse_chunks, siblings
+from distil_kernels.engine.checks import check_labels, check_tokens, sequence_lengths
+from distil_kernels.engine.credit import CreditChunk, CreditScan, reverse_chunks, siblings, weighted_cost
 from distil_kernels.engine.gradients import NO_GRADIENTS, Gradients, GradientSums, Needs, Rows, new_rows
 from distil_kernels.engine.kept_gradient import KeptGradient, count_kept, new_kept
 from distil_kernels.engine.plan import Plan
 from distil_kernels.engine.spec import Spec
+from distil_kernels.engine.terms import NO_TENSORS, NUM_TERMS, NUM_WITH_LABELS, TermRows, TermTensors, per_row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +49,12 @@ class Inputs:
     teacher: LogitTransform
     tokens: Tensor | None  # [N] int64
     counted: Tensor | None  # [N] bool; None counts every row
-    row_weight: Tensor  # [N] in the accumulation dtype, 0 for rows that do not count
+    row_weight: Tensor  # [N] of the cost, in the accumulation dtype, 0 for rows that do not count
     denominator: Tensor | None  # [], of a scalar loss and its gradients; None for 1
     lengths: Tensor  # [B] int64 on the CPU, rows of each sequence
     baseline_values: Tensor | None  # [N], for the credit's baseline "values"
     behaviour_logprobs: Tensor | None  # [N]; None: the student sampled the tokens
+    terms: TermRows | None  # what the loss has besides the cost
 
     @classmethod
     def of(
@@ -73,6 +75,7 @@ class Inputs:
         cu_seqlens: Tensor | None = None,
         baseline_values: Tensor | None = None,
         behaviour_logprobs: Tensor | None = None,
+        term_tensors: TermTensors = NO_TENSORS,
         **named_tokens: Tensor,
     ) -> Self:
         """Makes the record from the tensors of a custom op; checks what depends on their values.
@@ -88,6 +91,18 @@ class Inputs:
         if cu_seqlens is not None:
             lengths = sequence_lengths(cu_seqlens, num_rows, spec.credit.group_size)
 
+        if row_weight is None:
+            row_weight = student_hidden.new_ones(num_rows, dtype=dtype)
+        terms = None
+        if spec.terms is not None:
+            check_labels(term_tensors.labels, counted, vocab_size)
+            terms = TermRows.of(spec.terms, term_tensors, row_weight, lengths, vocab_size)
+        if term_tensors.distil_weight is not None:
+            distil_weight = per_row(term_tensors.distil_weight.to(dtype), lengths, num_rows)
+            row_weight = (
+                row_weight * distil_weight if counted is None else row_weight * distil_weight.where(counted, 0.0)
+            )
+
         def transform(scaling: LogitScaling, bias: Tensor | None) -> LogitTransform:
             return scaling.transform(None if bias is None else bias[:vocab_size].to(dtype).contiguous())
 
@@ -102,11 +117,12 @@ class Inputs:
             teacher=transform(spec.teacher, teacher_bias),
             tokens=None if tokens is None else tokens.contiguous(),
             counted=counted,
-            row_weight=student_hidden.new_ones(num_rows, dtype=dtype) if row_weight is None else row_weight,
+            row_weight=row_weight,
             denominator=denominator,
             lengths=lengths,
             baseline_values=baseline_values,
             behaviour_logprobs=behaviour_logprobs,
+            terms=terms,
             **named_tokens,
         )
 
@@ -143,8 +159,18 @@ class Inputs:
         return total if self.denominator is None else total / self.denominator
 
     def new_statistics(self) -> Tensor:
-        """Allocates zeros [NUM_STATISTICS, N]."""
-        return self.student_hidden.new_zeros(NUM_STATISTICS, self.num_rows, dtype=self.dtype)
+        """Allocates zeros [NUM_STATISTICS, N], or [NUM_WITH_LABELS, N] where there are labels."""
+        has_labels = self.terms is not None and self.terms.labels is not None
+        num_statistics = NUM_WITH_LABELS if has_labels else NUM_STATISTICS
+        return self.student_hidden.new_zeros(num_statistics, self.num_rows, dtype=self.dtype)
+
+    def term_values(self, statistics: Tensor) -> Tensor:
+        """Returns the value of each term [NUM_TERMS, N] from the statistics, 0 in rows that do not count."""
+        assert self.terms is not None
+        rows: Rows = slice(None) if self.counted is None else self.counted.nonzero()[:, 0]
+        values = statistics.new_zeros(NUM_TERMS, self.num_rows)
+        values[:, rows] = self.terms.values(statistics[:, rows], rows)
+        return values
 
     def new_sums(self, plan: Plan) -> GradientSums:
         """Allocates the sums of the gradients that the call needs."""
@@ -190,10 +216,11 @@ class Inputs:
 class ScalarResult(NamedTuple):
     """Result of `scalar_loss`."""
 
-    loss: Tensor  # [], sum over rows of weight * cost, over the denominator
+    loss: Tensor  # [], sum over rows of weight * cost and of the terms, over the denominator
     statistics: Tensor  # [NUM_STATISTICS, N]
     credit: Tensor  # [2, N], weights a_t and cost-to-go G_t
     dropped: Tensor  # [N], share of the row's absolute gradient below the threshold
+    terms: Tensor  # [NUM_TERMS, N] values; [0, N] where the loss has no terms
     gradients: Gradients
 
 
@@ -257,23 +284,46 @@ class Workspace:
         return LogitChunk(rows, pair, tokens)
 
     def row_stats(self, chunk: LogitChunk) -> Tensor:
-        """Returns the chunk's statistics [NUM_STATISTICS, R]."""
+        """Returns the chunk's statistics, rows as in `Inputs.new_statistics`."""
+        inputs = self._inputs
+        statistics = self._row_stats(chunk)
+        if inputs.terms is None:
+            return statistics
+        return inputs.terms.with_label_statistics(statistics, chunk.logits.student, inputs.student, chunk.rows)
+
+    def _row_stats(self, chunk: LogitChunk) -> Tensor:
         inputs = self._inputs
         return inputs.kernels.row_stats(chunk.logits, inputs.student, inputs.teacher, chunk.tokens, inputs.spec.cost)
 
     def row_grad(
         self, chunk: LogitChunk, statistics: Tensor, cost_weight: Tensor, logprob_weight: Tensor | None, out: Tensor
     ) -> Tensor | None:
-        """Writes the gradient of sum(cost_weight * cost + logprob_weight * logprob) by the logits to `out` [R, V].
+        """Writes the gradient of sum(cost_weight * cost + logprob_weight * logprob + terms) by the logits to `out`.
 
         Returns the residual [R] of its rows, or None if nothing was rounded.
         """
-        inputs = self._inputs
+        terms = None
+        if self._inputs.terms is not None:
+            of_terms, (weights, labels) = self._inputs.terms.gradients(statistics, chunk.rows)
+            logprob_weight = of_terms if logprob_weight is None else logprob_weight + of_terms
+            terms = RowTerms(self._scaled(weights), labels)
         if logprob_weight is not None:
             logprob_weight = self._scaled(logprob_weight)
+        return self._row_grad(chunk, statistics, self._scaled(cost_weight), logprob_weight, out, terms)
+
+    def _row_grad(
+        self,
+        chunk: LogitChunk,
+        statistics: Tensor,
+        cost_weight: Tensor,
+        logprob_weight: Tensor | None,
+        out: Tensor,
+        terms: RowTerms | None,
+    ) -> Tensor | None:
+        inputs = self._inputs
         return inputs.kernels.row_grad(
-            chunk.logits, inputs.student, inputs.teacher, chunk.tokens, statistics, inputs.spec.cost,
-            self._scaled(cost_weight), logprob_weight, out,
+            chunk.logits, inputs.student, inputs.teacher, chunk.tokens, statistics, inputs.spec.cost, cost_weight,
+            logprob_weight, out, terms,
         )  # fmt: skip
 
     def row_stats_grad(self, chunk: LogitChunk, cost_weight: Tensor, out: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -297,11 +347,17 @@ class Workspace:
 
 
 def scalar_loss(inputs: Inputs, plan: Plan) -> ScalarResult:
-    """Computes the sum over rows of row_weight * cost over the denominator, and its sequence-level gradient."""
+    """Computes the sum over rows of row_weight * cost and of the terms over the denominator, and its gradient."""
     compute = _in_one_pass if plan.forms_gradient_in_forward else _in_two_passes
     statistics, credit_weights, sums = compute(inputs, plan)
-    total = (inputs.row_weight * statistics[inputs.spec.cost.statistic]).sum()
-    return ScalarResult(inputs.divided(total), statistics, credit_weights, sums.dropped, sums.result())
+    total = weighted_cost(statistics, inputs.spec.cost.statistic, inputs.row_weight).sum()
+    values = total.new_zeros(0, inputs.num_rows)
+    if inputs.terms is not None:
+        values = inputs.term_values(statistics)
+        total = total + inputs.terms.total(values, statistics)
+    return ScalarResult(
+        inputs.divided(total), statistics[:NUM_STATISTICS], credit_weights, sums.dropped, values, sums.result()
+    )
 
 
 def policy_loss(inputs: Inputs, plan: Plan, advantages: Tensor, old_logprobs: Tensor | None) -> PolicyResult:
@@ -362,7 +418,7 @@ def _in_one_pass(inputs: Inputs, plan: Plan) -> tuple[Tensor, Tensor, GradientSu
         cost_weight, out = inputs.row_weight[rows], sums.output_buffer(chunk.logits.student)
 
         # Weights that are known beforehand: statistics and gradient in one read of the logits.
-        if credit_chunk is None and inputs.behaviour_logprobs is None:
+        if credit_chunk is None and inputs.behaviour_logprobs is None and inputs.terms is None:
             chunk_statistics, residual = workspace.row_stats_grad(chunk, cost_weight, out)
 
         # Else the costs give the credit of these rows, and the credit their weights.
@@ -426,7 +482,9 @@ def forms_no_logits(spec: Spec, plan: Plan, num_models: int) -> bool:
     """Returns whether a kernel of the back end computes the statistics from hidden states and heads."""
     needs_one_read = num_models == 2 and spec.cost.statistic != Statistic.JSD
     stores_gradient = plan.keeps_gradient or plan.is_frozen_head
-    return needs_one_read and not stores_gradient and hasattr(BACKENDS[spec.backend], "head_stats")
+    return (
+        needs_one_read and not stores_gradient and spec.terms is None and hasattr(BACKENDS[spec.backend], "head_stats")
+    )
 
 
 def _head_statistics(inputs: Inputs) -> Tensor:

@@ -22,6 +22,7 @@ from distil_kernels.engine.credit import NO_CREDIT, Credit
 from distil_kernels.engine.gradients import NO_GRADIENTS, Needs
 from distil_kernels.engine.plan import Plan
 from distil_kernels.engine.policy import Policy
+from distil_kernels.engine.terms import Terms
 
 
 class Spec(NamedTuple):
@@ -45,6 +46,8 @@ class Spec(NamedTuple):
     """How the future cost of a token weighs its log-prob's gradient."""
     policy: Policy | None = None
     """Settings of a policy-gradient loss; None for any other."""
+    terms: Terms | None = None
+    """What a loss has besides its cost; None for nothing."""
 
     def plan_of(self, chunk_rows: int, staging_rows: int) -> Plan:
         """Returns the plan with the rows of its buffers."""
@@ -88,6 +91,8 @@ def _decoded(text: str, numbers: tuple[float, ...]) -> Spec:
     fields["needs"] = Needs(**fields["needs"])
     fields["credit"] = Credit(**fields["credit"])
     fields["policy"] = None if fields["policy"] is None else Policy(**fields["policy"])
+    if fields["terms"] is not None:
+        fields["terms"] = Terms(**(fields["terms"] | {"policy": Policy(**fields["terms"]["policy"])}))
     return Spec(**fields)
 
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distil_kernels.backends import LogitTransform, Statistic
+from distil_kernels.backends import LogitTransform, RowTerms, Statistic, TermWeight
 from distil_kernels.engine.checks import check_named_tokens
 from distil_kernels.engine.driver import Inputs, LogitChunk, Workspace
 from distil_kernels.engine.gemm import round_rows
@@ -62,18 +62,21 @@ class TopKWorkspace(Workspace):
         self._buckets = _Buckets(chunk.logits.student, inputs.student, inputs.teacher_ids[rows], logprobs)
         return chunk
 
-    def row_stats(self, chunk: LogitChunk) -> Tensor:
+    def _row_stats(self, chunk: LogitChunk) -> Tensor:
         assert self._buckets is not None
         return self._buckets.statistics(chunk.tokens)
 
-    def row_grad(
-        self, chunk: LogitChunk, statistics: Tensor, cost_weight: Tensor, logprob_weight: Tensor | None, out: Tensor
+    def _row_grad(
+        self,
+        chunk: LogitChunk,
+        statistics: Tensor,
+        cost_weight: Tensor,
+        logprob_weight: Tensor | None,
+        out: Tensor,
+        terms: RowTerms | None,
     ) -> Tensor | None:
         assert self._buckets is not None
-        if logprob_weight is not None:
-            logprob_weight = self._scaled(logprob_weight)
-        grad = self._buckets.gradient(self._scaled(cost_weight), logprob_weight, chunk.tokens)
-        return round_rows(grad, out)
+        return round_rows(self._buckets.gradient(cost_weight, logprob_weight, chunk.tokens, terms), out)
 
     def row_stats_grad(self, chunk: LogitChunk, cost_weight: Tensor, out: Tensor) -> tuple[Tensor, Tensor | None]:
         statistics = self.row_stats(chunk)
@@ -161,15 +164,19 @@ class _Buckets:
         terms = torch.where(log_t > -torch.inf, terms, log_s.exp())
         return torch.where(is_bucket, terms, 0.0).sum(1).to(self._lse.dtype)
 
-    def gradient(self, cost_weight: Tensor, logprob_weight: Tensor | None, tokens: Tensor | None) -> Tensor:
-        """Returns the gradient [R, V] of cost_weight * CE + logprob_weight * log S[tokens] by the raw logits.
+    def gradient(
+        self, cost_weight: Tensor, logprob_weight: Tensor | None, tokens: Tensor | None, terms: RowTerms | None
+    ) -> Tensor:
+        """Returns the gradient [R, V] of cost_weight * CE + logprob_weight * log S[tokens] + terms by the raw logits.
 
-        It takes the memory of the tail: buckets give one gradient.
+        It takes the memory of the tail, and with terms of the logits: buckets give one gradient.
         """
         factor = cost_weight * (self._probs.sum(1) + self._tail_prob)
         used = cost_weight != 0
         if logprob_weight is not None:
             factor, used = factor - logprob_weight, used | (logprob_weight != 0)
+        if terms is not None:
+            factor, used = factor + terms.weights[TermWeight.STUDENT], used | terms.weights.any(0)
 
         # Tail: its share of the gradient, distributed as the student's probabilities are.
         tail_share = factor * self._tail_logprob.exp() - cost_weight * self._tail_prob
@@ -183,7 +190,19 @@ class _Buckets:
         if logprob_weight is not None:
             assert tokens is not None
             grad.scatter_add_(1, tokens[:, None], logprob_weight[:, None])
+        if terms is not None:
+            self._add_terms(grad, terms)
         return grad[:, :-1].mul_(self._derivative).masked_fill_(~used[:, None], 0.0)
+
+    def _add_terms(self, grad: Tensor, terms: RowTerms) -> None:
+        """Adds to `grad` [R, V + 1] what the terms take besides S."""
+        weights = terms.weights[:, :, None]
+        if terms.weights[TermWeight.STUDENT_LOG].any():
+            logprobs = self._logits.sub_(self._lse[:, None]).clamp_(min=torch.finfo(grad.dtype).min / 1e4)
+            grad[:, :-1].addcmul_(logprobs.exp().mul_(weights[TermWeight.STUDENT_LOG]), logprobs)
+        grad.add_(weights[TermWeight.UNIFORM])
+        if terms.labels is not None:  # where there is none, the weight is 0
+            grad.scatter_add_(1, terms.labels.clamp(min=0)[:, None], weights[TermWeight.LABEL])
 
 
 def _transformed(raw: Tensor, student: LogitTransform) -> tuple[Tensor, Tensor | float]:

@@ -110,7 +110,8 @@ void check_rows(InstructionSet instruction_set) {
   for (auto& weight : logprob_weight) weight = below(4) ? normal(1) : 0.0f;
   const RowTask task{student.rows(), teacher.rows(), tokens.data(), cost, num_rows, vocab_size, statistics.data()};
   std::vector<float> gradient(num_rows * vocab_size, NAN), in_one_read(num_rows * vocab_size, NAN);
-  GradRows grad{cost_weight.data(), nullptr, in_one_read.data(), vocab_size, FloatType::kFloat32, nullptr};
+  GradRows grad{cost_weight.data(), nullptr, in_one_read.data(), vocab_size, FloatType::kFloat32, nullptr, nullptr,
+                nullptr};
   cpu_row_stats_grad(task, grad, num_threads, instruction_set);
   cpu_row_stats(task, num_threads, instruction_set);
   grad.logprob_weight = logprob_weight.data(), grad.data = gradient.data();
