@@ -110,6 +110,21 @@ def test_options_that_are_right_where_they_will_be_used():
         modules.SequenceDistilLoss(discount=0.9)
 
 
+def test_weights_of_terms_are_fixed_and_their_tensors_come_with_the_batch(generator):
+    inputs = make_inputs(12, 30, 8, generator=generator)
+    options = {
+        "policy_weight": 0.5,
+        "clip_high": 0.3,
+        "label_smoothing": 0.1,
+        "distil_weight": 0.2,
+        "z_loss_weight": 1e-3,
+    }
+    tensors, batch = batch_of(modules.SequenceDistilLoss, inputs)
+    batch |= {"advantages": torch.tensor([1.0, -1.0]), "labels": inputs.tokens}
+    ours = modules.SequenceDistilLoss(**options)(*tensors, **batch)
+    assert torch.equal(ours.loss, distil_kernels.fused_distil_loss(*tensors, **batch, **options).loss)
+
+
 def test_values_of_a_baseline_belong_to_the_call(generator):
     inputs = make_inputs(12, 30, 8, generator=generator)
     tensors, batch = batch_of(modules.SequenceDistilLoss, inputs)
@@ -134,6 +149,6 @@ def test_tensors_are_of_the_batch_and_nothing_else_is(module):
         and "options" in inspect.signature(function_of(module)).parameters
     ):
         annotations |= LossOptions.__annotations__
-    with_tensors = {name for name, kind in annotations.items() if "Tensor" in str(kind)} - {"baseline"}
+    with_tensors = {name for name, kind in annotations.items() if "Tensor" in str(kind)} - {"baseline", "distil_weight"}
     assert with_tensors == set(annotations) & modules.OF_A_BATCH
     assert module.option_names() == set(annotations) - with_tensors

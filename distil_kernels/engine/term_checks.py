@@ -44,9 +44,9 @@ def checked_terms(
         if value is not None:
             checks.between(name, value, 0.0, 1.0 if name == "clip_low" else math.inf)
     weights = {"policy_weight": policy_weight, "label_weight": label_weight, "reference_weight": reference_weight}
-    for name, value in (weights | {"z_loss_weight": z_loss_weight, "entropy_weight": entropy_weight}).items():
-        if value is not None:
-            checks.between(name, value, -math.inf, math.inf)
+    given = {name: value for name, value in weights.items() if value is not None}
+    for name, value in (given | {"z_loss_weight": z_loss_weight, "entropy_weight": entropy_weight}).items():
+        checks.between(name, value, -math.inf, math.inf)
     checks.between("label_smoothing", label_smoothing, 0.0, 1.0)
 
     # What belongs together, and what needs tokens.

@@ -26,6 +26,8 @@ VALID: dict[str, Any] = {
     "tokens": torch.zeros(N, dtype=torch.int64),
     "cu_seqlens": torch.tensor([0, 2, 4, N]),
     "advantages": torch.zeros(N),
+    "labels": torch.full((N,), -100),
+    "reference_logprobs": torch.zeros(N),
 }
 
 WRONG: dict[str, Any] = {
