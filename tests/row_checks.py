@@ -6,6 +6,7 @@ Logits come as hidden states times an identity head, so that the oracle sees exa
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -17,10 +18,13 @@ from distil_kernels.backends import (
     LogitPair,
     LogitScaling,
     LogitTransform,
+    RowTerms,
     Statistic,
+    TermWeight,
     reference,
 )
 from distil_kernels.testing import Inputs, assert_within_budget, baselines, cost_by_definition, oracle
+from distil_kernels.testing import logits as logits_of
 
 NAMES = {
     "ce": Statistic.FORWARD_CE, "kl": Statistic.FORWARD_KL, "reverse_kl": Statistic.REVERSE_KL,
@@ -245,3 +249,54 @@ def check_no_rows(kernels: ModuleType) -> None:
     statistics = kernels.row_stats(logits, plain, plain, torch.empty(0, dtype=torch.int64), FORWARD_CE)
     assert statistics.shape == (NUM_STATISTICS, 0)
     kernels.row_grad(logits, plain, plain, None, statistics, FORWARD_CE, torch.empty(0), None, torch.empty(0, 7))
+
+
+def check_terms(kernels: ModuleType, generator: torch.Generator, cost: str, softcap: float | None = None,
+                vocab_size: int = 131, **options: object) -> None:  # fmt: skip
+    """What other terms add to the gradient; where the cost has no weight it may be NaN, and without any weight all may.
+
+    The rows: everything; no label, and no credit; no cost, and a teacher of NaN; nothing, and logits of NaN.
+    """
+    logits, bias = make_logits(4, vocab_size, generator), torch.randn(vocab_size, generator=generator)
+    tokens, labels = torch.randint(vocab_size, (2, 4), generator=generator)
+    labels[1] = -100
+    cost_weight, logprob_weight = torch.randn(2, 4, generator=generator)
+    weights = torch.randn(4, 4, generator=generator)
+    cost_weight[2:], logprob_weight[[1, 3]], weights[:, 3], weights[TermWeight.LABEL, 1] = 0.0, 0.0, 0.0, 0.0
+    student, teacher = LogitTransform(bias, softcap, 0.7), LogitTransform(None, None, 1.3)
+    inputs = as_inputs(logits, tokens, student_bias=bias, temperature=0.7, teacher_temperature=1.3,
+                       logit_softcap=softcap, teacher_logit_softcap=math.inf,
+                       teacher_bias=torch.zeros(vocab_size))  # fmt: skip
+
+    def definition(copy: Inputs) -> dict[str, torch.Tensor]:
+        (s, _), found = logits_of(copy), oracle(copy)
+        costs = cost_by_definition(copy, cost, COSTS[cost].jsd_weight)
+        of_s, of_log, of_one, of_label = weights.to(s.dtype)
+        # Of which the gradients are S, S log S, 1 and onehot(label).
+        student_log = -found.entropy - found.entropy.detach() * found.lse
+        label = s.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+        total = cost_weight.to(s.dtype) * costs + logprob_weight.to(s.dtype) * found.logprob
+        total = total + of_s * found.lse + of_log * student_log + of_one * s.sum(-1) + of_label * label
+        return {"gradient": torch.autograd.grad(total.sum(), copy.student_hidden)[0]}
+
+    exact, base = definition(inputs.to(torch.float64)), baselines_without_order(inputs, definition)
+    logits.teacher[2:], logits.student[3] = float("nan"), float("nan")
+    statistics = kernels.row_stats(logits, student, teacher, tokens, COSTS[cost], **options)
+    terms, out = RowTerms(weights, labels), torch.full_like(logits.student, float("nan"))
+    arguments = logits, student, teacher, tokens, statistics, COSTS[cost], cost_weight, logprob_weight
+    kernels.row_grad(*arguments, out, terms=terms, **options)
+    assert_within_budget("gradient", out, base["gradient"], exact["gradient"], terms=20.0)
+    assert out[3].eq(0).all()
+    rounded = torch.full_like(out, float("nan"), dtype=torch.bfloat16)
+    lost = kernels.row_grad(*arguments, rounded, terms=terms, **options)
+    assert lost is not None
+    torch.testing.assert_close(lost, (out - rounded).sum(-1), rtol=1e-3, atol=1e-5)
+    kernels.row_grad(*arguments, out, terms=RowTerms(weights.clone().zero_(), None), **options)
+    without = torch.full_like(out, float("nan"))
+    kernels.row_grad(*arguments, without, **options)
+    torch.testing.assert_close(out[:2], without[:2], rtol=1e-6, atol=1e-7)
+
+
+def baselines_without_order(inputs: Inputs, definition: Callable[[Inputs], dict[str, torch.Tensor]]):
+    """The baseline in the vocabulary's own order: labels do not move with it."""
+    return {name: [value] for name, value in definition(inputs.to(torch.float32)).items()}

@@ -122,6 +122,12 @@ def test_other_costs(kernels, cost, kind, generator):
     row_checks.check_kinds(kernels, 131, kind, generator, padding=1, cost=cost)
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("cost", row_checks.COSTS)
+def test_terms(kernels, cost, softcap, generator):
+    row_checks.check_terms(kernels, generator, cost, softcap)
+
+
 def test_corners(kernels, generator):
     row_checks.check_softcap_and_minus_infinity(kernels, generator)
     row_checks.check_blocks(kernels, generator)

@@ -36,6 +36,15 @@ def test_portable_always_runs():
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("vocab_size", [7, 1031])
+@pytest.mark.parametrize("cost", row_checks.COSTS)
+def test_terms(cost, vocab_size, softcap, generator):
+    row_checks.check_terms(reference, generator, cost, softcap, vocab_size)
+    for instruction_set in INSTRUCTION_SETS:
+        row_checks.check_terms(cpu, generator, cost, softcap, vocab_size, instruction_set=instruction_set)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)
 @pytest.mark.parametrize("cost", COSTS, ids=lambda cost: cost.statistic.name.lower())
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)

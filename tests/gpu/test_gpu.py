@@ -25,7 +25,7 @@ from distil_kernels import (
     token_logprobs,
     token_stats,
 )
-from distil_kernels.backends import LogitPair, LogitTransform
+from distil_kernels.backends import LogitPair, LogitTransform, RowTerms
 from distil_kernels.backends.dispatch import BACKENDS, choose_backend
 from distil_kernels.engine.plan import Plan, extra_bytes
 from distil_kernels.engine.sizes import Shape
@@ -68,10 +68,10 @@ def kernels(backend):
     def row_stats(*arguments):
         return module.row_stats(*map(moved, arguments)).cpu()
 
-    def row_grad(*arguments):
+    def row_grad(*arguments, terms=None):
         *inputs, out = arguments
-        result = moved(out)
-        lost = module.row_grad(*map(moved, inputs), result)
+        result, terms = moved(out), None if terms is None else RowTerms(*map(moved, terms))
+        lost = module.row_grad(*map(moved, inputs), result, terms)
         out.copy_(result)
         return None if lost is None else lost.cpu()
 
@@ -92,6 +92,12 @@ def test_row_kernels_of_other_costs(kernels, cost, kind, generator):
 @pytest.mark.parametrize("vocab_size", [1, 7, 128, 131])
 def test_row_kernels(kernels, vocab_size, kind, generator):
     row_checks.check_kinds(kernels, vocab_size, kind, generator)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("cost", row_checks.COSTS)
+def test_row_kernels_with_terms(kernels, cost, softcap, generator):
+    row_checks.check_terms(kernels, generator, cost, softcap)
 
 
 def test_row_kernels_in_corners(kernels, generator):
