@@ -59,8 +59,8 @@ struct RowTask {
 
 enum class FloatType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// What a row's gradient by its logits takes beside cost and token: w0 S + w1 S log S + w2 + w3 onehot(label), w being
-// the row's numbers in GradRows::term_weights.
+// What a row's gradient by its logits takes beside cost and token: w0 S + w1 S log S + w2 + w3 onehot(label), w
+// being the row's numbers in GradRows::term_weights.
 enum TermWeight : int {
   kStudentWeight = 0,
   kStudentLogWeight = 1,
@@ -194,8 +194,8 @@ int cuda_row_stats(const RowTask& task, void* stream);
 int cuda_row_grad(const RowTask& task, const GradRows& grad, void* stream);
 
 // Statistics and gradient in one read of the logits, for kForwardCe and kForwardKl without logprob_weight and
-// term_weights, on compute capability 9.0 and later. A row lies in the shared memory of cluster_size blocks (1, 2, 4
-// or 8). All rows begin at multiples of 16 bytes. The residual is [num_rows, cluster_size], a sum for each block.
+// term_weights, on compute capability 9.0 and later. A row lies in the shared memory of cluster_size blocks (1, 2,
+// 4 or 8). All rows begin at multiples of 16 bytes. The residual is [num_rows, cluster_size], a sum for each block.
 int cuda_row_stats_grad(const RowTask& task, const GradRows& grad, int cluster_size, void* stream);
 
 // Sets num_clusters to the number of such clusters that the current device runs at once: 0 where none fits, as on a

@@ -257,8 +257,8 @@ DISTIL_INLINE float grad_logit(float s, float t, const RowGradient& row) {
     cost = p - q;
   }
   if (!kTerms) return row.cost_weight * cost - row.logprob_weight * p;
-  const float factor = row.student_log_weight * (at_least_floor(s) - row.log_normalizer) +
-                       (row.student_weight - row.logprob_weight);
+  const float factor =
+      row.student_log_weight * (at_least_floor(s) - row.log_normalizer) + (row.student_weight - row.logprob_weight);
   return (row.cost_weight == 0.0f ? 0.0f : row.cost_weight * cost) + (p * factor + row.uniform_weight);
 }
 

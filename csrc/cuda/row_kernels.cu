@@ -146,9 +146,9 @@ __global__ void __launch_bounds__(kThreads) row_grad(RowTask task, GradRows grad
         for (int i = 0; i < kWidth; ++i) {
           const float shifted_s = at_least_floor(s[g][i] - student_max);
           const float shifted_t = at_least_floor(t[g][i] - teacher_max);
-          out[i] = kKind == kForward
-                       ? grad_logit<kForwardCe>(shifted_s, shifted_t, gradient)
-                       : grad_logit_of<kKind == kAnyCostAndTerms>(task.cost.statistic, shifted_s, shifted_t, gradient);
+          out[i] = kKind == kForward ? grad_logit<kForwardCe>(shifted_s, shifted_t, gradient)
+                                     : grad_logit_of<kKind == kAnyCostAndTerms>(task.cost.statistic, shifted_s,
+                                                                                shifted_t, gradient);
           if (column + i == token) out[i] += logprob_weight;
           if (kKind == kAnyCostAndTerms && column + i == label) out[i] += terms[kLabelWeight];
           out[i] *= derivative_at<kSoftcap>(student, s[g][i]);
