@@ -24,7 +24,9 @@ from distil_kernels import (
 )
 from distil_kernels.engine.credit import Credit
 from distil_kernels.engine.gradients import Needs
+from distil_kernels.engine.policy import Policy
 from distil_kernels.engine.spec import Spec
+from distil_kernels.engine.terms import Terms
 from distil_kernels.testing import make_inputs
 
 
@@ -52,6 +54,11 @@ LOSSES = {
     "distil": lambda h, w, i: fused_distil_loss(
         h, w, *i.heads[2:], tokens=i.tokens, cu_seqlens=torch.tensor([0, 4, 12]),
         discount=0.9, baseline="leave_one_out", group_size=2,
+    ).loss,
+    "terms": lambda h, w, i: fused_distil_loss(
+        h, w, *i.heads[2:], tokens=i.tokens, cu_seqlens=torch.tensor([0, 4, 12]), labels=i.tokens, label_smoothing=0.1,
+        distil_weight=torch.tensor([0.0, 1.0]), advantages=torch.tensor([1.0, -0.5]), z_loss_weight=1e-2,
+        entropy_weight=0.1, reference_logprobs=torch.full((12,), -3.0), policy_weight=0.3,
     ).loss,
     "padded": lambda h, w, i: fused_distil_loss(
         h, w, *i.heads[2:], tokens=None, cu_seqlens=None, cost="kl", credit_span="none", vocab_size=25,
@@ -121,14 +128,18 @@ SCHEDULES = {
     "fused_distil_loss": lambda x, n: fused_distil_loss(
         *x.heads, tokens=x.tokens, cu_seqlens=x.options["cu_seqlens"], discount=n.discount, horizon=n.horizon,
         credit_clip=n.normalizer, group_size=n.horizon - 1,
-        credit_scale=n.discount, normalizer=n.normalizer, **n.both,
+        credit_scale=n.discount, normalizer=n.normalizer, **n.both, advantages=x.teacher_hidden[:, 0], labels=x.tokens,
+        distil_weight=n.scale, policy_weight=n.scale, clip_high=n.discount, label_weight=n.scale,
+        label_smoothing=n.discount, z_loss_weight=n.discount, entropy_weight=n.discount,
+        reference_logprobs=x.teacher_hidden[:, 1], reference_weight=n.scale,
     ).loss,
     "fused_topk_ce": lambda x, n: fused_topk_ce(
         *x.heads[:2], x.tokens[:, None], x.teacher_hidden[:, :1].abs().neg(), normalizer=n.normalizer, **n.student
     ),
     "fused_topk_distil_loss": lambda x, n: fused_topk_distil_loss(
         *x.heads[:2], x.tokens[:, None], x.teacher_hidden[:, :1].abs().neg(), tokens=x.tokens, discount=n.discount,
-        cu_seqlens=x.options["cu_seqlens"], **n.student,
+        cu_seqlens=x.options["cu_seqlens"], **n.student, labels=x.tokens, label_weight=n.scale,
+        distil_weight=n.scale, z_loss_weight=n.discount,
     ).loss,
 }  # fmt: skip
 assert {name.removesuffix(" of rows") for name in SCHEDULES} == {
@@ -213,12 +224,14 @@ def test_autocast_is_the_half_precision_product(name, generator):
 def test_opcheck_scalar_loss(plan, generator):
     i = make_inputs(6, 20, 8, generator=generator)
     credit = Credit(discount=0.9, horizon=2, by_remaining=True, clip=5.0, importance_clip=2.0)
-    spec = Spec("cpu", "", plan, "", Needs(hidden=True, weight=True, bias=False), credit=credit)
+    terms = Terms(Policy(0.2, None, 0.1), 1.0, 1.0, 0.5, 0.1, 1e-3)
+    spec = Spec("cpu", "", plan, "", Needs(hidden=True, weight=True, bias=False), credit=credit, terms=terms)
     text, numbers = spec.encode_apart()
     torch.library.opcheck(
         torch.ops.distil_kernels.scalar_loss,
         (i.student_hidden, i.student_weight, None, i.teacher_hidden, i.teacher_weight, None, i.tokens % 17, None, None,
-         torch.tensor(3.0), torch.tensor([0, 2, 6]), None, torch.zeros(6), numbers, None),
+         torch.tensor(3.0), torch.tensor([0, 2, 6]), None, torch.zeros(6), torch.ones(1), torch.ones(2), None,
+         i.tokens % 17, torch.zeros(6), numbers, None),
         {"spec": text, "vocab_size": 17, "chunk_rows": 4, "staging_rows": 0},
     )  # fmt: skip
 
