@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find cmake csrc python -type f)
 
-.PHONY: train test test-all sanitize bench theory compare lint format clean
+.PHONY: train test test-all test-main test-interpreted sanitize bench theory compare lint format clean
 
 train: $(VENV)/train
 	$(BIN)/python -m distil_kernels.train $(ARGS)
@@ -23,8 +23,12 @@ train: $(VENV)/train
 test: $(VENV)/dev
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: $(VENV)/dev
+test-all: test-main test-interpreted
+
+test-main: $(VENV)/dev
 	$(PYTEST) $(ARGS)
+
+test-interpreted: $(VENV)/dev
 	TRITON_INTERPRET=1 $(PYTEST) --dist load tests/interpreted tests/gpu $(ARGS)
 
 # The CPU kernels without Python, under the address and undefined-behaviour sanitizers.

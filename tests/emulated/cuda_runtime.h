@@ -6,6 +6,7 @@
 // memory ordering, or what only the hardware does.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <barrier>
@@ -54,11 +55,17 @@ struct Cluster {
   std::vector<char*> anchors;
 };
 
+// A fiber is entered by its context, once, and from then on by a jump: a switch of contexts is a call of the system.
+struct Fiber {
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  ucontext_t start;
+  jmp_buf place;
+  bool started = false, done = false;
+};
+
 struct Block {
-  std::vector<ucontext_t> fibers;
-  std::vector<std::unique_ptr<char[]>> stacks;
-  std::vector<bool> done;
-  ucontext_t scheduler;
+  std::vector<Fiber> fibers;
+  jmp_buf scheduler;
   Gathering all;
   std::vector<Gathering> warps;
   int current = 0, rank = 0;
@@ -69,7 +76,9 @@ struct Block {
 inline thread_local Block* block = nullptr;
 inline thread_local char anchor = 0;
 
-inline void yield() { swapcontext(&block->fibers[block->current], &block->scheduler); }
+inline void yield() {
+  if (_setjmp(block->fibers[block->current].place) == 0) _longjmp(block->scheduler, 1);
+}
 
 inline void wait(Gathering& gathering, int count) {
   const int generation = gathering.generation;
@@ -83,27 +92,33 @@ inline void wait(Gathering& gathering, int count) {
 
 inline void fiber() {
   block->kernel();
-  block->done[block->current] = true;
+  block->fibers[block->current].done = true;
   yield();
 }
 
+// Lets a fiber run until it yields.
+inline void resume(Fiber& fiber) {
+  if (_setjmp(block->scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  setcontext(&fiber.start);
+}
+
 inline void run_block(int num_threads) {
-  block->fibers.resize(num_threads);
-  block->done.assign(num_threads, false);
+  block->fibers = std::vector<Fiber>(num_threads);
   block->warps.resize(num_threads / kWarpSize);
-  for (int i = 0; i < num_threads; ++i) {
-    block->stacks.emplace_back(new char[kStackBytes]);
-    getcontext(&block->fibers[i]);
-    block->fibers[i].uc_stack.ss_sp = block->stacks[i].get();
-    block->fibers[i].uc_stack.ss_size = kStackBytes;
-    makecontext(&block->fibers[i], fiber, 0);
+  for (Fiber& each : block->fibers) {
+    getcontext(&each.start);
+    each.start.uc_stack.ss_sp = each.stack.get();
+    each.start.uc_stack.ss_size = kStackBytes;
+    makecontext(&each.start, fiber, 0);
   }
   for (bool running = true; running;) {
     running = false;
     for (block->current = 0; block->current < num_threads; ++block->current) {
-      if (block->done[block->current]) continue;
+      if (block->fibers[block->current].done) continue;
       running = true;
-      swapcontext(&block->scheduler, &block->fibers[block->current]);
+      resume(block->fibers[block->current]);
     }
   }
 }
