@@ -21,10 +21,18 @@ class Batches:
 
     Args:
         example_keys: the keys of the worked examples.
+        needs_answers: problems without an expert's answer are skipped too.
     """
 
-    def __init__(self, tutor: Tutor, example_keys: set[str], num_prompts: int, processes: Processes) -> None:
-        self._tutor, self._example_keys = tutor, example_keys
+    def __init__(
+        self,
+        tutor: Tutor,
+        example_keys: set[str],
+        num_prompts: int,
+        processes: Processes,
+        needs_answers: bool = False,
+    ) -> None:
+        self._tutor, self._example_keys, self._needs_answers = tutor, example_keys, needs_answers
         self._num_prompts, self._processes = num_prompts, processes
         self._position = 0
         self.num_skipped = 0
@@ -47,13 +55,18 @@ class Batches:
         for position, problem in problems(self._tutor.task, held_out=False, start=self._position):
             self._position = position
             is_example = problem.key in self._example_keys
-            group = None if is_example else self._tutor.group(problem)
+            is_usable = not is_example and (bool(problem.answer) or not self._needs_answers)
+            group = self._tutor.group(problem) if is_usable else None
             if group is None:
                 self.num_skipped += 1
                 misses += 1
                 example_misses += is_example
                 if example_misses == MAX_MISSES:
                     raise ValueError("[num_examples] a thousand problems in a row are worked examples: take fewer")
+                if misses == MAX_MISSES and self._needs_answers and not problem.answer:
+                    raise ValueError(
+                        "[rollouts] a thousand problems in a row have no answer to learn: expected student"
+                    )
                 if misses == MAX_MISSES:
                     raise ValueError("[max_prompt_tokens] a thousand problems in a row did not fit: raise the limit")
                 continue

@@ -195,7 +195,7 @@ def build_data(config: Config, models: Models, task: Task, kind: FeedbackKind, p
     )
     tutor = Tutor.of(kind, task, prompts, config.max_critique_tokens)
     example_keys = {problem.key for problem in examples}
-    batches = Batches(tutor, example_keys, config.prompts_per_step, processes)
+    batches = Batches(tutor, example_keys, config.prompts_per_step, processes, config.rollouts == "none")
 
     stop_ids = prompts.stop_ids()
     sampling = Sampling(config.max_new_tokens, stop_ids, config.temperature, config.top_p, config.top_k)

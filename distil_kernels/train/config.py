@@ -86,6 +86,9 @@ class Config:
     """Length limit of a prompt. Feedback, then demonstration are shortened to fit; else the problem is left out."""
 
     # Rollouts
+    rollouts: Literal["student", "none"] = "student"
+    """Whose answers are learnt from: those that the student samples, or, without rollouts, the records' own (none):
+    plain distillation on a data set; preset kd."""
     prompts_per_step: int = _number(4, AT_LEAST_1)
     """Different problems in a batch, which the processes share out."""
     rollouts_per_prompt: int = _number(4, AT_LEAST_1)
@@ -120,7 +123,7 @@ class Config:
     feedback: str = "correction"
     """Feedback on an answer: correction (the expert's answer), trace (what happened when it was run), both, siblings
     (another rollout's right answer; a rollout without one is left out), self_evaluation (the student's critique of
-    it), or module:function, called with problem and answer."""
+    it), module:function, called with problem and answer, or none: the teacher reads what the student reads."""
     teacher_reads: Literal["text", "demonstration", "both"] = "text"
     """What the teacher is shown: the feedback in words, the question answered once before, or both."""
     judge_seconds: float | None = _number(120.0, POSITIVE)
@@ -312,6 +315,12 @@ class Config:
             if not (math.isfinite(value) and allowed.least <= value <= allowed.most):
                 expected = f"{allowed.description}, or none for no limit" if kind.allows_none else allowed.description
                 raise ValueError(f"[{option.name}] expected {expected}, got {value}")
+        if self.rollouts == "none":  # the data's answers are no sample of the student's distribution
+            expected = {
+                "credit_span": ("none",), "objective": ("forward_ce", "reverse_kl", "jsd"), "rollouts_per_prompt": (1,),
+                "feedback": ("none", "correction"), "tools": ("none",), "rollout_url": ("",), "updates_per_batch": (1,),
+            }  # fmt: skip
+            self._expect("rollouts none", expected)
         if not self.off_policy and (self.top_p != 1.0 or self.top_k is not None) and self.credit_span != "none":
             raise ValueError(
                 "[top_p, top_k] the credit needs rollouts from the model's own distribution (top_p 1, top_k none), got "
@@ -335,6 +344,8 @@ class Config:
                 f"[rollouts_per_prompt] {option_name} compares rollouts of a prompt: expected at least 2, got "
                 f"{self.rollouts_per_prompt}"
             )
+        if feedback_kind is not None and not feedback_kind.is_read and self.objective != "policy_gradient":
+            self._expect("feedback none, for another model than the student,", {"teacher": OTHER_MODELS})
         if feedback_kind is not None and not feedback_kind.has_demonstration:
             self._expect(f"feedback {self.feedback}", {"teacher_reads": ("text", "both")})
         endpoint = self.teacher in ("remote", "samples")
@@ -436,11 +447,14 @@ def as_text(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
+OTHER_MODELS = ("local", "remote", "samples")
+"""Teachers that know more than the student without having read more."""
 PRESETS: dict[str, dict[str, Any]] = {
     "distil": {"objective": "forward_ce", "cost": "ce", "credit_span": "future", "teacher": "frozen"},
     "sdpo": {"objective": "reverse_kl", "credit_span": "none", "teacher": "ema", "ema_rate": 0.05},
     "opsd": {"objective": "jsd", "jsd_weight": 0.5, "credit_span": "none", "teacher": "frozen"},
     "grpo": {"objective": "policy_gradient", "teacher": "live"},
+    "kd": {"rollouts": "none", "rollouts_per_prompt": 1, "feedback": "none", "credit_span": "none"},
 }
 """Objectives as this trainer understands their papers; what is not named here keeps the defaults, which are ours (and
 so are opsd's teacher and mixture, and distil's discount and baseline: the papers' are not known to us)."""

@@ -1,7 +1,8 @@
 """The training loop, top to bottom.
 
     for each batch of problems
-        rollouts = sample(student)                          rollouts_per_prompt completions each, here or by a server
+        rollouts = sample(student)                          rollouts_per_prompt completions each, here or by a server,
+                                                            or the data's own answers (rollouts none)
         feedback = verify(rollout)                          a score, and the expert's correction
         hidden   = student(prompt + rollout), teacher(prompt + correction + rollout)
         loss     = fused_distil_loss(...)                   whole vocabulary, sequence-level gradient
@@ -171,10 +172,16 @@ class Trainer:
         return record
 
     def roll_out(self, groups: Sequence[PromptGroup], generate_here: Generate | None = None) -> None:
-        """Adds rollouts with feedback to the groups; the student samples, or `generate_here` does."""
-        by_student = partial(roll_out, generate_here or partial(generate, self.student))
+        """Adds rollouts with feedback to the groups; the student samples, or `generate_here` does, or nobody."""
+        if self.config.rollouts == "none":
+            self.tutor.take_answers(groups, self.sampling)
+            self.tutor.give_feedback(self.student, groups, 1)
+        else:
+            self._sample(groups, generate_here or partial(generate, self.student))
+
+    def _sample(self, groups: Sequence[PromptGroup], generate_here: Generate) -> None:
         count = self.config.rollouts_per_prompt
-        self.tutor.collect(groups, count, by_student, self.sampling, self.data.tool)
+        self.tutor.collect(groups, count, partial(roll_out, generate_here), self.sampling, self.data.tool)
         self.tutor.give_feedback(self.student, groups, count)
 
     def update(
@@ -303,12 +310,12 @@ class Trainer:
             self.pages.write()
 
     def _held_out_rollouts(self) -> list[dict[str, Any]]:
-        """Records of held-out problems answered as in training, with the cost of every token."""
+        """Records of held-out problems answered by the student, with the cost of every token."""
         groups = self.evaluator.groups(self.config.eval_rollouts)
         if not groups:
             return []
         with self.evaluator.seeded(self.student.weight.device):
-            self.roll_out(groups)
+            self._sample(groups, partial(generate, self.student))
             tokenizer = self.models.tokenizer
             columns = token_columns(self.student, self.teacher, groups, tokenizer, self.config, self.average)
         return rollout_records("held_out", self.step, groups, columns)

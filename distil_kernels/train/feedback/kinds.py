@@ -45,6 +45,8 @@ class FeedbackKind(NamedTuple):
     """True if the feedback to a rollout shows another one of its problem."""
     has_demonstration: bool = True
     """False if the feedback is words only."""
+    is_read: bool = True
+    """False if the teacher reads what the student reads, and no feedback."""
     verifies_any_text: bool = True
     """False if the verifier must be given answers only, and no empty text to learn what is known before any answer."""
 
@@ -54,6 +56,11 @@ def correction_feedback(task: Task, problem: Problem, answer: str) -> Feedback:
     if not problem.answer:
         raise ValueError("[feedback] a record has no expert's answer to correct with: expected --feedback trace")
     return _correction(task.score(answer.strip(), problem.entry), problem.answer)
+
+
+def no_feedback(task: Task, problem: Problem, answer: str) -> Feedback:
+    """Scores an answer and says nothing."""
+    return Feedback(task.score(answer.strip(), problem.entry), "", "")
 
 
 def sibling_feedback(task: Task, problem: Problem, answer: str) -> Feedback:
@@ -117,6 +124,7 @@ FEEDBACK = {
     "self_evaluation": FeedbackKind(
         self_evaluation_feedback, _from_self_evaluation, depends_on_rollout=True, has_demonstration=False
     ),
+    "none": FeedbackKind(no_feedback, _as_verified, depends_on_rollout=False, has_demonstration=False, is_read=False),
 }
 
 

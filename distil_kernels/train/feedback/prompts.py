@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from distil_kernels.train.feedback.kinds import verdict
+from distil_kernels.train.rollouts.sampling import until_stop
 from distil_kernels.train.tasks import Feedback, Problem
 
 JUDGE = "Is this answer right? Say yes or no, and what the correct answer is."
@@ -171,6 +172,15 @@ class Prompts:
         """The tokens of a completion with this answer, without its stop token."""
         text = f" {answer}" if self._layout == "examples" else answer
         return self._tokenizer(text, add_special_tokens=False).input_ids
+
+    def completion(self, answer: str, stop_ids: Sequence[int]) -> list[int]:
+        """The tokens of a completion with this answer, with the stop token that a model would end it by."""
+        if self._layout == "examples":
+            tokens = self._tokenizer(f" {answer}\n\n", add_special_tokens=False).input_ids
+        else:
+            end = self._tokenizer.eos_token_id
+            tokens = [*self.answer_tokens(answer), end if end in stop_ids else stop_ids[0]]
+        return until_stop(tokens, set(stop_ids))
 
     def _turns(self, question: str, text: str, demonstration: str, answer: str | None) -> list[_Turn]:
         before = [_Turn(question, "", demonstration)] if demonstration and self._reads_demonstration else []

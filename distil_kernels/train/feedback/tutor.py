@@ -29,10 +29,13 @@ class Tutor:
     respond: FeedbackFn
     verifies_any_text: bool = True
     """As of `FeedbackKind`."""
+    is_read: bool = True
+    """As of `FeedbackKind`."""
 
     @staticmethod
     def of(kind: FeedbackKind, task: Task, prompts: Prompts, max_critique_tokens: int) -> Tutor:
-        return Tutor(task, prompts, kind.verifier, kind.respond(prompts, max_critique_tokens), kind.verifies_any_text)
+        respond = kind.respond(prompts, max_critique_tokens)
+        return Tutor(task, prompts, kind.verifier, respond, kind.verifies_any_text, kind.is_read)
 
     def for_task(self, task: Task) -> Tutor:
         """The same tutor for another task."""
@@ -66,6 +69,16 @@ class Tutor:
         for group, added in zip(groups, sampled, strict=True):
             group.rollouts += added
 
+    def take_answers(self, groups: Sequence[PromptGroup], sampling: Sampling) -> None:
+        """Adds to each group the expert's own answer as its rollout, cut where a sampled one would be."""
+        answered = []
+        for group in groups:
+            tokens = self.prompts.completion(group.problem.answer, sampling.stop_ids)
+            answered.append((group.problem, [Rollout.sampled(tokens[: sampling.max_new_tokens])]))
+        self.verify(answered)
+        for group, (_, rollouts) in zip(groups, answered, strict=True):
+            group.rollouts += rollouts
+
     def verify(self, groups: Sequence[tuple[Problem, Sequence[Rollout]]]) -> None:
         """Fills in answer and score of some rollouts of problems, and the feedback that needs no other rollout."""
         for _, rollouts in groups:
@@ -84,4 +97,5 @@ class Tutor:
                 if not rollout.feedback.has_verdict:
                     continue
                 rollout.feedback = feedback
-                rollout.teacher_prompt = self.prompts.teacher(group.problem, feedback)
+                prompt = self.prompts.teacher(group.problem, feedback) if self.is_read else group.prompt
+                rollout.teacher_prompt = prompt

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,14 +26,16 @@ def test_a_verifier_scores_and_corrects() -> None:
 @pytest.mark.parametrize("name", FEEDBACK)
 def test_a_row_is_what_the_configuration_checks(name: str) -> None:
     kind = FEEDBACK[name]
-    config = Config(feedback=name, baseline="leave_one_out")
+    others: dict[str, Any] = {} if kind.is_read else {"teacher": "local", "teacher_model": "other"}
+    given = {"feedback": name, **others}
+    config = Config(**given, baseline="leave_one_out")
     config.check()
     remarks = " ".join(config.remarks())
     assert ("is computed from the rollout" in remarks) == kind.depends_on_rollout
     assert ("shows a rollout to the teachers" in remarks) == kind.compares_rollouts
     checks = {
-        "rollouts_per_prompt": (Config(feedback=name, rollouts_per_prompt=1, baseline="none"), kind.compares_rollouts),
-        "teacher_reads": (Config(feedback=name, teacher_reads="demonstration"), not kind.has_demonstration),
+        "rollouts_per_prompt": (Config(**given, rollouts_per_prompt=1, baseline="none"), kind.compares_rollouts),
+        "teacher_reads": (Config(**given, teacher_reads="demonstration"), not kind.has_demonstration),
     }
     for option, (changed, is_refused) in checks.items():
         if is_refused:
