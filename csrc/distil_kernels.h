@@ -95,6 +95,10 @@ bool cpu_supports(InstructionSet instruction_set);
 // cost is kJsd.
 void cpu_row_stats(const RowTask& task, int num_threads, InstructionSet instruction_set);
 
+// Writes kJsd and kStudentMixtureKl, sums over the vocabulary of the task, from maxima and log-normalisers that may be
+// those of a larger one: of a vocabulary of which the task has a shard.
+void cpu_row_mixture(const RowTask& task, int num_threads, InstructionSet instruction_set);
+
 // Writes the gradient in float32 or bfloat16, from the statistics.
 void cpu_row_grad(const RowTask& task, const GradRows& grad, int num_threads, InstructionSet instruction_set);
 
@@ -188,6 +192,7 @@ struct DeviceLimits {
 int cuda_device_limits(int device, DeviceLimits& limits);
 
 int cuda_row_stats(const RowTask& task, void* stream);
+int cuda_row_mixture(const RowTask& task, void* stream);
 
 // The gradient may also be float16. Only a float32 gradient may begin where the raw logits do, and it has no
 // residual.

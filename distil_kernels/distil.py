@@ -9,7 +9,7 @@ labels, a z-loss, an entropy bonus and a penalty to a reference policy (`engine.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
@@ -17,10 +17,14 @@ from distil_kernels.backends import Cost, Statistic
 from distil_kernels.engine.call import Call
 from distil_kernels.engine.checks import ArgumentChecks
 from distil_kernels.engine.custom_ops import ScalarLoss
+from distil_kernels.engine.placements import on_many_devices
 from distil_kernels.engine.plan import Plan
 from distil_kernels.engine.term_checks import CLIP, checked_terms
 from distil_kernels.engine.terms import Term, TermInputs
 from distil_kernels.token_statistics import TokenStats, from_statistics
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 COSTS = {
     "ce": Statistic.FORWARD_CE,
@@ -69,6 +73,7 @@ class DistilLoss(NamedTuple):
     """What the loss has besides the cost; None where that is nothing."""
 
 
+@on_many_devices
 def fused_distil_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -80,6 +85,8 @@ def fused_distil_loss(
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     vocab_size: int | None = None,
+    vocab_group: ProcessGroup | None = None,
+    sequence_parallel: bool = False,
     token_mask: Tensor | None = None,
     token_weight: Tensor | None = None,
     temperature: float = 1.0,
@@ -198,7 +205,8 @@ def fused_distil_loss(
     call = Call(
         checks, scalings, backend, student_hidden, student_weight, teacher_hidden, teacher_weight,
         student_bias=student_bias, teacher_bias=teacher_bias, token_mask=token_mask, token_weight=token_weight,
-        vocab_size=vocab_size, detach_hidden=detach_hidden,
+        vocab_size=vocab_size, vocab_group=vocab_group, sequence_parallel=sequence_parallel,
+        detach_hidden=detach_hidden,
     )  # fmt: skip
     checks.packed(student_hidden, cu_seqlens, optional=True)
     checks.rows("tokens", tokens, student_hidden, "int64")

@@ -12,7 +12,7 @@ sequence-level forms are in `distil`, the formulas in docs/mathematics.md.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 from torch import Tensor
 from typing_extensions import Unpack  # comes with torch
@@ -20,7 +20,11 @@ from typing_extensions import Unpack  # comes with torch
 from distil_kernels.backends import FORWARD_CE, Cost, Statistic
 from distil_kernels.engine.call import Call
 from distil_kernels.engine.checks import ArgumentChecks
+from distil_kernels.engine.placements import on_many_devices
 from distil_kernels.engine.plan import Plan
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -41,6 +45,8 @@ class LossOptions(TypedDict, total=False):
     student_bias: Tensor | None
     teacher_bias: Tensor | None
     vocab_size: int | None
+    vocab_group: ProcessGroup | None
+    sequence_parallel: bool
     token_mask: Tensor | None
     token_weight: Tensor | None
     temperature: float
@@ -62,7 +68,8 @@ class LossOptions(TypedDict, total=False):
 def fused_forward_ce(*args: Any, return_dropped: Literal[True], **options: Any) -> ForwardCE: ...
 @overload
 def fused_forward_ce(*args: Any, return_dropped: Literal[False] = False, **options: Any) -> Tensor: ...
-def fused_forward_ce(  # type: ignore[misc]  # the overloads leave the other arguments to this signature
+@on_many_devices  # type: ignore[misc]  # the overloads leave the other arguments to this signature
+def fused_forward_ce(
     student_hidden: Tensor,
     student_weight: Tensor,
     teacher_hidden: Tensor,
@@ -71,6 +78,8 @@ def fused_forward_ce(  # type: ignore[misc]  # the overloads leave the other arg
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     vocab_size: int | None = None,
+    vocab_group: ProcessGroup | None = None,
+    sequence_parallel: bool = False,
     token_mask: Tensor | None = None,
     token_weight: Tensor | None = None,
     temperature: float = 1.0,
@@ -97,6 +106,14 @@ def fused_forward_ce(  # type: ignore[misc]  # the overloads leave the other arg
         student_bias, teacher_bias: [V].
         vocab_size: V where the heads have more rows, also different numbers of them: rows from V on are padding that is
             not read, with a gradient of 0, and so are entries of their biases. Nothing is copied for it.
+        vocab_group: process group whose members hold the heads in shards, rows in the order of their ranks (any numbers
+            of them; padding comes last, and `vocab_size` is that of the whole). Hidden states, tokens, masks and
+            options are the same in all members; one that differs, or an error in one, is an error in all. The teacher's
+            head is cut as the student's, cut elsewhere (then its rows are exchanged in every call), or whole in each
+            member. All get the same loss and statistics and the whole gradient of the hidden states, each that of its
+            shard. Not with `gradient_threshold`.
+        sequence_parallel: each member gives its own rows of the hidden states, as many as the others (in the order of
+            the ranks), and gets the gradient of those. What else has a row per token stays whole.
         token_mask: [...] bool or integer; True or 1 counts. Other rows are not read: they may hold anything, and
             tokens of no vocabulary.
         token_weight: [...] float, multiplies each token's cross-entropy. It gets no gradient.
@@ -139,10 +156,12 @@ def fused_forward_ce(  # type: ignore[misc]  # the overloads leave the other arg
         logit_softcap=logit_softcap, teacher_logit_softcap=teacher_logit_softcap,
         student_logit_scale=student_logit_scale, teacher_logit_scale=teacher_logit_scale, reduction=reduction,
         normalizer=normalizer, gradient_threshold=gradient_threshold, return_dropped=return_dropped,
-        detach_hidden=detach_hidden, backend=backend, plan=plan,
+        vocab_group=vocab_group, sequence_parallel=sequence_parallel, detach_hidden=detach_hidden, backend=backend,
+        plan=plan,
     )  # fmt: skip
 
 
+@on_many_devices
 def fused_forward_kl(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -160,6 +179,7 @@ def fused_forward_kl(
     return _token_loss("fused_forward_kl", Cost(Statistic.FORWARD_KL), *heads, **options)
 
 
+@on_many_devices
 def fused_reverse_kl(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -178,6 +198,7 @@ def fused_reverse_kl(
     return _token_loss("fused_reverse_kl", Cost(Statistic.REVERSE_KL), *heads, **options)
 
 
+@on_many_devices
 def fused_jsd(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -210,6 +231,8 @@ def _token_loss(
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     vocab_size: int | None = None,
+    vocab_group: ProcessGroup | None = None,
+    sequence_parallel: bool = False,
     token_mask: Tensor | None = None,
     token_weight: Tensor | None = None,
     temperature: float = 1.0,
@@ -244,7 +267,8 @@ def _token_loss(
     call = Call(
         checks, scalings, backend, student_hidden, student_weight, teacher_hidden, teacher_weight,
         student_bias=student_bias, teacher_bias=teacher_bias, token_mask=token_mask, token_weight=token_weight,
-        vocab_size=vocab_size, detach_hidden=detach_hidden,
+        vocab_size=vocab_size, vocab_group=vocab_group, sequence_parallel=sequence_parallel,
+        detach_hidden=detach_hidden,
     )  # fmt: skip
 
     # A loss per token: its upstream gradients come later.

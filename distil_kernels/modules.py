@@ -58,6 +58,8 @@ class _Loss(nn.Module):
         # Whether a back end runs is the batch's matter, unless entries of the gradient are to be left out.
         if "backend" in known and not (options.get("gradient_threshold") and backend in ("auto", "cpu")):
             options = options | {"backend": "reference"}
+        # No other process is asked while a module is made.
+        options = {name: value for name, value in options.items() if name not in ("vocab_group", "sequence_parallel")}
         vocab_size = options.get("vocab_size")
         num_tokens = vocab_size if isinstance(vocab_size, int) and vocab_size > 0 else 1
         with torch.no_grad():

@@ -9,15 +9,19 @@ pass, as in `losses`. Source of the clipped loss: PPO (arXiv 1707.06347); two bo
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from distil_kernels.backends import Statistic
 from distil_kernels.engine.call import Call
 from distil_kernels.engine.checks import ArgumentChecks
+from distil_kernels.engine.placements import on_many_devices
 from distil_kernels.engine.plan import Plan
 from distil_kernels.engine.policy import Policy
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class PolicyLoss(NamedTuple):
@@ -33,6 +37,7 @@ class PolicyLoss(NamedTuple):
     """[...] bool: the ratio is where the token gets no gradient."""
 
 
+@on_many_devices
 def fused_policy_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -45,6 +50,8 @@ def fused_policy_loss(
     entropy_weight: float = 0.0,
     student_bias: Tensor | None = None,
     vocab_size: int | None = None,
+    vocab_group: ProcessGroup | None = None,
+    sequence_parallel: bool = False,
     token_mask: Tensor | None = None,
     token_weight: Tensor | None = None,
     temperature: float = 1.0,
@@ -78,7 +85,8 @@ def fused_policy_loss(
     scalings = checks.scalings(temperature, logit_softcap, student_logit_scale)
     call = Call(
         checks, scalings, backend, student_hidden, student_weight, student_bias=student_bias, token_mask=token_mask,
-        token_weight=token_weight, vocab_size=vocab_size, detach_hidden=detach_hidden, has_teacher=False,
+        token_weight=token_weight, vocab_size=vocab_size, vocab_group=vocab_group,
+        sequence_parallel=sequence_parallel, detach_hidden=detach_hidden, has_teacher=False,
     )  # fmt: skip
     checks.rows("tokens", tokens, student_hidden, "int64", optional=False)
     checks.rows("advantages", advantages, student_hidden, "float", optional=False)

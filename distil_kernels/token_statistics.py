@@ -9,7 +9,7 @@ backward pass (`plan`). The formulas are in docs/mathematics.md.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,11 @@ from torch import Tensor
 from distil_kernels.backends import FORWARD_CE, Cost, Statistic
 from distil_kernels.engine.call import Call
 from distil_kernels.engine.checks import ArgumentChecks
+from distil_kernels.engine.placements import on_many_devices
 from distil_kernels.engine.plan import Plan
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class TokenStats(NamedTuple):
@@ -63,6 +67,7 @@ class TokenLogprobs(NamedTuple):
     """logsumexp of the logits, detached."""
 
 
+@on_many_devices
 def token_stats(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -73,6 +78,8 @@ def token_stats(
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     vocab_size: int | None = None,
+    vocab_group: ProcessGroup | None = None,
+    sequence_parallel: bool = False,
     token_mask: Tensor | None = None,
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
@@ -104,13 +111,15 @@ def token_stats(
     call = Call(
         checks, scalings, backend, student_hidden, student_weight, teacher_hidden, teacher_weight,
         student_bias=student_bias, teacher_bias=teacher_bias, token_mask=token_mask,
-        vocab_size=vocab_size, detach_hidden=detach_hidden,
+        vocab_size=vocab_size, vocab_group=vocab_group, sequence_parallel=sequence_parallel,
+        detach_hidden=detach_hidden,
     )  # fmt: skip
     checks.rows("tokens", tokens, student_hidden, "int64")
     statistics = call.differentiable_statistics(tokens, FORWARD_CE, plan)
     return from_statistics(statistics, student_hidden.shape[:-1], has_tokens=tokens is not None)
 
 
+@on_many_devices
 def token_logprobs(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -118,6 +127,8 @@ def token_logprobs(
     tokens: Tensor | None,
     student_bias: Tensor | None = None,
     vocab_size: int | None = None,
+    vocab_group: ProcessGroup | None = None,
+    sequence_parallel: bool = False,
     token_mask: Tensor | None = None,
     temperature: float = 1.0,
     logit_softcap: float | None = None,
@@ -138,7 +149,8 @@ def token_logprobs(
     scalings = checks.scalings(temperature, logit_softcap, student_logit_scale)
     call = Call(
         checks, scalings, backend, student_hidden, student_weight, student_bias=student_bias, token_mask=token_mask,
-        vocab_size=vocab_size, detach_hidden=detach_hidden, has_teacher=False,
+        vocab_size=vocab_size, vocab_group=vocab_group, sequence_parallel=sequence_parallel,
+        detach_hidden=detach_hidden, has_teacher=False,
     )  # fmt: skip
     checks.rows("tokens", tokens, student_hidden, "int64")
     statistics = call.differentiable_statistics(tokens, Cost(Statistic.ENTROPY), plan)

@@ -10,6 +10,8 @@ rows are plain torch on every device. Left out: a loss per token with its own gr
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -18,11 +20,16 @@ from distil_kernels.backends.dispatch import BackendChoice
 from distil_kernels.distil import COSTS, DistilLoss, distil_result
 from distil_kernels.engine.call import Call
 from distil_kernels.engine.checks import ArgumentChecks
+from distil_kernels.engine.placements import on_many_devices
 from distil_kernels.engine.term_checks import CLIP, checked_terms
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _PLAIN_TORCH = BackendChoice("reference", "losses to named tokens are plain torch on every device")
 
 
+@on_many_devices
 def fused_topk_ce(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -31,6 +38,8 @@ def fused_topk_ce(
     *,
     student_bias: Tensor | None = None,
     vocab_size: int | None = None,
+    vocab_group: ProcessGroup | None = None,
+    sequence_parallel: bool = False,
     token_mask: Tensor | None = None,
     token_weight: Tensor | None = None,
     temperature: float = 1.0,
@@ -75,14 +84,15 @@ def fused_topk_ce(
     scalings = checks.scalings(temperature, logit_softcap, student_logit_scale)
     call = Call(
         checks, scalings, _PLAIN_TORCH, student_hidden, student_weight, student_bias=student_bias,
-        token_mask=token_mask, token_weight=token_weight, vocab_size=vocab_size, detach_hidden=detach_hidden,
-        has_teacher=False,
+        token_mask=token_mask, token_weight=token_weight, vocab_size=vocab_size, vocab_group=vocab_group,
+        sequence_parallel=sequence_parallel, detach_hidden=detach_hidden, has_teacher=False,
     )  # fmt: skip
     checks.named_tokens(student_hidden, teacher_ids, teacher_logprobs)
     denominator = None if reduction == "sum" else call.denominator(checks.normalizer(normalizer, student_hidden))
     return call.topk_loss(teacher_ids, teacher_logprobs, Cost(COSTS["ce"]), denominator).total
 
 
+@on_many_devices
 def fused_topk_distil_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -93,6 +103,8 @@ def fused_topk_distil_loss(
     cu_seqlens: Tensor,
     student_bias: Tensor | None = None,
     vocab_size: int | None = None,
+    vocab_group: ProcessGroup | None = None,
+    sequence_parallel: bool = False,
     token_mask: Tensor | None = None,
     temperature: float = 1.0,
     logit_softcap: float | None = None,
@@ -144,7 +156,8 @@ def fused_topk_distil_loss(
     scalings = checks.scalings(temperature, logit_softcap, student_logit_scale)
     call = Call(
         checks, scalings, _PLAIN_TORCH, student_hidden, student_weight, student_bias=student_bias,
-        token_mask=token_mask, vocab_size=vocab_size, detach_hidden=detach_hidden, has_teacher=False,
+        token_mask=token_mask, vocab_size=vocab_size, vocab_group=vocab_group, sequence_parallel=sequence_parallel,
+        detach_hidden=detach_hidden, has_teacher=False,
     )  # fmt: skip
     checks.one_of("cost", cost, ("ce", "kl"))
     normalizer = checks.normalizer(normalizer, student_hidden)

@@ -127,6 +127,8 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("cpu_row_stats", &dk::cpu_row_stats, py::arg("task"), py::arg("num_threads"), py::arg("instruction_set"),
         py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_row_mixture", &dk::cpu_row_mixture, py::arg("task"), py::arg("num_threads"), py::arg("instruction_set"),
+        py::call_guard<py::gil_scoped_release>());
   m.def("cpu_row_grad", &dk::cpu_row_grad, py::arg("task"), py::arg("grad"), py::arg("num_threads"),
         py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
   m.def("cpu_row_stats_grad", &dk::cpu_row_stats_grad, py::arg("task"), py::arg("grad"), py::arg("num_threads"),
@@ -222,6 +224,11 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cuda_row_stats",
       [](const dk::RowTask& task, Address stream) { return dk::cuda_row_stats(task, pointer<void>(stream)); },
+      py::arg("task"), py::arg("stream"));
+
+  m.def(
+      "cuda_row_mixture",
+      [](const dk::RowTask& task, Address stream) { return dk::cuda_row_mixture(task, pointer<void>(stream)); },
       py::arg("task"), py::arg("stream"));
 
   m.def(

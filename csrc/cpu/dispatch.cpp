@@ -63,6 +63,10 @@ void cpu_row_grad(const RowTask& task, const GradRows& grad, int num_threads, In
   dispatch(instruction_set, [&](auto kernels) { kernels.row_grad(task, grad, num_threads); });
 }
 
+void cpu_row_mixture(const RowTask& task, int num_threads, InstructionSet instruction_set) {
+  dispatch(instruction_set, [&](auto kernels) { kernels.row_mixture(task, num_threads); });
+}
+
 void cpu_row_stats_grad(const RowTask& task, const GradRows& grad, int num_threads,
                         InstructionSet instruction_set) {
   dispatch(instruction_set, [&](auto kernels) { kernels.row_stats_grad(task, grad, num_threads); });

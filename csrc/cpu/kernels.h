@@ -8,6 +8,7 @@
   namespace distil_kernels::isa {                                                                                  \
   struct Kernels {                                                                                                 \
     static void row_stats(const RowTask& task, int num_threads);                                                   \
+    static void row_mixture(const RowTask& task, int num_threads);                                                 \
     static void row_grad(const RowTask& task, const GradRows& grad, int num_threads);                              \
     static void row_stats_grad(const RowTask& task, const GradRows& grad, int num_threads);                        \
     static void sparse_count(const float* dense, std::int64_t row_stride, std::int64_t num_rows,                   \

@@ -100,9 +100,11 @@ inline float token_logprob(const LogitRows& rows, std::int64_t row, std::int64_t
   return static_cast<float>((logit - maximum) - log_normalizer);
 }
 
-// The sums of `mixture_term` over a row whose normalisers are known.
-inline MixtureSums mixture_of_row(const RowTask& task, std::int64_t row, float student_max, float log_normalizer,
-                                  float teacher_max, float teacher_log_normalizer) {
+// Writes kJsd and kStudentMixtureKl of a row whose maxima and log-normalisers are known.
+void mixture_of_row(const RowTask& task, std::int64_t row) {
+  const auto statistic = [&](Statistic which) -> float& { return task.statistics[which * task.num_rows + row]; };
+  const float student_max = statistic(kMaxLogit), teacher_max = statistic(kTeacherMaxLogit);
+  const float log_normalizer = statistic(kLogNormalizer), teacher_log_normalizer = statistic(kTeacherLogNormalizer);
   const LogitRows &student = task.student, &teacher = task.teacher;
   const std::int64_t vocab_size = task.vocab_size;
   const float jsd_weight = task.cost.jsd_weight;
@@ -124,7 +126,8 @@ inline MixtureSums mixture_of_row(const RowTask& task, std::int64_t row, float s
     sums.student += student_sum;
     sums.teacher += teacher_sum;
   }
-  return sums;
+  statistic(kJsd) = static_cast<float>(jsd_weight * sums.teacher + (1.0 - jsd_weight) * sums.student);
+  statistic(kStudentMixtureKl) = static_cast<float>(sums.student);
 }
 
 struct DivergenceSums {
@@ -201,13 +204,9 @@ void stats_of_row(const RowTask& task, std::int64_t row) {
   store(kLogNormalizer, result.log_normalizer);
   store(kTeacherMaxLogit, teacher_max.value);
   store(kTeacherLogNormalizer, result.teacher_log_normalizer);
-  MixtureSums mixture;
-  if (task.cost.statistic == kJsd) {
-    mixture = mixture_of_row(task, row, student_max.value, static_cast<float>(result.log_normalizer),
-                             teacher_max.value, static_cast<float>(result.teacher_log_normalizer));
-  }
-  store(kJsd, task.cost.jsd_weight * mixture.teacher + (1.0 - task.cost.jsd_weight) * mixture.student);
-  store(kStudentMixtureKl, mixture.student);
+  store(kJsd, 0.0);
+  store(kStudentMixtureKl, 0.0);
+  if (task.cost.statistic == kJsd) mixture_of_row(task, row);
   const std::int64_t* tokens = task.tokens;
   store(kLogprob,
         tokens ? token_logprob(student, row, tokens[row], student_max.value, result.log_normalizer) : 0.0);
@@ -323,6 +322,11 @@ void grad_of_row(const RowTask& task, const GradRows& grad, std::int64_t row) {
 void Kernels::row_stats(const RowTask& task, int num_threads) {
 #pragma omp parallel for num_threads(num_threads) schedule(static)
   for (std::int64_t row = 0; row < task.num_rows; ++row) stats_of_row(task, row);
+}
+
+void Kernels::row_mixture(const RowTask& task, int num_threads) {
+#pragma omp parallel for num_threads(num_threads) schedule(static)
+  for (std::int64_t row = 0; row < task.num_rows; ++row) mixture_of_row(task, row);
 }
 
 void Kernels::row_grad(const RowTask& task, const GradRows& grad, int num_threads) {

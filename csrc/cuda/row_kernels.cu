@@ -194,7 +194,14 @@ int cuda_row_stats(const RowTask& task, void* stream) {
   const bool vectors = starts_at_vectors(task.student) && starts_at_vectors(task.teacher);
   return with_variant(task, vectors, [&](auto width, auto softcap) {
     const int error = launch(row_stats<width, softcap>, task.num_rows, stream, task);
-    if (error != cudaSuccess || task.cost.statistic != kJsd) return error;
+    return error != cudaSuccess || task.cost.statistic != kJsd ? error : cuda_row_mixture(task, stream);
+  });
+}
+
+int cuda_row_mixture(const RowTask& task, void* stream) {
+  if (task.num_rows == 0) return cudaSuccess;
+  const bool vectors = starts_at_vectors(task.student) && starts_at_vectors(task.teacher);
+  return with_variant(task, vectors, [&](auto width, auto softcap) {
     return launch(row_mixture<width, softcap>, task.num_rows, stream, task);
   });
 }

@@ -1,17 +1,22 @@
 """The contract between the driver and a back end.
 
-A back end is a module of this package with two row kernels and one question:
+A back end is a module of this package with three row kernels and one question:
 
     unavailable(device, dtype) -> str | None
         why it cannot run there, or None. `dtype` is that of the student's hidden states.
     row_stats(logits, student, teacher, tokens, cost) -> statistics [NUM_STATISTICS, R]
     row_grad(logits, student, teacher, tokens, statistics, cost, cost_weight, logprob_weight, out, terms=None)
         -> residual | None
+    row_mixture(logits, student, teacher, statistics, cost)
 
 `logits` is a `LogitPair`: the raw outputs [R, V] of the two lm_head products, float32 (float64 for float64 inputs).
 Without a teacher both are the student's. `student` and `teacher` are `LogitTransform`s, which the kernels apply while
 they read. `tokens` is int64 [R] or None. `cost` names the statistic that rows cost; JSD and STUDENT_MIXTURE_KL need a
 second read of the logits, and are 0 unless they are the cost.
+
+A process may hold a shard of the vocabulary. `row_stats` then reads the shard alone, and the statistics that `row_grad`
+and `row_mixture` take are those of the whole: they read the maxima from there. A token of -1 lies in another shard.
+`row_mixture` writes JSD and STUDENT_MIXTURE_KL to them, sums over the V entries that it reads.
 
 `row_grad` writes d(cost_weight * cost + logprob_weight * log S[token]) / d raw student logit to `out` [R, V], which may
 be `logits.student` itself; `terms` (`RowTerms`) adds what other terms of a loss contribute. A row whose weights are all

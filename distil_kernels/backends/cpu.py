@@ -71,6 +71,19 @@ def row_grad(
     return residual
 
 
+def row_mixture(
+    logits: LogitPair,
+    student: LogitTransform,
+    teacher: LogitTransform,
+    statistics: Tensor,
+    cost: Cost,
+    *,
+    instruction_set: str = "best",
+) -> None:
+    task = row_task(_C, logits, student, teacher, None, cost, statistics)
+    _C.cpu_row_mixture(task, torch.get_num_threads(), getattr(_C.InstructionSet, instruction_set))
+
+
 def row_stats_grad(
     logits: LogitPair,
     student: LogitTransform,

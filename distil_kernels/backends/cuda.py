@@ -159,6 +159,13 @@ def row_grad(
     return residual
 
 
+def row_mixture(
+    logits: LogitPair, student: LogitTransform, teacher: LogitTransform, statistics: Tensor, cost: Cost
+) -> None:
+    with torch.cuda.device(logits.student.device):
+        _check(_C.cuda_row_mixture(row_task(_C, logits, student, teacher, None, cost, statistics), _stream()))
+
+
 def row_stats_grad(
     logits: LogitPair,
     student: LogitTransform,

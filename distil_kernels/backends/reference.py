@@ -54,11 +54,18 @@ def row_stats(
     statistics[Statistic.TEACHER_MAX_LOGIT] = t_max
     statistics[Statistic.TEACHER_LOG_NORMALIZER] = t_log_normalizer
     if cost.statistic == Statistic.JSD:
-        weight = cost.jsd_weight
-        student_kl = _mixture_kl(s_probs, t_probs, weight)
-        statistics[Statistic.JSD] = weight * _mixture_kl(t_probs, s_probs, 1.0 - weight) + (1.0 - weight) * student_kl
-        statistics[Statistic.STUDENT_MIXTURE_KL] = student_kl
+        row_mixture(logits, student, teacher, statistics, cost)
     return statistics
+
+
+def row_mixture(
+    logits: LogitPair, student: LogitTransform, teacher: LogitTransform, statistics: Tensor, cost: Cost
+) -> None:
+    s_probs, t_probs = _probs(logits, student, teacher, statistics)
+    weight = cost.jsd_weight
+    student_kl = _mixture_kl(s_probs, t_probs, weight)
+    statistics[Statistic.JSD] = weight * _mixture_kl(t_probs, s_probs, 1.0 - weight) + (1.0 - weight) * student_kl
+    statistics[Statistic.STUDENT_MIXTURE_KL] = student_kl
 
 
 def row_grad(
@@ -76,7 +83,8 @@ def row_grad(
     derivative = _derivative(logits.student, student)
     s_log_normalizer = statistics[Statistic.LOG_NORMALIZER, :, None]
     t_log_normalizer = statistics[Statistic.TEACHER_LOG_NORMALIZER, :, None]
-    s, t = _shifted(logits.student, student)[0], _shifted(logits.teacher, teacher)[0]
+    s = _relative(_logits(logits.student, student), statistics[Statistic.MAX_LOGIT])
+    t = _relative(_logits(logits.teacher, teacher), statistics[Statistic.TEACHER_MAX_LOGIT])
     s_probs, t_probs = (s - s_log_normalizer).exp(), (t - t_log_normalizer).exp()
     if cost.statistic == Statistic.REVERSE_KL:
         log_ratio = (s - t) - (s_log_normalizer - t_log_normalizer)
@@ -97,7 +105,8 @@ def row_grad(
     if logprob_weight is not None:
         assert tokens is not None
         grad -= logprob_weight[:, None] * s_probs
-        grad.scatter_add_(1, tokens[:, None], logprob_weight[:, None])
+        is_here = tokens >= 0
+        grad.scatter_add_(1, tokens.clamp(min=0)[:, None], torch.where(is_here, logprob_weight, 0.0)[:, None])
         used = used | (logprob_weight != 0)
     grad = torch.where(used[:, None], grad * derivative, 0.0)
     out.copy_(grad)
@@ -186,9 +195,28 @@ def _cap(raw: Tensor, transform: LogitTransform) -> Tensor:
 
 def _shifted(raw: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the logits relative to their row's maximum, the maximum, and the index of its first occurrence."""
-    logits = _cap(raw, transform) * ((transform.softcap or 1.0) / transform.temperature)
+    logits = _logits(raw, transform)
     maximum, index = logits.max(-1)
-    return (logits - maximum[:, None]).clamp(min=_FLOOR), maximum, index
+    maximum = maximum.clamp(min=torch.finfo(raw.dtype).min)  # of a shard of the vocabulary all may be -inf
+    return _relative(logits, maximum), maximum, index
+
+
+def _probs(
+    logits: LogitPair, student: LogitTransform, teacher: LogitTransform, statistics: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns the probabilities [R, V] of both models, by normalisers from `statistics`."""
+    s = _relative(_logits(logits.student, student), statistics[Statistic.MAX_LOGIT])
+    t = _relative(_logits(logits.teacher, teacher), statistics[Statistic.TEACHER_MAX_LOGIT])
+    s_log_normalizer, t_log_normalizer = statistics[[Statistic.LOG_NORMALIZER, Statistic.TEACHER_LOG_NORMALIZER]]
+    return (s - s_log_normalizer[:, None]).exp(), (t - t_log_normalizer[:, None]).exp()
+
+
+def _logits(raw: Tensor, transform: LogitTransform) -> Tensor:
+    return _cap(raw, transform) * ((transform.softcap or 1.0) / transform.temperature)
+
+
+def _relative(logits: Tensor, maximum: Tensor) -> Tensor:
+    return (logits - maximum[:, None]).clamp(min=_FLOOR)
 
 
 def _derivative(raw: Tensor, transform: LogitTransform) -> Tensor | float:

@@ -89,16 +89,24 @@ def row_stats(
     )  # fmt: skip
     statistics = _merge(partials, token_logits)
     if cost.statistic == Statistic.JSD:
-        mixture = new(2, num_rows, num_splits)
-        _launch(
-            _kernels().mixture_partials, num_rows * num_splits, *_logit_arguments(logits, student, teacher),
-            statistics, mixture, mixture.stride(0), cost.jsd_weight, num_rows, vocab_size, num_splits,
-            *_transform_flags(student, teacher), BLOCK=block, num_warps=_num_warps(block),
-        )  # fmt: skip
-        student_kl, teacher_kl = mixture.sum(-1)
-        statistics[Statistic.JSD] = cost.jsd_weight * teacher_kl + (1.0 - cost.jsd_weight) * student_kl
-        statistics[Statistic.STUDENT_MIXTURE_KL] = student_kl
+        row_mixture(logits, student, teacher, statistics, cost)
     return statistics
+
+
+def row_mixture(
+    logits: LogitPair, student: LogitTransform, teacher: LogitTransform, statistics: Tensor, cost: Cost
+) -> None:
+    num_rows, vocab_size = logits.student.shape
+    block, num_splits = _blocks(vocab_size)
+    mixture = logits.student.new_empty(2, num_rows, num_splits)
+    _launch(
+        _kernels().mixture_partials, num_rows * num_splits, *_logit_arguments(logits, student, teacher),
+        statistics, mixture, mixture.stride(0), cost.jsd_weight, num_rows, vocab_size, num_splits,
+        *_transform_flags(student, teacher), BLOCK=block, num_warps=_num_warps(block),
+    )  # fmt: skip
+    student_kl, teacher_kl = mixture.sum(-1)
+    statistics[Statistic.JSD] = cost.jsd_weight * teacher_kl + (1.0 - cost.jsd_weight) * student_kl
+    statistics[Statistic.STUDENT_MIXTURE_KL] = student_kl
 
 
 def row_grad(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from distil_kernels.engine.scaled_gradients import anchor_of
 from distil_kernels.engine.sizes import Shape, choose_chunk_rows
 from distil_kernels.engine.spec import Spec
 from distil_kernels.engine.terms import TermInputs
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _NO_CREDIT = CreditInputs()
 _NO_TERMS = TermInputs()
@@ -76,6 +79,8 @@ class Call:
         token_mask: Tensor | None,
         token_weight: Tensor | None = None,
         vocab_size: int | None,
+        vocab_group: ProcessGroup | None,
+        sequence_parallel: bool,
         detach_hidden: bool,
         has_teacher: bool = True,
     ) -> None:
@@ -88,9 +93,11 @@ class Call:
         student_hidden, student_weight = _as_autocast(student_hidden, student_weight)
         teacher_hidden, teacher_weight = _as_autocast(teacher_hidden, teacher_weight)
         other_hidden = teacher_hidden if has_teacher else student_hidden
+        self._shards = checks.shards(vocab_group, vocab_size, sequence_parallel)
         self._vocab_size = checks.heads(
-            student_hidden, student_weight, other_hidden, teacher_weight, student_bias, teacher_bias, vocab_size
-        )
+            student_hidden, student_weight, other_hidden, teacher_weight, student_bias, teacher_bias, vocab_size,
+            is_shard=self._shards is not None,
+        )  # fmt: skip
         checks.rows("token_mask", token_mask, student_hidden, "mask")
         checks.rows("token_weight", token_weight, student_hidden, "float")
 
@@ -236,7 +243,9 @@ class Call:
             in_order = known_in_order(credit.settings, num_sequences, shape.num_rows, max_rows)
         chosen = choose_plan(shape, plan, credit_in_one_pass=in_order)
         if gradient_threshold:
-            self._checks.sparse_gradient(gradient_threshold, self._backend.name, shape.dtype, chosen)
+            self._checks.sparse_gradient(
+                gradient_threshold, self._backend.name, shape.dtype, chosen, is_shard=self._shards is not None
+            )
             chosen = chosen._replace(staging_rows=0)  # entries are selected before they are rounded
 
         rule = self._denominator_rule(denominator)
@@ -261,6 +270,7 @@ class Call:
             needs=self._needs,
             student=self._scalings[0],
             teacher=self._scalings[1],
+            shards=self._shards,
             **settings,
         )
         sizes = {

@@ -12,7 +12,7 @@ import math
 import numbers
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -25,6 +25,10 @@ from distil_kernels.engine.gemm import accumulation_dtype
 from distil_kernels.engine.gradients import Needs
 from distil_kernels.engine.plan import Plan
 from distil_kernels.engine.terms import NO_LABEL
+from distil_kernels.engine.vocab_shards import ShardOptions
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MAX_SIZE = 2**31 - 1
@@ -110,9 +114,15 @@ class ArgumentChecks:
         student_bias: Tensor | None,
         teacher_bias: Tensor | None,
         vocab_size: int | None,
+        *,
+        is_shard: bool = False,
     ) -> int:
-        """Checks that hidden states [..., D] and heads [V, D] belong together, and returns V: `vocab_size` if given."""
+        """Checks that hidden states [..., D] and heads [V, D] belong together, and returns V: `vocab_size` if given.
+
+        Of a shard of the vocabulary it returns the student's rows: what the other processes hold is checked with them.
+        """
         self.count("vocab_size", vocab_size)
+        vocab_size = None if is_shard else vocab_size
         tensors = {
             "student_hidden": student_hidden,
             "student_weight": student_weight,
@@ -148,7 +158,7 @@ class ArgumentChecks:
                 )
         else:
             self._head("teacher", teacher_hidden, teacher_weight, teacher_bias, vocab_size)
-            if vocab_size is None and teacher_weight.shape[0] != student_weight.shape[0]:
+            if vocab_size is None and not is_shard and teacher_weight.shape[0] != student_weight.shape[0]:
                 self.value_error(
                     f"student_weight has {student_weight.shape[0]} rows, teacher_weight "
                     f"{teacher_weight.shape[0]}: both models need the same vocabulary (vocab_size= leaves padding out)"
@@ -161,6 +171,17 @@ class ArgumentChecks:
                 "float64 does not mix with other dtypes"
             )
         return student_weight.shape[0] if vocab_size is None else vocab_size
+
+    def shards(
+        self, vocab_group: ProcessGroup | None, vocab_size: int | None, sequence_parallel: bool
+    ) -> ShardOptions | None:
+        """Returns how the vocabulary lies in the processes of a group; None for no group. Its type has been checked."""
+        self.flag("sequence_parallel", sequence_parallel)
+        if vocab_group is not None:
+            return ShardOptions(vocab_group.group_name, vocab_size, sequence_parallel)
+        if sequence_parallel:
+            self.value_error("sequence_parallel is True without vocab_group, expected both")
+        return None
 
     def no_tangents(self, **tensors: object) -> None:
         """Checks that forward-mode differentiation is not asked for: the custom ops would drop the tangents."""
@@ -339,9 +360,13 @@ class ArgumentChecks:
         if not value < 1.0:
             self.value_error(f"{name} is {value}, expected a number below 1")
 
-    def sparse_gradient(self, threshold: float, backend: str, dtype: torch.dtype, plan: Plan) -> None:
+    def sparse_gradient(
+        self, threshold: float, backend: str, dtype: torch.dtype, plan: Plan, *, is_shard: bool
+    ) -> None:
         """Checks that a call can leave out entries of the logits' gradient."""
         given = f"gradient_threshold is {threshold}"
+        if is_shard:
+            self.value_error(f"{given} with vocab_group, expected 0: a row's largest entry lies in one of the shards")
         if backend != "cpu":
             self.value_error(f"{given} with backend={backend!r}, expected 'cpu': only its products leave entries out")
         if dtype == torch.float16:

@@ -20,12 +20,13 @@ from torch import Tensor
 from distil_kernels.backends import NUM_STATISTICS, Statistic
 from distil_kernels.engine import driver
 from distil_kernels.engine.gemm import accumulation_dtype, operand_dtype
-from distil_kernels.engine.gradients import grad_weight_dtype, row_stride
+from distil_kernels.engine.gradients import Gradients, grad_weight_dtype, row_stride
 from distil_kernels.engine.kept_gradient import KeptGradient, backward_of_kept, count_kept
 from distil_kernels.engine.scaled_gradients import differentiable_once, input_gradients, scaled_gradients
 from distil_kernels.engine.spec import Spec
 from distil_kernels.engine.terms import NUM_TERMS, TermTensors
 from distil_kernels.engine.topk import TopKInputs
+from distil_kernels.engine.vocab_shards import Same, agree
 
 # torch reads the annotations of a custom op at run time and knows Optional[Tensor], not Tensor | None.
 # ruff: noqa: UP045
@@ -66,13 +67,15 @@ def scalar_loss(
     """The fields of `ScalarLoss`, then gradients of hidden, weight and bias."""
     record = Spec.decode(spec, numbers)
     inputs = driver.Inputs.of(
-        record, vocab_size, student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
+        record, record.plan_of(chunk_rows, staging_rows), vocab_size, student_hidden, student_weight, student_bias,
+        teacher_hidden, teacher_weight, teacher_bias,
         tokens, counted, row_weight=row_weight, denominator=denominator, cu_seqlens=cu_seqlens,
         baseline_values=baseline_values, behaviour_logprobs=behaviour_logprobs,
         term_tensors=TermTensors(distil_weight, advantages, old_logprobs, labels, reference_logprobs),
     )  # fmt: skip
-    result = driver.scalar_loss(inputs, record.plan_of(chunk_rows, staging_rows))
-    return (result.loss, result.statistics, result.credit, result.dropped, result.terms, *result.gradients)
+    result = driver.scalar_loss(inputs, inputs.plan)
+    gradients = _declared(result.gradients, student_hidden, student_weight, staging_rows)
+    return (result.loss, result.statistics, result.credit, result.dropped, result.terms, *gradients)
 
 
 class ScalarLoss(NamedTuple):
@@ -151,13 +154,15 @@ def topk_loss(
     """The fields of `ScalarLoss`, then gradients of hidden, weight and bias."""
     record = Spec.decode(spec, numbers)
     inputs = TopKInputs.of(
-        record, vocab_size, student_hidden, student_weight, student_bias, None, None, None, tokens, counted,
+        record, record.plan_of(chunk_rows, staging_rows), vocab_size, student_hidden, student_weight, student_bias,
+        None, None, None, tokens, counted,
         row_weight=row_weight, denominator=denominator, cu_seqlens=cu_seqlens, baseline_values=baseline_values,
         behaviour_logprobs=behaviour_logprobs, teacher_ids=teacher_ids, teacher_logprobs=teacher_logprobs,
         term_tensors=TermTensors(distil_weight, advantages, old_logprobs, labels, reference_logprobs),
     )  # fmt: skip
-    result = driver.scalar_loss(inputs, record.plan_of(chunk_rows, staging_rows))
-    return (result.loss, result.statistics, result.credit, result.dropped, result.terms, *result.gradients)
+    result = driver.scalar_loss(inputs, inputs.plan)
+    gradients = _declared(result.gradients, student_hidden, student_weight, staging_rows)
+    return (result.loss, result.statistics, result.credit, result.dropped, result.terms, *gradients)
 
 
 topk_loss.register_fake(_fake_scalar_loss)
@@ -186,11 +191,13 @@ def policy_loss(
     """The fields of `PolicyRows`, then gradients of hidden, weight and bias."""
     record = Spec.decode(spec, numbers)
     inputs = driver.Inputs.of(
-        record, vocab_size, student_hidden, student_weight, student_bias, None, None, None, tokens, counted,
+        record, record.plan_of(chunk_rows, staging_rows), vocab_size, student_hidden, student_weight, student_bias,
+        None, None, None, tokens, counted,
         row_weight=row_weight, denominator=denominator,
     )  # fmt: skip
-    result = driver.policy_loss(inputs, record.plan_of(chunk_rows, staging_rows), advantages, old_logprobs)
-    return (result.loss, result.statistics, result.surrogate, result.clipped, *result.gradients)
+    result = driver.policy_loss(inputs, inputs.plan, advantages, old_logprobs)
+    gradients = _declared(result.gradients, student_hidden, student_weight, staging_rows)
+    return (result.loss, result.statistics, result.surrogate, result.clipped, *gradients)
 
 
 class PolicyRows(NamedTuple):
@@ -240,10 +247,11 @@ def row_statistics(
     """(statistics [NUM_STATISTICS, N], hidden gradient for unit upstream [N, D], the fields of `KeptGradient`)."""
     record = Spec.decode(spec, numbers)
     inputs = driver.Inputs.of(
-        record, vocab_size, student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
+        record, record.plan_of(chunk_rows, staging_rows), vocab_size, student_hidden, student_weight, student_bias,
+        teacher_hidden, teacher_weight, teacher_bias,
         tokens, counted,
     )  # fmt: skip
-    result = driver.rows_statistics(inputs, record.plan_of(chunk_rows, staging_rows))
+    result = driver.rows_statistics(inputs, inputs.plan)
     return result.statistics, result.base_hidden, *result.kept
 
 
@@ -351,11 +359,12 @@ def rows_backward(
     """Gradients of sum(cost_weight * cost + logprob_weight * logprob), weights [N]."""
     record = Spec.decode(spec, numbers)
     inputs = driver.Inputs.of(
-        record, vocab_size, student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
+        record, record.plan_of(chunk_rows, staging_rows), vocab_size, student_hidden, student_weight, student_bias,
+        teacher_hidden, teacher_weight, teacher_bias,
         tokens, counted,
     )  # fmt: skip
     sums = driver.rows_backward(
-        inputs, record.plan_of(chunk_rows, staging_rows), statistics, cost_weight.contiguous(),
+        inputs, inputs.plan, statistics, cost_weight.contiguous(),
         None if tokens is None else logprob_weight.contiguous(),
     )  # fmt: skip
     gradients = sums.result()
@@ -381,7 +390,14 @@ def kept_backward(
     plan, kept = record.plan_of(chunk_rows, staging_rows), KeptGradient(kept_rows, residual)
     if counted is not None:  # the products read every row: zeros of the kept gradients times what others may hold
         student_hidden = student_hidden.masked_fill(~counted[:, None], 0.0)
-    gradients = backward_of_kept(student_hidden, student_weight, vocab_size, plan, record.needs, kept, upstream)
+    shards = None
+    if record.shards is not None:
+        same: Same = {"the op": "kept_backward", "student_hidden": student_hidden, "the gradient of its rows": upstream}
+        shards, plan, _ = agree(record.shards, plan, student_weight.shape[0], 0, same)
+        vocab_size = shards.num_columns
+    gradients = backward_of_kept(
+        student_hidden, student_weight, vocab_size, plan, record.needs, kept, upstream, shards
+    )  # fmt: skip
     return gradients.hidden, gradients.weight.to(student_weight.dtype), gradients.bias
 
 
@@ -392,6 +408,15 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight, bias = _fake_gradients(student_hidden, student_weight, Spec.decode(spec), staging_rows)
     return hidden, weight.to(student_weight.dtype), bias
+
+
+def _declared(
+    gradients: Gradients, student_hidden: Tensor, student_weight: Tensor, staging_rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns gradients in the dtypes of `_fake_gradients`: processes that share a vocabulary may agree on a smaller
+    staging buffer than the one asked for, and then sum dW in another dtype."""
+    hidden, weight, bias = gradients
+    return hidden, weight.to(grad_weight_dtype(student_weight, staging_rows, student_hidden.shape[0])), bias
 
 
 def _fake_gradients(

@@ -23,7 +23,15 @@ import torch
 from torch import Tensor
 from typing_extensions import Self  # comes with torch
 
-from distil_kernels.backends import NUM_STATISTICS, LogitPair, LogitScaling, LogitTransform, RowTerms, Statistic
+from distil_kernels.backends import (
+    NUM_STATISTICS,
+    Cost,
+    LogitPair,
+    LogitScaling,
+    LogitTransform,
+    RowTerms,
+    Statistic,
+)
 from distil_kernels.backends.dispatch import BACKENDS
 from distil_kernels.engine import gemm
 from distil_kernels.engine.checks import check_labels, check_tokens, sequence_lengths
@@ -33,6 +41,7 @@ from distil_kernels.engine.kept_gradient import KeptGradient, count_kept, new_ke
 from distil_kernels.engine.plan import Plan
 from distil_kernels.engine.spec import Spec
 from distil_kernels.engine.terms import NO_TENSORS, NUM_TERMS, NUM_WITH_LABELS, TermRows, TermTensors, per_row
+from distil_kernels.engine.vocab_shards import VocabShards, agree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +49,16 @@ class Inputs:
     """Inputs of one call: N rows, V vocabulary entries, B sequences."""
 
     spec: Spec
-    vocab_size: int
+    plan: Plan
+    shards: VocabShards | None  # of the vocabulary; None: this process has all of it
+    vocab_size: int  # of this process's shard
     student_hidden: Tensor  # [N, D]
     student_weight: Tensor  # [V or more, D]; rows from V on are padding, and so in the other head and in biases
     student: LogitTransform
     teacher_hidden: Tensor | None  # [N, D_T]; None for no teacher
     teacher_weight: Tensor | None  # [V, D_T]; None shares the student's
     teacher: LogitTransform
-    tokens: Tensor | None  # [N] int64
+    tokens: Tensor | None  # [N] int64, ids of the whole vocabulary
     counted: Tensor | None  # [N] bool; None counts every row
     row_weight: Tensor  # [N] of the cost, in the accumulation dtype, 0 for rows that do not count
     denominator: Tensor | None  # [], of a scalar loss and its gradients; None for 1
@@ -60,6 +71,7 @@ class Inputs:
     def of(
         cls,
         spec: Spec,
+        plan: Plan,
         vocab_size: int,
         student_hidden: Tensor,
         student_weight: Tensor,
@@ -86,7 +98,24 @@ class Inputs:
             named_tokens: fields of a subclass.
         """
         num_rows, dtype = student_hidden.shape[0], gemm.accumulation_dtype(student_hidden.dtype)
-        check_tokens(tokens, counted, vocab_size)
+        shards, whole_size = None, vocab_size
+        if spec.shards is not None:
+            shards, plan, teacher_rows = agree(
+                spec.shards, plan, student_weight.shape[0], 0 if teacher_weight is None else teacher_weight.shape[0],
+                same={
+                    "the op or one of its options": spec.of_all_shards().encode(), "student_hidden": student_hidden,
+                    "student_bias": None if student_bias is None else "given", "teacher_hidden": teacher_hidden,
+                    "teacher_bias": None if teacher_bias is None else "given", "tokens": tokens,
+                    "token_mask": counted, "token_weight": row_weight, "cu_seqlens": cu_seqlens,
+                    "baseline": baseline_values, "behaviour_logprobs": behaviour_logprobs, **term_tensors._asdict(),
+                    **named_tokens,
+                },
+            )  # fmt: skip
+            whole_size, vocab_size = shards.borders[-1], shards.num_columns
+            if teacher_weight is not None:
+                teacher_weight = shards.of_teacher(teacher_weight, teacher_rows)
+                teacher_bias = None if teacher_bias is None else shards.of_teacher(teacher_bias, teacher_rows)
+        check_tokens(tokens, counted, whole_size)
         lengths = torch.tensor([num_rows], device="cpu")
         if cu_seqlens is not None:
             lengths = sequence_lengths(cu_seqlens, num_rows, spec.credit.group_size)
@@ -95,8 +124,8 @@ class Inputs:
             row_weight = student_hidden.new_ones(num_rows, dtype=dtype)
         terms = None
         if spec.terms is not None:
-            check_labels(term_tensors.labels, counted, vocab_size)
-            terms = TermRows.of(spec.terms, term_tensors, row_weight, lengths, vocab_size)
+            check_labels(term_tensors.labels, counted, whole_size)
+            terms = TermRows.of(spec.terms, term_tensors, row_weight, lengths, whole_size, shards)
         if term_tensors.distil_weight is not None:
             distil_weight = per_row(term_tensors.distil_weight.to(dtype), lengths, num_rows)
             row_weight = (
@@ -108,6 +137,8 @@ class Inputs:
 
         return cls(
             spec=spec,
+            plan=plan,
+            shards=shards,
             vocab_size=vocab_size,
             student_hidden=student_hidden,
             student_weight=student_weight,
@@ -134,6 +165,11 @@ class Inputs:
     def student_head(self) -> Tensor:
         """The student's weight [V, D] without padding; a view."""
         return self.student_weight[: self.vocab_size]
+
+    @property
+    def kept_columns(self) -> int:
+        """Columns for which plan `kept_gradient` has memory; a shard's padding is known when the op runs only."""
+        return self.vocab_size if self.shards is None else self.student_weight.shape[0]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -179,8 +215,9 @@ class Inputs:
     def sums_of(self, needs: Needs, staging_rows: int, gradient_threshold: float = 0.0) -> GradientSums:
         """Allocates sums of some gradients."""
         return GradientSums(
-            self.student_hidden, self.student_weight, self.vocab_size, needs, staging_rows, gradient_threshold
-        )
+            self.student_hidden, self.student_weight, self.vocab_size, needs, staging_rows, gradient_threshold,
+            self.shards,
+        )  # fmt: skip
 
     def chunks(self, chunk_rows: int) -> Iterator[Rows]:
         """Yields the rows that count, in their own order."""
@@ -247,7 +284,10 @@ class LogitChunk(NamedTuple):
 
     rows: Rows
     logits: LogitPair
-    tokens: Tensor | None
+    tokens: Tensor | None  # -1 for one of another process's shard
+
+
+_FIRST_READ = Cost()  # any cost but the JSD: its second read needs statistics of the whole vocabulary
 
 
 class Workspace:
@@ -265,6 +305,8 @@ class Workspace:
         hidden = inputs.student_hidden[rows]
         num_rows = hidden.shape[0]
         tokens = None if inputs.tokens is None else inputs.tokens[rows]
+        if tokens is not None and inputs.shards is not None:
+            tokens = inputs.shards.local_ids(tokens)
 
         # Without a teacher the row kernels read the student's logits twice.
         if inputs.teacher_hidden is None:
@@ -293,7 +335,30 @@ class Workspace:
 
     def _row_stats(self, chunk: LogitChunk) -> Tensor:
         inputs = self._inputs
+        if inputs.shards is not None:
+            return self._merged(self._shard_statistics(chunk), chunk)
         return inputs.kernels.row_stats(chunk.logits, inputs.student, inputs.teacher, chunk.tokens, inputs.spec.cost)
+
+    def _shard_statistics(self, chunk: LogitChunk) -> Tensor:
+        """Returns the statistics of this process's shard."""
+        inputs, num_rows = self._inputs, chunk.logits.student.shape[0]
+        assert inputs.shards is not None
+        if not inputs.vocab_size:
+            return inputs.shards.no_statistics(self._logits, num_rows)
+        tokens = None if chunk.tokens is None else chunk.tokens.clamp(min=0)
+        return inputs.kernels.row_stats(chunk.logits, inputs.student, inputs.teacher, tokens, _FIRST_READ)
+
+    def _merged(self, statistics: Tensor, chunk: LogitChunk) -> Tensor:
+        """Returns the statistics of the whole vocabulary; those of the JSD come from a second read."""
+        inputs = self._inputs
+        assert inputs.shards is not None
+        statistics = inputs.shards.merged(statistics, None if inputs.tokens is None else inputs.tokens[chunk.rows])
+        if inputs.spec.cost.statistic == Statistic.JSD:
+            if inputs.vocab_size:
+                inputs.kernels.row_mixture(chunk.logits, inputs.student, inputs.teacher, statistics, inputs.spec.cost)
+            of_mixture = [Statistic.JSD, Statistic.STUDENT_MIXTURE_KL]
+            statistics[of_mixture] = inputs.shards.total(statistics[of_mixture])
+        return statistics
 
     def row_grad(
         self, chunk: LogitChunk, statistics: Tensor, cost_weight: Tensor, logprob_weight: Tensor | None, out: Tensor
@@ -321,6 +386,8 @@ class Workspace:
         terms: RowTerms | None,
     ) -> Tensor | None:
         inputs = self._inputs
+        if not inputs.vocab_size:
+            return None
         return inputs.kernels.row_grad(
             chunk.logits, inputs.student, inputs.teacher, chunk.tokens, statistics, inputs.spec.cost, cost_weight,
             logprob_weight, out, terms,
@@ -330,7 +397,7 @@ class Workspace:
         """Does both, if no weight depends on the statistics: a back end may then read the logits once."""
         inputs = self._inputs
         in_one_read = getattr(inputs.kernels, "row_stats_grad", None)
-        if in_one_read is not None:
+        if in_one_read is not None and inputs.shards is None:
             return in_one_read(
                 chunk.logits, inputs.student, inputs.teacher, chunk.tokens, inputs.spec.cost,
                 self._scaled(cost_weight), out,
@@ -457,7 +524,7 @@ def _in_two_passes(inputs: Inputs, plan: Plan) -> tuple[Tensor, Tensor, Gradient
 def rows_statistics(inputs: Inputs, plan: Plan) -> RowsResult:
     """Computes the statistics of every row that counts (0 elsewhere), and what the plan stores for backward."""
     num_kept = count_kept(plan, inputs.tokens)
-    kept = new_kept(inputs.student_hidden, inputs.vocab_size, num_kept, inputs.counted)
+    kept = new_kept(inputs.student_hidden, inputs.vocab_size, num_kept, inputs.counted, inputs.kept_columns)
     needs_hidden = Needs(hidden=plan.is_frozen_head, weight=False, bias=False)
     staging_rows = plan.staging_rows if plan.is_frozen_head else 0
     sums = inputs.sums_of(needs_hidden, staging_rows)
@@ -482,6 +549,8 @@ def forms_no_logits(spec: Spec, plan: Plan, num_models: int) -> bool:
     """Returns whether a kernel of the back end computes the statistics from hidden states and heads."""
     needs_one_read = num_models == 2 and spec.cost.statistic != Statistic.JSD
     stores_gradient = plan.keeps_gradient or plan.is_frozen_head
+    if spec.shards is not None and not plan.is_without_gradient:  # processes may differ in such a plan
+        return False
     return (
         needs_one_read and not stores_gradient and spec.terms is None and hasattr(BACKENDS[spec.backend], "head_stats")
     )
@@ -492,10 +561,18 @@ def _head_statistics(inputs: Inputs) -> Tensor:
     assert inputs.teacher_hidden is not None
     rows: Rows = slice(None) if inputs.counted is None else inputs.counted.nonzero()[:, 0]
     teacher_weight = inputs.student_head if inputs.teacher_weight is None else inputs.teacher_weight
-    row_statistics = inputs.kernels.head_stats(
-        inputs.student_hidden[rows], inputs.student_head, inputs.teacher_hidden[rows], teacher_weight,
-        inputs.student, inputs.teacher, None if inputs.tokens is None else inputs.tokens[rows],
-    )  # fmt: skip
+    tokens, shards = None if inputs.tokens is None else inputs.tokens[rows], inputs.shards
+    local = tokens if tokens is None or shards is None else shards.local_ids(tokens).clamp(min=0)
+    hidden = inputs.student_hidden[rows]
+    if shards is not None and not inputs.vocab_size:
+        row_statistics = shards.no_statistics(inputs.row_weight, hidden.shape[0])
+    else:
+        row_statistics = inputs.kernels.head_stats(
+            hidden, inputs.student_head, inputs.teacher_hidden[rows], teacher_weight, inputs.student, inputs.teacher,
+            local,
+        )  # fmt: skip
+    if shards is not None:
+        row_statistics = shards.merged(row_statistics, tokens)
     if inputs.counted is None:
         return row_statistics
     statistics = inputs.new_statistics()

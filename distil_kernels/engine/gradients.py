@@ -17,6 +17,7 @@ from torch import Tensor
 from distil_kernels.engine import allocation, gemm
 from distil_kernels.engine.gradient_threshold import LargeEntries, large_entries
 from distil_kernels.engine.sizes import ROUNDED_SUMS
+from distil_kernels.engine.vocab_shards import VocabShards
 
 Rows = slice | Tensor
 """Which rows a chunk holds: a slice if they are consecutive (no copy), else int64 indices."""
@@ -54,6 +55,7 @@ class GradientSums:
         vocab_size: V.
         staging_rows: rows of the staging buffer; 0 for none.
         gradient_threshold: smaller entries of a row, relative to its largest, are left out of dh and dW.
+        shards: processes that hold the rest of the vocabulary: dh is a sum over them.
     """
 
     def __init__(
@@ -64,12 +66,17 @@ class GradientSums:
         needs: Needs,
         staging_rows: int,
         gradient_threshold: float = 0.0,
+        shards: VocabShards | None = None,
     ) -> None:
         dtype = gemm.accumulation_dtype(hidden.dtype)
         self._gradient_threshold = gradient_threshold
         self.dropped = hidden.new_zeros(hidden.shape[0], dtype=dtype)
         self._hidden, self._weight, self._needs = hidden, weight[:vocab_size], needs
-        self._grad_hidden = hidden.new_zeros(hidden.shape if needs.hidden else 0)
+        self._shards = shards
+        self._scatters = shards is not None and shards.sequence_parallel and needs.hidden
+        self._grad_hidden = hidden.new_zeros(
+            hidden.shape if needs.hidden else 0, dtype=dtype if self._scatters else hidden.dtype
+        )
         self._grad_bias = weight.new_zeros(weight.shape[0] if needs.bias else 0, dtype=dtype)
         self._weight_dtype = grad_weight_dtype(weight, staging_rows, hidden.shape[0])
         self._grad_weight: Tensor | None = None  # [V, D], allocated by the first product
@@ -141,18 +148,27 @@ class GradientSums:
             weight = self._padded_grad_weight
         else:
             weight = self._weight.new_empty(0, dtype=self._weight_dtype)
-        return Gradients(self._grad_hidden, weight, self._grad_bias)
+        hidden = self._grad_hidden
+        if self._scatters:
+            assert self._shards is not None
+            hidden = self._shards.own_rows(hidden, self._hidden.dtype)
+        return Gradients(hidden, weight, self._grad_bias)
 
     def _grad_hidden_of(
         self, grad_logits: Tensor, large: LargeEntries | None, upstream: Tensor | None, residual: Tensor | None
     ) -> Tensor:
         """Returns dh [R, D], rounded: with all rows staged, its float32 version is freed before dW is allocated."""
-        if large is None:
+        if not len(self._weight):  # a shard of the vocabulary without entries
+            grad = self._hidden.new_zeros(grad_logits.shape[0], self._hidden.shape[1], dtype=self._grad_bias.dtype)
+        elif large is None:
             grad = gemm.grad_hidden(grad_logits, self._weight, residual)
         else:
             grad = self._hidden.new_zeros(grad_logits.shape[0], self._hidden.shape[1], dtype=grad_logits.dtype)
             large.add_product(self._weight, out=grad)
-        return (grad if upstream is None else grad * upstream[:, None]).to(self._hidden.dtype)
+        grad = grad if upstream is None else grad * upstream[:, None]
+        if self._shards is not None and not self._scatters:
+            grad = self._shards.add_hidden(grad)
+        return grad.to(self._grad_hidden.dtype)
 
     def _large_entries(self, rows: Rows, grad_logits: Tensor) -> LargeEntries | None:
         """Returns the entries that the products read, or None if they read all."""

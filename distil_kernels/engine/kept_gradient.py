@@ -13,6 +13,7 @@ from torch import Tensor
 from distil_kernels.engine import allocation, gemm
 from distil_kernels.engine.gradients import Gradients, GradientSums, Needs, new_rows, row_stride
 from distil_kernels.engine.plan import Plan
+from distil_kernels.engine.vocab_shards import VocabShards
 
 _MIX_BYTES = {"cpu": 6 * 2**20, "cuda": 128 * 2**20}
 """Size of the float32 scratch in which two stored gradients are mixed. On a CPU it should fit in cache: 32 rows of 49k
@@ -33,10 +34,14 @@ def count_kept(plan: Plan, tokens: Tensor | None) -> int:
     return 1 if tokens is None else 2
 
 
-def new_kept(hidden: Tensor, vocab_size: int, num_kept: int, counted: Tensor | None) -> KeptGradient:
-    """Allocates the gradients of every row; rows that do not count are zeros."""
+def new_kept(hidden: Tensor, vocab_size: int, num_kept: int, counted: Tensor | None, num_columns: int) -> KeptGradient:
+    """Allocates the gradients of every row; rows that do not count are zeros.
+
+    Args:
+        num_columns: V or more, of which the others are zeros.
+    """
     dtype = gemm.operand_dtype(hidden.dtype, hidden.device.type)
-    stride = row_stride(vocab_size, dtype, hidden.device.type)
+    stride = row_stride(num_columns, dtype, hidden.device.type)
     rows = allocation.empty(num_kept, hidden.shape[0], stride, like=hidden, dtype=dtype)
     rows[:, :, vocab_size:] = 0
     if counted is not None:
@@ -53,6 +58,7 @@ def backward_of_kept(
     needs: Needs,
     kept: KeptGradient,
     upstream: Tensor,
+    shards: VocabShards | None = None,
 ) -> Gradients:
     """Returns the gradients of sum_k sum_n upstream [K, N] output [K, N] from the stored gradients of the outputs."""
     num_rows = student_hidden.shape[0]
@@ -60,12 +66,12 @@ def backward_of_kept(
 
     # One output: its stored rows are the operand of one product.
     if len(rows) == 1:
-        sums = GradientSums(student_hidden, student_weight, vocab_size, needs, staging_rows=num_rows)
+        sums = GradientSums(student_hidden, student_weight, vocab_size, needs, staging_rows=num_rows, shards=shards)
         sums.multiply(slice(0, num_rows), rows[0], upstream[0], kept.residual[0])
         return sums.result()
 
     # Two outputs: each chunk is mixed into the staging buffer, or into a scratch that is multiplied at once.
-    sums = GradientSums(student_hidden, student_weight, vocab_size, needs, plan.staging_rows)
+    sums = GradientSums(student_hidden, student_weight, vocab_size, needs, plan.staging_rows, shards=shards)
     scratch = new_rows(student_hidden, 0 if plan.staging_rows else plan.chunk_rows, vocab_size, upstream.dtype)
     for begin in range(0, num_rows, plan.chunk_rows):
         chunk = slice(begin, min(begin + plan.chunk_rows, num_rows))

@@ -23,6 +23,7 @@ from distil_kernels.engine.gradients import NO_GRADIENTS, Needs
 from distil_kernels.engine.plan import Plan
 from distil_kernels.engine.policy import Policy
 from distil_kernels.engine.terms import Terms
+from distil_kernels.engine.vocab_shards import ShardOptions
 
 
 class Spec(NamedTuple):
@@ -48,6 +49,12 @@ class Spec(NamedTuple):
     """Settings of a policy-gradient loss; None for any other."""
     terms: Terms | None = None
     """What a loss has besides its cost; None for nothing."""
+    shards: ShardOptions | None = None
+    """How the vocabulary lies in the processes of a group; None: this process has all of it."""
+
+    def of_all_shards(self) -> Spec:
+        """Returns what must be the same in all processes that share a vocabulary."""
+        return self._replace(plan="", plan_reason="", backend_reason="")
 
     def plan_of(self, chunk_rows: int, staging_rows: int) -> Plan:
         """Returns the plan with the rows of its buffers."""
@@ -93,6 +100,7 @@ def _decoded(text: str, numbers: tuple[float, ...]) -> Spec:
     fields["policy"] = None if fields["policy"] is None else Policy(**fields["policy"])
     if fields["terms"] is not None:
         fields["terms"] = Terms(**(fields["terms"] | {"policy": Policy(**fields["terms"]["policy"])}))
+    fields["shards"] = None if fields["shards"] is None else ShardOptions(**fields["shards"])
     return Spec(**fields)
 
 

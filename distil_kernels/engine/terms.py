@@ -30,6 +30,7 @@ from torch import Tensor
 from distil_kernels.backends import NUM_STATISTICS, LogitTransform, RowTerms, Statistic, TermWeight
 from distil_kernels.engine.allocation import to_device
 from distil_kernels.engine.policy import Policy
+from distil_kernels.engine.vocab_shards import VocabShards
 
 NO_LABEL = -100
 
@@ -110,6 +111,7 @@ class TermRows:
 
     settings: Terms
     vocab_size: int
+    shards: VocabShards | None  # of the vocabulary; None: this process has all of it
     token_weight: Tensor  # [N], of every term, 0 for rows that do not count
     advantages: Tensor | None  # [N]
     old_logprobs: Tensor | None
@@ -118,13 +120,20 @@ class TermRows:
 
     @classmethod
     def of(
-        cls, settings: Terms, tensors: TermTensors, token_weight: Tensor, lengths: Tensor, vocab_size: int
+        cls,
+        settings: Terms,
+        tensors: TermTensors,
+        token_weight: Tensor,
+        lengths: Tensor,
+        vocab_size: int,
+        shards: VocabShards | None,
     ) -> TermRows:
         """Makes the record from the tensors of a call; `lengths` [B] as in `per_row`."""
         advantages = tensors.advantages
         return cls(
             settings=settings,
             vocab_size=vocab_size,
+            shards=shards,
             token_weight=token_weight,
             advantages=None if advantages is None else per_row(advantages, lengths, token_weight.shape[0]),
             old_logprobs=tensors.old_logprobs,
@@ -142,13 +151,20 @@ class TermRows:
         if self.labels is None:
             return statistics
         maximum, log_normalizer = statistics[Statistic.MAX_LOGIT], statistics[Statistic.LOG_NORMALIZER]
-        label = self.labels[rows].clamp(min=0)
-        bias = None if student.bias is None else student.bias[label]
-        logprob = _logits(raw.gather(1, label[:, None])[:, 0], bias, student) - maximum - log_normalizer
-        mean = torch.zeros_like(logprob)
+        label, logprob, mean = self._labels_here(rows), torch.zeros_like(maximum), torch.zeros_like(maximum)
+        if raw.shape[1]:
+            column = label.clamp(min=0)
+            bias = None if student.bias is None else student.bias[column]
+            logprob = _logits(raw.gather(1, column[:, None])[:, 0], bias, student) - maximum - log_normalizer
+            logprob = logprob if self.shards is None else logprob.where(label >= 0, 0.0)
         if self.settings.label_smoothing:
-            mean = _mean_logit(raw, student, maximum) - log_normalizer
-        return torch.cat([statistics, logprob[None], mean[None]])
+            mean = _sum_of_logits(raw, student, maximum) / self.vocab_size
+        of_labels = torch.stack([logprob, mean])
+        if self.shards is not None:
+            of_labels = self.shards.total(of_labels)
+        if self.settings.label_smoothing:
+            of_labels[1] -= log_normalizer
+        return torch.cat([statistics, of_labels])
 
     def values(self, statistics: Tensor, rows: slice | Tensor) -> Tensor:
         """Returns each term's value [NUM_TERMS, R], without its weight; 0 for terms that are not there."""
@@ -200,12 +216,18 @@ class TermRows:
         weights[TermWeight.STUDENT_LOG] = entropy_weight
         labels = None
         if self.labels is not None:
-            labels = self.labels[rows].contiguous()  # row kernels know its address alone
-            of_label = settings.label_weight * (labels != NO_LABEL).to(weight.dtype)
+            labels = self._labels_here(rows)
+            of_label = settings.label_weight * (self.labels[rows] != NO_LABEL).to(weight.dtype)
             weights[TermWeight.STUDENT] += of_label
             weights[TermWeight.UNIFORM] = -settings.label_smoothing / self.vocab_size * of_label
-            weights[TermWeight.LABEL] = (settings.label_smoothing - 1.0) * of_label
+            weights[TermWeight.LABEL] = (settings.label_smoothing - 1.0) * of_label.where(labels >= 0, 0.0)
         return TermGradients(weight * logprob_weight, RowTerms(weights.mul_(weight), labels))
+
+    def _labels_here(self, rows: slice | Tensor) -> Tensor:
+        """Returns the labels [R] as ids of this process's shard, below 0 where there is none, or in another shard."""
+        assert self.labels is not None
+        labels = self.labels[rows].contiguous()  # row kernels know its address alone
+        return labels if self.shards is None else self.shards.local_ids(labels)
 
     def _surrogate(self, logprob: Tensor, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
         assert self.advantages is not None
@@ -238,12 +260,12 @@ def _logits(raw: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tens
     return (biased / transform.softcap).tanh() * (transform.softcap / transform.temperature)
 
 
-def _mean_logit(raw: Tensor, transform: LogitTransform, maximum: Tensor) -> Tensor:
-    """Returns the mean [R] over the vocabulary of the logits less their row's maximum."""
+def _sum_of_logits(raw: Tensor, transform: LogitTransform, maximum: Tensor) -> Tensor:
+    """Returns the sum [R] over the vocabulary of the logits less their row's maximum."""
     num_rows, vocab_size = raw.shape
     total = raw.new_zeros(num_rows)
     for begin in range(0, vocab_size, _BLOCK):
         block = slice(begin, begin + _BLOCK)
         bias = None if transform.bias is None else transform.bias[block]
         total += (_logits(raw[:, block], bias, transform) - maximum[:, None]).sum(1)
-    return total / vocab_size
+    return total

@@ -30,6 +30,10 @@ from distil_kernels.engine.checks import check_named_tokens
 from distil_kernels.engine.driver import Inputs, LogitChunk, Workspace
 from distil_kernels.engine.gemm import round_rows
 from distil_kernels.engine.gradients import Rows
+from distil_kernels.engine.vocab_shards import VocabShards
+
+_SUMMED = [Statistic.FORWARD_CE, Statistic.FORWARD_KL, Statistic.LOGPROB, Statistic.ENTROPY]
+"""Statistics that are sums over named tokens or over the vocabulary, once its normaliser is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +44,8 @@ class TopKInputs(Inputs):
     teacher_logprobs: Tensor  # [N, K] in the precision that they were stored in
 
     def __post_init__(self) -> None:
-        check_named_tokens(self.teacher_ids, self.teacher_logprobs, self.counted, self.vocab_size)
+        vocab_size = self.vocab_size if self.shards is None else self.shards.borders[-1]
+        check_named_tokens(self.teacher_ids, self.teacher_logprobs, self.counted, vocab_size)
 
     def workspace(self, chunk_rows: int) -> TopKWorkspace:
         return TopKWorkspace(self, chunk_rows)
@@ -59,12 +64,15 @@ class TopKWorkspace(Workspace):
         chunk = super().load(rows)
         inputs = self._topk
         logprobs = inputs.teacher_logprobs[rows].to(inputs.dtype)
-        self._buckets = _Buckets(chunk.logits.student, inputs.student, inputs.teacher_ids[rows], logprobs)
+        self._buckets = _Buckets(
+            chunk.logits.student, inputs.student, inputs.teacher_ids[rows], logprobs, inputs.shards
+        )  # fmt: skip
         return chunk
 
     def _row_stats(self, chunk: LogitChunk) -> Tensor:
         assert self._buckets is not None
-        return self._buckets.statistics(chunk.tokens)
+        tokens = self._topk.tokens
+        return self._buckets.statistics(None if tokens is None else tokens[chunk.rows], chunk.tokens)
 
     def _row_grad(
         self,
@@ -89,18 +97,24 @@ class _Buckets:
     Args:
         raw: [R, V] outputs of the student's head.
         ids, logprobs: [R, K] of the teacher.
+        shards: processes that hold the rest of the vocabulary.
     """
 
-    def __init__(self, raw: Tensor, student: LogitTransform, ids: Tensor, logprobs: Tensor) -> None:
+    def __init__(
+        self, raw: Tensor, student: LogitTransform, ids: Tensor, logprobs: Tensor, shards: VocabShards | None
+    ) -> None:
         num_rows, vocab_size = raw.shape
+        self._shards = shards
         self._logits, self._derivative = _transformed(raw, student)
-        self._maximum = self._logits.amax(1)
+        self._maximum = _largest(self._logits)
         self._logits.sub_(self._maximum[:, None])
 
-        # Logits of the named tokens; the tail is what remains when they are -inf. Tokens that are not known point to a
-        # column behind the vocabulary.
+        # Logits of the named tokens; the tail is what remains when they are -inf. Tokens that are not known, or lie in
+        # another shard, point to a column behind the vocabulary.
         self._ids, self._known = ids, ids >= 0
-        self._column = torch.where(self._known, ids, vocab_size)
+        here = ids if shards is None else shards.local_ids(ids)
+        self._here = here >= 0
+        self._column = torch.where(self._here, here, vocab_size)
         self._tail = raw.new_empty(num_rows, vocab_size + 1)
         self._tail[:, :-1] = self._logits
         self._tail[:, -1] = -torch.inf
@@ -108,6 +122,10 @@ class _Buckets:
         self._tail.scatter_(1, self._column, -torch.inf)
         self._lse_tail = self._tail.logsumexp(1)
         self._lse = torch.logaddexp(self._lse_tail, named_logits.logsumexp(1))
+        if shards is not None:
+            shift = self._merge(shards)[:, None]
+            for logits in (self._logits, self._tail, named_logits):
+                logits.sub_(shift)
 
         # Probabilities of the buckets: the teacher's, and the student's as log-probs.
         self._logprobs = torch.where(self._known, logprobs, -torch.inf)
@@ -115,19 +133,48 @@ class _Buckets:
         self._has_tail = self._lse_tail > -torch.inf
         tail_prob = (1.0 - self._logprobs.double().exp().sum(1)).clamp(min=0.0).to(raw.dtype)
         self._tail_prob = torch.where(self._has_tail, tail_prob, 0.0)
-        self._named_logprobs = torch.where(self._known, named_logits - self._lse[:, None], 0.0)
+        self._named_logprobs = torch.where(self._here, named_logits - self._lse[:, None], 0.0)
         self._tail_logprob = torch.where(self._has_tail, self._lse_tail - self._lse, 0.0)
 
-    def statistics(self, tokens: Tensor | None) -> Tensor:
+    def _merge(self, shards: VocabShards) -> Tensor:
+        """Makes maximum, normalisers and likeliest token those of the whole vocabulary.
+
+        Returns how far the maximum is above that of the shard [R].
+        """
+        likeliest = torch.zeros_like(self._lse)
+        if shards.num_columns:
+            likeliest += self._logits.argmax(1) + shards.columns.start  # exact below 2^24
+        every = shards.gather(torch.stack([self._maximum, self._lse, self._lse_tail, likeliest])).double()
+        maxima, lse, lse_tail, likeliest = every.unbind(1)
+        top = maxima.amax(0)
+        self._lse, self._lse_tail = ((maxima - top + each).logsumexp(0).to(self._lse.dtype) for each in (lse, lse_tail))
+        self._likeliest = torch.where(maxima == top, likeliest, torch.inf).amin(0)
+        shift = top.to(self._maximum.dtype) - self._maximum
+        self._maximum = top.to(self._maximum.dtype)
+        return shift
+
+    def statistics(self, tokens: Tensor | None, tokens_here: Tensor | None) -> Tensor:
         """Returns the statistics [NUM_STATISTICS, R], 0 for those that K tokens do not determine.
 
         Without tokens only the costs are computed. The teacher's log-prob of a token that it did not name is NaN.
+
+        Args:
+            tokens: [R] ids of the whole vocabulary.
+            tokens_here: [R] the same as ids of this process's shard, -1 for one of another.
         """
         statistics = self._lse.new_zeros(len(Statistic), self._lse.numel())
-        cross_entropy = -(self._probs * self._named_logprobs).sum(1) - self._tail_prob * self._tail_logprob
-        teacher_entropy = torch.special.entr(self._probs).sum(1) + torch.special.entr(self._tail_prob)
-        statistics[Statistic.FORWARD_CE] = cross_entropy
-        statistics[Statistic.FORWARD_KL] = self._forward_kl()
+        cross_entropy = -(torch.where(self._here, self._probs, 0.0) * self._named_logprobs).sum(1)
+        statistics[Statistic.FORWARD_CE], statistics[Statistic.FORWARD_KL] = cross_entropy, self._named_kl()
+        if tokens is not None:
+            assert tokens_here is not None
+            logprobs = self._logits - self._lse[:, None]
+            statistics[Statistic.LOGPROB] = _entries(logprobs, tokens_here)
+            statistics[Statistic.ENTROPY] = torch.special.entr(logprobs.exp()).sum(1)
+        if self._shards is not None:
+            summed = _SUMMED[:2] if tokens is None else _SUMMED
+            statistics[summed] = self._shards.total(statistics[summed])
+        statistics[Statistic.FORWARD_CE] -= self._tail_prob * self._tail_logprob
+        statistics[Statistic.FORWARD_KL] += self._tail_kl()
         if tokens is None:
             return statistics
 
@@ -135,34 +182,23 @@ class _Buckets:
         is_token = self._ids == tokens[:, None]
         teacher_logprob = torch.where(is_token, self._logprobs, 0.0).sum(1)
         statistics[Statistic.TEACHER_LOGPROB] = torch.where(is_token.any(1), teacher_logprob, torch.nan)
+        teacher_entropy = torch.special.entr(self._probs).sum(1) + torch.special.entr(self._tail_prob)
         statistics[Statistic.TEACHER_ENTROPY] = teacher_entropy
 
-        # The student's statistics, and whether its likeliest token is the likeliest one that was named.
-        logprobs = self._logits - self._lse[:, None]
+        # Whether the student's likeliest token is the likeliest one that was named.
         likeliest = self._ids.gather(1, self._logprobs.argmax(1, keepdim=True))[:, 0]
-        statistics[Statistic.LOGPROB] = logprobs.gather(1, tokens[:, None])[:, 0]
-        statistics[Statistic.ENTROPY] = torch.special.entr(logprobs.exp()).sum(1)
-        statistics[Statistic.AGREE] = (likeliest == self._logits.argmax(1)).to(statistics.dtype)
+        of_student = self._logits.argmax(1) if self._shards is None else self._likeliest
+        statistics[Statistic.AGREE] = (likeliest == of_student).to(statistics.dtype)
         statistics[Statistic.MAX_LOGIT], statistics[Statistic.LOG_NORMALIZER] = self._maximum, self._lse
         return statistics
 
-    def _forward_kl(self) -> Tensor:
-        """Returns KL(T || S) of the buckets [R]: sum of S - T - T log(S / T), whose terms are never negative.
+    def _named_kl(self) -> Tensor:
+        """Returns the terms of KL(T || S) of the named tokens that lie in this shard [R]."""
+        return torch.where(self._here, _kl_terms(self._logprobs, self._named_logprobs), 0.0).sum(1)
 
-        sum (S - T) = 0 has removed the first order, in which a small divergence would be lost. What rounding of the
-        log-probs adds to the sum of T is no divergence.
-        """
-        log_t = torch.cat([self._logprobs, self._tail_prob.log()[:, None]], 1).double()
-        log_s = torch.cat([self._named_logprobs, self._tail_logprob[:, None]], 1).double()
-        is_bucket = torch.cat([self._known, self._has_tail[:, None]], 1)
-        log_ratio = torch.where(log_t > -torch.inf, log_s - log_t, 0.0)
-        terms = torch.where(
-            log_ratio.abs() < 0.5,
-            log_t.exp() * (log_ratio.expm1() - log_ratio),
-            log_s.exp() - log_t.exp() * (1.0 + log_ratio),
-        )
-        terms = torch.where(log_t > -torch.inf, terms, log_s.exp())
-        return torch.where(is_bucket, terms, 0.0).sum(1).to(self._lse.dtype)
+    def _tail_kl(self) -> Tensor:
+        """Returns the tail's term of KL(T || S) [R]."""
+        return torch.where(self._has_tail, _kl_terms(self._tail_prob.log(), self._tail_logprob), 0.0)
 
     def gradient(
         self, cost_weight: Tensor, logprob_weight: Tensor | None, tokens: Tensor | None, terms: RowTerms | None
@@ -186,10 +222,11 @@ class _Buckets:
 
         # Named tokens, and the sampled token.
         named = factor[:, None] * self._named_logprobs.exp() - cost_weight[:, None] * self._probs
-        grad.scatter_(1, self._column, torch.where(self._known, named, 0.0))
+        grad.scatter_(1, self._column, torch.where(self._here, named, 0.0))
         if logprob_weight is not None:
             assert tokens is not None
-            grad.scatter_add_(1, tokens[:, None], logprob_weight[:, None])
+            column = torch.where(tokens >= 0, tokens, grad.shape[1] - 1)
+            grad.scatter_add_(1, column[:, None], logprob_weight[:, None])
         if terms is not None:
             self._add_terms(grad, terms)
         return grad[:, :-1].mul_(self._derivative).masked_fill_(~used[:, None], 0.0)
@@ -203,6 +240,36 @@ class _Buckets:
         grad.add_(weights[TermWeight.UNIFORM])
         if terms.labels is not None:  # where there is none, the weight is 0
             grad.scatter_add_(1, terms.labels.clamp(min=0)[:, None], weights[TermWeight.LABEL])
+
+
+def _kl_terms(log_t: Tensor, log_s: Tensor) -> Tensor:
+    """Returns S - T - T log(S / T) of buckets, whose sum is KL(T || S) and which are never negative.
+
+    sum (S - T) = 0 has removed the first order, in which a small divergence would be lost. What rounding of the
+    log-probs adds to the sum of T is no divergence.
+    """
+    dtype = log_s.dtype
+    log_t, log_s = log_t.double(), log_s.double()
+    log_ratio = torch.where(log_t > -torch.inf, log_s - log_t, 0.0)
+    terms = torch.where(
+        log_ratio.abs() < 0.5,
+        log_t.exp() * (log_ratio.expm1() - log_ratio),
+        log_s.exp() - log_t.exp() * (1.0 + log_ratio),
+    )
+    return torch.where(log_t > -torch.inf, terms, log_s.exp()).to(dtype)
+
+
+def _largest(logits: Tensor) -> Tensor:
+    """Returns the largest logit of each row [R]; a finite one also where a shard has none, or none above -inf."""
+    lowest = torch.finfo(logits.dtype).min
+    return logits.amax(1).clamp(min=lowest) if logits.shape[1] else logits.new_full(logits.shape[:1], lowest)
+
+
+def _entries(matrix: Tensor, columns: Tensor) -> Tensor:
+    """Returns the entry [R] of each row in its column; 0 where that is -1."""
+    if not matrix.shape[1]:
+        return matrix.new_zeros(matrix.shape[0])
+    return torch.where(columns >= 0, matrix.gather(1, columns.clamp(min=0)[:, None])[:, 0], 0.0)
 
 
 def _transformed(raw: Tensor, student: LogitTransform) -> tuple[Tensor, Tensor | float]:
