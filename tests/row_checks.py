@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import ModuleType
+from itertools import accumulate, pairwise
+from types import ModuleType, SimpleNamespace
 
 import torch
 
@@ -23,6 +24,7 @@ from distil_kernels.backends import (
     TermWeight,
     reference,
 )
+from distil_kernels.engine.vocab_shards import EXCHANGED, OF_TOKEN, VocabShards
 from distil_kernels.testing import Inputs, assert_within_budget, baselines, cost_by_definition, oracle
 from distil_kernels.testing import logits as logits_of
 
@@ -99,6 +101,70 @@ def check(
     assert ((rounded - out).abs() <= 2**-7 * out.abs() + torch.finfo(torch.bfloat16).tiny).all()
     kernels.row_grad(*arguments, logits.student)  # in place
     assert torch.equal(logits.student, out)
+
+
+def in_shards(kernels: ModuleType, *sizes: int, **options: object) -> SimpleNamespace:
+    """The kernels for a vocabulary of which each process has a shard, all of them here one after the other."""
+    borders = tuple(accumulate(sizes, initial=0))
+    columns = [slice(*each) for each in pairwise(borders)]
+
+    def shard(place: int) -> VocabShards:
+        return VocabShards(None, place, borders, sizes, sequence_parallel=False)
+
+    def part(transform: LogitTransform, place: slice) -> LogitTransform:
+        bias = None if transform.bias is None else transform.bias[place].contiguous()
+        return LogitTransform(bias, transform.softcap, transform.temperature)
+
+    def of(place: int, logits: LogitPair, student: LogitTransform, teacher: LogitTransform) -> tuple:
+        here = columns[place]
+        return LogitPair(*(each[:, here] for each in logits)), part(student, here), part(teacher, here)
+
+    def row_stats(logits, student, teacher, tokens, cost):
+        local = [None if tokens is None else shard(place).local_ids(tokens) for place in range(len(sizes))]
+        statistics = [
+            kernels.row_stats(*of(place, logits, student, teacher), ids if ids is None else ids.clamp(min=0),
+                              FORWARD_CE, **options)
+            for place, ids in enumerate(local)
+        ]  # fmt: skip
+
+        class Here(VocabShards):
+            def gather(self, _: torch.Tensor) -> torch.Tensor:
+                sent = [*EXCHANGED, *(() if tokens is None else OF_TOKEN)]
+                return torch.stack([each[sent] for each in statistics])
+
+        merged = Here(None, 0, borders, sizes, sequence_parallel=False).merged(statistics[0], tokens)
+        if cost.statistic == Statistic.JSD:
+            mixtures = [merged.clone() for _ in sizes]
+            for place, mixture in enumerate(mixtures):
+                kernels.row_mixture(*of(place, logits, student, teacher), mixture, cost, **options)
+            for statistic in (Statistic.JSD, Statistic.STUDENT_MIXTURE_KL):
+                merged[statistic] = sum(each[statistic] for each in mixtures)
+        return merged
+
+    def row_grad(logits, student, teacher, tokens, statistics, cost, cost_weight, logprob_weight, out, terms=None):
+        lost = []
+        for place in range(len(sizes)):
+            ids = None if tokens is None else shard(place).local_ids(tokens)
+            lost.append(
+                kernels.row_grad(
+                    *of(place, logits, student, teacher), ids, statistics, cost, cost_weight, logprob_weight,
+                    out[:, columns[place]], **options,
+                )
+            )  # fmt: skip
+        return None if lost[0] is None else sum(lost)
+
+    return SimpleNamespace(row_stats=row_stats, row_grad=row_grad)
+
+
+def check_shards(kernels: ModuleType, generator: torch.Generator, **options: object) -> None:
+    """Statistics and gradients of a vocabulary in shards of 64, 1 and 66."""
+    sharded = in_shards(kernels, 64, 1, 66, **options)
+    for kind, cost in (
+        ("ordinary", "jsd"), ("peaked", "reverse_kl"), ("near", "ce"), ("offset", "ce"), ("near", "jsd"),
+    ):  # fmt: skip
+        check_kinds(sharded, 131, kind, generator, cost=cost)
+    check_softcap_and_minus_infinity(sharded, generator)
+    check_first_of_equal_maxima(in_shards(kernels, 1, 2, 4, **options))
 
 
 def check_kinds(

@@ -36,11 +36,14 @@ if TYPE_CHECKING:
 _FLOOR = -1e30
 """Log of a ratio whose numerator is 0, as in the row kernels."""
 
-_EXCHANGED = (
+EXCHANGED = (
     Statistic.MAX_LOGIT, Statistic.LOG_NORMALIZER, Statistic.TEACHER_MAX_LOGIT, Statistic.TEACHER_LOG_NORMALIZER,
     Statistic.ENTROPY, Statistic.TEACHER_ENTROPY, Statistic.FORWARD_KL, Statistic.REVERSE_KL, Statistic.AGREE,
 )  # fmt: skip
-_OF_TOKEN = (Statistic.LOGPROB, Statistic.TEACHER_LOGPROB)
+"""Statistics of a shard from which those of the whole vocabulary follow."""
+
+OF_TOKEN = (Statistic.LOGPROB, Statistic.TEACHER_LOGPROB)
+"""The same where there are tokens."""
 
 
 Same = Mapping[str, "Tensor | str | None"]
@@ -100,7 +103,7 @@ class VocabShards:
             statistics: of this process's shard; log-probs of tokens of another shard may be anything.
             tokens: [R] ids of the whole vocabulary.
         """
-        sent = _EXCHANGED if tokens is None else _EXCHANGED + _OF_TOKEN
+        sent = EXCHANGED if tokens is None else EXCHANGED + OF_TOKEN
         shards = self.gather(statistics[list(sent)]).double()  # [processes, statistics, R]
         of = dict(zip(sent, shards.unbind(1), strict=True))
         student = _Masses.of(of[Statistic.MAX_LOGIT], of[Statistic.LOG_NORMALIZER])

@@ -128,6 +128,10 @@ def test_terms(kernels, cost, softcap, generator):
     row_checks.check_terms(kernels, generator, cost, softcap)
 
 
+def test_shards(kernels, generator):
+    row_checks.check_shards(kernels, generator)
+
+
 def test_corners(kernels, generator):
     row_checks.check_softcap_and_minus_infinity(kernels, generator)
     row_checks.check_blocks(kernels, generator)

@@ -35,6 +35,12 @@ def test_portable_always_runs():
     assert {"best", "portable"} <= set(INSTRUCTION_SETS)
 
 
+def test_shards(generator):
+    row_checks.check_shards(reference, generator)
+    for instruction_set in INSTRUCTION_SETS:
+        row_checks.check_shards(cpu, generator, instruction_set=instruction_set)
+
+
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("vocab_size", [7, 1031])
 @pytest.mark.parametrize("cost", row_checks.COSTS)

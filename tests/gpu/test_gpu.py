@@ -77,11 +77,16 @@ def kernels(backend):
         out.copy_(result)
         return None if lost is None else lost.cpu()
 
+    def row_mixture(logits, student, teacher, statistics, cost):
+        result = moved(statistics)
+        module.row_mixture(moved(logits), moved(student), moved(teacher), result, cost)
+        statistics.copy_(result)
+
     def cost_to_go(costs, slots, *state):
         to_go, later = module.cost_to_go(moved(costs), moved(slots), *state)
         return to_go.cpu(), later
 
-    return SimpleNamespace(row_stats=row_stats, row_grad=row_grad, cost_to_go=cost_to_go)
+    return SimpleNamespace(row_stats=row_stats, row_grad=row_grad, row_mixture=row_mixture, cost_to_go=cost_to_go)
 
 
 @pytest.mark.parametrize("kind", ["ordinary", "peaked", "near"])
@@ -100,6 +105,10 @@ def test_row_kernels(kernels, vocab_size, kind, generator):
 @pytest.mark.parametrize("cost", row_checks.COSTS)
 def test_row_kernels_with_terms(kernels, cost, softcap, generator):
     row_checks.check_terms(kernels, generator, cost, softcap)
+
+
+def test_row_kernels_on_shards(kernels, generator):
+    row_checks.check_shards(kernels, generator)
 
 
 def test_row_kernels_in_corners(kernels, generator):
