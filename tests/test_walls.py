@@ -50,6 +50,7 @@ TRAIN = [
     {"evaluate", "metrics"},
     {"diagnostics", "report"},
     {"build"},
+    {"recording"},
     {"commands", "trainer"},
     {"__main__"},
 ]

@@ -1,4 +1,5 @@
-"""`python -m distil_kernels.train COMMAND ...`: train (the default), eval, inspect, report or check; see --help."""
+"""`python -m distil_kernels.train COMMAND ...`: train (the default), eval, inspect, report, check or record_teacher;
+see --help."""
 
 from __future__ import annotations
 
@@ -149,6 +150,7 @@ COMMANDS = {
     "inspect": commands.inspect,
     "report": commands.report,
     "check": commands.check,
+    "record_teacher": commands.record_teacher,
 }
 
 

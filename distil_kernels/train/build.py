@@ -39,6 +39,7 @@ from distil_kernels.train.tasks.sandbox import SANDBOX
 from distil_kernels.train.teachers.base import Teacher
 from distil_kernels.train.teachers.in_process import InProcessTeacher, other_model
 from distil_kernels.train.teachers.remote import RemoteTeacher
+from distil_kernels.train.teachers.stored import StoredTeacher
 
 CHARACTERS_PER_TOKEN = 16
 """What is read of a judge's text for each token of a prompt's limit: four times what a token has on average."""
@@ -161,6 +162,8 @@ def build_models(config: Config, accelerator: Accelerator, processes: Processes)
     teacher: Teacher
     if config.teacher_url:
         teacher = RemoteTeacher(config, tokenizer, student.vocab_size, student.weight.device)
+    elif config.teacher == "stored":
+        teacher = StoredTeacher(config, tokenizer, student.vocab_size, student.weight.device)
     else:
         with accelerator.autocast():
             teacher = InProcessTeacher(
@@ -179,7 +182,7 @@ def build_data(config: Config, models: Models, task: Task, kind: FeedbackKind, p
         tool = Python(models.tokenizer, config.max_tool_calls, config.max_tool_tokens)
     longest = config.max_new_tokens + (tool.longest if tool else 0)
     notes = _check_positions(config, models, longest)
-    if isinstance(models.teacher, RemoteTeacher):
+    if isinstance(models.teacher, (RemoteTeacher, StoredTeacher)):
         notes.append(models.teacher.note)
 
     examples = answered_problems(task, config.num_examples)

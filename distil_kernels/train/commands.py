@@ -1,4 +1,4 @@
-"""The commands eval, inspect and report. None of them changes a run; report writes its file."""
+"""The commands eval, inspect, report, check and record_teacher. None of them changes a run."""
 
 from __future__ import annotations
 
@@ -63,7 +63,14 @@ def evaluate(arguments: list[str]) -> Work:
         if "model" in given:
             raise ValueError(f"[model] the model to evaluate is {target}, got --model {config.model} too")
         config = dataclasses.replace(
-            config, model=target, teacher="live", teacher_model="", teacher_url="", tracker="none", shard=False
+            config,
+            model=target,
+            teacher="live",
+            teacher_model="",
+            teacher_url="",
+            teacher_store="",
+            tracker="none",
+            shard=False,
         )
         parts, step = build(config, Path()), 0
     return partial(_print_evaluation, parts, config.task, target, step)
@@ -142,6 +149,45 @@ def check(arguments: list[str]) -> Work:
         report = checked(task)
         print("\n".join(report.lines()))
         return 0 if report.is_ok else 1
+
+    return run
+
+
+def record_teacher(arguments: list[str]) -> Work:
+    """Writes what a teacher says of a data set's own answers to a store, which teacher stored reads."""
+    parser = option_parser(
+        f"{PROG} record_teacher",
+        "Writes what a teacher says of the sequences that a run with these options would learn (rollouts none; as many "
+        "as its --steps and --prompts_per_step take) to safetensors files. A store that is there is gone on with.",
+        "STORE",
+    )
+    parser.add_argument("store", metavar="STORE", help="directory of the store")
+    parser.add_argument(
+        "--payload", choices=("topk", "hidden"), help="teacher_top log-probs, or hidden states and the head [topk]"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float16", "bfloat16", "float32"), help="of log-probs and hidden states [float16]"
+    )
+    config, _, others = read_options(parser, arguments)
+    config, payload = config.with_absolute_paths(), others.get("payload", "topk")
+    from distil_kernels.train.recording import Recording, check_recording
+
+    check_recording(config, payload)
+    from distil_kernels.train.build import build
+
+    parts = build(config, Path())
+    recording = Recording(config, parts, Path(others["store"]), payload, others.get("dtype", "float16"))
+
+    def run() -> int:
+        from rich.console import Console
+        from rich.progress import track
+
+        console = Console(stderr=True)
+        for _ in track(range(config.steps), "recording", console=console, disable=not console.is_terminal):
+            recording.step()
+        recording.writer.flush()
+        print(f"{others['store']}: {recording.writer.num_sequences} sequences")
+        return 0
 
     return run
 

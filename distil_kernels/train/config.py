@@ -133,10 +133,10 @@ class Config:
     """Length limit of a critique (feedback self_evaluation)."""
 
     # Teacher
-    teacher: Literal["frozen", "ema", "live", "local", "remote", "samples"] = "frozen"
+    teacher: Literal["frozen", "ema", "live", "local", "remote", "samples", "stored"] = "frozen"
     """Whose distribution is learnt: the student's at the start (frozen), a slow average's (ema), its present one
-    (live), teacher_model's (local), or that of teacher_url by its top log-probs (remote) or by sampled tokens
-    (samples)."""
+    (live), teacher_model's (local), that of teacher_url by its top log-probs (remote) or by sampled tokens
+    (samples), or what record_teacher wrote of one (stored)."""
     teacher_temperature: float = _number(1.0, POSITIVE)
     """Temperature of the teacher, also of its answers at evaluations; of the draws of teacher samples."""
     ema_rate: float = _number(0.05, SHARE)
@@ -151,6 +151,8 @@ class Config:
     """Tokens whose log-probs teacher remote is asked for; the others are one bucket."""
     teacher_requests: int = _number(8, AT_LEAST_1)
     """Requests to teacher_url that are under way together."""
+    teacher_store: str = ""
+    """Teacher stored: directory that the command record_teacher wrote, for a run without rollouts."""
     teacher_samples: int = _number(16, AT_LEAST_1)
     """Next tokens that teacher samples draws at each state."""
 
@@ -283,7 +285,10 @@ class Config:
         if task.endswith(f":{records}"):
             task = task.removesuffix(str(records)) + absolute(str(records))
         model = self.model if self.model == Config.model else absolute(self.model)
-        return replace(self, model=model, task=task, teacher_model=absolute(self.teacher_model))
+        return replace(
+            self, model=model, task=task, teacher_model=absolute(self.teacher_model),
+            teacher_store=absolute(self.teacher_store),
+        )  # fmt: skip
 
     def remarks(self) -> list[str]:
         """Returns sentences about these options that a person should read before the run."""
@@ -358,8 +363,14 @@ class Config:
                 "[teacher_url] teachers remote and samples take http://HOST:PORT/v1, others none: got "
                 f"{self.teacher_url!r} with teacher {self.teacher}"
             )
+        if bool(self.teacher_store) != (self.teacher == "stored"):
+            raise ValueError(
+                f"[teacher_store] belongs to teacher stored: got {self.teacher_store!r} with teacher {self.teacher}"
+            )
+        if self.teacher == "stored":
+            self._expect("teacher stored", {"rollouts": ("none",)})
         if endpoint:
-            self._check_partial_teacher()
+            self.check_partial_teacher(f"teacher {self.teacher}", keeps_temperature=self.teacher == "remote")
         if self.rollout_url:
             if not self.rollout_url.startswith(("http://", "https://")):
                 raise ValueError(f"[rollout_url] expected http://HOST:PORT, got {self.rollout_url!r}")
@@ -393,14 +404,18 @@ class Config:
         if self.name.startswith(".") or Path(self.name).name != self.name:
             raise ValueError(f"[name] expected a plain directory name, got {self.name!r}")
 
-    def _check_partial_teacher(self) -> None:
-        """Raises ValueError where a teacher that does not give its whole distribution cannot do what is asked."""
+    def check_partial_teacher(self, what: str, keeps_temperature: bool) -> None:
+        """Raises ValueError where a teacher that does not give its whole distribution cannot do what is asked.
+
+        Args:
+            keeps_temperature: its log-probs come as they are.
+        """
         expected: dict[str, tuple[Any, ...]] = {
             "objective": ("forward_ce",), "backend": ("auto", "reference"), "plan": ("auto",),
         }  # fmt: skip
-        if self.teacher == "remote":  # its log-probs come as they are
+        if keeps_temperature:
             expected["teacher_temperature"] = (1.0,)
-        self._expect(f"teacher {self.teacher}", expected)
+        self._expect(what, expected)
 
     def _expect(self, what: str, expected: dict[str, tuple[Any, ...]]) -> None:
         """Raises ValueError where an option has none of the values that `what` takes, by name."""
@@ -447,7 +462,7 @@ def as_text(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-OTHER_MODELS = ("local", "remote", "samples")
+OTHER_MODELS = ("local", "remote", "samples", "stored")
 """Teachers that know more than the student without having read more."""
 PRESETS: dict[str, dict[str, Any]] = {
     "distil": {"objective": "forward_ce", "cost": "ce", "credit_span": "future", "teacher": "frozen"},

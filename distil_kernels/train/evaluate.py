@@ -159,7 +159,10 @@ class Evaluator:
     def _teacher_scores(
         self, teacher: Teacher, groups: Sequence[PromptGroup], stop: Callable[[], bool]
     ) -> list[list[float]] | None:
-        """The scores of the teacher's answers, which a teacher that does not move gives equal prompts once."""
+        """The scores of the teacher's answers, which a teacher that does not move gives equal prompts once; none of one
+        that cannot answer."""
+        if not teacher.answers:
+            return [[] for _ in groups]
         prompts = [group.prompt for group in groups]
         known_prompts, known_scores = self._teacher_answered
         if prompts == known_prompts and not teacher.moves:

@@ -312,7 +312,7 @@ class Trainer:
     def _held_out_rollouts(self) -> list[dict[str, Any]]:
         """Records of held-out problems answered by the student, with the cost of every token."""
         groups = self.evaluator.groups(self.config.eval_rollouts)
-        if not groups:
+        if not (groups and self.teacher.answers):  # a store knows no costs of the student's answers
             return []
         with self.evaluator.seeded(self.student.weight.device):
             self._sample(groups, partial(generate, self.student))

@@ -49,11 +49,16 @@ Target = HiddenTarget | TopKTarget
 
 
 class Teacher(Protocol):
-    """A model that has read the feedback: `InProcessTeacher` in this process, `RemoteTeacher` behind an endpoint."""
+    """A model that has read the feedback: `InProcessTeacher` in this process, `RemoteTeacher` behind an endpoint,
+    `StoredTeacher` in files."""
 
     @property
     def moves(self) -> bool:
         """Tells if the answers change with each update of the student."""
+
+    @property
+    def answers(self) -> bool:
+        """Tells if it can answer a prompt: roll_out is for those that can."""
 
     def opened(self) -> AbstractContextManager[None]:
         """A context in which this process has all weights. With sharded models all processes enter it together."""

@@ -78,6 +78,7 @@ class RemoteTeacher:
     """
 
     moves = False
+    answers = True
 
     def __init__(
         self, config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int, device: torch.device
