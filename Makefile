@@ -60,7 +60,7 @@ format: $(VENV)/dev
 
 # A .pth file shows the environment the packages beside an existing torch.
 $(VENV)/torch:
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --upgrade-deps $(VENV)
 	@if found=$$($(PYTHON) -c 'import torch, pathlib; print(pathlib.Path(torch.__file__).parents[1])' 2>/dev/null); then \
 	  echo "using the torch in $$found"; \
 	  echo "$$found" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/existing_torch.pth"; \

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CORE = ["tests/test_losses.py", "tests/engine/test_checks.py", "-k", "not compiles"]  # the compiler is not the subject
+CORE = ["tests/test_losses.py", "tests/engine/test_checks.py", "-k", "checks or test_loss_and_gradients"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake")]
 

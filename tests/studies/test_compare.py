@@ -97,23 +97,24 @@ def test_pass_at_k_is_that_of_every_choice_of_k():
             assert pass_at_k(samples, correct, k) == pytest.approx(fmean(choices))
 
 
-@pytest.mark.parametrize("discount", [1.0, 0.9, 0.5])
-def test_early_ends_are_where_the_credited_gradient_vanishes(discount, generator):
+def test_early_ends_are_where_the_credited_gradient_vanishes(generator):
     """Descent along the credited gradient of a student that ends with probability e_t, by autograd."""
-    entropies = [0.0, log(3), 0.7, 1.5, 0.2, 0.0]
-    logits = torch.randn(5, generator=generator, dtype=torch.float64).requires_grad_()
+    entropies, discounts = [0.0, log(3), 0.7, 1.5, 0.2, 0.0], torch.tensor([0.5, 0.9, 1.0], dtype=torch.float64)
+    logits = torch.randn(5, 3, generator=generator, dtype=torch.float64).requires_grad_()  # a student each
     for _ in range(1500):
-        ends = torch.cat([logits.sigmoid(), torch.zeros(1, dtype=torch.float64)])
+        ends = torch.cat([logits.sigmoid(), torch.zeros(1, 3, dtype=torch.float64)])
         to_come, surrogate, alive = torch.zeros(()), torch.zeros(()), (1 - ends.detach()).cumprod(0)
         for t in reversed(range(6)):
             local = -(1 - ends[t]).log()
-            surrogate = surrogate + (1.0 if t == 0 else alive[t - 1]) * (local + (1 - ends[t]) * discount * to_come)
-            to_come = (entropies[t] + local + (1 - ends[t]) * discount * to_come).detach()
+            later = local + (1 - ends[t]) * discounts * to_come
+            surrogate = surrogate + ((1.0 if t == 0 else alive[t - 1]) * later).sum()
+            to_come = (entropies[t] + later).detach()
         (gradient,) = torch.autograd.grad(surrogate, logits)
         with torch.no_grad():
             logits -= 4 * gradient
     # Where ending does not pay, the probability falls like 1 / steps.
-    assert ends.tolist() == pytest.approx(stopping.early_ends(entropies, discount), abs=2e-2)
+    for discount, found in zip(discounts.tolist(), ends.T.tolist(), strict=True):
+        assert found == pytest.approx(stopping.early_ends(entropies, discount), abs=2e-2)
 
 
 def test_expected_length_is_that_of_enumeration():
