@@ -1,12 +1,14 @@
 """The cases of the benchmark: their inputs, their exact results in float64, and the errors of other results.
 
-Every op is the mean over N rows (or the mean over sequences) of one formula, loss = sum_i c_i CE_i + a_i log S[y_i]:
+Every op is the mean over N rows (or the mean over sequences) of one formula, loss = sum_i c_i CE_i + a_i log S[y_i],
+in `terms` with the entropy besides:
 
     op        c          a                        lm_head products, forward and backward
     ce        1/N        0                        4
     frozen    1/N        0                        3   (the student's head needs no gradient)
     stats     random/N   random/N                 4   (upstream gradients arrive after the forward pass)
     distil    1/B        cost-to-go / B           4
+    terms     .7/N       -(A_i + .1)/N            4   (and -.01/N H(S): distillation, rewards, labels, entropy bonus)
     label     0          -1/N                     3   (cross-entropy with labels: a reference for the rate, no teacher)
 
 so one float64 oracle serves all. It walks the rows in blocks and never needs the memory of the naive computation.
@@ -31,7 +33,9 @@ from torch import Tensor
 from distil_kernels.hf import split
 from distil_kernels.testing import Inputs, cost_by_definition, credit_by_definition, make_inputs, oracle
 
-NUM_PRODUCTS = {"ce": 4, "frozen": 3, "stats": 4, "distil": 4, "label": 3, "jsd": 4}
+NUM_PRODUCTS = {"ce": 4, "frozen": 3, "stats": 4, "distil": 4, "terms": 4, "label": 3, "jsd": 4}
+OTHER_OPS = {"label": "label", "cost": "ce"}
+"""The op that candidates of a group compute in place of the case's own, for its rate."""
 REGIMES = {"ordinary": 0.25, "converged": 0.01}
 """The teacher's noise as a share of the student's size, by regime."""
 DATA = {
@@ -45,6 +49,8 @@ SEQUENCE_ROWS = 64
 """Number of rows of a sequence in `distil`."""
 DISCOUNT = 0.9
 JSD_WEIGHT = 0.5
+DISTIL_WEIGHT, LABEL_WEIGHT, ENTROPY_WEIGHT = 0.7, 0.1, 0.01
+"""Weights in `terms`, besides the rewards' of 1."""
 
 SMOLLM2_SHAPE = (49152, 576)
 
@@ -88,7 +94,7 @@ class CaseInputs(Inputs):
     cost_weight: Tensor
     """Upstream gradient of the cross-entropies in `stats`, [N]."""
     logprob_weight: Tensor
-    """Upstream gradient of the log-probs in `stats`, [N]."""
+    """Upstream gradient of the log-probs in `stats`, [N]; N times it are the advantages in `terms`."""
     cu_seqlens: Tensor
     """Borders of the sequences, [B + 1], on the CPU."""
 
@@ -116,6 +122,10 @@ class CaseInputs(Inputs):
             logprob_weight=self.logprob_weight[:num_rows],
             cu_seqlens=sequence_borders(num_rows),
         )
+
+    @property
+    def advantages(self) -> Tensor:
+        return self.logprob_weight * self.tokens.numel()
 
     def clear_gradients(self) -> None:
         for leaf in self.leaves.values():
@@ -205,6 +215,9 @@ def exact_result(op: str, case_inputs: CaseInputs) -> ExactResult:
         lengths = case_inputs.cu_seqlens.diff().tolist()
         c = torch.full((num_rows,), 1.0 / len(lengths), dtype=torch.float64)
         a = credit_by_definition(statistics["ce"], lengths, span="future", discount=DISCOUNT) / len(lengths)
+    elif op == "terms":
+        c = torch.full((num_rows,), DISTIL_WEIGHT / num_rows, dtype=torch.float64)
+        a = -(case_inputs.advantages.double() + LABEL_WEIGHT) / num_rows
     elif op == "label":
         c, a = torch.zeros(num_rows).double(), torch.full((num_rows,), -1.0 / num_rows, dtype=torch.float64)
     else:
@@ -213,12 +226,17 @@ def exact_result(op: str, case_inputs: CaseInputs) -> ExactResult:
     for rows, block in _blocks(inputs):
         exact = oracle(block)
         costs.append(cost_by_definition(block, "jsd", JSD_WEIGHT) if op == "jsd" else exact.ce)
-        (c[rows] @ costs[-1] + a[rows] @ exact.logprob).backward()
+        entropy = exact.entropy.sum() * (ENTROPY_WEIGHT / num_rows if op == "terms" else 0.0)
+        (c[rows] @ costs[-1] + a[rows] @ exact.logprob - entropy).backward()
+    loss = c @ torch.cat(costs).detach() + (a @ statistics["logprob"] if op not in ("distil", "terms") else 0.0)
+    if op == "terms":  # every ratio of probabilities is 1
+        loss -= case_inputs.advantages.double().mean() + LABEL_WEIGHT * statistics["logprob"].mean()
+        loss -= ENTROPY_WEIGHT * statistics["entropy"].mean()
     values = {
         "ce": statistics["ce"].mean().item(),
         "kl": statistics["kl"].mean().item(),
         "label": -statistics["logprob"].mean().item(),
-        "loss": (c @ torch.cat(costs).detach() + (a @ statistics["logprob"] if op != "distil" else 0.0)).item(),
+        "loss": loss.item(),
     }
     return ExactResult(values, {name: leaf.grad for name, leaf in inputs.leaves.items()})
 
@@ -241,7 +259,7 @@ def relative_errors(inputs: CaseInputs, result: ExactResult) -> dict[str, float]
 def _statistics(inputs: Inputs) -> dict[str, Tensor]:
     with torch.no_grad():
         blocks = [oracle(block) for _, block in _blocks(inputs)]
-    return {name: torch.cat([getattr(block, name) for block in blocks]) for name in ("ce", "kl", "logprob")}
+    return {name: torch.cat([getattr(block, name) for block in blocks]) for name in ("ce", "kl", "logprob", "entropy")}
 
 
 def _blocks(inputs: Inputs) -> list[tuple[slice, Inputs]]:

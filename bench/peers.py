@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from cases import DISCOUNT, JSD_WEIGHT, Case, CaseInputs
+from cases import DISCOUNT, DISTIL_WEIGHT, ENTROPY_WEIGHT, JSD_WEIGHT, LABEL_WEIGHT, Case, CaseInputs
 from torch import Tensor
 
 import distil_kernels as dk
@@ -46,8 +46,8 @@ class Candidate:
 
     name: str
     group: str
-    """"ours", "approximate" (ours, without the small entries of the gradient), "peer", or "label" (a loss without a
-    teacher, shown for its rate)."""
+    """"ours", "approximate" (ours, without the small entries of the gradient), "peer", or shown for its rate "label" (a
+    loss without a teacher) and "cost" (ours, the cost without the other terms)."""
     ops: tuple[str, ...]
     """The ops that it computes."""
     value: str
@@ -80,6 +80,7 @@ def _ours(op: str, device: torch.device, dtype: torch.dtype) -> list[Candidate]:
         "frozen": ("frozen_head",),
         "stats": ("kept_gradient", "recompute"),
         "distil": ("gradient_in_forward", "recompute"),
+        "terms": ("gradient_in_forward", "recompute"),
         "jsd": ("gradient_in_forward", "kept_gradient", "recompute"),
     }[op]
     ours = []
@@ -88,6 +89,11 @@ def _ours(op: str, device: torch.device, dtype: torch.dtype) -> list[Candidate]:
         # One plan of the plain torch back end shows what the kernels save.
         for plan in plans if backend != "reference" else plans[:1]:
             ours.append(_our_candidate(op, backend, plan, reason))
+    if op == "terms":
+        ours += [
+            Candidate("ours, an op for each term", "ours", ("terms",), "loss", lambda case: _op_for_each_term),
+            Candidate("ours, distillation alone", "cost", ("terms",), "loss", lambda case: _cost_alone),
+        ]
     if op == "ce":
         ours += [_sparse_candidate(threshold, cpu.unavailable(device, dtype)) for threshold in GRADIENT_THRESHOLDS]
     return ours
@@ -117,7 +123,9 @@ def _sparse_candidate(threshold: float, unavailable: str | None) -> Candidate:
 
 def _our_candidate(op: str, backend: str, plan: str, unavailable: str | None) -> Candidate:
     def build(case: Case) -> Loss:
-        return {"stats": stats, "distil": distil}.get(op, mean_of_rows if plan == "kept_gradient" else mean)
+        return {"stats": stats, "distil": distil, "terms": terms}.get(
+            op, mean_of_rows if plan == "kept_gradient" else mean
+        )
 
     token_loss = partial(dk.fused_jsd, jsd_weight=JSD_WEIGHT) if op == "jsd" else dk.fused_forward_ce
 
@@ -137,7 +145,30 @@ def _our_candidate(op: str, backend: str, plan: str, unavailable: str | None) ->
             backend=backend, plan=plan,
         ).loss  # fmt: skip
 
+    def terms(inputs: CaseInputs) -> Tensor:
+        return dk.fused_distil_loss(
+            *inputs.heads, tokens=inputs.tokens, cu_seqlens=None, credit_span="none", distil_weight=DISTIL_WEIGHT,
+            advantages=inputs.advantages, labels=inputs.tokens, label_weight=LABEL_WEIGHT,
+            entropy_weight=ENTROPY_WEIGHT, normalizer=inputs.tokens.numel(), backend=backend, plan=plan,
+        ).loss  # fmt: skip
+
     return Candidate(f"ours {backend} {plan}", "ours", (op,), "loss", build, backend_unavailable=unavailable)
+
+
+def _op_for_each_term(inputs: CaseInputs) -> Tensor:
+    """Distillation, rewards with the entropy bonus, and labels: a pass for each."""
+    hidden, weight, *_ = inputs.heads
+    rewards = dk.fused_policy_loss(
+        hidden, weight, tokens=inputs.tokens, advantages=inputs.advantages, entropy_weight=ENTROPY_WEIGHT
+    )
+    labels = dk.token_logprobs(hidden, weight, tokens=inputs.tokens).logprob.mean()
+    return DISTIL_WEIGHT * dk.fused_forward_ce(*inputs.heads) + rewards.loss - LABEL_WEIGHT * labels
+
+
+def _cost_alone(inputs: CaseInputs) -> Tensor:
+    return dk.fused_distil_loss(
+        *inputs.heads, tokens=inputs.tokens, cu_seqlens=None, credit_span="none", normalizer=inputs.tokens.numel()
+    ).loss
 
 
 def _logits(inputs: CaseInputs) -> tuple[Tensor, Tensor]:
@@ -182,7 +213,14 @@ def _naive(op: str) -> Loss:
         teacher, student = ((each.exp() * (each - mixture)).sum(-1) for each in (log_t, log_s))
         return (JSD_WEIGHT * teacher + (1 - JSD_WEIGHT) * student).mean()
 
-    return {"stats": stats, "distil": distil, "jsd": jsd}.get(op, ce)
+    def terms(inputs: CaseInputs) -> Tensor:
+        ce, log_s = rows(inputs)
+        logprob = log_s.gather(1, inputs.tokens[:, None])[:, 0]
+        rewards = -(logprob - logprob.detach()).exp() * inputs.advantages
+        entropy = -(log_s.exp() * log_s).sum(-1)
+        return (DISTIL_WEIGHT * ce + rewards - LABEL_WEIGHT * logprob - ENTROPY_WEIGHT * entropy).mean()
+
+    return {"stats": stats, "distil": distil, "jsd": jsd, "terms": terms}.get(op, ce)
 
 
 def _beta(case: Case) -> float:
@@ -324,7 +362,7 @@ def _torch_label(case: Case) -> Loss:
 
 _CE = ("ce", "frozen")
 _JSD = ("jsd",)
-_ALL = ("ce", "frozen", "stats", "distil", "jsd")
+_ALL = ("ce", "frozen", "stats", "distil", "terms", "jsd")
 
 PEERS = (
     Candidate("naive torch", "peer", _ALL, "loss", lambda case: _naive(case.op)),

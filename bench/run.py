@@ -34,6 +34,7 @@ from cases import (
     DATA,
     DTYPES,
     NUM_PRODUCTS,
+    OTHER_OPS,
     REGIMES,
     SMOLLM2_SHAPE,
     Case,
@@ -47,7 +48,7 @@ from timing import Call, Timing, bare_products, forward_backward, interleaved, k
 
 from distil_kernels.extras import missing_packages
 
-OPS = ("ce", "distil", "stats", "frozen", "jsd")
+OPS = ("ce", "distil", "terms", "stats", "frozen", "jsd")
 DEFAULT_SHAPES = {"cpu": ["1024x49152x576"], "cuda": ["8192x151936x4096"]}
 QUICK_SHAPE = "128x8192x128"
 _VERIFY_SECONDS = 1800
@@ -140,7 +141,7 @@ def _measure(case: Case, options: argparse.Namespace) -> dict:
           file=sys.stderr, flush=True)  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="distil_bench_") as name:
         folder = Path(name)
-        kl = _prepare(case, folder, labels=any(candidate.group == "label" for candidate in selected))
+        kl = _prepare(case, folder, {candidate.group for candidate in selected})
         verified = {}
         runnable = {candidate.name: candidate for candidate in selected if candidate.unavailable(case) is None}
         for name in with_progress(list(runnable), "verified"):
@@ -158,7 +159,7 @@ def _measure(case: Case, options: argparse.Namespace) -> dict:
     return {"case": case.as_dict(), "checked_rows": case.checked_rows, "kl": kl, "rows": rows}
 
 
-def _prepare(case: Case, folder: Path, labels: bool) -> dict[str, float]:
+def _prepare(case: Case, folder: Path, groups: set[str]) -> dict[str, float]:
     """Writes inputs and exact results for the verifying processes; returns KL(T||S) by regime."""
     (folder / "case.json").write_text(json.dumps(case.as_dict()))
     kl = {}
@@ -168,8 +169,7 @@ def _prepare(case: Case, folder: Path, labels: bool) -> dict[str, float]:
             torch.save({"inputs": inputs}, folder / "all_rows.pt")
         inputs = inputs.first_rows(case.checked_rows)
         results = {"op": exact_result(case.op, inputs)}
-        if labels:
-            results["label"] = exact_result("label", inputs)
+        results |= {group: exact_result(op, inputs) for group, op in OTHER_OPS.items() if group in groups}
         kl[regime] = results["op"].values["kl"]
         torch.save({"inputs": inputs, "results": results}, folder / f"{regime}.pt")
     gc.collect()
@@ -236,12 +236,12 @@ def _mark_default(case: Case, rows: list[dict]) -> None:
 
 
 def _add_ratios(case: Case, rows: list[dict]) -> None:
-    """Adds each row's time over the fastest bare products (a label loss has fewer of them) and over our time."""
+    """Adds each row's time over the fastest bare products (a label loss has fewer) and over our time."""
     limit = min(row["ms"] for row in rows if row["group"] == "limit")
     ours = speed_tables.our_row(rows)
     for row in rows:
         if "ms" in row:
-            products = NUM_PRODUCTS["label" if row["group"] == "label" else case.op]
+            products = NUM_PRODUCTS[OTHER_OPS.get(row["group"], case.op)]
             row["limit_ratio"] = row["ms"] / (limit * products / NUM_PRODUCTS[case.op])
             row["ours_ratio"] = row["ms"] / ours["ms"] if ours else None
 

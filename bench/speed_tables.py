@@ -70,7 +70,7 @@ def cells(table: dict) -> list[list[str]]:
     def ratio(row: dict, key: str) -> str:
         return f"{row[key]:.2f}" if row.get(key) else "-"
 
-    order = {"limit": 0, "ours": 1, "approximate": 2, "peer": 3, "label": 4}
+    order = {"limit": 0, "ours": 1, "approximate": 2, "peer": 3, "label": 4, "cost": 5}
     timed = sorted(
         (row for row in table["rows"] if not row["reason"]), key=lambda row: (order[row["group"]], row["ms"])
     )

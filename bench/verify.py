@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 import torch
-from cases import REGIMES, Case, CaseInputs, ExactResult, relative_errors
+from cases import OTHER_OPS, REGIMES, Case, CaseInputs, ExactResult, relative_errors
 from peers import Candidate, Loss, candidates
 from timing import forward_backward, peak_extra_bytes, return_large_blocks
 
@@ -23,7 +23,7 @@ APPROXIMATE_TOLERANCE = 0.25
 
 
 def load(folder: Path, name: str) -> tuple[CaseInputs, dict[str, ExactResult]]:
-    """Reads inputs and their exact results by kind (op, label)."""
+    """Reads inputs and their exact results by kind (op, or a group that computes another)."""
     content = torch.load(folder / f"{name}.pt", weights_only=False, mmap=True)
     return content["inputs"], content.get("results", {})
 
@@ -55,7 +55,7 @@ def rejection_reason(case: Case, errors: dict[str, float], approximate: bool = F
 def _errors(
     case: Case, candidate: Candidate, loss: Loss, cpu_inputs: CaseInputs, results: dict[str, ExactResult]
 ) -> dict[str, float]:
-    result = results["label" if candidate.group == "label" else "op"]
+    result = results[candidate.group if candidate.group in OTHER_OPS else "op"]
     inputs = cpu_inputs.on_device(case.device)
     value = forward_backward(loss, inputs).item()
     exact = result.values[candidate.value]

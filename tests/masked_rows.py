@@ -100,6 +100,11 @@ SCALAR = {
     "distil": _distil,
     "distil, no span": lambda *arguments, **options: _distil(*arguments, credit_span="none", **options),
     "distil, values": lambda *arguments, **options: _distil(*arguments, baseline=arguments[0].floats, **options),
+    "distil, terms": lambda *arguments, **options: _distil(
+        *arguments, distil_weight=arguments[0].token_weight, advantages=arguments[0].floats, labels=arguments[0].tokens,
+        old_logprobs=arguments[0].floats, label_smoothing=0.1, z_loss_weight=0.1, entropy_weight=0.1,
+        reference_logprobs=arguments[0].floats - 6.0, **options,
+    ),
     "distil, mean": lambda *arguments, **options: _distil(*arguments, baseline="position_mean", **options),
 }  # fmt: skip
 TOPK = {
@@ -107,6 +112,17 @@ TOPK = {
         *heads[:2], rows.teacher_ids, rows.teacher_logprobs, token_mask=mask, token_weight=rows.token_weight, **options
     ),
     "topk_distil": _topk_distil,
+    "topk_distil, terms": lambda *arguments, **options: _topk_distil(
+        *arguments,
+        distil_weight=arguments[0].token_weight,
+        advantages=arguments[0].floats,
+        labels=arguments[0].tokens,
+        label_smoothing=0.1,
+        z_loss_weight=0.1,
+        entropy_weight=0.1,
+        reference_logprobs=arguments[0].floats,
+        **options,
+    ),
     "topk_distil, no span": lambda *arguments, **options: _topk_distil(*arguments, credit_span="none", **options),
     "topk_distil, sequence": lambda *arguments, **options: _topk_distil(
         *arguments, credit_span="sequence", baseline="leave_one_out", group_size=2, cost="kl", **options

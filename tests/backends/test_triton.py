@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from distil_kernels.backends import Cost, LogitPair, LogitTransform, Statistic
+from distil_kernels.backends import Cost, LogitPair, LogitTransform, RowTerms, Statistic
 from distil_kernels.backends import triton as backend
 from distil_kernels.backends.dispatch import choose_backend
 
@@ -56,7 +56,8 @@ def test_every_launch_compiles(compile_only, num_rows, vocab_size, hidden_size, 
         statistics = backend.row_stats(logits, transform, transform, tokens, cost)
         out = torch.empty(num_rows, vocab_size, dtype=torch.bfloat16)
         backend.row_grad(
-            logits, transform, transform, tokens, statistics, cost, torch.ones(num_rows), weight, out
+            logits, transform, transform, tokens, statistics, cost, torch.ones(num_rows), weight, out,
+            RowTerms(torch.ones(4, num_rows), tokens) if options or num_rows > 1 else None,
         )  # fmt: skip
     slots = torch.zeros(num_rows, num_rows, dtype=torch.int64)
     for horizon in (None, 1, 300):

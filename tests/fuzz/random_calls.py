@@ -3,12 +3,12 @@
     python tests/fuzz/random_calls.py --calls 10000             some ten calls a second, on one core
     python tests/fuzz/random_calls.py --calls 1 --seed 1234     one call again
 
-A call has a seed of its own, which a failure names. What is drawn: the op and its cost, reduction, credit, clip; sizes
-down to nothing; precision, back end and plan; the kind of logits (see `distil_kernels.testing.KINDS`); both models'
-scale, softcap, temperature, bias, heads that are shared, padded or of different widths; masks, weights, normalizers;
-which of the student's tensors want a gradient. Rows that a mask leaves out and padding of heads hold NaN. The errors
-have the budget of the other tests, those of plain torch in float32, and a few ulp of the logits' terms: few of these
-calls are large enough for rounding to average out.
+A call has a seed of its own, which a failure names. What is drawn: the op and its cost, reduction, credit, clip,
+rewards, labels and other terms; sizes down to nothing; precision, back end and plan; the kind of logits (see
+`distil_kernels.testing.KINDS`); both models' scale, softcap, temperature, bias, heads that are shared, padded or of
+different widths; masks, weights, normalizers; which of the student's tensors want a gradient. Rows that a mask leaves
+out and padding of heads hold NaN. The errors have the budget of the other tests, those of plain torch in float32, and a
+few ulp of the logits' terms: few of these calls are large enough for rounding to average out.
 """
 
 from __future__ import annotations
@@ -150,6 +150,16 @@ def draw(seed: int) -> Call:
         }
         by_remaining = not exact and choices.random() < 0.2
         scale = sometimes(0.3, lambda: choices.uniform(0.0, 2.0), 1.0)
+        distil_weight = sometimes(0.3, lambda: choices.choice((0.0, 0.3)), 1.0)
+        advantages = sometimes(0.3, lambda: torch.randn(num_rows, generator=generator, dtype=torch.float32))
+        is_labelled = sometimes(0.3, lambda: torch.rand(num_rows, generator=generator) < 0.7)
+        z_loss_weight = sometimes(0.2, lambda: choices.uniform(0.0, 0.1), 0.0)
+        entropy_weight = sometimes(0.2, lambda: choices.uniform(-1.0, 1.0), 0.0)
+        settings |= {
+            "distil_weight": distil_weight, "advantages": advantages, "z_loss_weight": z_loss_weight,
+            "entropy_weight": entropy_weight,
+            "labels": None if is_labelled is None else torch.where(is_labelled, inputs.tokens, -100),
+        }  # fmt: skip
         settings |= credit | {
             "cost": cost, "credit_span": span, "normalize_by_remaining": by_remaining, "credit_scale": scale,
             "token_weight": weight, "normalizer": normalizer, "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0),
@@ -158,7 +168,8 @@ def draw(seed: int) -> Call:
         denominator = float(len(lengths) if normalizer is None else normalizer)
 
         def define(inputs: Inputs) -> dict[str, Tensor]:
-            costs = cost_by_definition(inputs, cost) * row_weight.to(inputs.student_hidden)
+            weight = row_weight.to(inputs.student_hidden)
+            costs = distil_weight * cost_by_definition(inputs, cost) * weight
             credits = torch.zeros_like(costs)
             if span != "none":
                 credits = credit_by_definition(
@@ -170,14 +181,23 @@ def draw(seed: int) -> Call:
                     counted=present,
                     **credit,
                 )
-            total = (costs + credits * oracle(inputs).logprob).sum() / denominator
-            return {"value": costs.detach().sum() / denominator, "credit": credits, "surrogate": total}
+            stats = oracle(inputs)
+            terms = z_loss_weight * stats.lse.square() - entropy_weight * stats.entropy
+            if advantages is not None:
+                terms = terms - (stats.logprob - stats.logprob.detach()).exp() * advantages.to(weight)
+            if is_labelled is not None:
+                terms = terms - is_labelled * stats.logprob
+            value = (costs + weight * terms).sum() / denominator
+            total = value + (credits * stats.logprob).sum() / denominator
+            return {"value": value.detach(), "credit": credits, "surrogate": total}
 
         def sizes(wide: Inputs) -> Tensor:
             reached = (
                 (cost_by_definition(wide, cost).detach() * row_weight).abs().sum() * (span != "none") * (1 + scale)
             )
-            return (row_weight * _gain(wide, cost) + present * reached) / denominator
+            of_terms = 2 * z_loss_weight * oracle(wide).lse.abs() + abs(entropy_weight) * _gain(wide, "entropy")
+            of_terms = of_terms + (0.0 if advantages is None else advantages.abs()) + (is_labelled is not None)
+            return (row_weight * (_gain(wide, cost) + of_terms) + present * reached) / denominator
 
         return Call(
             "fused_distil_loss", define=define, row_sizes=sizes, tokens=True, settings=settings, **common,

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import masked_rows
 import pytest
 import row_checks
+import terms_reference
 import to_go_checks
 import torch
 
@@ -181,6 +182,16 @@ def test_kinds_and_shared_head(backend, shared_head, kind, generator):
     moved_inputs = on_gpu(inputs)
     value = fused_forward_ce(*moved_inputs.heads, reduction="sum", backend=backend)
     compare(inputs, {"value": value.detach().cpu(), **gradients_of(value, moved_inputs)}, sum_of_ce, torch.ones(ROWS))
+
+
+@pytest.mark.parametrize("plan", ["auto", "recompute"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_all_terms_at_once(backend, dtype, plan, generator):
+    inputs = make_inputs(
+        terms_reference.N, terms_reference.V, 16, dtype=dtype, bias=True, generator=generator, temperature=0.8
+    )
+    options = terms_reference.drawn(generator, terms_reference.ALL, credit_span="future")
+    terms_reference.check(inputs, backend=backend, plan=plan, device=GPU, **options)
 
 
 @pytest.mark.parametrize("plan", ["kept_gradient", "recompute"])

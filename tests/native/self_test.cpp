@@ -116,6 +116,15 @@ void check_rows(InstructionSet instruction_set) {
   cpu_row_stats(task, num_threads, instruction_set);
   grad.logprob_weight = logprob_weight.data(), grad.data = gradient.data();
   cpu_row_grad(task, grad, num_threads, instruction_set);
+  std::vector<float> with_terms(num_rows * vocab_size, NAN), terms(kNumTermWeights * num_rows);
+  for (auto& weight : terms) weight = below(4) ? normal(1) : 0.0f;
+  std::vector<std::int64_t> labels(num_rows);
+  for (std::int64_t row = 0; row < num_rows; ++row) {
+    labels[row] = below(static_cast<int>(vocab_size) + 1) - 1;
+    if (labels[row] < 0) terms[kLabelWeight * num_rows + row] = 0.0f;
+  }
+  grad.data = with_terms.data(), grad.term_weights = terms.data(), grad.labels = labels.data();
+  cpu_row_grad(task, grad, num_threads, instruction_set);
 
   std::vector<double> logits, slopes, teacher_logits, unused, of_cost;
   for (std::int64_t row = 0; row < num_rows; ++row) {
@@ -130,6 +139,11 @@ void check_rows(InstructionSet instruction_set) {
       const double scale = 1 + std::abs(by_cost) + std::abs(by_token);
       check(in_one_read[row * vocab_size + v], by_cost, scale, "gradient in one read");
       check(gradient[row * vocab_size + v], by_cost + by_token, scale, "gradient");
+      const auto term = [&](int which) { return static_cast<double>(terms[which * num_rows + row]); };
+      const double of_student = std::exp(s[v]) * (term(kStudentWeight) + term(kStudentLogWeight) * s[v]);
+      const double of_terms = of_student + term(kUniformWeight) + (v == labels[row]) * term(kLabelWeight);
+      check(with_terms[row * vocab_size + v], by_cost + by_token + of_terms * slopes[v], scale + std::abs(of_terms),
+            "gradient with terms");
     }
   }
 }
