@@ -16,9 +16,10 @@ not by names in its configuration:
 This takes two or three forwards of eight tokens. What the formula cannot express is an error that says so, so an
 unknown architecture cannot pass silently.
 
-Left out: adapters on the head, prompt tuning (it adds positions), several heads, encoder-decoder models, weights that
-are sharded while they are read (`train/models/sharding.py` gathers them), what a forward does to logits only at later
-positions, only in training mode or only with images.
+A head may be a DTensor (FSDP2, transformers' tensor parallelism): then all its processes split the model together.
+
+Left out: adapters on the head, prompt tuning (it adds positions), several heads, encoder-decoder models, what a forward
+does to logits only at later positions, only in training mode or only with images.
 """
 
 from __future__ import annotations
@@ -70,6 +71,15 @@ class CausalLM:
     logit_softcap: float
     """math.inf: none."""
 
+    @property
+    def vocab_group(self) -> Any:
+        """The process group over which transformers' tensor parallelism has cut the head; None for any other head.
+
+        The ops take it as `vocab_group`. Without it a head that is a DTensor is gathered for each call.
+        """
+        is_cut = hasattr(self.weight, "device_mesh") and getattr(_without_peft(self.model), "tp_size", None) is not None
+        return self.weight.device_mesh.get_group() if is_cut and self.weight.device_mesh.ndim == 1 else None
+
     def hidden(self, input_ids: Tensor | None = None, cache: Any = None, **kwargs: Any) -> Tensor:
         """Returns hidden states [B, L, D], ready for `weight`; continues and fills a `cache`.
 
@@ -86,10 +96,15 @@ class CausalLM:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns logits [..., V] of hidden states [..., D], in plain torch: for checks, not for training."""
-        weight = self.weight[: self.vocab_size].to(hidden.dtype)
-        bias = None if self.bias is None else self.bias[: self.vocab_size].to(hidden.dtype)
+        weight = _gathered(self.weight)[: self.vocab_size].to(hidden.dtype)
+        bias = None if self.bias is None else _gathered(self.bias)[: self.vocab_size].to(hidden.dtype)
         head_output = nn.functional.linear(hidden, weight, bias)
         return _transformed(head_output, self.logit_scale, self.logit_softcap)
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    """Returns a parameter in one piece, which all processes that hold a part must ask for."""
+    return tensor.full_tensor() if hasattr(tensor, "device_mesh") else tensor
 
 
 class Headless:
@@ -192,8 +207,6 @@ def output_head(model: Any) -> nn.Linear:
             f"[split] the output head of {name} is {head and type(head).__name__}, expected a plain torch.nn.Linear "
             "from get_output_embeddings()"
         )
-    if hasattr(head.weight, "device_mesh"):
-        raise ValueError("[split] the head's weight is sharded (DTensor), which is not supported: gather it first")
     return head
 
 

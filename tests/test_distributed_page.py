@@ -38,8 +38,13 @@ def page() -> SimpleNamespace:
 
     import distil_kernels
 
+    def split(model: nn.Module) -> Any:  # late: it needs transformers
+        from distil_kernels.hf import split
+
+        return split(model)
+
     names: dict[str, Any] = {
-        "distil_kernels": distil_kernels, "nn": nn, "fully_shard": fully_shard, "Replicate": Replicate, "Shard": Shard,
+        "split": split, "distil_kernels": distil_kernels, "nn": nn, "fully_shard": fully_shard, "Replicate": Replicate, "Shard": Shard,
         "DistributedDataParallel": DistributedDataParallel,
         "register_fsdp_forward_method": register_fsdp_forward_method,
     }  # fmt: skip
@@ -230,9 +235,12 @@ def with_tp(rank: int, folder: str) -> tuple[Tensor, dict[str, Tensor]]:
 
     from transformers import AutoModelForCausalLM
 
+    from distil_kernels.hf import split
+
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "4"}
     student = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
     loss = page().step_with_tp(student, *_of_transformers(student.config.vocab_size, student.config.hidden_size))
+    assert split(student).vocab_group.size() == 4
     return loss.detach(), {name: whole(each.grad) for name, each in student.named_parameters()}
 
 
