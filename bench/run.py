@@ -3,6 +3,7 @@
     python bench/run.py                                   the shape of SmolLM2-135M, float32, all installed peers
     python bench/run.py --quick --peers none              under a minute
     python bench/run.py --shapes 512x151936x896 --dtype bf16 --threads 1 --json out.json
+    python bench/run.py --processes 1 2 4                 one head on several processes (processes.py)
     python bench/run.py --render out.json --plot figures  Markdown and figures of earlier runs, nothing is measured
 
 For each case every candidate is verified against float64 in a separate process, which also measures its memory
@@ -26,6 +27,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import machine
+import processes
 import speed_plots
 import speed_tables
 import torch
@@ -66,8 +68,12 @@ def main(arguments: list[str] | None = None) -> None:
             run["header"]["allocator"] += "; freed memory stays in the timing process"
         print(*machine.header_lines(run["header"]), sep="\n", flush=True)
         for case in _cases(options):
-            run["tables"].append(_measure(case, options))
-            speed_tables.print_table(run["tables"][-1])
+            if options.processes:
+                run["tables"].append(processes.measure(case, options.processes, options.rounds))
+                processes.print_table(run["tables"][-1])
+            else:
+                run["tables"].append(_measure(case, options))
+                speed_tables.print_table(run["tables"][-1])
         runs = [run]
         if options.json:
             Path(options.json).parent.mkdir(parents=True, exist_ok=True)
@@ -93,6 +99,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=20.0, help="a slower candidate stops after its third round")
+    parser.add_argument(
+        "--processes",
+        nargs="+",
+        type=int,
+        metavar="P",
+        help="one head on P processes instead (processes.py): op ce, CPU",
+    )
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_SHAPE}, three rounds")
     parser.add_argument("--json", metavar="PATH")
     parser.add_argument("--plot", metavar="DIR", help="PNG and SVG of time and memory against N and V")
@@ -104,6 +117,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
+    if options.processes and (options.device != "cpu" or options.ops != ["ce"] or options.plot):
+        parser.error("--processes: expected --device cpu, --ops ce and no --plot")
     if options.quick:
         options.rounds = min(options.rounds, 3)
     options.shapes = options.shapes or ([QUICK_SHAPE] if options.quick else DEFAULT_SHAPES[options.device])

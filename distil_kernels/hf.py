@@ -77,8 +77,9 @@ class CausalLM:
 
         The ops take it as `vocab_group`. Without it a head that is a DTensor is gathered for each call.
         """
-        is_cut = hasattr(self.weight, "device_mesh") and getattr(_without_peft(self.model), "tp_size", None) is not None
-        return self.weight.device_mesh.get_group() if is_cut and self.weight.device_mesh.ndim == 1 else None
+        mesh = getattr(self.weight, "device_mesh", None)
+        is_cut = mesh is not None and mesh.ndim == 1 and getattr(_without_peft(self.model), "tp_size", None) is not None
+        return mesh.get_group() if mesh is not None and is_cut else None
 
     def hidden(self, input_ids: Tensor | None = None, cache: Any = None, **kwargs: Any) -> Tensor:
         """Returns hidden states [B, L, D], ready for `weight`; continues and fills a `cache`.
@@ -104,7 +105,8 @@ class CausalLM:
 
 def _gathered(tensor: Tensor) -> Tensor:
     """Returns a parameter in one piece, which all processes that hold a part must ask for."""
-    return tensor.full_tensor() if hasattr(tensor, "device_mesh") else tensor
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
 
 
 class Headless:

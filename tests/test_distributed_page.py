@@ -44,7 +44,8 @@ def page() -> SimpleNamespace:
         return split(model)
 
     names: dict[str, Any] = {
-        "split": split, "distil_kernels": distil_kernels, "nn": nn, "fully_shard": fully_shard, "Replicate": Replicate, "Shard": Shard,
+        "split": split, "distil_kernels": distil_kernels, "nn": nn, "fully_shard": fully_shard, "Replicate": Replicate,
+        "Shard": Shard,
         "DistributedDataParallel": DistributedDataParallel,
         "register_fsdp_forward_method": register_fsdp_forward_method,
     }  # fmt: skip

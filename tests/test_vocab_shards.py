@@ -438,22 +438,22 @@ def counted_bytes(rank: int, inputs: Inputs, cost: str, plan: Any) -> list[tuple
     from distil_kernels.engine import vocab_shards
 
     sent: list[tuple[str, int]] = []
-    gather, reduce = vocab_shards._gathered, torch.distributed.all_reduce
+    gather, reduce = vocab_shards.all_gather, vocab_shards.all_reduce
 
-    def gathered(part: torch.Tensor, group: Any) -> torch.Tensor:
+    def all_gather(out: torch.Tensor, part: torch.Tensor, group: Any) -> None:
         sent.append(("gather", part.nbytes))
-        return gather(part, group)
+        gather(out, part, group)
 
-    def all_reduce(tensor: torch.Tensor, **options: Any) -> Any:
+    def all_reduce(tensor: torch.Tensor, group: Any) -> None:
         sent.append(("sum", tensor.nbytes))
-        return reduce(tensor, **options)
+        reduce(tensor, group)
 
-    vocab_shards._gathered, torch.distributed.all_reduce = gathered, all_reduce
+    vocab_shards.all_gather, vocab_shards.all_reduce = all_gather, all_reduce
     try:
         run(rank, "fused_distil_loss", inputs, CUTS["alike"], CUTS["alike"],
             {"tokens": inputs.tokens, "cu_seqlens": CU_SEQLENS, "cost": cost, "plan": plan})  # fmt: skip
     finally:
-        vocab_shards._gathered, torch.distributed.all_reduce = gather, reduce
+        vocab_shards.all_gather, vocab_shards.all_reduce = gather, reduce
     return sent
 
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
+from distil_kernels.engine import vocab_shards
 from distil_kernels.engine.vocab_shards import exchanged, fails_together, process_group
 
 if TYPE_CHECKING:
@@ -182,8 +183,13 @@ def gather_rows(rows: Tensor, group_name: str, num_processes: int, name: str) ->
     """Concatenates the rows [R, ...] of all processes; the gradient of a process's own rows is a slice."""
     group = process_group(group_name)
     exchanged(group, {f"the shape or dtype of {name}": rows}, ())
-    whole = rows.new_empty(num_processes * rows.shape[0], *rows.shape[1:])
-    torch.distributed.all_gather(list(whole.chunk(num_processes)), rows.contiguous(), group=group)
+    return all_gathered(rows, group)
+
+
+def all_gathered(rows: Tensor, group: ProcessGroup) -> Tensor:
+    """Returns the rows of all processes, as many of each, one after the other."""
+    whole = rows.new_empty(group.size() * rows.shape[0], *rows.shape[1:])
+    vocab_shards.all_gather(whole, rows.contiguous(), group)
     return whole
 
 

@@ -142,14 +142,14 @@ class VocabShards:
 
     def add_hidden(self, grad_hidden: Tensor) -> Tensor:
         """Returns dh [R, D] summed over the shards; its memory is used."""
-        torch.distributed.all_reduce(grad_hidden, group=self.group)
+        all_reduce(grad_hidden, self.group)
         return grad_hidden
 
     def own_rows(self, grad_hidden: Tensor, dtype: torch.dtype) -> Tensor:
         """Returns dh [N, D] in a dtype: of this process's rows summed over the shards, 0 of others."""
         rows = grad_hidden.shape[0] // len(self.borders[1:])
         own = grad_hidden.new_empty(rows, grad_hidden.shape[1])
-        _REDUCE_SCATTER(own, grad_hidden, group=self.group)
+        reduce_scatter(own, grad_hidden, self.group)
         result = torch.zeros_like(grad_hidden, dtype=dtype)
         result[self.rank * rows : (self.rank + 1) * rows] = own
         return result
@@ -376,14 +376,23 @@ def _borders(rows: Sequence[int], vocab_size: int) -> tuple[int, ...]:
 
 def _gathered(part: Tensor, group: ProcessGroup) -> Tensor:
     """Returns [processes, ...] from the part of each."""
-    every = part.new_empty(group.size() * part.numel())
-    _ALL_GATHER(every, part.contiguous().flatten(), group=group)
-    return every.view(group.size(), *part.shape)
+    every = part.new_empty(group.size(), *part.shape)
+    all_gather(every, part.contiguous()[None], group)
+    return every
 
 
-# torch renames these functions and warns of the former names.
-_ALL_GATHER: Any = None
-_REDUCE_SCATTER: Any = None
-if torch.distributed.is_available():
-    _ALL_GATHER = getattr(torch.distributed, "all_gather_single", torch.distributed.all_gather_into_tensor)
-    _REDUCE_SCATTER = getattr(torch.distributed, "reduce_scatter_single", torch.distributed.reduce_scatter_tensor)
+def all_gather(out: Tensor, part: Tensor, group: ProcessGroup) -> None:
+    """Writes the parts of all processes, one after the other, to `out`."""
+    torch.distributed.all_gather(list(out.chunk(group.size())), part, group=group)
+
+
+def all_reduce(tensor: Tensor, group: ProcessGroup) -> None:
+    """Replaces a tensor by the sum of those of all processes."""
+    torch.distributed.all_reduce(tensor, group=group)
+
+
+def reduce_scatter(out: Tensor, whole: Tensor, group: ProcessGroup) -> None:
+    """Writes to `out` this process's part of the sum of all `whole`."""
+    distributed: Any = torch.distributed  # in 2.13 the function has another name, and warns of this one
+    function = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
+    function(out, whole, group=group)
