@@ -51,7 +51,7 @@ TRAIN = [
     {"diagnostics", "report"},
     {"build"},
     {"recording"},
-    {"commands", "trainer"},
+    {"commands", "serve_teacher", "trainer"},
     {"__main__"},
 ]
 LATE = {"feedback.self_evaluation.SelfEvaluation"}

@@ -37,6 +37,7 @@ from distil_kernels.train.run.inputs import inputs
 from distil_kernels.train.tasks import Task, answered_problems, held_out_problems, make_task, with_seed
 from distil_kernels.train.tasks.sandbox import SANDBOX
 from distil_kernels.train.teachers.base import Teacher
+from distil_kernels.train.teachers.hidden_states import HiddenTeacher
 from distil_kernels.train.teachers.in_process import InProcessTeacher, other_model
 from distil_kernels.train.teachers.remote import RemoteTeacher
 from distil_kernels.train.teachers.stored import StoredTeacher
@@ -160,7 +161,9 @@ def build_models(config: Config, accelerator: Accelerator, processes: Processes)
         lm = split_sharded(accelerator.unwrap_model(prepared))
         student = reader(lm, config.reading, config.gradient_checkpointing, is_sharded, accelerator.autocast)
     teacher: Teacher
-    if config.teacher_url:
+    if config.teacher == "hidden":
+        teacher = HiddenTeacher(config, tokenizer, student)
+    elif config.teacher_url:
         teacher = RemoteTeacher(config, tokenizer, student.vocab_size, student.weight.device)
     elif config.teacher == "stored":
         teacher = StoredTeacher(config, tokenizer, student.vocab_size, student.weight.device)
@@ -182,7 +185,7 @@ def build_data(config: Config, models: Models, task: Task, kind: FeedbackKind, p
         tool = Python(models.tokenizer, config.max_tool_calls, config.max_tool_tokens)
     longest = config.max_new_tokens + (tool.longest if tool else 0)
     notes = _check_positions(config, models, longest)
-    if isinstance(models.teacher, (RemoteTeacher, StoredTeacher)):
+    if isinstance(models.teacher, (RemoteTeacher, HiddenTeacher, StoredTeacher)):
         notes.append(models.teacher.note)
 
     examples = answered_problems(task, config.num_examples)

@@ -133,20 +133,20 @@ class Config:
     """Length limit of a critique (feedback self_evaluation)."""
 
     # Teacher
-    teacher: Literal["frozen", "ema", "live", "local", "remote", "samples", "stored"] = "frozen"
+    teacher: Literal["frozen", "ema", "live", "local", "remote", "samples", "hidden", "stored"] = "frozen"
     """Whose distribution is learnt: the student's at the start (frozen), a slow average's (ema), its present one
-    (live), teacher_model's (local), that of teacher_url by its top log-probs (remote) or by sampled tokens
-    (samples), or what record_teacher wrote of one (stored)."""
+    (live), teacher_model's (local), that of teacher_url by its top log-probs (remote), by sampled tokens
+    (samples) or by hidden states (hidden), or what record_teacher wrote of one (stored)."""
     teacher_temperature: float = _number(1.0, POSITIVE)
     """Temperature of the teacher, also of its answers at evaluations; of the draws of teacher samples."""
     ema_rate: float = _number(0.05, SHARE)
     """Share of the student that enters the ema teacher each step."""
     teacher_model: str = ""
-    """Teacher local: path or hub name of a causal LM whose tokens are the student's. Teachers remote and samples: the
-    endpoint's name for the model, where it has several."""
+    """Teachers local and hidden: path or hub name of a causal LM whose tokens are the student's (hidden: of which the
+    head alone is read). Teachers remote and samples: the endpoint's name for the model, where it has several."""
     teacher_url: str = ""
     """OpenAI-compatible endpoint of teachers remote and samples, http://HOST:PORT/v1, whose /completions takes token
-    ids; the key is OPENAI_API_KEY of the environment."""
+    ids; the key is OPENAI_API_KEY of the environment. Teacher hidden: http://HOST:PORT of a serve_teacher."""
     teacher_top: int = _number(20, AT_LEAST_1)
     """Tokens whose log-probs teacher remote is asked for; the others are one bucket."""
     teacher_requests: int = _number(8, AT_LEAST_1)
@@ -353,15 +353,17 @@ class Config:
             self._expect("feedback none, for another model than the student,", {"teacher": OTHER_MODELS})
         if feedback_kind is not None and not feedback_kind.has_demonstration:
             self._expect(f"feedback {self.feedback}", {"teacher_reads": ("text", "both")})
-        endpoint = self.teacher in ("remote", "samples")
-        if bool(self.teacher_model) != (self.teacher == "local") and not endpoint:
+        names_tokens = self.teacher in ("remote", "samples")
+        endpoint = names_tokens or self.teacher == "hidden"
+        if bool(self.teacher_model) != (self.teacher in ("local", "hidden")) and not names_tokens:
             raise ValueError(
-                f"[teacher_model] belongs to teacher local: got {self.teacher_model!r} with teacher {self.teacher}"
+                f"[teacher_model] belongs to teachers local and hidden: got {self.teacher_model!r} with teacher "
+                f"{self.teacher}"
             )
         if not (self.teacher_url.startswith(("http://", "https://")) if endpoint else not self.teacher_url):
             raise ValueError(
-                "[teacher_url] teachers remote and samples take http://HOST:PORT/v1, others none: got "
-                f"{self.teacher_url!r} with teacher {self.teacher}"
+                "[teacher_url] teachers remote and samples take http://HOST:PORT/v1, hidden without /v1, others none: "
+                f"got {self.teacher_url!r} with teacher {self.teacher}"
             )
         if bool(self.teacher_store) != (self.teacher == "stored"):
             raise ValueError(
@@ -369,7 +371,7 @@ class Config:
             )
         if self.teacher == "stored":
             self._expect("teacher stored", {"rollouts": ("none",)})
-        if endpoint:
+        if names_tokens:
             self.check_partial_teacher(f"teacher {self.teacher}", keeps_temperature=self.teacher == "remote")
         if self.rollout_url:
             if not self.rollout_url.startswith(("http://", "https://")):
@@ -462,7 +464,7 @@ def as_text(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-OTHER_MODELS = ("local", "remote", "samples", "stored")
+OTHER_MODELS = ("local", "remote", "samples", "hidden", "stored")
 """Teachers that know more than the student without having read more."""
 PRESETS: dict[str, dict[str, Any]] = {
     "distil": {"objective": "forward_ce", "cost": "ce", "credit_span": "future", "teacher": "frozen"},

@@ -34,7 +34,7 @@ class Endpoint:
         self.option, self.url = option, url.rstrip("/")
         self._has_answered = False
 
-    def ask(self, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> dict[str, Any]:
+    def ask_bytes(self, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> bytes:
         """The server's answer to a POST, or to a GET if there is no body.
 
         Args:
@@ -42,7 +42,7 @@ class Endpoint:
 
         Raises:
             Refused: it refuses the request.
-            ValueError: the server does not answer, or its answer is no JSON object.
+            ValueError: the server does not answer.
         """
         request = Request(self.url + path, None if body is None else json.dumps(body).encode())
         request.add_header("Content-Type", "application/json")
@@ -52,9 +52,9 @@ class Endpoint:
         for wait in (*WAITS, None):
             try:
                 with urlopen(request, timeout=TIMEOUT if timeout is None else timeout) as response:
-                    content = response.read()
+                    content: bytes = response.read()
                 self._has_answered = True
-                break
+                return content
             except HTTPError as error:
                 message, repeats = f"{error.code} {error.reason}, {_body(error)}", error.code in BUSY
                 kind = ValueError if repeats else Refused
@@ -63,6 +63,16 @@ class Endpoint:
             if wait is None or not repeats:
                 raise kind(f"[{self.option}] {self.url}{path}: {message}")
             time.sleep(wait)
+        raise AssertionError  # the last turn returns or raises
+
+    def ask(self, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> dict[str, Any]:
+        """The same, of a server that answers with a JSON object.
+
+        Raises:
+            Refused: the server refuses the request.
+            ValueError: it does not answer, or its answer is something else.
+        """
+        content = self.ask_bytes(path, body, timeout)
         try:
             answer = json.loads(content)
         except ValueError:

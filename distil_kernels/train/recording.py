@@ -16,6 +16,7 @@ from distil_kernels.train.rollouts.packed_batch import PackedBatch
 from distil_kernels.train.rollouts.prompt_group import PromptGroup
 from distil_kernels.train.run.checkpoint import fingerprint
 from distil_kernels.train.teachers.base import HiddenTarget
+from distil_kernels.train.teachers.hidden_states import HiddenTeacher
 from distil_kernels.train.teachers.in_process import InProcessTeacher
 from distil_kernels.train.teachers.store import DTYPES, StoreWriter, rows_of, sequence_key, top_logprobs
 from distil_kernels.train.teachers.stored import sources
@@ -27,10 +28,17 @@ def check_recording(config: Config, payload: str) -> None:
         raise ValueError("[rollouts] record_teacher writes what is learnt without rollouts: expected none (preset kd)")
     if config.teacher in ("live", "ema", "stored"):
         raise ValueError(f"[teacher] record_teacher takes one that stays as it is, got {config.teacher}")
-    if payload == "hidden" and config.teacher_url:
+    if payload == "hidden" and config.teacher in ("remote", "samples"):
         raise ValueError(f"[payload] teacher {config.teacher} gives log-probs: expected topk, got hidden")
     if payload == "topk" and config.teacher_temperature != 1.0 and config.teacher != "samples":
         raise ValueError(f"[teacher_temperature] payload topk takes 1.0, got {config.teacher_temperature}")
+
+
+def _weights(teacher: InProcessTeacher | HiddenTeacher) -> str:
+    """The same for the same weights behind the same kind of teacher."""
+    if isinstance(teacher, HiddenTeacher):
+        return teacher.digest.hex()
+    return hashlib.sha256(repr(fingerprint(teacher.lm.model)).encode()).hexdigest()
 
 
 class Recording:
@@ -49,9 +57,8 @@ class Recording:
             **sources(config, parts.models.tokenizer),
         }  # fmt: skip
         head = None
-        if isinstance(teacher, InProcessTeacher):
-            sums = fingerprint(teacher.lm.model)
-            origin["weights"] = hashlib.sha256(repr(sums).encode()).hexdigest()
+        if isinstance(teacher, (InProcessTeacher, HiddenTeacher)):
+            origin["weights"] = _weights(teacher)
             if self._is_hidden:
                 weight, bias, origin["logit_scale"], softcap = teacher.head
                 origin["logit_softcap"] = str(softcap)

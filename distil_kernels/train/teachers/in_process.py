@@ -7,8 +7,8 @@ model of the same vocabulary.
     local     any other causal LM with the student's tokens; its head is brought to the size of the student's
 
 The frozen teacher of a student with new adapters is the same model with its adapters off and costs no memory; where the
-adapters were trained before it is a second set of them, and so is an ema teacher. The kinds `remote` and `samples` have
-no weights here: `remote.RemoteTeacher`.
+adapters were trained before it is a second set of them, and so is an ema teacher. The kinds `remote`, `samples`,
+`hidden` and `stored` have no body here.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from distil_kernels.hf import CausalLM
 from distil_kernels.train.config import Config
 from distil_kernels.train.models import loading
+from distil_kernels.train.models.heads import named_end_ids
 from distil_kernels.train.models.reading import Reader, reader
 from distil_kernels.train.models.sharding import local_shard, split_sharded, unsharded, unsharded_heads
 from distil_kernels.train.models.state import load_model_state, model_state
@@ -74,7 +75,7 @@ class InProcessTeacher:
             assert other is not None
             other = other.requires_grad_(False).eval().to(student.weight.device)
             with unsharded(other):
-                self.lm = reader(_with_head_like(split_sharded(other), student), reading, autocast=student.autocast)
+                self.lm = reader(with_head_like(split_sharded(other), student), reading, autocast=student.autocast)
         else:
             start = other or copied(student.model)
             with unsharded(start):
@@ -165,6 +166,9 @@ def other_model(
         ends = {*loading.end_ids(student, tokenizer), *loading.end_ids(model, teacher_tokenizer)}
         student.generation_config.eos_token_id = sorted(ends)
         return model
+    if config.teacher == "hidden":
+        ends = {*loading.end_ids(student, tokenizer), *named_end_ids(config.teacher_model)}
+        student.generation_config.eos_token_id = sorted(ends)
     copies = config.teacher == "ema" or (config.teacher == "frozen" and not config.lora_rank)
     return copied(student, copies_all=True) if is_sharded and copies else None
 
@@ -184,7 +188,7 @@ def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedToken
         )
 
 
-def _with_head_like(lm: CausalLM, student: CausalLM) -> CausalLM:
+def with_head_like(lm: CausalLM, student: CausalLM) -> CausalLM:
     """The teacher with the student's vocabulary: further rows of its head are cut off, missing ones have probability
     0."""
     rows, wanted = lm.vocab_size, student.vocab_size

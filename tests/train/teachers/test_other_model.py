@@ -140,7 +140,7 @@ def test_what_the_loss_cannot_express_is_said() -> None:
     with pytest.raises(ValueError, match=r"\[teacher_model\] its head has 250 rows, .* capped logits cannot say"):
         InProcessTeacher(lm, "local", 0.0, capped(vocab_size=250))
     for given in ({"teacher": "local"}, {"teacher_model": "somewhere"}):
-        with pytest.raises(ValueError, match=r"\[teacher_model\] belongs to teacher local"):
+        with pytest.raises(ValueError, match=r"\[teacher_model\] belongs to teachers local"):
             Config(**given).check()
 
 
