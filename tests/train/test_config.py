@@ -213,7 +213,9 @@ def documented() -> list[str]:
     """Commands of README and docs/training.md without a subcommand, one line each."""
     root = Path(__file__).parents[2]
     text = "".join((root / name).read_text() for name in ("README.md", "docs/training.md")).replace("\\\n", " ")
-    lines = [line.split(" #")[0] for line in text.splitlines() if line.startswith("    python -m distil_kernels.train")]
+    lines = [
+        line.split(" #")[0] for line in text.splitlines() if line.startswith("    python -m distil_kernels.train ")
+    ]
     return [line for line in lines if " --" in line and "--help" not in line]
 
 
