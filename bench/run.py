@@ -143,7 +143,7 @@ def _selected(case: Case, ours: list[str], peers: list[str]) -> list[Candidate]:
     """The candidates of a case whose names contain one of the given words."""
 
     def is_selected(candidate: Candidate) -> bool:
-        names = ours if candidate.group in ("ours", "approximate") else peers
+        names = ours if candidate.group in ("ours", "approximate", "cost") else peers
         return names == ["all"] or (names != ["none"] and any(name in candidate.name for name in names))
 
     return [c for c in candidates(case.op, torch.device(case.device), case.torch_dtype) if is_selected(c)]

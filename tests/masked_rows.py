@@ -103,7 +103,7 @@ SCALAR = {
     "distil, terms": lambda *arguments, **options: _distil(
         *arguments, distil_weight=arguments[0].token_weight, advantages=arguments[0].floats, labels=arguments[0].tokens,
         old_logprobs=arguments[0].floats, label_smoothing=0.1, z_loss_weight=0.1, entropy_weight=0.1,
-        reference_logprobs=arguments[0].floats - 6.0, **options,
+        reference_logprobs=arguments[0].floats - 9.0, reference_weight=1e-3, **options,
     ),
     "distil, mean": lambda *arguments, **options: _distil(*arguments, baseline="position_mean", **options),
 }  # fmt: skip
@@ -120,7 +120,8 @@ TOPK = {
         label_smoothing=0.1,
         z_loss_weight=0.1,
         entropy_weight=0.1,
-        reference_logprobs=arguments[0].floats,
+        reference_logprobs=arguments[0].floats - 9.0,
+        reference_weight=1e-3,
         **options,
     ),
     "topk_distil, no span": lambda *arguments, **options: _topk_distil(*arguments, credit_span="none", **options),
