@@ -26,6 +26,7 @@ from timing import forward_backward, interleaved, keep_freed_memory
 import distil_kernels as dk
 from distil_kernels.backends import FORWARD_CE, LogitPair, LogitTransform, cpu
 from distil_kernels.engine import gemm
+from distil_kernels.extras import require
 
 ROW_STATS_OPERATIONS, ROW_GRAD_OPERATIONS = 46, 36
 """Operations per logit pair: two exponentials of 15, and the sums and differences around them (csrc/row_math.h)."""
@@ -52,6 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", metavar="PATH")
     parser.add_argument("--plot", metavar="DIR")
     options = parser.parse_args(arguments)
+    if options.plot:
+        require("bench/roofline.py", "studies", "matplotlib")
     torch.set_num_threads(options.threads)
     header = machine.header("cpu", options.threads)
     if keep_freed_memory():

@@ -48,7 +48,7 @@ from cases import (
 from peers import Candidate, candidates, default_plan
 from timing import Call, Timing, bare_products, forward_backward, interleaved, keep_freed_memory, with_progress
 
-from distil_kernels.extras import missing_packages
+from distil_kernels.extras import require
 
 OPS = ("ce", "distil", "terms", "stats", "frozen", "jsd")
 DEFAULT_SHAPES = {"cpu": ["1024x49152x576"], "cuda": ["8192x151936x4096"]}
@@ -111,8 +111,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", metavar="DIR", help="PNG and SVG of time and memory against N and V")
     parser.add_argument("--render", nargs="+", metavar="JSON", help="print earlier runs as Markdown")
     options = parser.parse_args(arguments)
-    if options.plot and (line := missing_packages(("matplotlib",), "studies")):
-        parser.exit(2, f"bench/run.py: {line}\n")
+    if options.plot:
+        require("bench/run.py", "studies", "matplotlib")
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.device == "cuda" and not torch.cuda.is_available():

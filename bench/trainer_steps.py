@@ -17,13 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from timing import reset_high_water, resident_bytes
 
-from distil_kernels.train.build import build
 from distil_kernels.train.config import Config
-from distil_kernels.train.models import loading
-from distil_kernels.train.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -77,6 +73,8 @@ class Work:
     @staticmethod
     def of(config: Config, steps: int, endless: bool, threads: int) -> Work:
         """Our trainer's batches; `endless` completions run to the limit of their length."""
+        from distil_kernels.train.build import build
+
         parts = build(config, Path())
         tutor = parts.data.tutor
         groups = [group for _ in range(steps) for group in next(parts.data.batches)]
@@ -130,6 +128,11 @@ def work_through(name: str, work: Work, pipe: Connection) -> None:
 
 
 def _ours(work: Work, gate: Gate, folder: Path) -> None:
+    from rich.console import Console
+
+    from distil_kernels.train.build import build
+    from distil_kernels.train.trainer import Trainer
+
     class Ours(Trainer):
         def roll_out(self, groups: Any, *rest: Any) -> None:
             super().roll_out(groups, *rest)
@@ -221,7 +224,7 @@ def _sdpo(peer: Peer, work: Work, gate: Gate, options: dict[str, Any]) -> Any:
         reprompt_template="{feedback}",
         feedback_template="{feedback_raw}",
     )
-    model, tokenizer = loading.load(config.model)
+    model, tokenizer = _load(config.model)
     columns = {
         "prompt": [_as_text(tokenizer, ids) for ids in work.prompts],
         "privileged_context": [_as_text(tokenizer, ids) for ids in work.teacher_prompts],
@@ -243,7 +246,7 @@ def _distillation(peer: Peer, work: Work, gate: Gate, options: dict[str, Any]) -
             gate.rolled_out([ids[mask].tolist() for ids, mask in rows])
             return prepared
 
-    model, tokenizer = loading.load(work.config.model)
+    model, tokenizer = _load(work.config.model)
     arguments = DistillationConfig(**options, max_completion_length=work.config.max_new_tokens, shuffle_dataset=False)
     prompts = [_as_text(tokenizer, ids) for ids in work.repeated_prompts()]
     trainer = Theirs(
@@ -268,7 +271,7 @@ def _gkd(peer: Peer, work: Work, gate: Gate, options: dict[str, Any]) -> Any:
             gate.rolled_out([ids[labels != -100].tolist() for ids, _, labels in zip(*outputs, strict=True)])
             return outputs
 
-    model, tokenizer = loading.load(work.config.model)
+    model, tokenizer = _load(work.config.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
     def collate(records: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -288,7 +291,7 @@ def _gkd(peer: Peer, work: Work, gate: Gate, options: dict[str, Any]) -> Any:
 
 def _other_teacher(work: Work) -> Any:
     """The same model, but for its last norm: a teacher from which there is something to learn."""
-    teacher, _ = loading.load(work.config.model)
+    teacher, _ = _load(work.config.model)
     with torch.no_grad():
         teacher.base_model.norm.weight.mul_(0.9)
     return teacher
@@ -296,6 +299,13 @@ def _other_teacher(work: Work) -> Any:
 
 def _reward(completions: list[str], answer: list[str], **_: Any) -> list[float]:
     return [float(text.strip() == right) for text, right in zip(completions, answer, strict=True)]
+
+
+def _load(name: str) -> tuple[Any, Any]:
+    """Model and tokenizer."""
+    from distil_kernels.train.models import loading
+
+    return loading.load(name)
 
 
 def _as_text(tokenizer: Any, ids: list[int]) -> str:

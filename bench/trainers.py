@@ -39,6 +39,7 @@ import torch
 from timing import Timing, interleaved
 from trainer_steps import TRAINERS, Work, work_through
 
+from distil_kernels.extras import require
 from distil_kernels.train.config import PRESETS, Config
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -65,6 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.render:
         print("\n\n".join(markdown(json.loads(Path(path).read_text())) for path in options.render))
         return
+    require("bench/trainers.py", "train", "accelerate", "rich", "transformers")
     torch.set_num_threads(options.threads)
     names = [name for name in TRAINERS if name == "ours" or any(word in name for word in options.trainers)]
     if missing := [name for name in ("trl", "datasets") if importlib.util.find_spec(name) is None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 
 EXTRAS = {
     "train": frozenset(
@@ -24,12 +25,21 @@ def missing_package(error: ModuleNotFoundError) -> str | None:
     return None if extra is None else _line([name], extra)
 
 
-def missing_packages(names: tuple[str, ...], extra: str) -> str | None:
-    """Returns the line for those modules that cannot be imported, or None; `extra` has all of them."""
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    return _line(missing, extra) if missing else None
+def require(program: str, extra: str, *names: str) -> None:
+    """Ends a program with the line and status 2 where one of these modules, which `extra` has, cannot be imported."""
+    if missing := [name for name in names if not _is_installed(name)]:
+        print(f"{program}: {_line(missing, extra)}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ValueError:  # None in sys.modules: somebody hides it
+        return False
 
 
 def _line(names: list[str], extra: str) -> str:
-    what = f"the package {names[0]} is" if len(names) == 1 else f"the packages {' and '.join(names)} are"
+    *others, last = names
+    what = f"the packages {', '.join(others)} and {last} are" if others else f"the package {last} is"
     return f"{what} not installed: pip install 'distil-kernels[{extra}]'"

@@ -18,15 +18,18 @@ from __future__ import annotations
 import copy
 import random
 import sys
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from distil_kernels import DistilLoss, fused_distil_loss
+from distil_kernels.extras import require
 from distil_kernels.hf import CausalLM, split
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 STEPS = 24
 PROBLEMS_PER_STEP = 4
@@ -114,6 +117,8 @@ def distil_loss(student: CausalLM, teacher: CausalLM, rollouts: list[Rollout], r
 
 
 def main(name: str = "HuggingFaceTB/SmolLM2-135M-Instruct") -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     torch.manual_seed(0)
     generator = random.Random(0)
 
@@ -163,4 +168,5 @@ def main(name: str = "HuggingFaceTB/SmolLM2-135M-Instruct") -> None:
 
 
 if __name__ == "__main__":
+    require("examples/distil.py", "train", "transformers")
     main(*sys.argv[1:])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import distil_kernels
-from distil_kernels.extras import missing_packages
+from distil_kernels.extras import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,8 +34,7 @@ RC_PARAMS: Any = {
 
 def require_packages(parser: argparse.ArgumentParser, *names: str) -> None:
     """Ends the program with the command that installs matplotlib, rich and `names`, where one of them is missing."""
-    if line := missing_packages(("matplotlib", "rich", *names), "studies"):
-        parser.exit(2, f"{parser.prog}: {line}\n")
+    require(parser.prog, "studies", "matplotlib", "rich", *names)
 
 
 def versions() -> str:

@@ -13,7 +13,7 @@ import pytest
 from distil_kernels.extras import EXTRAS, missing_package
 
 ROOT = Path(__file__).parents[1]
-HIDDEN = sorted(frozenset({"datasets", "tokenizers"}).union(*EXTRAS.values()) - {"jinja2", "numpy"})
+HIDDEN = sorted(frozenset({"datasets", "tokenizers", "triton"}).union(*EXTRAS.values()) - {"jinja2", "numpy"})
 """Without those that torch may bring along."""
 RUN = f"""
 import runpy, sys
@@ -43,6 +43,10 @@ def run(*command: object) -> subprocess.CompletedProcess[str]:
         (["studies.compare", "--quick"], "packages matplotlib and rich are", "studies"),
         (["studies.theory"], "packages matplotlib and rich are", "studies"),
         (["bench/run.py", "--render", "x.json", "--plot", "{folder}"], "package matplotlib is", "studies"),
+        (["bench/roofline.py", "--plot", "{folder}"], "package matplotlib is", "studies"),
+        (["bench/trainers.py", "--json", "{folder}/x.json"], "packages accelerate, rich and transformers are", "train"),
+        (["bench/gpu/resources.py", "amd"], "package triton is", "dev"),
+        (["examples/distil.py", "{folder}"], "package transformers is", "train"),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
 )
@@ -55,9 +59,12 @@ def test_a_program_without_its_extra_says_what_to_install(command, packages, ext
 
 
 @pytest.mark.slow
-def test_help_needs_no_package():
-    process = run("distil_kernels.train", "--help")
-    assert process.returncode == 0 and "--teacher" in process.stdout
+@pytest.mark.parametrize(
+    ("program", "option"), [("distil_kernels.train", "--teacher"), ("bench/trainers.py", "--trainers")]
+)
+def test_help_needs_no_package(program, option):
+    process = run(program, "--help")
+    assert process.returncode == 0 and option in process.stdout
 
 
 def test_another_missing_module_is_no_package_of_an_extra():

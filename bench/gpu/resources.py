@@ -25,6 +25,8 @@ from typing import NamedTuple
 import sass
 import torch
 
+from distil_kernels.extras import require
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -172,6 +174,8 @@ def _ptxas(output: str, target: str) -> Iterator[Resources]:
 def main(names: list[str]) -> int:
     table: list[Resources] = []
     instructions: list[sass.Count] = []
+    if set(names) != {"cuda"}:
+        require("bench/gpu/resources.py", "dev", "triton")
     if not names or "triton" in names:
         table += triton_resources(NVIDIA)
     if not names or "amd" in names:
