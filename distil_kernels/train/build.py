@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from distil_kernels.train.batches import Batches
 from distil_kernels.train.config import Config
 from distil_kernels.train.evaluate import Evaluator
+from distil_kernels.train.feedback.expert import expert_kind
 from distil_kernels.train.feedback.kinds import FeedbackKind, feedback_kind
 from distil_kernels.train.feedback.prompts import Prompts
 from distil_kernels.train.feedback.tutor import Tutor
@@ -122,6 +123,7 @@ def build(config: Config, directory: Path) -> Parts:
     task = make_task(config.task, config.seed, config.show_private_tests, config.skip_bad_records)
     seconds = math.inf if config.judge_seconds is None else config.judge_seconds
     kind = feedback_kind(config.feedback, seconds, CHARACTERS_PER_TOKEN * config.max_prompt_tokens)
+    kind = expert_kind(config) if config.feedback == "expert" else kind
     check_backend(config.backend, accelerator)
     models = build_models(config, accelerator, processes)
     data = build_data(config, models, task, kind, processes)

@@ -123,14 +123,30 @@ class Config:
     feedback: str = "correction"
     """Feedback on an answer: correction (the expert's answer), trace (what happened when it was run), both, siblings
     (another rollout's right answer; a rollout without one is left out), self_evaluation (the student's critique of
-    it), module:function, called with problem and answer, or none: the teacher reads what the student reads."""
+    it), expert (that of expert_url), module:function, called with problem and answer, or none: the teacher reads what
+    the student reads."""
     teacher_reads: Literal["text", "demonstration", "both"] = "text"
     """What the teacher is shown: the feedback in words, the question answered once before, or both."""
     judge_seconds: float | None = _number(120.0, POSITIVE)
     """Time limit of a module:function for an answer, which has no verdict then. Of a text that it returns no more is
     read than 16 characters for each of max_prompt_tokens."""
     max_critique_tokens: int = _number(48, AT_LEAST_1)
-    """Length limit of a critique (feedback self_evaluation)."""
+    """Length limit of a critique (feedback self_evaluation and expert)."""
+    expert_url: str = ""
+    """Feedback expert: OpenAI-compatible endpoint, http://HOST:PORT/v1, whose /chat/completions reads the question and
+    the student's answer; the key is OPENAI_API_KEY of the environment."""
+    expert_model: str = ""
+    """The endpoint's name for the expert, where it has several."""
+    expert_instruction: str = "Is this answer right? Say yes or no, and what the correct answer is."
+    """What the expert is asked after question and answer."""
+    expert_requests: int = _number(4, AT_LEAST_1)
+    """Requests to expert_url that are under way together."""
+    expert_cache: str = ""
+    """Directory of what the expert said, which is not asked for again; empty: expert_cache in runs_dir."""
+    expert_prompt_price: float = _number(0.0, AT_LEAST_0)
+    """Price of a million tokens that the expert reads, for the record of the cost (expert_cost)."""
+    expert_completion_price: float = _number(0.0, AT_LEAST_0)
+    """Price of a million tokens that the expert writes."""
 
     # Teacher
     teacher: Literal["frozen", "ema", "live", "local", "remote", "samples", "hidden", "stored"] = "frozen"
@@ -287,7 +303,7 @@ class Config:
         model = self.model if self.model == Config.model else absolute(self.model)
         return replace(
             self, model=model, task=task, teacher_model=absolute(self.teacher_model),
-            teacher_store=absolute(self.teacher_store),
+            teacher_store=absolute(self.teacher_store), expert_cache=absolute(self.expert_cache),
         )  # fmt: skip
 
     def remarks(self) -> list[str]:
@@ -348,6 +364,12 @@ class Config:
             raise ValueError(
                 f"[rollouts_per_prompt] {option_name} compares rollouts of a prompt: expected at least 2, got "
                 f"{self.rollouts_per_prompt}"
+            )
+        is_url = self.expert_url.startswith(("http://", "https://"))
+        if not (is_url if self.feedback == "expert" else not self.expert_url):
+            raise ValueError(
+                "[expert_url] feedback expert takes http://HOST:PORT/v1, others none: got "
+                f"{self.expert_url!r} with feedback {self.feedback}"
             )
         if feedback_kind is not None and not feedback_kind.is_read and self.objective != "policy_gradient":
             self._expect("feedback none, for another model than the student,", {"teacher": OTHER_MODELS})

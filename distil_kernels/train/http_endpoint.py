@@ -58,6 +58,7 @@ class Endpoint:
             except HTTPError as error:
                 message, repeats = f"{error.code} {error.reason}, {_body(error)}", error.code in BUSY
                 kind = ValueError if repeats else Refused
+                wait = None if wait is None else max(wait, _retry_after(error))
             except (OSError, HTTPException) as error:
                 message, repeats, kind = str(error) or type(error).__name__, self._has_answered, ValueError
             if wait is None or not repeats:
@@ -84,6 +85,14 @@ class Endpoint:
     def unexpected(self, path: str, answer: Any, expected: str) -> ValueError:
         """The error to raise when an answer has not the expected form."""
         return ValueError(f"[{self.option}] {self.url}{path} gave {short(answer)}, expected {expected}")
+
+
+def _retry_after(error: HTTPError) -> float:
+    """The seconds that a busy server asks to wait, at most a minute; 0 if it names none."""
+    try:
+        return min(60.0, float(error.headers.get("Retry-After") or 0))
+    except ValueError:  # a date
+        return 0.0
 
 
 def _body(error: HTTPError) -> str:

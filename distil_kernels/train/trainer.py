@@ -154,6 +154,7 @@ class Trainer:
             "grad_norm": grad_norm,
             "num_skipped_updates": num_skipped_updates,
             "learning_rate": learning_rate,
+            **self._spent(),
             "num_skipped_problems": self.batches.num_skipped,
             "num_left_out_records": len(getattr(self.tutor.task, "left_out", ())),
             "tokens_per_second": num_tokens / seconds,
@@ -237,6 +238,11 @@ class Trainer:
             self.accelerator.backward(loss)
         return loss.detach(), sums
 
+    def _spent(self) -> dict[str, float]:
+        """What feedback has cost all processes since the last record."""
+        parts = self.processes.gather([self.tutor.spent()])
+        return {name: sum(part[name] for part in parts) for name in parts[0]}
+
     def _held_out_logprob(self, timer: PhaseTimer) -> float | None:
         """The log-prob of held-out right answers under the student; None in a step that does not record it."""
         if not self.config.held_out_every or (self.step + 1) % self.config.held_out_every:
@@ -303,8 +309,11 @@ class Trainer:
             seconds = time.perf_counter() - start
             with self.processes.all_or_none():
                 rollouts = self._held_out_rollouts() if result is not None and self.processes.is_main else []
+        spent = self._spent()
         if result is not None:
-            self.log.add({"kind": "evaluation", "step": self.step, **asdict(result), "seconds": seconds}, rollouts)
+            self.log.add(
+                {"kind": "evaluation", "step": self.step, **asdict(result), "seconds": seconds, **spent}, rollouts
+            )
             self.evaluated_step = self.step
             self.console.print(output.evaluation_line(self.step, result), style="bold", highlight=False)
             self.pages.write()

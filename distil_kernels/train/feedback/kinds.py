@@ -124,6 +124,8 @@ FEEDBACK = {
     "self_evaluation": FeedbackKind(
         self_evaluation_feedback, _from_self_evaluation, depends_on_rollout=True, has_demonstration=False
     ),
+    # `expert.expert_kind` gives the row its endpoint.
+    "expert": FeedbackKind(self_evaluation_feedback, _as_verified, depends_on_rollout=True, has_demonstration=False),
     "none": FeedbackKind(no_feedback, _as_verified, depends_on_rollout=False, has_demonstration=False, is_read=False),
 }
 

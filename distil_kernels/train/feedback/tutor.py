@@ -6,7 +6,7 @@ scores of a problem's rollouts -> feedback -> teacher prompt        `give_feedba
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from distil_kernels.train.feedback.kinds import FeedbackFn, FeedbackKind, Verifier
@@ -36,6 +36,11 @@ class Tutor:
     def of(kind: FeedbackKind, task: Task, prompts: Prompts, max_critique_tokens: int) -> Tutor:
         respond = kind.respond(prompts, max_critique_tokens)
         return Tutor(task, prompts, kind.verifier, respond, kind.verifies_any_text, kind.is_read)
+
+    def spent(self) -> dict[str, float]:
+        """What the feedback has cost since the last call, by the names of metrics.jsonl; empty if it costs nothing."""
+        found: Callable[[], dict[str, float]] = getattr(self.respond, "spent", dict)
+        return found()
 
     def for_task(self, task: Task) -> Tutor:
         """The same tutor for another task."""

