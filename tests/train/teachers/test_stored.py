@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from runs import metrics
+from served import serving
 from tiny import save_tiny_model
 
 from distil_kernels.train.__main__ import main
+from distil_kernels.train.serve_teacher import TeacherServer
 from distil_kernels.train.teachers import store as store_module
 from distil_kernels.train.teachers.base import TopKTarget
 from distil_kernels.train.teachers.store import DTYPES, Store, rows_of, topk_of
@@ -93,6 +96,48 @@ def test_a_run_from_log_probs_is_that_of_the_teachers_top(
     for ours, theirs in zip([r for r in found if r["kind"] == "step"], direct, strict=True):
         assert ours["ce"] == pytest.approx(theirs["ce"], rel=3e-3)
         assert ours["tail"] == pytest.approx(0.0, abs=1e-5) and ours["unmapped"] == 0
+
+
+def test_a_resumed_run_repeats_an_uninterrupted_one_and_is_evaluated(
+    tiny_model: Path, task: str, hidden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored = ("--teacher", "stored", "--teacher_store", str(hidden), "--checkpoint_every", "2")
+    whole = run(tiny_model, task, tmp_path, "whole", *stored)
+    run(tiny_model, task, tmp_path, "parts", *stored, "--steps", "2")
+    assert main(["--resume", str(tmp_path / "parts"), "--steps", "4"]) == 0
+    steps, found = ([r for r in rs if r["kind"] == "step"] for rs in (whole, metrics(tmp_path / "parts")))
+    assert found == steps
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "parts")]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["teacher"] is None
+
+
+@pytest.mark.slow
+def test_teachers_behind_servers_can_be_recorded(
+    tiny_model: Path, expert: Path, task: str, hidden: Path, tmp_path: Path
+) -> None:
+    """Hidden states of a server are those of the model here, and so are a server's log-probs."""
+    common = ["--model", str(tiny_model), "--task", task, *OPTIONS, "--steps", "1", "--dtype", "float32"]
+    server = TeacherServer(str(expert), "127.0.0.1", 0, "float32")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = ["--teacher", "hidden", "--teacher_url", server.url, "--teacher_model", str(expert)]
+    try:
+        assert main(["record_teacher", str(tmp_path / "states"), *common, *url, "--payload", "hidden"]) == 0
+        assert main(["record_teacher", str(tmp_path / "local"), *common, *local(expert), "--teacher_top", "6"]) == 0
+    finally:
+        server.close()
+    with serving(expert, "vllm") as other:
+        url = ["--teacher", "remote", "--teacher_url", other.url, "--teacher_top", "6"]
+        assert main(["record_teacher", str(tmp_path / "served"), *common, *url]) == 0
+        assert main(["record_teacher", str(tmp_path / "no"), *common, *url, "--payload", "hidden"]) == 2
+    for name, with_name in (("states", hidden), ("served", tmp_path / "local")):
+        ours, theirs = Store(tmp_path / name, "STORE"), Store(with_name, "STORE")
+        assert 0 < len(ours) <= len(theirs)
+        for key in ours._places:
+            found, wanted = ours.rows([key]), theirs.rows([key])
+            assert found is not None and wanted is not None
+            for part in found:
+                torch.testing.assert_close(found[part], wanted[part], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
