@@ -4,14 +4,13 @@ Our candidates, one per back end and plan, then the libraries that people use to
 built, never copied. `verify.py` compares value and gradients with float64 before a candidate may be timed. A candidate
 that cannot run here gives the reason.
 
-Install the peers beside a torch that stays as it is (they are pure Python; plain `pip install liger-kernel` and the
-like may pull another torch and its CUDA packages):
+INSTALL puts the peers beside a torch that stays as it is (they are pure Python; plain `pip install liger-kernel` and
+the like may pull another torch and its CUDA packages). Kernels in CuTe, for a Hopper or later:
 
-    pip install --no-deps liger-kernel trl torchtune flash-linear-attention fla-core cut-cross-entropy orda-kernel
-    pip install --no-deps quack-kernels && pip install nvidia-cutlass-dsl     kernels in CuTe, for a Hopper or later
+    pip install --no-deps quack-kernels && pip install nvidia-cutlass-dsl
 
-TRL's trainers also import transformers, accelerate and datasets. `pip install -e .[bench]` installs all of it with
-dependencies, for a machine where that is wanted; there, pin torch in a constraints file.
+`pip install -e .[bench]` installs all of it with dependencies, where that is wanted; there, pin torch in a
+constraints file.
 """
 
 from __future__ import annotations
@@ -36,6 +35,11 @@ from distil_kernels.plan import Shape, choose_plan
 
 Loss = Callable[[CaseInputs], Tensor]
 
+INSTALL = (
+    "pip install 'distil-kernels[train]' datasets && pip install --no-deps liger-kernel trl torchtune "
+    "flash-linear-attention fla-core cut-cross-entropy orda-kernel"
+)
+
 GRADIENT_THRESHOLDS = (1e-5, 5e-5, 1e-3)
 """Thresholds relative to the row's largest entry of the logits' gradient."""
 
@@ -59,12 +63,19 @@ class Candidate:
     backend_unavailable: str | None = None
     """The reason why the back end of one of ours cannot run here."""
 
+    @property
+    def missing(self) -> list[str]:
+        """Packages that it needs and that are not installed."""
+        return [package for package in self.needs if importlib.util.find_spec(package) is None]
+
+    def waits_for_gpu(self, case: Case) -> bool:
+        return self.cuda_only and case.device != "cuda"
+
     def unavailable(self, case: Case) -> str | None:
         """The reason why it cannot run here, or None."""
-        for package in self.needs:
-            if importlib.util.find_spec(package) is None:
-                return f"{package} is not installed"
-        if self.cuda_only and case.device != "cuda":
+        if self.missing:
+            return f"{self.missing[0]} is not installed"
+        if self.waits_for_gpu(case):
             return "its kernels need a GPU"
         return self.backend_unavailable
 

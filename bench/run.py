@@ -1,6 +1,7 @@
 """Throughput, memory and accuracy of this library against everything else that computes the same.
 
     python bench/run.py                                   the shape of SmolLM2-135M, float32, all installed peers
+                                                          in some three minutes on two cores
     python bench/run.py --quick --peers none              under a minute
     python bench/run.py --shapes 512x151936x896 --dtype bf16 --threads 1 --json out.json
     python bench/run.py --processes 1 2 4                 one head on several processes (processes.py)
@@ -45,7 +46,7 @@ from cases import (
     exact_result,
     make_case_inputs,
 )
-from peers import Candidate, candidates, default_plan
+from peers import INSTALL, Candidate, candidates, default_plan
 from timing import Call, Timing, bare_products, forward_backward, interleaved, keep_freed_memory, with_progress
 
 from distil_kernels.extras import require
@@ -67,7 +68,10 @@ def main(arguments: list[str] | None = None) -> None:
         if options.device == "cpu" and keep_freed_memory():
             run["header"]["allocator"] += "; freed memory stays in the timing process"
         print(*machine.header_lines(run["header"]), sep="\n", flush=True)
-        for case in _cases(options):
+        cases = list(_cases(options))
+        if not options.processes:
+            _say_what_is_missing(cases, options.peers)
+        for case in cases:
             if options.processes:
                 run["tables"].append(processes.measure(case, options.processes, options.rounds))
                 processes.print_table(run["tables"][-1])
@@ -85,6 +89,13 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps(runs[0]))
 
 
+def _say_what_is_missing(cases: list[Case], peers: list[str]) -> None:
+    """Prints which packages the chosen peers lack that could run here, and the command that installs all of them."""
+    chosen = [each for case in cases for each in _selected(case, ["none"], peers) if not each.waits_for_gpu(case)]
+    if missing := sorted({package for each in chosen for package in each.missing}):
+        print(f"peers left out, not installed: {', '.join(missing)}\n  {INSTALL}", flush=True)
+
+
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -98,7 +109,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", choices=("auto", *DATA), default="auto", help="auto: a real model's where it fits")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=20.0, help="a slower candidate stops after its third round")
+    parser.add_argument("--seconds", type=float, default=5.0, help="a slower candidate stops after its third round")
     parser.add_argument(
         "--processes",
         nargs="+",

@@ -147,6 +147,18 @@ def test_a_row_that_was_not_timed_is_listed_with_its_reason(quick_run: tuple[str
     assert "| other |" not in text
 
 
+def test_the_first_lines_say_how_to_get_the_peers(monkeypatch, capsys) -> None:
+    found = {"liger_kernel": None, "trl": None, "fla": None}
+    find_spec = peers.importlib.util.find_spec
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: found.get(name, "trl") and find_spec("torch"))
+    run._say_what_is_missing([CASE], ["all"])
+    said, command = capsys.readouterr().out.splitlines()
+    assert said == "peers left out, not installed: liger_kernel, trl"  # fla's needs a GPU
+    assert command.strip() == peers.INSTALL and "liger-kernel trl" in command
+    run._say_what_is_missing([CASE], ["naive"])
+    assert capsys.readouterr().out == ""
+
+
 def test_a_wrong_result_gets_no_speed() -> None:
     inputs = make_case_inputs(CASE, "ordinary")
     result = exact_result("ce", inputs)
