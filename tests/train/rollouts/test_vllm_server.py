@@ -7,15 +7,10 @@ then start on a copy of the default model. The answer below is one of vLLM 0.32'
 from __future__ import annotations
 
 import math
-import os
 import socket
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import pytest
 import torch
@@ -23,6 +18,7 @@ from runs import metrics, micro_batch, set_scores, states, train, trainer
 from safetensors.torch import load_file
 from tool_model import STOP, TOKENIZER, ids
 from transformers import AutoModelForCausalLM
+from vllm_process import vllm_server
 
 from distil_kernels.train.__main__ import main
 from distil_kernels.train.config import Config
@@ -223,42 +219,8 @@ def test_nobody_answers(tiny_model: Path, tmp_path: Path, capsys: pytest.Capture
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    python = os.environ.get("VLLM_PYTHON")
-    if not python:
-        pytest.skip("VLLM_PYTHON names no Python with vLLM")
-    directory = tmp_path_factory.mktemp("served")
-    write_served(smollm2.NAME, directory / "model")
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    options = {
-        "model": str(directory / "model"), "port": str(port), "dtype": "float32", "max-model-len": "1100",
-        "logprobs-mode": "processed_logprobs",
-    }  # fmt: skip
-    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
-    command += [word for name, value in options.items() for word in (f"--{name}", value)]
-    kind = {
-        "VLLM_SERVER_DEV_MODE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    with (directory / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **kind})
-    url = f"http://127.0.0.1:{port}"
-    while not answers(url):
-        assert process.poll() is None, (directory / "log").read_text()[-3000:]
-        time.sleep(1)
-    yield url
-    process.terminate()
-    process.wait()
-
-
-def answers(url: str) -> bool:
-    try:
-        return urlopen(f"{url}/health", timeout=5).status == 200
-    except (URLError, OSError):
-        return False
+    with vllm_server(tmp_path_factory.mktemp("served"), "processed_logprobs") as url:
+        yield url
 
 
 def draws(server: str, directory: Path, model: Any, **settings: Any) -> Generate:

@@ -17,6 +17,7 @@ import torch
 from runs import QUICK, metrics, packed, train
 from served import Served, loaded, serving
 from tiny import save_tiny_model
+from vllm_process import vllm_server
 
 from distil_kernels.train import http_endpoint
 from distil_kernels.train.__main__ import main
@@ -194,14 +195,17 @@ BENT = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_server_that_bends_is_refused_before_the_run(
-    tiny_model: Path, expert: Path, tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_server_that_bends_is_refused(tiny_model: Path, expert: Path, form: str) -> None:
     for name, (change, expected) in BENT.items():
         with serving(expert, form, change) as server, pytest.raises(ValueError) as error:
             teacher(tiny_model, server.url, teacher_top=9)
         assert str(error.value).startswith("[teacher_url]") and expected in str(error.value), name
-    with serving(expert, form, BENT["a temperature"][0]) as server:
+
+
+def test_it_is_refused_before_the_run(
+    tiny_model: Path, expert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(expert, "vllm", BENT["a temperature"][0]) as server:
         arguments = ["--model", str(tiny_model), "--runs_dir", str(tmp_path), "--name", "run", *QUICK]
         assert main([*arguments, "--teacher", "remote", "--teacher_top", "9", "--teacher_url", server.url]) == 2
     message = capsys.readouterr().err
@@ -364,3 +368,28 @@ def test_requests_under_way_have_a_bound(tiny_model: Path, expert: Path) -> None
         asked = teacher(tiny_model, server.url, teacher_top=5, teacher_requests=3)
         asked.target(packed([[n] for n in range(1, 13)], list(range(12)), [[20]] * 12))
     assert most[0] == 3
+
+
+@pytest.mark.parametrize("mode", ["raw_logprobs", "processed_logprobs", "raw_logits"])
+def test_a_real_vllm(tmp_path: Path, mode: str) -> None:
+    """Its log-probs of whole sequences are those of the same model here; logits in their place are refused."""
+    with vllm_server(tmp_path, mode) as url:
+        model, tokenizer = loaded(tmp_path / "model")
+        config = Config(teacher="remote", teacher_url=f"{url}/v1")
+        if mode == "raw_logits":
+            with pytest.raises(ValueError, match=r"\[teacher_url\] .* expected at most 1: log-probs and not logits"):
+                RemoteTeacher(config, tokenizer, model.config.vocab_size, torch.device("cpu"))
+            return
+        asked = RemoteTeacher(config, tokenizer, model.config.vocab_size, torch.device("cpu"))
+        assert "prompt_logprobs" in asked.note
+        prompts = [tokenizer(text).input_ids for text in ("Q: 12, 45, 78, 33\nA:", "The capital of France is")]
+        completions = [tokenizer(text).input_ids for text in (" 78\n\n", " Paris, of", " the city")]
+        found = asked.target(packed(prompts, [0, 1, 1], completions))
+    rows = []
+    for index, done in zip([0, 1, 1], completions, strict=True):
+        with torch.no_grad():
+            rows.append(model(torch.tensor([prompts[index] + done])).logits[0, len(prompts[index]) - 1 : -1])
+    own = torch.cat(rows).log_softmax(-1)
+    assert (found.ids >= 0).all() and found.ids.shape[1] == 20
+    torch.testing.assert_close(found.logprobs, own.gather(1, found.ids), atol=1e-3, rtol=0)
+    torch.testing.assert_close(found.logprobs, own.topk(20).values, atol=1e-3, rtol=0)
