@@ -39,7 +39,7 @@ from distil_kernels.train.tasks import Task, answered_problems, held_out_problem
 from distil_kernels.train.tasks.sandbox import SANDBOX
 from distil_kernels.train.teachers.base import Teacher
 from distil_kernels.train.teachers.hidden_states import HiddenTeacher
-from distil_kernels.train.teachers.in_process import InProcessTeacher, other_model
+from distil_kernels.train.teachers.in_process import InProcessTeacher, copied, other_model
 from distil_kernels.train.teachers.remote import RemoteTeacher
 from distil_kernels.train.teachers.stored import StoredTeacher
 
@@ -54,6 +54,8 @@ class Models:
     config: Config
     student: Reader
     teacher: Teacher
+    reference: InProcessTeacher | None
+    """The model of the start, where the student is held to it."""
     tokenizer: PreTrainedTokenizerBase
     end_ids: list[int]
     """Tokens that end any answer of the student."""
@@ -142,7 +144,8 @@ def build_models(config: Config, accelerator: Accelerator, processes: Processes)
 
     # Before new adapters: the fingerprint is of the start weights. A checkpoint of adapters does not contain them, nor
     # does one of a run whose frozen teacher they are.
-    fingerprint = checkpoint.fingerprint(model) if config.teacher == "frozen" or config.trains_adapters else []
+    is_kept = config.teacher == "frozen" or config.trains_adapters or config.reference_weight > 0
+    fingerprint = checkpoint.fingerprint(model) if is_kept else []
     if config.lora_rank:
         model = with_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets)
 
@@ -152,9 +155,12 @@ def build_models(config: Config, accelerator: Accelerator, processes: Processes)
     fingerprint += checkpoint.fingerprint(other) if config.teacher == "local" else []
     end_ids = loading.end_ids(model, tokenizer)  # with those of a local teacher
 
+    has_reference = config.reference_weight > 0 and config.teacher != "frozen"  # who is the model of the start too
+    start = copied(model, copies_all=True) if is_sharded and has_reference and not config.lora_rank else None
+
     # Before the optimizer, which must see the shares of the parameters.
     if is_sharded:
-        shard([part for part in (model, other) if part], accelerator)
+        shard([part for part in (model, other, start) if part], accelerator)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # evaluation_mode: the model is placed and its forward set for autocast, without DistributedDataParallel.
     prepared = accelerator.prepare_model(model, evaluation_mode=True)
@@ -174,10 +180,16 @@ def build_models(config: Config, accelerator: Accelerator, processes: Processes)
             teacher = InProcessTeacher(
                 student, config.teacher, config.ema_rate, other, config.reading, not config.lora_continue
             )
+    reference = teacher if config.reference_weight > 0 and isinstance(teacher, InProcessTeacher) else None
+    if has_reference:
+        with accelerator.autocast():
+            reference = InProcessTeacher(
+                student, "frozen", 0.0, start, config.reading, starts_without=not config.lora_continue
+            )
     # After the teacher, whose copy of the student needs no checkpointing.
     if config.gradient_checkpointing:
         checkpoint_layers(student.model)
-    return Models(config, student, teacher, tokenizer, end_ids, trained, fingerprint)
+    return Models(config, student, teacher, reference, tokenizer, end_ids, trained, fingerprint)
 
 
 def build_data(config: Config, models: Models, task: Task, kind: FeedbackKind, processes: Processes) -> Data:

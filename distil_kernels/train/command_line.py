@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from distil_kernels.train.config import PRESETS, Config, OptionType, as_text, option_types
+from distil_kernels.train.config import PRESETS, Config, OptionType, as_text, option_types, preset_descriptions
 
 NONE = ("none", "null")
 """How None is written, where an option may be that."""
@@ -77,7 +77,8 @@ def option_parser(prog: str, description: str, positional: str = "") -> Parser:
         description=description,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
+        epilog="Presets, and where each setting is from:\n" + preset_descriptions(),
+        formatter_class=lambda prog: _HelpFormatter(prog, max_help_position=32, width=110),
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line overrides it.")
     overrides = "Options of a method; a file and the command line override them."
@@ -198,6 +199,13 @@ def _suggestion(name: str) -> str:
     """Returns the end of a message about an unknown option: the option that may be meant."""
     close = difflib.get_close_matches(name.replace("-", "_"), option_types(), n=1, cutoff=0.6)
     return f" (did you mean --{close[0]}?)" if close else " (--help lists them all)"
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Keeps the lines of a text that has some."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
 
 
 class Parser(argparse.ArgumentParser):

@@ -182,7 +182,28 @@ class Config:
     jsd_weight: float = _number(0.5, INNER_SHARE)
     """Weight of the teacher in the JSD's mixture."""
     normalize_advantages: bool = True
-    """policy_gradient divides advantages by their group's standard deviation (GRPO)."""
+    """Advantages (policy_gradient, reward_weight) are divided by their group's standard deviation (GRPO)."""
+    reward_weight: float = _number(0.0, AT_LEAST_0)
+    """Beside a teacher: weight of the rewards' clipped policy gradient, in the same pass; 0 for none."""
+    reward_on: Literal["all", "failed", "succeeded"] = "all"
+    """Which rollouts learn from their reward (its group's mean is of all)."""
+    distil_weight: float = _number(1.0, AT_LEAST_0)
+    """Weight of the cost to the teacher."""
+    distil_weight_end: float | None = _number(None, AT_LEAST_0)
+    """That weight at the last step, which it goes to in a straight line; none: it stays."""
+    distil_on: Literal["all", "failed", "succeeded"] = "all"
+    """Which rollouts learn from the teacher (SRPO: failed). With credit for later costs biased: whether a rollout is
+    distilled then depends on its tokens."""
+    question_weight: Literal["equal", "spread"] = "equal"
+    """Weight of a problem's distillation: 1, or sqrt(p (1 - p)) of its share p of right answers (SC-SDPO), which leaves
+    out problems that all or none are right of. (Biased, as distil_on.)"""
+    reference_weight: float = _number(0.0, AT_LEAST_0)
+    """Beside a teacher: weight of a penalty to the model of the start, q - log q - 1 with q its probability of the
+    token over the student's (k3 of GRPO). 0 for none; it reads the batch once more."""
+    mask_truncated: bool = False
+    """Nothing is learnt from completions that max_new_tokens cut off. (Biased towards short answers' costs.)"""
+    skip_first_tokens: int = _number(0, AT_LEAST_0)
+    """So many tokens of each completion are not distilled. (Biased.)"""
 
     # Credit for later costs
     credit_span: Literal["future", "sequence", "none"] = "future"
@@ -286,6 +307,13 @@ class Config:
             raise ValueError(f"[chat_template_kwargs] expected a JSON object, got {self.chat_template_kwargs!r}")
         return options
 
+    def distil_weight_at(self, step: int) -> float:
+        """Returns the weight of the cost to the teacher in a step, of which the first is 0."""
+        if self.distil_weight_end is None:
+            return self.distil_weight
+        share = min(1.0, step / max(1, self.steps - 1))
+        return self.distil_weight + share * (self.distil_weight_end - self.distil_weight)
+
     @property
     def trains_adapters(self) -> bool:
         """Whether adapters are trained, and not the weights."""
@@ -347,6 +375,17 @@ class Config:
                 "[top_p, top_k] the credit needs rollouts from the model's own distribution (top_p 1, top_k none), got "
                 f"top_p {self.top_p}, top_k {as_text(self.top_k)}; --off_policy insists"
             )
+        if self.objective == "policy_gradient":  # no teacher beside whom they would be
+            names = (
+                "reward_weight", "reward_on", "distil_weight", "distil_weight_end", "distil_on", "question_weight",
+                "reference_weight", "skip_first_tokens",
+            )  # fmt: skip
+            self._expect("objective policy_gradient", {name: (getattr(Config, name),) for name in names})
+        if not self.reward_weight:
+            self._expect("a run without reward_weight", {"reward_on": ("all",)})
+        if self.rollouts == "none":
+            of_rollouts = ("reward_weight", "distil_on", "question_weight", "mask_truncated")
+            self._expect("rollouts none", {name: (getattr(Config, name),) for name in of_rollouts})
         if self.credit_span == "sequence":
             sequence = {"discount": (1.0,), "horizon": (None,), "normalize_by_remaining": (False,)}
             self._expect("credit_span sequence", sequence)
@@ -355,6 +394,8 @@ class Config:
         feedback_kind = FEEDBACK.get(self.feedback)  # None: a user's function
         compares = {
             "objective policy_gradient": self.objective == "policy_gradient",
+            "reward_weight": self.reward_weight > 0,
+            "question_weight spread": self.question_weight == "spread",
             "alignment_every": self.alignment_every > 0,
             f"feedback {self.feedback}": feedback_kind is not None and feedback_kind.compares_rollouts,
             "baseline leave_one_out": self.baseline == "leave_one_out" and self.credit_span != "none",
@@ -488,12 +529,79 @@ def as_text(value: Any) -> str:
 
 OTHER_MODELS = ("local", "remote", "samples", "hidden", "stored")
 """Teachers that know more than the student without having read more."""
-PRESETS: dict[str, dict[str, Any]] = {
-    "distil": {"objective": "forward_ce", "cost": "ce", "credit_span": "future", "teacher": "frozen"},
-    "sdpo": {"objective": "reverse_kl", "credit_span": "none", "teacher": "ema", "ema_rate": 0.05},
-    "opsd": {"objective": "jsd", "jsd_weight": 0.5, "credit_span": "none", "teacher": "frozen"},
-    "grpo": {"objective": "policy_gradient", "teacher": "live"},
-    "kd": {"rollouts": "none", "rollouts_per_prompt": 1, "feedback": "none", "credit_span": "none"},
+
+
+class Setting(NamedTuple):
+    """An option's value in a preset."""
+
+    value: Any
+    source: str
+    """Where it is from."""
+
+
+_DISTIL, _SDPO, _ADVISD = "DistIL, arXiv 2606.05152", "SDPO's defaults", "AdviSD, arXiv 2609.38142"
+_SETTINGS: dict[str, dict[str, Setting]] = {
+    "distil": {
+        "objective": Setting("forward_ce", _DISTIL),
+        "cost": Setting("ce", _DISTIL),
+        "credit_span": Setting("future", _DISTIL),
+        "teacher": Setting("frozen", "ours"),
+    },
+    "sdpo": {
+        "objective": Setting("reverse_kl", _SDPO),
+        "credit_span": Setting("none", _SDPO),
+        "teacher": Setting("ema", _SDPO),
+        "ema_rate": Setting(0.05, _SDPO),
+    },
+    "opsd": {
+        "objective": Setting("jsd", "OPSD, as DistIL's paper names it"),
+        "jsd_weight": Setting(0.5, "ours"),
+        "credit_span": Setting("none", "OPSD"),
+        "teacher": Setting("frozen", "ours"),
+    },
+    "grpo": {
+        "objective": Setting("policy_gradient", "GRPO, arXiv 2402.03300"),
+        "teacher": Setting("live", "ours: a teacher that is not asked"),
+    },
+    "srpo": {
+        "objective": Setting("reverse_kl", _SDPO),
+        "credit_span": Setting("none", _SDPO),
+        "teacher": Setting("ema", _SDPO),
+        "ema_rate": Setting(0.05, _SDPO),
+        "distil_on": Setting("failed", "SRPO, arXiv 2604.02288: wrong rollouts to distillation"),
+        "reward_on": Setting("succeeded", "SRPO: right ones to GRPO"),
+        "reward_weight": Setting(1.0, "ours"),
+    },
+    "advisd": {
+        "objective": Setting("forward_ce", "ours: the divergence is not known to us"),
+        "credit_span": Setting("none", "ours"),
+        "teacher": Setting("live", "ours"),
+        "feedback": Setting("siblings", _ADVISD),
+        "reward_weight": Setting(1.0, _ADVISD + ": GRPO with distillation beside it"),
+        "distil_weight": Setting(0.3, _ADVISD),
+        "distil_weight_end": Setting(0.05, _ADVISD),
+        "distil_on": Setting("failed", "ours: how it selects is not known to us"),
+        "reference_weight": Setting(0.001, _ADVISD),
+    },
+    "kd": {
+        "rollouts": Setting("none", "distillation on a data set"),
+        "rollouts_per_prompt": Setting(1, "distillation on a data set"),
+        "feedback": Setting("none", "distillation on a data set"),
+        "credit_span": Setting("none", "distillation on a data set"),
+    },
 }
-"""Objectives as this trainer understands their papers; what is not named here keeps the defaults, which are ours (and
-so are opsd's teacher and mixture, and distil's discount and baseline: the papers' are not known to us)."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    preset: {name: setting.value for name, setting in settings.items()} for preset, settings in _SETTINGS.items()
+}
+"""Options of methods as this trainer understands their papers; what is not named here keeps the defaults, which are
+ours: the papers' discounts, baselines, rates and clips are not known to us."""
+
+
+def preset_descriptions() -> str:
+    """Returns the options of every preset with their sources, a line each."""
+    lines = []
+    for preset, settings in _SETTINGS.items():
+        lines.append(f"  {preset}")
+        lines += [f"    {f'{name} {as_text(each.value)}':<30}{each.source}" for name, each in settings.items()]
+    return "\n".join(lines)

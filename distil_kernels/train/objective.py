@@ -22,12 +22,13 @@ from distil_kernels import DistilLoss, fused_distil_loss, fused_policy_loss, fus
 from distil_kernels.hf import CausalLM
 from distil_kernels.train.baseline import PositionAverage
 from distil_kernels.train.config import Config
+from distil_kernels.train.mixture import Mixture, group_advantages
 from distil_kernels.train.rollouts.packed_batch import PackedBatch, TokenMask
 from distil_kernels.train.teachers.base import Target, TopKTarget
 
 SUMMED = (
     "cost", "ce", "kl", "reverse_kl", "entropy", "teacher_entropy", "agree", "abs_credit", "tail", "unmapped", "drift",
-    "mismatch",
+    "mismatch", "reference",
 )  # fmt: skip
 
 
@@ -58,6 +59,10 @@ class UpdateState:
     """[N], log-probs of the tokens under the student of the first update, which sampled them (unless a server did)."""
     target: Target | None = None
     """The answer of a teacher that does not move."""
+    distil_weight: float = 1.0
+    """Weight of the distillation in this step."""
+    reference_logprobs: Tensor | None = None
+    """[N], log-probs of the tokens under the reference; None without a penalty."""
 
     @property
     def is_first(self) -> bool:
@@ -95,12 +100,19 @@ def distil_loss(
     """
     state = state or UpdateState()
     behaviour = state.behaviour_logprobs(batch)
+    mixture = Mixture.of(config, batch, state.distil_weight, behaviour, state.reference_logprobs)
     out = fused_loss(
         student, student_hidden, target, batch, config, average, normalizer=normalizer, plan=config.plan,
-        token_mask=batch.learns.values, behaviour_logprobs=behaviour,
-        importance_clip=None if behaviour is None else config.importance_clip,
+        token_mask=mixture.counted.values, behaviour_logprobs=behaviour,
+        importance_clip=None if behaviour is None else config.importance_clip, **mixture.options,
     )  # fmt: skip
     values = {"cost": out.cost, "abs_credit": out.credit.abs(), **out.stats._asdict()}
+    if mixture.counted is not batch.learns:  # others have a reward alone
+        assert batch.learns.values is not None
+        values = {name: torch.where(batch.learns.values, value, 0.0) for name, value in values.items()}
+    if state.reference_logprobs is not None:
+        assert out.terms is not None and out.terms.reference is not None
+        values["reference"] = batch.learns.apply(out.terms.reference)
     values |= _off_policy(state, behaviour, out.stats.logprob, batch.learns)
     if state.is_first:
         average.observe(out.cost_to_go, batch.lengths, batch.learns.values)
@@ -143,22 +155,6 @@ def policy_loss(
     values = {"entropy": out.entropy, **_off_policy(state, behaviour, out.logprob, batch.judged)}
     state.finish_update(out.logprob)
     return out.loss, _sums(batch.judged.num_tokens, values)
-
-
-def group_advantages(scores: Tensor, group_size: int, normalize: bool) -> Tensor:
-    """[B] scores minus the mean of their group, over its rollouts with a verdict; 0 for those without (score NaN).
-
-    `normalize` divides them by the group's standard deviation; they are 0 in a group of equal scores.
-    """
-    groups = scores.unflatten(0, (-1, group_size))
-    has_verdict = ~groups.isnan()
-    num_verdicts = has_verdict.sum(1, keepdim=True)
-    mean = groups.nansum(1, keepdim=True) / num_verdicts.clamp(min=1)
-    centred = torch.where(has_verdict, groups - mean, 0.0)
-    if normalize:
-        spread = (centred.square().sum(1, keepdim=True) / (num_verdicts - 1).clamp(min=1)).sqrt()
-        centred = torch.where(spread > 0, centred / spread.clamp(min=1e-6), 0.0)
-    return centred.flatten()
 
 
 def fused_loss(

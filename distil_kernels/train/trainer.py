@@ -43,7 +43,7 @@ from distil_kernels.train.optimizer import make_optimizer, make_scheduler, rate_
 from distil_kernels.train.report import console as output
 from distil_kernels.train.report.pages import Pages
 from distil_kernels.train.rollouts.packed_batch import PackedBatch
-from distil_kernels.train.rollouts.prompt_group import PromptGroup
+from distil_kernels.train.rollouts.prompt_group import PromptGroup, Rollout
 from distil_kernels.train.rollouts.python_tool import roll_out
 from distil_kernels.train.rollouts.sampling import Generate, generate
 from distil_kernels.train.rollouts.vllm_server import RolloutServer
@@ -113,7 +113,9 @@ class Trainer:
         size = config.micro_batch_prompts or len(share)
         parts = [share[begin : begin + size] for begin in range(0, len(share), size)]
         device = self.student.weight.device
-        micro_batches = [(PackedBatch.of(part, device), UpdateState()) for part in parts]
+        micro_batches = [
+            (PackedBatch.of(part, device, config.skip_first_tokens, self._leaves_out), UpdateState()) for part in parts
+        ]
 
         # One update, or several on the same rollouts.
         logprob_before = self._held_out_logprob(timer)
@@ -221,6 +223,11 @@ class Trainer:
             if config.updates_per_batch > 1 and not self.teacher.moves:
                 state.target = target
 
+        state.distil_weight = config.distil_weight_at(self.step)
+        if self.models.reference is not None and state.reference_logprobs is None:
+            with timer.phase("reference"):
+                state.reference_logprobs = self.models.reference.token_logprobs(batch, config)
+
         # The student's hidden states, and the loss by the kernels.
         with self.accelerator.autocast():
             with timer.phase("student"):
@@ -242,6 +249,10 @@ class Trainer:
         """What feedback has cost all processes since the last record."""
         parts = self.processes.gather([self.tutor.spent()])
         return {name: sum(part[name] for part in parts) for name in parts[0]}
+
+    def _leaves_out(self, rollout: Rollout) -> bool:
+        """Whether nothing is learnt from a rollout: it was cut off, and such are masked."""
+        return self.config.mask_truncated and rollout.tokens[-1] not in self.sampling.stop_ids
 
     def _held_out_logprob(self, timer: PhaseTimer) -> float | None:
         """The log-prob of held-out right answers under the student; None in a step that does not record it."""

@@ -80,7 +80,8 @@ def test_a_run_with_each_preset(tiny_model: Path, tmp_path: Path, preset: str) -
     assert len(steps) == 2
     for record in steps:
         assert ("ce" in record) == (preset != "grpo")
-        assert record["entropy"] > 0
+        if preset != "advisd":  # whose teacher reads right siblings, and a random model has none
+            assert record["entropy"] > 0
         if preset in ("sdpo", "opsd"):
             assert record["loss"] == pytest.approx(record["cost"] * record["length"], rel=1e-5)
             assert record["credit_to_cost"] == 0

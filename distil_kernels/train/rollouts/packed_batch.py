@@ -7,14 +7,14 @@ tokens           [5, 6, 7, 8, 9, 9]          cu_seqlens    [0, 2, 3, 4, 6]
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from distil_kernels.train.rollouts.prompt_group import PromptGroup
+from distil_kernels.train.rollouts.prompt_group import PromptGroup, Rollout
 
 
 class TokenMask(NamedTuple):
@@ -28,6 +28,13 @@ class TokenMask(NamedTuple):
     @staticmethod
     def of(flags: Sequence[bool], device: torch.device) -> TokenMask:
         return TokenMask(None if all(flags) else torch.tensor(flags, device=device), sum(flags))
+
+    def either(self, other: TokenMask) -> TokenMask:
+        """The tokens that count here or there."""
+        if self.values is None or other.values is None:
+            return self if self.values is None else other
+        either = self.values | other.values
+        return TokenMask(either, int(either.sum()))
 
     def apply(self, values: Tensor) -> Tensor:
         """Values [N], 0 where a token does not count."""
@@ -65,8 +72,18 @@ class PackedBatch:
     """Completions per problem."""
 
     @staticmethod
-    def of(groups: Sequence[PromptGroup], device: torch.device) -> PackedBatch:
-        """Packs groups of equally many rollouts."""
+    def of(
+        groups: Sequence[PromptGroup],
+        device: torch.device,
+        skip_first_tokens: int = 0,
+        leaves_out: Callable[[Rollout], bool] = lambda rollout: False,
+    ) -> PackedBatch:
+        """Packs groups of equally many rollouts.
+
+        Args:
+            skip_first_tokens: of each completion, which are not distilled.
+            leaves_out: whether nothing is learnt from a rollout.
+        """
         pairs = [(group, rollout) for group in groups for rollout in group.rollouts]
         rollouts = [rollout for _, rollout in pairs]
         teacher_prompts, teacher_prompt_index = distinct(
@@ -82,10 +99,20 @@ class PackedBatch:
             tokens=torch.tensor([token for rollout in rollouts for token in rollout.tokens], device=device),
             cu_seqlens=torch.tensor([0, *(len(rollout.tokens) for rollout in rollouts)]).cumsum(0),
             judged=TokenMask.of(
-                [flag and rollout.feedback.has_verdict for rollout in rollouts for flag in rollout.by_model], device
+                [
+                    flag and rollout.feedback.has_verdict and not leaves_out(rollout)
+                    for rollout in rollouts
+                    for flag in rollout.by_model
+                ],
+                device,
             ),
             learns=TokenMask.of(
-                [flag and rollout.has_feedback for rollout in rollouts for flag in rollout.by_model], device
+                [
+                    flag and rollout.has_feedback and not leaves_out(rollout) and place >= skip_first_tokens
+                    for rollout in rollouts
+                    for place, flag in enumerate(rollout.by_model)
+                ],
+                device,
             ),
             behaviour_logprobs=torch.tensor(logprobs, device=device) if logprobs else None,
             scores=torch.tensor([rollout.feedback.score for rollout in rollouts]),

@@ -26,6 +26,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from distil_kernels import token_logprobs
 from distil_kernels.hf import CausalLM
 from distil_kernels.train.config import Config
 from distil_kernels.train.models import loading
@@ -111,6 +112,18 @@ class InProcessTeacher:
         with self.opened(), self._adapters_disabled():
             states = self.lm.states(batch.teacher_prompts, batch.teacher_prompt_index, batch.completions)
         return HiddenTarget(states, *self.head)
+
+    @torch.no_grad()
+    def token_logprobs(self, batch: PackedBatch, config: Config) -> Tensor:
+        """Returns the log-probs [N] of the completions' tokens after the student's own prompts, 0 where none learns."""
+        with self.opened(), self._adapters_disabled():
+            states = self.lm.states(batch.prompts, batch.prompt_index, batch.completions)
+            return token_logprobs(
+                states, self.lm.weight.to(states.dtype), tokens=batch.tokens, student_bias=self.lm.bias,
+                vocab_size=self.lm.vocab_size, token_mask=batch.learns.either(batch.judged).values,
+                temperature=config.temperature, logit_softcap=self.lm.logit_softcap,
+                student_logit_scale=self.lm.logit_scale, backend=config.backend,
+            ).logprob  # fmt: skip
 
     def roll_out(
         self, prompts: Sequence[list[int]], prompt_index: Sequence[int], sampling: Sampling, tool: Python | None
