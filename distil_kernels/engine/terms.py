@@ -179,7 +179,7 @@ class TermRows:
         if self.labels is not None:
             smoothing = self.settings.label_smoothing
             loss = -(1.0 - smoothing) * statistics[_LABEL_LOGPROB]
-            if smoothing:  # 0 times the mean, which is infinite where the vocabulary has an entry that is excluded
+            if smoothing:  # else 0 times a mean that is infinite where an entry of the vocabulary is excluded
                 loss = loss - smoothing * statistics[_MEAN_LOGPROB]
             values[Term.LABEL] = torch.where(self.labels[rows] == NO_LABEL, 0.0, loss)
         values[Term.Z_LOSS] = _lse(statistics).square()
@@ -221,7 +221,9 @@ class TermRows:
             weights[TermWeight.STUDENT] += of_label
             weights[TermWeight.UNIFORM] = -settings.label_smoothing / self.vocab_size * of_label
             weights[TermWeight.LABEL] = (settings.label_smoothing - 1.0) * of_label.where(labels >= 0, 0.0)
-        return TermGradients(weight * logprob_weight, RowTerms(weights.mul_(weight), labels))
+        used = weight != 0  # of another row the statistics may be anything
+        logprob_weight, weights = (torch.where(used, weight * each, 0.0) for each in (logprob_weight, weights))
+        return TermGradients(logprob_weight, RowTerms(weights, labels))
 
     def _labels_here(self, rows: slice | Tensor) -> Tensor:
         """Returns the labels [R] as ids of this process's shard, below 0 where there is none, or in another shard."""

@@ -22,6 +22,7 @@ from distil_kernels import (
 from distil_kernels.engine import gemm, sizes
 from distil_kernels.testing import (
     assert_within_budget,
+    baselines,
     logits,
     make_inputs,
     term_sizes,
@@ -115,6 +116,43 @@ def test_a_teacher_that_is_not_asked_may_say_anything(generator):
     assert torch.equal(ours.loss, theirs.loss)
     for mine, other in zip(gradients_of(ours.loss, inputs), gradients_of(theirs.loss, inputs), strict=True):
         assert torch.equal(mine, other)
+
+
+def test_a_token_of_weight_0_may_hold_anything(generator):
+    inputs = make_inputs(N, V, D, generator=generator)
+    weight = torch.ones(N)
+    weight[[3, 8]] = 0.0
+    hidden = inputs.student_hidden.detach().clone()
+    hidden[[3, 8]] = float("nan")
+    spoilt = replace(inputs, student_hidden=hidden.requires_grad_())
+    options = drawn(generator, ALL, token_mask=None, token_weight=weight, credit_span="none")
+    ours, theirs = run(spoilt, **options), run(inputs, **options)
+    assert torch.equal(ours.loss, theirs.loss)
+    assert torch.equal(gradients_of(ours.loss, spoilt)[0], gradients_of(theirs.loss, inputs)[0])
+
+
+@pytest.mark.parametrize(("kind", "options"), [
+    ("ordinary", {}), ("ordinary", {"logit_softcap": 30.0}), ("offset", {}),
+])  # fmt: skip
+def test_labels_of_a_large_vocabulary(kind, options, generator):
+    """The mean of its logits is taken in several blocks, and relative to the row's maximum."""
+    inputs = make_inputs(5, 9001, 8, kind=kind, bias=kind == "ordinary", generator=generator)
+
+    def definition(copy):
+        capped = replace(copy, options=copy.options | options)
+        rows = torch.nn.functional.cross_entropy(logits(capped)[0], copy.tokens, reduction="none", label_smoothing=0.3)
+        gradients = torch.autograd.grad(rows.sum(), list(copy.leaves.values()))
+        return {"label": rows.detach(), **dict(zip(copy.leaves, gradients, strict=True))}
+
+    ours = fused_distil_loss(
+        *inputs.heads, tokens=None, cu_seqlens=None, credit_span="none", distil_weight=0.0, labels=inputs.tokens,
+        label_smoothing=0.3, **inputs.options, **options,
+    )  # fmt: skip
+    exact, base = definition(inputs.to(torch.float64)), baselines(inputs, definition)
+    terms = term_sizes(inputs, torch.ones(5))
+    assert_within_budget("label", ours.terms.label, base["label"], exact["label"], terms=20.0)
+    for name, gradient in zip(inputs.leaves, torch.autograd.grad(ours.loss, list(inputs.leaves.values())), strict=True):
+        assert_within_budget(name, gradient, base[name], exact[name], terms=terms[name])
 
 
 @pytest.mark.parametrize("needs_head", [True, False])
