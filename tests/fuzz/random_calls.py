@@ -303,7 +303,11 @@ def check(call: Call) -> None:
         if name != "student_hidden" and call.padding:
             assert not gradient[-call.padding :].any(), f"{name}: padding rows have a gradient"
             gradient = gradient[: -call.padding]
-        assert_within_budget(name, gradient, base[name], exact[name], terms=terms[name])
+        # A z-loss of large logits has gradients that float16 cannot hold; those of a mean are divided after the op.
+        divided = max(1, call.inputs.tokens.numel()) if gradient.dtype == torch.float16 else 1
+        held = exact[name].abs() * divided < 0.99 * torch.finfo(gradient.dtype).max
+        ours, exactly, *plain = (each.where(held, 0.0) for each in (gradient, exact[name], *base[name]))
+        assert_within_budget(name, ours, plain, exactly, terms=terms[name])
 
 
 def _spoilt(call: Call) -> Inputs:
