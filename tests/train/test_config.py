@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from distil_kernels.train.command_line import descriptions, parse, resolved
-from distil_kernels.train.config import Config, OptionType, option_types
+from distil_kernels.train.config import PRESETS, Config, OptionType, option_types
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -46,8 +46,25 @@ def test_options_stand_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
         elif line.startswith("  --") and found:
             group.append(line.split()[0].strip(" -,"))
     groups = groupby(descriptions().items(), key=lambda item: item[1].group)
+    assert found.pop("Presets, and where each setting is from") == []
     assert found == {heading: [name for name, _ in options] for heading, options in groups}
     assert len(found) > 5
+
+
+def test_help_names_the_source_of_every_setting_of_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    _, _, presets = capsys.readouterr().out.partition("Presets, and where each setting is from:\n")
+    blocks: dict[str, list[str]] = {}
+    for line in presets.splitlines():
+        if not line.startswith("   "):
+            block = blocks.setdefault(line.strip(), [])
+        else:
+            block.append(line)
+    assert blocks.keys() == PRESETS.keys()
+    for name, lines in blocks.items():
+        assert {line.split()[0]: line.split()[1] for line in lines} == {k: str(v) for k, v in PRESETS[name].items()}
+        assert all(len(line.split()) > 2 for line in lines)
 
 
 def test_choices_are_literals_that_the_parser_reads() -> None:
