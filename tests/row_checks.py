@@ -166,6 +166,13 @@ def check_shards(kernels: ModuleType, generator: torch.Generator, **options: obj
     check_softcap_and_minus_infinity(sharded, generator)
     check_first_of_equal_maxima(in_shards(kernels, 1, 2, 4, **options))
 
+    # In the student's likeliest shard both have the same likeliest token; the teacher's own is in another one.
+    logits, plain = make_logits(1, 131, generator), LogitTransform(None, None, 1.0)
+    logits.student[0, 3] = logits.teacher[0, 3] = 20.0
+    assert sharded.row_stats(logits, plain, plain, None, FORWARD_CE)[Statistic.AGREE] == 1
+    logits.teacher[0, 100] = 30.0
+    assert sharded.row_stats(logits, plain, plain, None, FORWARD_CE)[Statistic.AGREE] == 0
+
 
 def check_kinds(
     kernels: ModuleType,
