@@ -35,7 +35,7 @@ from distil_kernels.engine.vocab_shards import VocabShards
 NO_LABEL = -100
 
 _BLOCK = 4096
-"""Columns of which the mean of a row's logits is taken at once: its scratch is small beside a chunk of logits."""
+"""Columns of which softcapped logits are summed at once: their scratch is small beside a chunk of logits."""
 
 
 class Terms(NamedTuple):
@@ -146,7 +146,7 @@ class TermRows:
     ) -> Tensor:
         """Returns the statistics [NUM_WITH_LABELS, R] of rows whose raw logits are [R, V]; as they are without labels.
 
-        Logits are relative to the row's maximum before anything is summed, as in the row kernels.
+        A label's logit is relative to the row's maximum before the normaliser is, as in the row kernels.
         """
         if self.labels is None:
             return statistics
@@ -265,9 +265,12 @@ def _logits(raw: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tens
 def _sum_of_logits(raw: Tensor, transform: LogitTransform, maximum: Tensor) -> Tensor:
     """Returns the sum [R] over the vocabulary of the logits less their row's maximum."""
     num_rows, vocab_size = raw.shape
+    if transform.softcap is None:  # linear in the raw logits: no scratch, a third of the time
+        total = raw.sum(1) if transform.bias is None else raw.sum(1) + transform.bias.sum()
+        return total / transform.temperature - vocab_size * maximum
     total = raw.new_zeros(num_rows)
     for begin in range(0, vocab_size, _BLOCK):
         block = slice(begin, begin + _BLOCK)
         bias = None if transform.bias is None else transform.bias[block]
-        total += (_logits(raw[:, block], bias, transform) - maximum[:, None]).sum(1)
-    return total
+        total += _logits(raw[:, block], bias, transform).sum(1)
+    return total - vocab_size * maximum
