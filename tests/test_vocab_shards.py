@@ -285,7 +285,8 @@ def test_terms(members, op, cut, generator):
         "tokens": inputs.tokens, "cu_seqlens": CU_SEQLENS, "advantages": torch.randn(N, generator=generator),
         "distil_weight": torch.rand(N, generator=generator), "labels": labels, "label_weight": 0.3,
         "label_smoothing": 0.1, "z_loss_weight": 0.01, "entropy_weight": 0.2, "reference_weight": 0.4,
-        "reference_logprobs": -4.0 * torch.rand(N, generator=generator), "policy_weight": 0.5,
+        "policy_weight": 0.5,  # beside a reference near the student: ratios of 1e4 would be all of the gradient
+        "reference_logprobs": oracle(inputs).logprob.detach() + 0.5 * torch.randn(N, generator=generator),
     }  # fmt: skip
     given = inputs
     if op == "fused_topk_distil_loss":
