@@ -10,7 +10,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from distil_kernels.backends import FORWARD_CE, LogitPair, LogitTransform, cpu
+from distil_kernels.backends import FORWARD_CE, LogitPair, LogitTransform, RowTerms, cpu
 
 ROWS, VOCAB = 64, 49152
 THREADS = sorted({1, torch.get_num_threads()})
@@ -35,7 +35,7 @@ def threads(request: pytest.FixtureRequest) -> int:
 
 @pytest.mark.parametrize("softcap", [None, 30.0], ids=["plain", "softcap"])
 @pytest.mark.parametrize("instruction_set", cpu.supported_instruction_sets())
-@pytest.mark.parametrize("kernel", ["row_stats", "row_grad"])
+@pytest.mark.parametrize("kernel", ["row_stats", "row_grad", "row_grad with terms"])
 def test_row_kernel(
     benchmark: BenchmarkFixture, logits: LogitPair, threads: int, kernel: str, instruction_set: str,
     softcap: float | None,
@@ -49,6 +49,6 @@ def test_row_kernel(
         out = torch.empty_like(logits.student)
         benchmark(
             cpu.row_grad, logits, transform, transform, tokens, statistics, FORWARD_CE, weight, weight, out,
-            instruction_set=instruction_set,
+            None if kernel == "row_grad" else RowTerms(torch.ones(4, ROWS), tokens), instruction_set=instruction_set,
         )  # fmt: skip
     benchmark.extra_info["ns_per_pair"] = benchmark.stats["median"] / (ROWS * VOCAB) * 1e9
