@@ -1,7 +1,7 @@
 """A server of a small model that answers in the forms of vLLM, SGLang or (only for the next token) llama.cpp.
 
 The forms are written from what vLLM (v0.26's protocol), SGLang (its logprob_result_processor) and TRL 1.16's client of
-vLLM say of themselves; no such server has run here. `change` sees every answer before it is sent.
+vLLM say of themselves. `change` sees every answer before it is sent.
 """
 
 from __future__ import annotations

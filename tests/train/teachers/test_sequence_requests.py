@@ -1,6 +1,6 @@
 """One request for each sequence, in the forms of vLLM and SGLang.
 
-A server of the tests' own answers (`served`) with a small model's numbers; no real server of these kinds has run.
+A server of the tests' own answers (`served`) with a small model's numbers, and a real vLLM where there is one.
 """
 
 from __future__ import annotations
