@@ -95,8 +95,8 @@ bool cpu_supports(InstructionSet instruction_set);
 // cost is kJsd.
 void cpu_row_stats(const RowTask& task, int num_threads, InstructionSet instruction_set);
 
-// Writes kJsd and kStudentMixtureKl, sums over the vocabulary of the task, from maxima and log-normalisers that may be
-// those of a larger one: of a vocabulary of which the task has a shard.
+// Writes kJsd and kStudentMixtureKl, sums over the vocabulary of the task, from maxima and log-normalisers that may
+// be those of a larger one: of a vocabulary of which the task has a shard.
 void cpu_row_mixture(const RowTask& task, int num_threads, InstructionSet instruction_set);
 
 // Writes the gradient in float32 or bfloat16, from the statistics.

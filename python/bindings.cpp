@@ -127,8 +127,8 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("cpu_row_stats", &dk::cpu_row_stats, py::arg("task"), py::arg("num_threads"), py::arg("instruction_set"),
         py::call_guard<py::gil_scoped_release>());
-  m.def("cpu_row_mixture", &dk::cpu_row_mixture, py::arg("task"), py::arg("num_threads"), py::arg("instruction_set"),
-        py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_row_mixture", &dk::cpu_row_mixture, py::arg("task"), py::arg("num_threads"),
+        py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
   m.def("cpu_row_grad", &dk::cpu_row_grad, py::arg("task"), py::arg("grad"), py::arg("num_threads"),
         py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
   m.def("cpu_row_stats_grad", &dk::cpu_row_stats_grad, py::arg("task"), py::arg("grad"), py::arg("num_threads"),

@@ -46,7 +46,7 @@ TRAIN = [
     {"run"},
     {"baseline", "rollouts"},
     {"feedback", "teachers"},
-    {"batches", "objective"},
+    {"batches", "mixture", "objective"},
     {"evaluate", "metrics"},
     {"diagnostics", "report"},
     {"build"},
