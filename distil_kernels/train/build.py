@@ -212,6 +212,8 @@ def build_data(config: Config, models: Models, task: Task, kind: FeedbackKind, p
         models.end_ids,
         tool is not None,
         config.chat_options(),
+        config.teacher_chat_options(),
+        config.tags_of_reasoning(),
     )
     tutor = Tutor.of(kind, task, prompts, config.max_critique_tokens)
     example_keys = {problem.key for problem in examples}

@@ -82,6 +82,8 @@ class Config:
     """`Q: ... A: ...` text whose answers end with the line, or the tokenizer's chat template."""
     chat_template_kwargs: str = "{}"
     """Further arguments of the chat template, as JSON: '{"enable_thinking": false}'."""
+    teacher_chat_template_kwargs: str = ""
+    """The same for what the teacher reads; empty: those of the student."""
     max_prompt_tokens: int = _number(1024, AT_LEAST_2)
     """Length limit of a prompt. Feedback, then demonstration are shortened to fit; else the problem is left out."""
 
@@ -127,6 +129,9 @@ class Config:
     the student reads."""
     teacher_reads: Literal["text", "demonstration", "both"] = "text"
     """What the teacher is shown: the feedback in words, the question answered once before, or both."""
+    reasoning_tags: str = "<think> </think>"
+    """What a model's reasoning begins and ends with: such sections are stripped from the feedback and demonstrations
+    that the teacher reads (a sibling's right answer, say); empty keeps them."""
     judge_seconds: float | None = _number(120.0, POSITIVE)
     """Time limit of a module:function for an answer, which has no verdict then. Of a text that it returns no more is
     read than 16 characters for each of max_prompt_tokens."""
@@ -299,13 +304,29 @@ class Config:
         Raises:
             ValueError: it is no JSON object.
         """
-        try:
-            options = json.loads(self.chat_template_kwargs)
-        except json.JSONDecodeError:
-            options = None
-        if not isinstance(options, dict):
-            raise ValueError(f"[chat_template_kwargs] expected a JSON object, got {self.chat_template_kwargs!r}")
-        return options
+        return _json_object("chat_template_kwargs", self.chat_template_kwargs)
+
+    def teacher_chat_options(self) -> dict[str, Any]:
+        """Returns the same for the teacher.
+
+        Raises:
+            ValueError: it is no JSON object.
+        """
+        text = self.teacher_chat_template_kwargs
+        return _json_object("teacher_chat_template_kwargs", text) if text else self.chat_options()
+
+    def tags_of_reasoning(self) -> tuple[str, str] | None:
+        """Returns `reasoning_tags` as two texts; None for none.
+
+        Raises:
+            ValueError: they are not two.
+        """
+        tags = self.reasoning_tags.split()
+        if len(tags) not in (0, 2):
+            raise ValueError(
+                f"[reasoning_tags] expected two tags with a space between, or nothing, got {self.reasoning_tags!r}"
+            )
+        return (tags[0], tags[1]) if tags else None
 
     def distil_weight_at(self, step: int) -> float:
         """Returns the weight of the cost to the teacher in a step, of which the first is 0."""
@@ -456,8 +477,14 @@ class Config:
             )
         if self.gradient_checkpointing:  # whole rows where there are gradients
             self._expect("gradient_checkpointing", {"reading": ("auto", "packed", "padded")})
-        if self.chat_options() and self.layout != "chat":
-            raise ValueError(f"[chat_template_kwargs] belongs to layout chat: got it with {self.layout}")
+        self.tags_of_reasoning()
+        chat_options = {
+            "chat_template_kwargs": self.chat_options(),
+            "teacher_chat_template_kwargs": self.teacher_chat_options(),
+        }
+        for name, options in chat_options.items():
+            if options and self.layout != "chat":
+                raise ValueError(f"[{name}] belongs to layout chat: got it with {self.layout}")
         if self.plan == "frozen_head" and not self.trains_adapters:
             raise ValueError("[plan] frozen_head leaves the head as it is: expected lora_rank of at least 1, got 0")
         if self.lora_continue:  # the adapters have theirs
@@ -497,6 +524,17 @@ class Config:
     def to_json(self) -> str:
         """Returns `settings` as the text of config.json."""
         return json.dumps(self.settings(), indent=2) + "\n"
+
+
+def _json_object(name: str, text: str) -> dict[str, Any]:
+    """Returns the value of an option that is a JSON object, or raises ValueError."""
+    try:
+        options = json.loads(text)
+    except json.JSONDecodeError:
+        options = None
+    if not isinstance(options, dict):
+        raise ValueError(f"[{name}] expected a JSON object, got {text!r}")
+    return options
 
 
 class OptionType(NamedTuple):

@@ -59,6 +59,9 @@ class Prompts:
         end_ids: tokens that end any answer of this model.
         tool: True if the prompts show how to call `python_tool.Python`, whose calls are no part of an answer.
         chat_options: further arguments of the chat template.
+        teacher_chat_options: those for the teacher; None for the same.
+        reasoning_tags: what a model's reasoning begins and ends with; it is left out of what the teacher reads. None
+            for no such tags.
 
     Raises:
         ValueError: the layout does not suit the tokenizer, the model or the task's answers.
@@ -74,6 +77,8 @@ class Prompts:
         end_ids: Sequence[int] = (),
         tool: bool = False,
         chat_options: Mapping[str, Any] | None = None,
+        teacher_chat_options: Mapping[str, Any] | None = None,
+        reasoning_tags: tuple[str, str] | None = None,
     ) -> None:
         if layout == "chat" and not tokenizer.chat_template:
             raise ValueError("[layout] this tokenizer has no chat template: use layout examples")
@@ -81,6 +86,8 @@ class Prompts:
         self._layout, self._max_tokens, self._end_ids = layout, max_tokens, end_ids
         self._reads_text, self._reads_demonstration = reads in ("text", "both"), reads in ("demonstration", "both")
         self._tool, self._chat_options = tool, chat_options or {}
+        self._teacher_chat_options = self._chat_options if teacher_chat_options is None else teacher_chat_options
+        self._reasoning = None if reasoning_tags is None else _reasoning(*reasoning_tags)
         tool_examples = [TOOL_EXAMPLE] if tool else []
         self._plain = [*tool_examples, *(_Turn(problem.question, "", problem.answer) for problem, _ in examples)]
         self._with_feedback = tool_examples + [
@@ -96,13 +103,13 @@ class Prompts:
 
     def _check_template(self) -> None:
         """Raises ValueError if the chat template fails, or leaves out a part of what a prompt has to say."""
-        option = "chat_template_kwargs" if self._chat_options else "layout"
+        option = "chat_template_kwargs" if self._chat_options or self._teacher_chat_options else "layout"
         parts = {name: f"DISTIL {name.upper()}" for name in ("question", "feedback", "demonstration")}
         teacher = self._turns(parts["question"], parts["feedback"], parts["demonstration"], None)
         parts = {name: text for name, text in parts.items() if any(text in turn for turn in teacher)}
         try:
-            by_student = self._chat([*self._plain, _Turn(parts["question"], "", None)])
-            by_teacher = self._chat([*self._with_feedback, *teacher])
+            by_student = self._chat([*self._plain, _Turn(parts["question"], "", None)], self._chat_options)
+            by_teacher = self._chat([*self._with_feedback, *teacher], self._teacher_chat_options)
         except Exception as error:  # a template is a program
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ValueError(f"[{option}] the chat template makes no prompt of a question: {reason}") from error
@@ -115,15 +122,16 @@ class Prompts:
         """The prompt that rollouts continue; None if it is over the limit."""
         if self._layout == "examples" and "\n" in problem.answer.strip():
             raise ValueError("[layout] answers of this task have several lines, which layout examples cuts: use chat")
-        ids = self._render([*self._plain, _Turn(problem.question, "", None)])
+        ids = self._render([*self._plain, _Turn(problem.question, "", None)], self._chat_options)
         return ids if len(ids) <= self._max_tokens else None
 
     def teacher(self, problem: Problem, feedback: Feedback) -> list[int] | None:
         """The teacher's prompt; None if no part of the feedback is left or fits."""
-        text = feedback.text if self._reads_text else ""
-        demonstration = feedback.demonstration if self._reads_demonstration else ""
+        text = self._without_reasoning(feedback.text) if self._reads_text else ""
+        demonstration = self._without_reasoning(feedback.demonstration) if self._reads_demonstration else ""
         while text or demonstration:
-            ids = self._render([*self._with_feedback, *self._turns(problem.question, text, demonstration, None)])
+            turns = self._turns(problem.question, text, demonstration, None)
+            ids = self._render([*self._with_feedback, *turns], self._teacher_chat_options)
             excess = len(ids) - self._max_tokens
             if excess <= 0:
                 return ids
@@ -137,7 +145,8 @@ class Prompts:
         """The prompt of a model that judges an answer, after judged examples; None if it is over the limit."""
         judged = [*self._judged, (problem.question, answer.strip(), None)]
         if self._layout == "chat":
-            ids = self._render([turn for q, a, text in judged for turn in (_Turn(q, "", a), _Turn(JUDGE, "", text))])
+            turns = [turn for q, a, text in judged for turn in (_Turn(q, "", a), _Turn(JUDGE, "", text))]
+            ids = self._render(turns, self._chat_options)
         else:
             blocks = (f"Q: {q}\nA: {a}\nFeedback:" + (f" {text}\n\n" if text else "") for q, a, text in judged)
             ids = self._tokenizer("".join(blocks)).input_ids
@@ -149,8 +158,9 @@ class Prompts:
 
     def shortens(self, problem: Problem, feedback: Feedback) -> bool:
         """Tells if the feedback has to be shortened to fit in the teacher's prompt."""
-        turns = self._turns(problem.question, feedback.text, feedback.demonstration, None)
-        return len(self._render([*self._with_feedback, *turns])) > self._max_tokens
+        text, demonstration = map(self._without_reasoning, (feedback.text, feedback.demonstration))
+        turns = self._turns(problem.question, text, demonstration, None)
+        return len(self._render([*self._with_feedback, *turns], self._teacher_chat_options)) > self._max_tokens
 
     def stop_ids(self) -> list[int]:
         """The tokens that end an answer; they are part of the completion."""
@@ -186,30 +196,37 @@ class Prompts:
         before = [_Turn(question, "", demonstration)] if demonstration and self._reads_demonstration else []
         return [*before, _Turn(question, text if self._reads_text else "", answer)]
 
-    def _render(self, turns: Sequence[_Turn]) -> list[int]:
+    def _without_reasoning(self, text: str) -> str:
+        """The text without what a model thought before it answered; all of it where nothing else is left."""
+        shorter = text if self._reasoning is None else self._reasoning.sub("", text)
+        return shorter if shorter.strip() else text
+
+    def _render(self, turns: Sequence[_Turn], chat_options: Mapping[str, Any]) -> list[int]:
         """The token ids of some turns."""
         if self._layout == "chat":
-            return self._tokenizer(self._chat(turns), add_special_tokens=False).input_ids
+            return self._tokenizer(self._chat(turns, chat_options), add_special_tokens=False).input_ids
         blocks = []
         for question, text, answer in turns:
             hint = f"Feedback: {text}\n" if text else ""
             blocks.append(f"Q: {question}\n{hint}A:" + ("" if answer is None else f" {answer}\n\n"))
         return self._tokenizer("".join(blocks)).input_ids
 
-    def _chat(self, turns: Sequence[_Turn]) -> str:
+    def _chat(self, turns: Sequence[_Turn], options: Mapping[str, Any]) -> str:
         """The text of some turns by the tokenizer's chat template."""
         messages = []
         for question, text, answer in turns:
             messages.append({"role": "user", "content": f"{question}\n{text}" if text else question})
             if answer is not None:
                 messages.append({"role": "assistant", "content": answer})
-        return str(
-            self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **self._chat_options
-            )
-        )
+        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options))
 
     def _without_end(self, text: str, num_tokens: int) -> str:
         ids = self._tokenizer(text, add_special_tokens=False).input_ids
         shorter = str(self._tokenizer.decode(ids[: max(0, len(ids) - num_tokens)]))
         return shorter if len(shorter) < len(text) else text[:-1]
+
+
+def _reasoning(opening: str, closing: str) -> re.Pattern[str]:
+    """A pattern of sections between two tags; the first may have been opened by the prompt."""
+    first, last = re.escape(opening), re.escape(closing)
+    return re.compile(rf"(?:{first}|\A)(?:(?!{first}).)*?{last}\s*", re.DOTALL)

@@ -47,6 +47,44 @@ def test_a_chat_template_is_given_its_options() -> None:
     assert text(Prompts(tokenizer, [], layout="chat", end_ids=[0]).student(PROBLEM)) == "<user>3, 9\n<assistant>"
 
 
+def test_the_teacher_may_have_other_options() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT + "{% if enable_thinking is false %}</think>{% endif %}"
+    config = Config(layout="chat", teacher_chat_template_kwargs='{"enable_thinking": false}')
+    prompts = Prompts(tokenizer, [], layout="chat", end_ids=[0], chat_options=config.chat_options(),
+                      teacher_chat_options=config.teacher_chat_options())  # fmt: skip
+    assert text(prompts.student(PROBLEM)) == "<user>3, 9\n<assistant>"
+    assert text(prompts.teacher(PROBLEM, FEEDBACK)).endswith("<assistant></think>")
+    assert Config(layout="chat", chat_template_kwargs='{"a": 1}').teacher_chat_options() == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("answer", "read"),
+    [
+        ("<think>3 < 9</think> 9", "9"),
+        ("3 < 9</think>\n9", "9"),  # the prompt has opened it
+        ("It is <think>3?\nNo.</think>9 <think>sure</think>.", "It is 9 ."),
+        ("9", "9"),
+        ("<think>9</think>", "<think>9</think>"),  # nothing else is left
+        ("<think>9", "<think>9"),
+    ],
+)
+def test_reasoning_is_no_demonstration(answer: str, read: str) -> None:
+    tags = Config().tags_of_reasoning()
+    prompts = Prompts(TOKENIZER, [], layout="chat", reads="both", end_ids=[0], reasoning_tags=tags)
+    feedback = Feedback(1.0, f"The correct answer is {answer}.", answer)
+    found = text(prompts.teacher(PROBLEM, feedback))
+    assert found.startswith(f"<user>3, 9\n<assistant>{read}\n<user>3, 9\n") and "<think>3" not in found
+    kept = Prompts(TOKENIZER, [], layout="chat", reads="demonstration", end_ids=[0])
+    assert text(kept.teacher(PROBLEM, feedback)).startswith(f"<user>3, 9\n<assistant>{answer}\n")
+
+
+def test_tags_are_two(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match=r"\[reasoning_tags\] expected two tags .* got '<think>'"):
+        Config(reasoning_tags="<think>").check()
+    assert Config(reasoning_tags="").tags_of_reasoning() is None
+
+
 @pytest.mark.parametrize(
     ("template", "options", "message"),
     [
