@@ -16,6 +16,7 @@ messages of a ring: (P - 1) parts of a gather or a reduce-scatter, twice that fo
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import resource
 import statistics
@@ -47,8 +48,11 @@ def measure(case: Case, numbers: list[int], rounds: int) -> dict[str, Any]:
         folder = Path(name)
         torch.save(make_case_inputs(case, "ordinary"), folder / "inputs.pt")
         rows = []
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["processes"])
         for number in dict.fromkeys([1, *numbers]):
-            torch.multiprocessing.spawn(_process, (number, case, folder, rounds), nprocs=number)
+            torch.multiprocessing.start_processes(
+                _process, (number, case, folder, rounds), nprocs=number, start_method="forkserver"
+            )
             for method in METHODS if number > 1 else METHODS[:1]:
                 parts = [json.loads((folder / f"{method}{rank}.json").read_text()) for rank in range(number)]
                 rows.append(_row(number, method, parts))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import math
 import os
+import random
 import secrets
 import shutil
 import subprocess
@@ -26,6 +28,9 @@ EMULATED = Path(__file__).parent / "emulated"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=None, help="base seed of all random inputs (default: fresh)")
+    parser.addoption(
+        "--share", type=float, default=1.0, help="share of each test's cases, drawn by the seed (default: all of them)"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,13 +39,33 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return f"random inputs: --seed {config.option.seed}"
+    return f"random inputs: --seed {config.option.seed} --share {config.option.share}"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first, so that no worker is left alone with one at the end."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Draws each test's cases. Files with slow tests come first: no worker is left alone with one at the end."""
+    if config.option.share < 1.0:
+        _keep_a_share(config, items)
     slow_files = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow_files)
+
+
+MOST_OF_ALL = 4
+"""A test that is not slow keeps as many cases, however small the share."""
+
+
+def _keep_a_share(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves in `items` some cases of each test, drawn by the seed."""
+    by_test: dict[tuple[Path, str], list[pytest.Item]] = {}
+    for item in items:
+        by_test.setdefault((item.path, item.nodeid.partition("[")[0]), []).append(item)
+    drawn, kept = random.Random(config.option.seed), set()
+    for cases in by_test.values():
+        least = 1 if cases[0].get_closest_marker("slow") else MOST_OF_ALL
+        number = min(len(cases), max(least, math.ceil(config.option.share * len(cases))))
+        kept |= set(drawn.sample(cases, number))
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 @pytest.fixture

@@ -17,7 +17,9 @@ SECONDS = 60
 """After which a member that waits for the others gives up."""
 
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["distil_kernels", "distil_kernels.testing", "torch.distributed.tensor"])
+_PROCESSES.set_forkserver_preload(
+    ["distil_kernels.losses", "distil_kernels.testing", "torch.distributed.tensor", "torch._dynamo"]
+)
 
 
 class Members:

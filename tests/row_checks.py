@@ -156,14 +156,14 @@ def in_shards(kernels: ModuleType, *sizes: int, **options: object) -> SimpleName
     return SimpleNamespace(row_stats=row_stats, row_grad=row_grad)
 
 
-def check_shards(kernels: ModuleType, generator: torch.Generator, **options: object) -> None:
-    """Statistics and gradients of a vocabulary in shards of 64, 1 and 66."""
+def check_shards(kernels: ModuleType, generator: torch.Generator, *, is_slow: bool = False, **options: object) -> None:
+    """Statistics and gradients of a vocabulary in shards of 64, 1 and 66; fewer of them where the kernels are slow."""
     sharded = in_shards(kernels, 64, 1, 66, **options)
-    for kind, cost in (
-        ("ordinary", "jsd"), ("peaked", "reverse_kl"), ("near", "ce"), ("offset", "ce"), ("near", "jsd"),
-    ):  # fmt: skip
+    cases = [("ordinary", "jsd"), ("near", "ce"), ("peaked", "reverse_kl"), ("offset", "ce"), ("near", "jsd")]
+    for kind, cost in cases[:2] if is_slow else cases:
         check_kinds(sharded, 131, kind, generator, cost=cost)
-    check_softcap_and_minus_infinity(sharded, generator)
+    if not is_slow:
+        check_softcap_and_minus_infinity(sharded, generator)
     check_first_of_equal_maxima(in_shards(kernels, 1, 2, 4, **options))
 
     # In the student's likeliest shard both have the same likeliest token; the teacher's own is in another one.

@@ -150,7 +150,9 @@ def test_opcheck(dtype, generator):
     for credit in (NO_CREDIT, Credit(discount=0.9)):
         tokens = None if credit == NO_CREDIT else ids[:, 0]
         spec = Spec("reference", "", "gradient_in_forward", "", Needs(True, True, False), credit=credit)
-        arguments = (*shared, tokens, None, torch.ones(4), torch.tensor(2.0), torch.tensor([0, 1, 4]), None, None)
+        no_terms = (None,) * 5
+        borders = torch.tensor([0, 1, 4])
+        arguments = (*shared, tokens, None, torch.ones(4), torch.tensor(2.0), borders, None, None, *no_terms)
         rows, (text, numbers) = {"vocab_size": 9, "chunk_rows": 3, "staging_rows": 4}, spec.encode_apart()
         torch.library.opcheck(torch.ops.distil_kernels.topk_loss, (*arguments, numbers, None), {"spec": text, **rows})
 

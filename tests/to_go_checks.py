@@ -63,8 +63,8 @@ def check_random_layouts(kernels: ModuleType, generator: torch.Generator, count:
         )  # fmt: skip
 
 
-def check_long_sequences(kernels: ModuleType, generator: torch.Generator, **options: object) -> None:
+def check_long_sequences(kernels: ModuleType, generator: torch.Generator, length: int = 300, **options: object) -> None:
     """More positions, and a longer window, than one program or block adds up at once."""
-    for horizon in (None, 260):
-        check(kernels, [300, 3], None, 10**6, 0.99, horizon, False, generator, **options)
-    check(kernels, [300], None, 200, 1.0, 150, True, generator, **options)
+    for horizon in (None, length * 7 // 8):
+        check(kernels, [length, 3], None, 10**6, 0.99, horizon, False, generator, **options)
+    check(kernels, [length], None, length * 2 // 3, 1.0, length // 2, True, generator, **options)
