@@ -34,8 +34,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.option.seed is None:
-        config.option.seed = secrets.randbelow(2**31)
+    if config.option.seed is None:  # workers of pytest-xdist take the environment of the session, and not its options
+        config.option.seed = int(os.environ.setdefault("DISTIL_KERNELS_TEST_SEED", str(secrets.randbelow(2**31))))
 
 
 def pytest_report_header(config: pytest.Config) -> str:
