@@ -277,7 +277,7 @@ def other_ops(copy: Inputs, backend: str) -> dict[str, torch.Tensor]:
     rows = torch.arange(20, device=hidden.device)
     mask, numbers = rows % 4 != 1, torch.cos(rows.float())
     credit = {"cu_seqlens": BORDERS, "discount": 0.9, "token_mask": mask}
-    ids = torch.stack([copy.tokens, (copy.tokens + 1) % 1031], -1)
+    ids = torch.stack([copy.tokens, (copy.tokens + 1) % weight.shape[0]], -1)
     logprobs = torch.stack([numbers - 2.0, numbers - 1.5], -1)
     sampled = token_logprobs(hidden, weight, tokens=copy.tokens, **options)
     return {
