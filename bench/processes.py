@@ -48,7 +48,9 @@ def measure(case: Case, numbers: list[int], rounds: int) -> dict[str, Any]:
         folder = Path(name)
         torch.save(make_case_inputs(case, "ordinary"), folder / "inputs.pt")
         rows = []
-        multiprocessing.get_context("forkserver").set_forkserver_preload(["processes"])
+        multiprocessing.get_context("forkserver").set_forkserver_preload(
+            ["torch._dynamo"]
+        )  # as run.py does: there is one such server
         for number in dict.fromkeys([1, *numbers]):
             torch.multiprocessing.start_processes(
                 _process, (number, case, folder, rounds), nprocs=number, start_method="forkserver"
