@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: item.path not in slow_files)
 
 
-MOST_OF_ALL = 4
+LEAST_CASES = 4
 """A test that is not slow keeps as many cases, however small the share."""
 
 
@@ -61,7 +61,7 @@ def _keep_a_share(config: pytest.Config, items: list[pytest.Item]) -> None:
         by_test.setdefault((item.path, item.nodeid.partition("[")[0]), []).append(item)
     drawn, kept = random.Random(config.option.seed), set()
     for cases in by_test.values():
-        least = 1 if cases[0].get_closest_marker("slow") else MOST_OF_ALL
+        least = 1 if cases[0].get_closest_marker("slow") else LEAST_CASES
         number = min(len(cases), max(least, math.ceil(config.option.share * len(cases))))
         kept |= set(drawn.sample(cases, number))
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])

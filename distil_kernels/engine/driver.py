@@ -287,7 +287,7 @@ class LogitChunk(NamedTuple):
     tokens: Tensor | None  # -1 for one of another process's shard
 
 
-_FIRST_READ = Cost()  # any cost but the JSD: its second read needs statistics of the whole vocabulary
+_FIRST_READ = Cost()  # in place of the JSD, whose second read needs statistics of the whole vocabulary
 
 
 class Workspace:
@@ -346,7 +346,8 @@ class Workspace:
         if not inputs.vocab_size:
             return inputs.shards.no_statistics(self._logits, num_rows)
         tokens = None if chunk.tokens is None else chunk.tokens.clamp(min=0)
-        return inputs.kernels.row_stats(chunk.logits, inputs.student, inputs.teacher, tokens, _FIRST_READ)
+        cost = _FIRST_READ if inputs.spec.cost.statistic == Statistic.JSD else inputs.spec.cost
+        return inputs.kernels.row_stats(chunk.logits, inputs.student, inputs.teacher, tokens, cost)
 
     def _merged(self, statistics: Tensor, chunk: LogitChunk) -> Tensor:
         """Returns the statistics of the whole vocabulary; those of the JSD come from a second read."""
