@@ -40,7 +40,8 @@ from timing import Timing, interleaved
 from trainer_steps import TRAINERS, Work, work_through
 
 from distil_kernels.extras import require
-from distil_kernels.train.config import PRESETS, Config
+from distil_kernels.train.config import Config
+from distil_kernels.train.presets import PRESETS
 
 SHAPES: dict[str, dict[str, Any]] = {
     "short": {},  # the default job: 4 x 4 answers that end with their line

@@ -42,6 +42,7 @@ TRAIN = [
     {"tasks"},
     {"feedback.kinds", "feedback.siblings", "feedback.time_limit"},
     {"config"},
+    {"presets"},
     {"command_line", "http_endpoint", "models", "optimizer"},
     {"run"},
     {"baseline", "rollouts"},

@@ -14,7 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from distil_kernels.train.config import PRESETS, Config, OptionType, as_text, option_types, preset_descriptions
+from distil_kernels.train.config import Config, OptionType, as_text, option_types
+from distil_kernels.train.presets import PRESETS, preset_descriptions
 
 NONE = ("none", "null")
 """How None is written, where an option may be that."""

@@ -15,7 +15,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
-from distil_kernels.train.config import PRESETS, Config
+from distil_kernels.train.config import Config
+from distil_kernels.train.presets import PRESETS
 from studies.compare import grid
 from studies.compare.grid import REFERENCE, Result, Results, Setting
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from distil_kernels.train.command_line import descriptions, parse, resolved
-from distil_kernels.train.config import PRESETS, Config, OptionType, option_types
+from distil_kernels.train.config import Config, OptionType, option_types
+from distil_kernels.train.presets import PRESETS
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -10,9 +10,9 @@ import torch
 from runs import metrics, micro_batch, packed, set_scores, train, trainer
 
 from distil_kernels.train.command_line import parse
-from distil_kernels.train.config import PRESETS
 from distil_kernels.train.metrics import token_means
 from distil_kernels.train.objective import distil_loss, group_advantages
+from distil_kernels.train.presets import PRESETS
 from distil_kernels.train.teachers.base import TopKTarget
 
 
