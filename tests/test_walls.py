@@ -39,8 +39,8 @@ ENGINE = [
     {"call"},
 ]
 TRAIN = [
-    {"tasks"},
-    {"feedback.kinds", "feedback.siblings", "feedback.time_limit"},
+    {"imported", "tasks"},
+    {"environments", "feedback.kinds", "feedback.siblings", "feedback.time_limit"},
     {"config"},
     {"presets"},
     {"command_line", "http_endpoint", "models", "optimizer"},

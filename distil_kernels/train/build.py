@@ -8,6 +8,7 @@ The order of the steps matters where it is not obvious; the comments say why.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,23 +20,24 @@ from transformers import PreTrainedTokenizerBase
 
 from distil_kernels.train.batches import Batches
 from distil_kernels.train.config import Config
+from distil_kernels.train.environments import environment_class
 from distil_kernels.train.evaluate import Evaluator
 from distil_kernels.train.feedback.expert import expert_kind
 from distil_kernels.train.feedback.kinds import FeedbackKind, feedback_kind
-from distil_kernels.train.feedback.prompts import Prompts
-from distil_kernels.train.feedback.tutor import Tutor
+from distil_kernels.train.feedback.prompts import Example, Prompts
+from distil_kernels.train.feedback.tutor import Tutor, judged
 from distil_kernels.train.models import loading
 from distil_kernels.train.models.activation_checkpointing import checkpoint_layers
 from distil_kernels.train.models.lora import with_adapters
 from distil_kernels.train.models.reading import Reader, reader
 from distil_kernels.train.models.sharding import shard, split_sharded, unsharded
-from distil_kernels.train.rollouts.python_tool import Python
+from distil_kernels.train.rollouts.episodes import Episodes, Texts
 from distil_kernels.train.rollouts.sampling import Sampling
 from distil_kernels.train.run import checkpoint
 from distil_kernels.train.run.accelerator import check_backend, make_accelerator
 from distil_kernels.train.run.distributed import Processes
 from distil_kernels.train.run.inputs import inputs
-from distil_kernels.train.tasks import Task, answered_problems, held_out_problems, make_task, with_seed
+from distil_kernels.train.tasks import Problem, Task, answered_problems, held_out_problems, make_task, with_seed
 from distil_kernels.train.tasks.sandbox import SANDBOX
 from distil_kernels.train.teachers.base import Teacher
 from distil_kernels.train.teachers.hidden_states import HiddenTeacher
@@ -89,9 +91,8 @@ class Data:
     batches: Batches
     sampling: Sampling
     """Parameters of training rollouts."""
-    tool: Python | None
     longest: int
-    """The largest number of tokens of a completion, tool results included."""
+    """The largest number of tokens of a completion, what is observed included."""
     evaluator: Evaluator
     notes: list[str]
     """What a person should know of the data before the run."""
@@ -194,28 +195,14 @@ def build_models(config: Config, accelerator: Accelerator, processes: Processes)
 
 def build_data(config: Config, models: Models, task: Task, kind: FeedbackKind, processes: Processes) -> Data:
     """Prompts, training problems and held-out problems."""
-    tool = None
-    if config.tools == "python":
-        tool = Python(models.tokenizer, config.max_tool_calls, config.max_tool_tokens)
-    longest = config.max_new_tokens + (tool.longest if tool else 0)
+    episodes = make_episodes(config, models)
+    examples = answered_problems(task, config.num_examples)
+    prompts = make_prompts(config, models, [_worked(problem, kind, task, episodes) for problem in examples], episodes)
+    longest = config.max_new_tokens + (episodes.longest if episodes else 0)
     notes = _check_positions(config, models, longest)
     if isinstance(models.teacher, (RemoteTeacher, HiddenTeacher, StoredTeacher)):
         notes.append(models.teacher.note)
-
-    examples = answered_problems(task, config.num_examples)
-    prompts = Prompts(
-        models.tokenizer,
-        [(problem, kind.verifier(task, problem, problem.answer)) for problem in examples],
-        config.layout,
-        config.teacher_reads,
-        config.max_prompt_tokens,
-        models.end_ids,
-        tool is not None,
-        config.chat_options(),
-        config.teacher_chat_options(),
-        config.tags_of_reasoning(),
-    )
-    tutor = Tutor.of(kind, task, prompts, config.max_critique_tokens)
+    tutor = Tutor.of(kind, task, prompts, config.max_critique_tokens, episodes)
     example_keys = {problem.key for problem in examples}
     batches = Batches(tutor, example_keys, config.prompts_per_step, processes, config.rollouts == "none")
 
@@ -228,14 +215,58 @@ def build_data(config: Config, models: Models, task: Task, kind: FeedbackKind, p
         Sampling(config.max_new_tokens, stop_ids, config.temperature),  # the model's own distribution
         config.eval_samples,
         config.eval_seed,
-        tool,
         processes,
         config.teacher_temperature,
     )
     if len(examples) < config.num_examples:
         count = f"{len(examples)} of {config.num_examples} worked examples"
         notes.append(f"{count}: no other problem comes with an answer")
-    return Data(tutor, batches, sampling, tool, longest, evaluator, notes, inputs(config, models.tokenizer))
+    return Data(tutor, batches, sampling, longest, evaluator, notes, inputs(config, models.tokenizer))
+
+
+def make_prompts(
+    config: Config, models: Models, examples: Sequence[Example], episodes: Episodes | None = None
+) -> Prompts:
+    """The prompts of a run, with these worked examples."""
+    return Prompts(
+        models.tokenizer,
+        examples,
+        config.layout,
+        config.teacher_reads,
+        config.max_prompt_tokens,
+        models.end_ids,
+        episodes.environment.example if episodes else None,
+        config.chat_options(),
+        config.teacher_chat_options(),
+        config.tags_of_reasoning(),
+    )
+
+
+def make_episodes(config: Config, models: Models) -> Episodes | None:
+    """The episodes of the run's environment; None without one.
+
+    Raises:
+        ValueError: there is no such environment, or it does not work here.
+    """
+    if not config.environment_name:
+        return None
+    environment, prompts = environment_class(config.environment_name), make_prompts(config, models, [])
+    frame = environment.frame if environment.stop else prompts.frame(models.end_ids)
+    episodes = Episodes(
+        environment, config.environment_name, Texts(prompts.answer, prompts.ids, frame), config.max_tool_calls,
+        config.max_tool_tokens, math.inf if config.judge_seconds is None else config.judge_seconds,
+    )  # fmt: skip
+    episodes.made()  # whose errors come before the first rollout
+    return episodes
+
+
+def _worked(record: Problem, kind: FeedbackKind, task: Task, episodes: Episodes | None) -> Example:
+    """A worked example: the right answer, or the environment's own solution, with its feedback."""
+    if episodes is None:
+        return Example(record, kind.verifier(task, record, record.answer))
+    problem, outcome = episodes.posed(record), episodes.worked(record)
+    feedback = kind.verifier(judged(task, outcome), problem, outcome.answer)
+    return Example(problem, feedback, outcome.turns)
 
 
 def _check_positions(config: Config, models: Models, longest: int) -> list[str]:

@@ -96,7 +96,7 @@ class Config:
     rollouts_per_prompt: int = _number(4, AT_LEAST_1)
     """Completions sampled for each problem."""
     max_new_tokens: int = _number(12, AT_LEAST_1)
-    """Length limit of a completion, not counting what a tool inserts."""
+    """Length limit of a completion, over all its turns, not counting what is observed."""
     temperature: float = _number(1.0, POSITIVE)
     """Temperature of the student, in rollouts and loss."""
     top_p: float = _number(1.0, SHARE)
@@ -105,13 +105,18 @@ class Config:
     """Training rollouts sample from this many likeliest tokens; a number only with off_policy."""
     off_policy: bool = False
     """Allow rollouts from another distribution than the loss's, which makes the credit wrong."""
+    environment: str = ""
+    """What answers the model's turns: shop (for task shop), python, or module:name of a class with reset(record) and
+    step(text), which returns observation, reward and whether it is over. Student and teacher read what is observed, and
+    neither learns it. Empty: answers of one turn."""
     tools: Literal["none", "python"] = "none"
-    """Tool in rollouts: python inserts the value of an expression that the model writes as <tool>EXPRESSION</tool>;
-    student and teacher read what is inserted and neither learns it."""
+    """Tool in rollouts, the environment python: it inserts the value of an expression that the model writes as
+    <tool>EXPRESSION</tool>."""
     max_tool_calls: int = _number(2, AT_LEAST_1)
-    """Calls in a completion; later ones are text."""
+    """Observations in a completion, of an environment or tool; the turn after them is the last one, and calls in it are
+    text."""
     max_tool_tokens: int = _number(32, AT_LEAST_1)
-    """Length limit of what a call inserts; the remainder is cut off."""
+    """Length limit of an observation; the remainder is cut off."""
     unsafe_sandbox: bool = False
     """Run a model's programs (task code, --tools python) also where this machine has no Landlock, seccomp or
     namespaces to hold them off: they can then read and change what you can."""
@@ -123,18 +128,18 @@ class Config:
 
     # Feedback
     feedback: str = "correction"
-    """Feedback on an answer: correction (the expert's answer), trace (what happened when it was run), both, siblings
-    (another rollout's right answer; a rollout without one is left out), self_evaluation (the student's critique of
-    it), expert (that of expert_url), module:function, called with problem and answer, or none: the teacher reads what
-    the student reads."""
+    """Feedback on an answer: correction (the expert's answer), trace (what happened when it was run, or what the
+    environment said after each turn), both, siblings (another rollout's right answer; a rollout without one is left
+    out), self_evaluation (the student's critique of it), expert (that of expert_url), module:function, called with
+    problem and answer, or none: the teacher reads what the student reads."""
     teacher_reads: Literal["text", "demonstration", "both"] = "text"
     """What the teacher is shown: the feedback in words, the question answered once before, or both."""
     reasoning_tags: str = "<think> </think>"
     """What a model's reasoning begins and ends with: such sections are stripped from the feedback and demonstrations
     that the teacher reads (a sibling's right answer, say); empty keeps them."""
     judge_seconds: float | None = _number(120.0, POSITIVE)
-    """Time limit of a module:function for an answer, which has no verdict then. Of a text that it returns no more is
-    read than 16 characters for each of max_prompt_tokens."""
+    """Time limit of a module:function for an answer, or of an environment's step: there is no verdict then. Of a
+    function's text no more is read than 16 characters for each of max_prompt_tokens."""
     max_critique_tokens: int = _number(48, AT_LEAST_1)
     """Length limit of a critique (feedback self_evaluation and expert)."""
     expert_url: str = ""
@@ -336,6 +341,11 @@ class Config:
         return self.distil_weight + share * (self.distil_weight_end - self.distil_weight)
 
     @property
+    def environment_name(self) -> str:
+        """Name of the environment, which a tool is too; empty for none."""
+        return self.environment or ("" if self.tools == "none" else self.tools)
+
+    @property
     def trains_adapters(self) -> bool:
         """Whether adapters are trained, and not the weights."""
         return self.lora_rank > 0 or self.lora_continue
@@ -388,9 +398,15 @@ class Config:
         if self.rollouts == "none":  # the data's answers are no sample of the student's distribution
             expected = {
                 "credit_span": ("none",), "objective": ("forward_ce", "reverse_kl", "jsd"), "rollouts_per_prompt": (1,),
-                "feedback": ("none", "correction"), "tools": ("none",), "rollout_url": ("",), "updates_per_batch": (1,),
+                "feedback": ("none", "correction"), "tools": ("none",), "environment": ("",), "rollout_url": ("",),
+                "updates_per_batch": (1,),
             }  # fmt: skip
             self._expect("rollouts none", expected)
+        if self.environment:  # which a tool would be too
+            self._expect("environment", {"tools": ("none",)})
+        if (self.environment == "shop") != (self.task == "shop"):  # nobody else knows its prices
+            needed = {"task": ("shop",)} if self.environment == "shop" else {"environment": ("shop",)}
+            self._expect(f"{'environment' if self.environment == 'shop' else 'task'} shop", needed)
         if not self.off_policy and (self.top_p != 1.0 or self.top_k is not None) and self.credit_span != "none":
             raise ValueError(
                 "[top_p, top_k] the credit needs rollouts from the model's own distribution (top_p 1, top_k none), got "

@@ -19,8 +19,7 @@ import torch
 from distil_kernels.train.feedback.tutor import Tutor
 from distil_kernels.train.models.reading import Reader
 from distil_kernels.train.rollouts.prompt_group import PromptGroup
-from distil_kernels.train.rollouts.python_tool import Python, RollOut, roll_out
-from distil_kernels.train.rollouts.sampling import Sampling, generate
+from distil_kernels.train.rollouts.sampling import Generate, Sampling, generate
 from distil_kernels.train.run.distributed import ALONE, Processes
 from distil_kernels.train.tasks import Problem
 from distil_kernels.train.teachers.base import Teacher
@@ -40,7 +39,7 @@ class Evaluation:
     teacher: float
     teacher_se: float
     length: float
-    """Of the sampled answers, without the tokens of a tool."""
+    """Of the sampled answers, without what they observed."""
     num_problems: int
     pass_at: dict[int, tuple[float, float]]
     """By k = 1, 2, 4, ..., eval_samples: the chance that one of k sampled answers is right, and its standard error."""
@@ -80,12 +79,11 @@ class Evaluator:
         sampling: Sampling,
         num_samples: int,
         seed: int,
-        tool: Python | None = None,
         processes: Processes = ALONE,
         teacher_temperature: float = 1.0,
     ) -> None:
         self.tutor, self._sampling, self._num_samples, self._seed = tutor, sampling, num_samples, seed
-        self._tool, self._processes = tool, processes
+        self._processes = processes
         self._teacher_sampling = replace(sampling, temperature=teacher_temperature)
         self._teacher_answered: tuple[list[list[int]], list[list[float]]] = [], []
         """The teacher's last prompts, and the scores of its answers."""
@@ -96,7 +94,7 @@ class Evaluator:
 
     def groups(self, count: int | None = None) -> list[PromptGroup]:
         """The first `count` held-out problems, without rollouts; None for all."""
-        return [PromptGroup(group.problem, group.prompt) for group in self._groups[:count]]
+        return [group.without_rollouts() for group in self._groups[:count]]
 
     @contextmanager
     def seeded(self, device: torch.device) -> Iterator[None]:
@@ -136,7 +134,7 @@ class Evaluator:
         # Greedy and sampled answers come from one reading of the prompts. The greedy answer is the first of a problem.
         count = 1 + self._num_samples
         first_rows = range(0, count * len(share), count)
-        by_student = partial(roll_out, partial(generate, student))
+        by_student = partial(generate, student)
         size = max(1, BATCH_ROWS // self._num_samples)
         sampling = replace(self._sampling, greedy_rows=first_rows)
         if not self._collect(share, count, by_student, sampling, size, stop):
@@ -144,7 +142,7 @@ class Evaluator:
         # The teacher's prompt contains the feedback on the greedy answer (the sampled answers are its siblings).
         # Without feedback it is the student's prompt.
         self.tutor.give_feedback(student, share, 1)
-        advised = [PromptGroup(group.problem, group.rollouts[0].teacher_prompt or group.prompt) for group in share]
+        advised = [group.without_rollouts(group.rollouts[0].teacher_prompt) for group in share]
         by_teacher = self._teacher_scores(teacher, advised, stop)
         if by_teacher is None:
             return None
@@ -169,7 +167,7 @@ class Evaluator:
             return known_scores
         # By a seed of its own: a resumed run, which knows no earlier answers, gets the same ones.
         torch.manual_seed(self._processes.seed(self._seed) + 1)
-        if not self._collect(groups, 1, teacher.roll_out, self._teacher_sampling, BATCH_ROWS, stop):
+        if not self._collect(groups, 1, teacher.generate, self._teacher_sampling, BATCH_ROWS, stop):
             return None
         scores = [[rollout.feedback.score for rollout in group.rollouts] for group in groups]
         self._teacher_answered = prompts, scores
@@ -179,7 +177,7 @@ class Evaluator:
         self,
         groups: Sequence[PromptGroup],
         count: int,
-        by: RollOut,
+        by: Generate,
         sampling: Sampling,
         size: int,
         stop: Callable[[], bool],
@@ -188,7 +186,7 @@ class Evaluator:
         for begin in range(0, len(groups), size):
             if stop():
                 return False
-            self.tutor.collect(groups[begin : begin + size], count, by, sampling, self._tool)
+            self.tutor.collect(groups[begin : begin + size], count, by, sampling)
         return not stop()
 
 

@@ -76,9 +76,14 @@ def rollout_metrics(
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     scores = _known_scores(rollouts)
+    outcomes = [rollout.outcome for rollout in rollouts if rollout.outcome is not None]
+    of_episodes = {
+        "turns": statistics.fmean(len(outcome.turns) for outcome in outcomes),
+        "num_unfinished": sum(not outcome.is_finished for outcome in outcomes),
+    } if outcomes else {}  # fmt: skip
     return {
         "accuracy": statistics.fmean(scores) if scores else math.nan,
-        "truncated": statistics.fmean(rollout.tokens[-1] not in stop_ids for rollout in rollouts),
+        "truncated": statistics.fmean(rollout.is_truncated(stop_ids) for rollout in rollouts),
         "equal_score_groups": statistics.fmean(len(set(_known_scores(group.rollouts))) <= 1 for group in groups),
         "teacher_prefers_right": teacher_prefers_right(groups, teacher_logprobs),
         "num_without_verdict": sum(not rollout.feedback.has_verdict for rollout in rollouts),
@@ -86,6 +91,7 @@ def rollout_metrics(
         "num_shortened_prompts": sum(
             prompts.shortens(group.problem, rollout.feedback) for group in groups for rollout in group.rollouts
         ),
+        **of_episodes,
     }
 
 
@@ -135,6 +141,7 @@ def rollout_records(
             "has_feedback": rollout.has_feedback,
             "tokens": rollout.tokens,
             "tool_positions": [position for position, by_model in enumerate(rollout.by_model) if not by_model],
+            **({} if rollout.outcome is None else {"turns": [list(turn) for turn in rollout.outcome.turns]}),
         }
         for group in groups
         for rollout in group.rollouts

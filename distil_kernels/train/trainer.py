@@ -44,7 +44,6 @@ from distil_kernels.train.report import console as output
 from distil_kernels.train.report.pages import Pages
 from distil_kernels.train.rollouts.packed_batch import PackedBatch
 from distil_kernels.train.rollouts.prompt_group import PromptGroup, Rollout
-from distil_kernels.train.rollouts.python_tool import roll_out
 from distil_kernels.train.rollouts.sampling import Generate, generate
 from distil_kernels.train.rollouts.vllm_server import RolloutServer
 from distil_kernels.train.run import checkpoint, trackers
@@ -184,7 +183,7 @@ class Trainer:
 
     def _sample(self, groups: Sequence[PromptGroup], generate_here: Generate) -> None:
         count = self.config.rollouts_per_prompt
-        self.tutor.collect(groups, count, partial(roll_out, generate_here), self.sampling, self.data.tool)
+        self.tutor.collect(groups, count, generate_here, self.sampling)
         self.tutor.give_feedback(self.student, groups, count)
 
     def update(
@@ -252,7 +251,7 @@ class Trainer:
 
     def _leaves_out(self, rollout: Rollout) -> bool:
         """Whether nothing is learnt from a rollout: it was cut off, and such are masked."""
-        return self.config.mask_truncated and rollout.tokens[-1] not in self.sampling.stop_ids
+        return self.config.mask_truncated and rollout.is_truncated(self.sampling.stop_ids)
 
     def _held_out_logprob(self, timer: PhaseTimer) -> float | None:
         """The log-prob of held-out right answers under the student; None in a step that does not record it."""

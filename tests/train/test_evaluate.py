@@ -90,9 +90,9 @@ def test_the_teacher_answers_at_its_own_temperature(tiny_model: Path) -> None:
     lm, prompts = parts(tiny_model)
 
     class Seen(InProcessTeacher):
-        def roll_out(self, prompts: object, index: object, sampling: Sampling, tool: object) -> list[Rollout]:
+        def generate(self, prompts: object, index: object, sampling: Sampling, ends: object) -> list[Rollout]:
             seen.append(sampling)
-            return super().roll_out(prompts, index, sampling, tool)
+            return super().generate(prompts, index, sampling, ends)
 
     seen: list[Sampling] = []
     task, sampling = Vowels([]), Sampling(5, prompts.stop_ids(), temperature=0.9)
@@ -115,9 +115,9 @@ def test_a_teacher_that_does_not_move_answers_equal_prompts_once(tiny_model: Pat
     asked = []
 
     class Counted(InProcessTeacher):
-        def roll_out(self, prompts: list[list[int]], *rest: object) -> list[Rollout]:
+        def generate(self, prompts: list[list[int]], *rest: object) -> list[Rollout]:
             asked.append(len(prompts))
-            return super().roll_out(prompts, *rest)
+            return super().generate(prompts, *rest)
 
     task = Vowels([])
     held_out = [problem for _, problem in islice(problems(task, held_out=True), 4)]

@@ -10,9 +10,11 @@ from tiny import byte_tokenizer, llama_config
 from transformers import AutoModelForCausalLM
 
 from distil_kernels.hf import split
+from distil_kernels.train.environments.python import Python
 from distil_kernels.train.feedback.prompts import Prompts
 from distil_kernels.train.models.reading import Reader, reader
-from distil_kernels.train.tasks import make_task
+from distil_kernels.train.rollouts.episodes import Episode, Episodes, Texts
+from distil_kernels.train.tasks import Problem, make_task
 
 TOKENIZER = byte_tokenizer()
 
@@ -32,6 +34,16 @@ def ids(text: str) -> list[int]:
     return TOKENIZER(text).input_ids
 
 
+def python(max_calls: int, max_tokens: int) -> Episodes:
+    """The tool as an environment."""
+    prompts = Prompts(TOKENIZER, [])
+    return Episodes(Python, "python", Texts(prompts.answer, ids, Python.frame), max_calls, max_tokens)
+
+
+def started(episodes: Episodes, count: int) -> list[Episode]:
+    return [episodes.start(Problem("", "", None, ""), "") for _ in range(count)]
+
+
 def shown(tokens: list[int], written: list[bool]) -> str:
     """What was put in stands in brackets."""
     text, inside = "", False
@@ -46,7 +58,7 @@ def shown(tokens: list[int], written: list[bool]) -> str:
 def caller(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Knows KNOWN by heart, and answers half of the problems of a task by a call."""
     torch.manual_seed(0)
-    prompts, task = Prompts(TOKENIZER, [], tool=True), make_task("largest", 5)
+    prompts, task = Prompts(TOKENIZER, [], shown=Python.example), make_task("largest", 5)
     pairs = [(ids(prompt), ids(answer)) for prompt, answer in KNOWN.items()]
     for index in range(6):
         answer = " 42\n" if index % 2 else " <tool>6*7</tool> <result>42</result> 42\n"

@@ -8,17 +8,15 @@ A new kind is a function below and its row. The row says what the configuration 
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import math
 import reprlib
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distil_kernels.train.feedback.siblings import right_sibling
 from distil_kernels.train.feedback.time_limit import TookTooLong, time_limit
+from distil_kernels.train.imported import imported, raised, source_file
 from distil_kernels.train.tasks import Feedback, Problem, Task
 from distil_kernels.train.tasks.sandbox import JudgeFailed
 
@@ -152,24 +150,12 @@ def judge_source(name: str) -> Path | None:
     """The file that a user's function stands in; None for the kinds of FEEDBACK, and where there is no file."""
     if name in FEEDBACK:
         return None
-    function = inspect.unwrap(_imported(name))
-    try:
-        file = inspect.getsourcefile(function if inspect.isroutine(function) else type(function))
-    except TypeError:  # built in
-        return None
-    return Path(file) if file else None
+    return source_file(_imported(name))
 
 
 def _imported(name: str) -> Callable[..., Any]:
     """The function that `module:function` names."""
-    module, _, attribute = name.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), attribute) if attribute else None
-    except Exception as error:  # of a module that runs anything
-        raise ValueError(f"[feedback] cannot import {name!r}: {type(error).__name__}: {error}") from error
-    if not callable(function):
-        raise ValueError(f"[feedback] expected one of {', '.join(FEEDBACK)}, or module:function, got {name!r}")
-    return function
+    return imported("feedback", name, f"one of {', '.join(FEEDBACK)}, or module:function")
 
 
 def users_kind(verifier: Verifier) -> FeedbackKind:
@@ -184,11 +170,8 @@ def _users_verifier(name: str, function: Callable[..., Any], seconds: float, num
                 result = function(problem, answer)
         except TookTooLong:
             raise JudgeFailed(f"[feedback] {name} took longer than {seconds:g} s") from None
-        except Exception as error:  # not a ValueError, which main would report as a wrong option
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            raise RuntimeError(
-                f"[feedback] {name} raised {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
-            ) from error
+        except Exception as error:
+            raise raised("feedback", name, error) from error
         feedback = _as_feedback(result, problem)
         if feedback is None:
             raise ValueError(

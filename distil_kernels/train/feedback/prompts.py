@@ -23,10 +23,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from distil_kernels.train.environments import Turn
 from distil_kernels.train.feedback.kinds import verdict
 from distil_kernels.train.rollouts.sampling import until_stop
 from distil_kernels.train.tasks import Feedback, Problem
@@ -42,22 +44,26 @@ class _Turn(NamedTuple):
     answer: str | None
 
 
-TOOL_EXAMPLE = _Turn(
-    "17 * 23? (Python gives the value of <tool>EXPRESSION</tool>.)", "", "<tool>17 * 23</tool> <result>391</result> 391"
-)
-_CALLS = re.compile(r"<(tool|result)>.*?</\1>", re.DOTALL)
+class Example(NamedTuple):
+    """A problem worked before the question."""
+
+    problem: Problem
+    feedback: Feedback
+    """To its right answer."""
+    turns: Sequence[Turn] = ()
+    """Of an episode that ends with the answer; empty where the problem's answer is the only one."""
 
 
 class Prompts:
     """Builds prompts as token ids, and reads answers from completions.
 
     Args:
-        examples: problems worked before the question, in both prompts, with the feedback to their right answers.
+        examples: problems worked before the question, in both prompts; the teacher reads their feedback too.
         layout: "examples" for `Q: ... A: ...` text, "chat" for the tokenizer's chat template.
         reads: "text", "demonstration" or "both": the parts of the feedback that the teacher reads.
         max_tokens: length limit of a prompt.
         end_ids: tokens that end any answer of this model.
-        tool: True if the prompts show how to call `python_tool.Python`, whose calls are no part of an answer.
+        shown: a question and its answer that prompts begin with, without feedback.
         chat_options: further arguments of the chat template.
         teacher_chat_options: those for the teacher; None for the same.
         reasoning_tags: what a model's reasoning begins and ends with; it is left out of what the teacher reads. None
@@ -70,12 +76,12 @@ class Prompts:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        examples: Sequence[tuple[Problem, Feedback]],
+        examples: Sequence[Example],
         layout: str = "examples",
         reads: str = "text",
         max_tokens: int = 1024,
         end_ids: Sequence[int] = (),
-        tool: bool = False,
+        shown: tuple[str, str] | None = None,
         chat_options: Mapping[str, Any] | None = None,
         teacher_chat_options: Mapping[str, Any] | None = None,
         reasoning_tags: tuple[str, str] | None = None,
@@ -85,18 +91,17 @@ class Prompts:
         self._tokenizer = tokenizer
         self._layout, self._max_tokens, self._end_ids = layout, max_tokens, end_ids
         self._reads_text, self._reads_demonstration = reads in ("text", "both"), reads in ("demonstration", "both")
-        self._tool, self._chat_options = tool, chat_options or {}
+        self._chat_options = chat_options or {}
         self._teacher_chat_options = self._chat_options if teacher_chat_options is None else teacher_chat_options
         self._reasoning = None if reasoning_tags is None else _reasoning(*reasoning_tags)
-        tool_examples = [TOOL_EXAMPLE] if tool else []
-        self._plain = [*tool_examples, *(_Turn(problem.question, "", problem.answer) for problem, _ in examples)]
-        self._with_feedback = tool_examples + [
-            turn
-            for problem, feedback in examples
-            for turn in self._turns(problem.question, feedback.text, feedback.demonstration, problem.answer)
-        ]
+        first = [_Turn(shown[0], "", shown[1])] if shown else []
+        self._plain, self._with_feedback = list(first), list(first)
+        for example in examples:
+            question, feedback, (answer, later) = example.problem.question, example.feedback, _answers(example)
+            self._plain += [_Turn(question, "", answer), *later]
+            self._with_feedback += [*self._turns(question, feedback.text, feedback.demonstration, answer), *later]
         # Every second answer is that of the example before it, so that a model sees both verdicts.
-        judged = [(problem, examples[index - index % 2][0].answer) for index, (problem, _) in enumerate(examples)]
+        judged = [(problem, examples[index - index % 2].problem.answer) for index, (problem, *_) in enumerate(examples)]
         self._judged = [(problem.question, answer, verdict(answer, problem.answer)) for problem, answer in judged]
         if layout == "chat":
             self._check_template()
@@ -172,21 +177,43 @@ class Prompts:
             raise ValueError("[model] neither tokenizer nor generation config names a token that ends an answer")
         return sorted(stops)
 
-    def answer(self, completion: list[int]) -> str:
+    def answer(self, completion: Sequence[int]) -> str:
         """The text of a completion that a verifier reads."""
-        text = str(self._tokenizer.decode(completion, skip_special_tokens=True))
-        text = text.split("\n")[0] if self._layout == "examples" else text
-        return _CALLS.sub("", text) if self._tool else text
+        text = str(self._tokenizer.decode(list(completion), skip_special_tokens=True))
+        return text.split("\n")[0] if self._layout == "examples" else text
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of a text."""
+        return self._tokenizer(text, add_special_tokens=False).input_ids
+
+    def frame(self, stop_ids: Sequence[int]) -> tuple[str, str]:
+        """What stands before and after an observation that is the next question of a rollout.
+
+        Raises:
+            ValueError: the chat template leaves an answer or a question out.
+        """
+        if self._layout == "examples":
+            return "Q: ", "\nA:"
+        marks = "DISTIL ANSWER", "DISTIL OBSERVATION"
+        text = self._chat([_Turn("?", "", marks[0]), _Turn(marks[1], "", None)], self._chat_options)
+        if any(text.count(mark) != 1 for mark in marks):
+            raise ValueError("[layout] the chat template leaves out an answer before a question, or repeats it")
+        before, after = text.partition(marks[0])[2].split(marks[1])
+        # The model has written the token that ends its answer.
+        end = self.ids(before)[:1]
+        if end and end[0] in stop_ids:
+            before = before.removeprefix(str(self._tokenizer.decode(end)))
+        return before, after
 
     def answer_tokens(self, answer: str) -> list[int]:
         """The tokens of a completion with this answer, without its stop token."""
         text = f" {answer}" if self._layout == "examples" else answer
-        return self._tokenizer(text, add_special_tokens=False).input_ids
+        return self.ids(text)
 
     def completion(self, answer: str, stop_ids: Sequence[int]) -> list[int]:
         """The tokens of a completion with this answer, with the stop token that a model would end it by."""
         if self._layout == "examples":
-            tokens = self._tokenizer(f" {answer}\n\n", add_special_tokens=False).input_ids
+            tokens = self.ids(f" {answer}\n\n")
         else:
             end = self._tokenizer.eos_token_id
             tokens = [*self.answer_tokens(answer), end if end in stop_ids else stop_ids[0]]
@@ -204,7 +231,7 @@ class Prompts:
     def _render(self, turns: Sequence[_Turn], chat_options: Mapping[str, Any]) -> list[int]:
         """The token ids of some turns."""
         if self._layout == "chat":
-            return self._tokenizer(self._chat(turns, chat_options), add_special_tokens=False).input_ids
+            return self.ids(self._chat(turns, chat_options))
         blocks = []
         for question, text, answer in turns:
             hint = f"Feedback: {text}\n" if text else ""
@@ -221,9 +248,17 @@ class Prompts:
         return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options))
 
     def _without_end(self, text: str, num_tokens: int) -> str:
-        ids = self._tokenizer(text, add_special_tokens=False).input_ids
+        ids = self.ids(text)
         shorter = str(self._tokenizer.decode(ids[: max(0, len(ids) - num_tokens)]))
         return shorter if len(shorter) < len(text) else text[:-1]
+
+
+def _answers(example: Example) -> tuple[str, list[_Turn]]:
+    """The first answer of an example, and the turns after it, whose questions are what was observed."""
+    if not example.turns:
+        return example.problem.answer, []
+    later = [_Turn(turn.observation, "", after.text) for turn, after in pairwise(example.turns)]
+    return example.turns[0].text, later
 
 
 def _reasoning(opening: str, closing: str) -> re.Pattern[str]:

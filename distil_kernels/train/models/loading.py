@@ -98,7 +98,7 @@ def check_positions(model: PreTrainedModel, max_prompt_tokens: int, max_completi
     if remaining < 2:
         raise ValueError(
             f"[max_new_tokens] {name} has {max_positions} positions: expected completions of at most "
-            f"{max_positions - 2} tokens, a tool's or a critique's included, got {max_completion_tokens}"
+            f"{max_positions - 2} tokens, observations or a critique included, got {max_completion_tokens}"
         )
     raise ValueError(
         f"[max_prompt_tokens] {name} has {max_positions} positions, of which completions may take "

@@ -68,7 +68,7 @@ def _alternatives(record: Record, color: str, full: float) -> Table:
     table.add_column("teacher's likeliest")
     for index, text in enumerate(record["texts"]):
         if index in record.get("tool_positions", ()):
-            table.add_row(Text(visible(text), style=INSERTED), *("" for _ in COLORS), "put in by a tool, not learnt")
+            table.add_row(Text(visible(text), style=INSERTED), *("" for _ in COLORS), "observed, not learnt")
             continue
         numbers = [Text(f"{record[name][index]:.3f}") for name in COLORS]
         others = Text("   ").join(

@@ -61,7 +61,7 @@ class PackedBatch:
     cu_seqlens: Tensor
     """[B + 1] int64 on the CPU: completion b is tokens[cu_seqlens[b]:cu_seqlens[b + 1]]."""
     judged: TokenMask
-    """The tokens that have an advantage: sampled by the model and by no tool, in a rollout with a verdict."""
+    """The tokens that have an advantage: sampled by the model and not observed, in a rollout with a verdict."""
     learns: TokenMask
     """The tokens that are distilled: sampled by the model, in a rollout with feedback."""
     behaviour_logprobs: Tensor | None

@@ -9,14 +9,16 @@ import json
 from transformers import PreTrainedTokenizerBase
 
 from distil_kernels.train.config import Config
+from distil_kernels.train.environments import environment_source
 from distil_kernels.train.feedback.kinds import judge_source
 from distil_kernels.train.tasks import record_file
 
 
 def inputs(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Returns checksums of the task's file, of the file that a user's judge stands in, and of the tokenizer, by name.
+    """Returns checksums of the task's file, of the files that a user's judge and environment stand in, and of the
+    tokenizer, by name.
 
-    What a judge imports is not in it. Of reasoning-gym's tasks it is the package's version.
+    What they import is not in it. Of reasoning-gym's tasks it is the package's version.
     """
     found = {f"the vocabulary of --model {config.model}": json.dumps(sorted(tokenizer.get_vocab().items())).encode()}
     if config.layout == "chat":
@@ -27,6 +29,8 @@ def inputs(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]
         found[f"the file of --task {config.task}"] = records.read_bytes()
     if (judge := judge_source(config.feedback)) is not None:
         found[f"the file of --feedback {config.feedback}"] = judge.read_bytes()
+    if config.environment_name and (environment := environment_source(config.environment_name)) is not None:
+        found[f"the file of --environment {config.environment}"] = environment.read_bytes()
     return {name: hashlib.sha256(content).hexdigest() for name, content in found.items()}
 
 

@@ -25,6 +25,7 @@ from distil_kernels.train.tasks.numbers import (
 from distil_kernels.train.tasks.problem import NO_VERDICT, Feedback, Problem, Task
 from distil_kernels.train.tasks.reasoning_gym import ReasoningGym
 from distil_kernels.train.tasks.records import DATA, Records
+from distil_kernels.train.tasks.shop import Purchases
 
 __all__ = [
     "DOMAINS",
@@ -49,6 +50,7 @@ OWN_TASKS: dict[str, Callable[[int], Task]] = {
     "product": Product,
     "remainder": Remainder,
     "reverse": Reverse,
+    "shop": Purchases,
 }
 DOMAINS: dict[str, Callable[..., Task]] = {
     "qa": Questions,

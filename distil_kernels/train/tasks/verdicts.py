@@ -11,10 +11,8 @@ from distil_kernels.train.tasks.sandbox import JudgeFailed, in_parallel
 Verify = Callable[[Task, Problem, str], Feedback]
 
 
-def verified(
-    verify: Verify, task: Task, groups: Sequence[tuple[Problem, Sequence[str]]], may_thread: bool
-) -> list[list[Feedback]]:
-    """What `verify` says of the answers to each problem, in their order.
+def verified(verify: Verify, answers: Sequence[tuple[Task, Problem, str]], may_thread: bool) -> list[Feedback]:
+    """What `verify` says of each answer to a task's problem.
 
     A warning says how many answers have no verdict.
 
@@ -22,17 +20,16 @@ def verified(
         may_thread: `verify` may be called from several threads.
     """
 
-    def judged(pair: tuple[Problem, str]) -> Feedback:
+    def judged(answer: tuple[Task, Problem, str]) -> Feedback:
         try:
-            return verify(task, *pair)
+            return verify(*answer)
         except JudgeFailed:
             return NO_VERDICT
 
-    pairs = [(problem, answer) for problem, answers in groups for answer in answers]
-    runs_programs = may_thread and hasattr(task, "trace")
-    found = iter(in_parallel(judged, pairs) if runs_programs else map(judged, pairs))
-    feedback = [[next(found) for _ in answers] for _, answers in groups]
-    missing = sum(not said.has_verdict for group in feedback for said in group)
+    feedback = in_parallel(judged, answers) if may_thread else list(map(judged, answers))
+    missing = sum(not said.has_verdict for said in feedback)
     if missing:
-        warnings.warn(f"{missing} of {len(pairs)} answers have no verdict (their judges died): left out", stacklevel=2)
+        warnings.warn(
+            f"{missing} of {len(answers)} answers have no verdict (their judges died): left out", stacklevel=2
+        )
     return feedback

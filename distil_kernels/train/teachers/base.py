@@ -11,8 +11,7 @@ from torch import Tensor
 
 from distil_kernels.train.rollouts.packed_batch import PackedBatch
 from distil_kernels.train.rollouts.prompt_group import Rollout
-from distil_kernels.train.rollouts.python_tool import Python
-from distil_kernels.train.rollouts.sampling import Sampling
+from distil_kernels.train.rollouts.sampling import Ends, Sampling
 
 
 class HiddenTarget(NamedTuple):
@@ -58,7 +57,7 @@ class Teacher(Protocol):
 
     @property
     def answers(self) -> bool:
-        """Tells if it can answer a prompt: roll_out is for those that can."""
+        """Tells if it can answer a prompt: generate is for those that can."""
 
     def opened(self) -> AbstractContextManager[None]:
         """A context in which this process has all weights. With sharded models all processes enter it together."""
@@ -69,10 +68,10 @@ class Teacher(Protocol):
     def target(self, batch: PackedBatch) -> Target:
         """The teacher's distribution at each token of a batch; anything where a token does not learn."""
 
-    def roll_out(
-        self, prompts: Sequence[list[int]], prompt_index: Sequence[int], sampling: Sampling, tool: Python | None
+    def generate(
+        self, prompts: Sequence[list[int]], prompt_index: Sequence[int], sampling: Sampling, ends: Ends | None = None
     ) -> list[Rollout]:
-        """Completions that the teacher samples; arguments as of `python_tool.roll_out`."""
+        """Completions that the teacher samples; arguments as of `sampling.generate`."""
 
     def follow(self) -> None:
         """Moves a teacher that averages the student, after an optimizer step."""

@@ -29,8 +29,7 @@ from distil_kernels.train.models.heads import load_head
 from distil_kernels.train.models.reading import Reader
 from distil_kernels.train.rollouts.packed_batch import PackedBatch
 from distil_kernels.train.rollouts.prompt_group import Rollout
-from distil_kernels.train.rollouts.python_tool import Python
-from distil_kernels.train.rollouts.sampling import Sampling, until_stop
+from distil_kernels.train.rollouts.sampling import Ends, Sampling, until_stop
 from distil_kernels.train.teachers.base import HiddenTarget
 from distil_kernels.train.teachers.in_process import check_same_tokens, with_head_like
 
@@ -104,10 +103,10 @@ class HiddenTeacher:
             states = torch.cat([answer.result() for answer in asked])
         return HiddenTarget(states.to(self._device), *self.head)
 
-    def roll_out(
-        self, prompts: Sequence[list[int]], prompt_index: Sequence[int], sampling: Sampling, tool: Python | None
+    def generate(
+        self, prompts: Sequence[list[int]], prompt_index: Sequence[int], sampling: Sampling, ends: Ends | None = None
     ) -> list[Rollout]:
-        """The server's completions. No tool is run."""
+        """The server's completions."""
         stops = list(sampling.stop_ids)
         request = {
             "prompts": list(prompts), "prompt_index": list(prompt_index), "max_new_tokens": sampling.max_new_tokens,
@@ -117,7 +116,7 @@ class HiddenTeacher:
         completions = answer.get("completions")
         if not isinstance(completions, list) or len(completions) != len(prompt_index) or not all(completions):
             raise self._endpoint.unexpected(ROLLOUTS, answer, f"{len(prompt_index)} completions")
-        return [Rollout.sampled(until_stop(tokens, set(stops))) for tokens in completions]
+        return [Rollout.sampled(until_stop(tokens, set(stops), ends)) for tokens in completions]
 
     def follow(self) -> None:
         """A server does not follow the student."""

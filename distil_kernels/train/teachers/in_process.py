@@ -18,7 +18,6 @@ import copy
 import dataclasses
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -36,8 +35,7 @@ from distil_kernels.train.models.sharding import local_shard, split_sharded, uns
 from distil_kernels.train.models.state import load_model_state, model_state
 from distil_kernels.train.rollouts.packed_batch import PackedBatch
 from distil_kernels.train.rollouts.prompt_group import Rollout
-from distil_kernels.train.rollouts.python_tool import Python, roll_out
-from distil_kernels.train.rollouts.sampling import Sampling, generate
+from distil_kernels.train.rollouts.sampling import Ends, Sampling, generate
 from distil_kernels.train.teachers.base import HiddenTarget
 
 ABSENT = -1e4
@@ -125,11 +123,11 @@ class InProcessTeacher:
                 student_logit_scale=self.lm.logit_scale, backend=config.backend,
             ).logprob  # fmt: skip
 
-    def roll_out(
-        self, prompts: Sequence[list[int]], prompt_index: Sequence[int], sampling: Sampling, tool: Python | None
+    def generate(
+        self, prompts: Sequence[list[int]], prompt_index: Sequence[int], sampling: Sampling, ends: Ends | None = None
     ) -> list[Rollout]:
         with self.opened(), self._adapters_disabled():
-            return roll_out(partial(generate, self.lm), prompts, prompt_index, sampling, tool)
+            return generate(self.lm, prompts, prompt_index, sampling, ends)
 
     def _adapters_disabled(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the model of a PEFT student is the one that it started from, if that one teaches."""

@@ -39,8 +39,7 @@ from distil_kernels.train.config import Config
 from distil_kernels.train.http_endpoint import Endpoint, seeds, short
 from distil_kernels.train.rollouts.packed_batch import PackedBatch, distinct
 from distil_kernels.train.rollouts.prompt_group import Rollout
-from distil_kernels.train.rollouts.python_tool import Python
-from distil_kernels.train.rollouts.sampling import Sampling, until_stop
+from distil_kernels.train.rollouts.sampling import Ends, Sampling, until_stop
 from distil_kernels.train.teachers.base import TopKTarget
 from distil_kernels.train.teachers.sequence_requests import (
     COMPLETIONS,
@@ -169,10 +168,10 @@ class RemoteTeacher:
         with ThreadPoolExecutor(self._config.teacher_requests) as pool:
             return list(pool.map(ask, *arguments))
 
-    def roll_out(
-        self, prompts: Sequence[list[int]], prompt_index: Sequence[int], sampling: Sampling, tool: Python | None
+    def generate(
+        self, prompts: Sequence[list[int]], prompt_index: Sequence[int], sampling: Sampling, ends: Ends | None = None
     ) -> list[Rollout]:
-        """The endpoint's completions, whose text the tokenizer makes tokens of. No tool is run."""
+        """The endpoint's completions, whose text the tokenizer makes tokens of."""
         options = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
         texts = self._in_parallel(
             lambda prompt, seed: self._choices(prompt, seed=seed, **options)[0]["text"],
@@ -181,7 +180,7 @@ class RemoteTeacher:
         )
         stops = set(sampling.stop_ids)
         completions = [self._tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-        return [Rollout.sampled(until_stop(tokens, stops)) for tokens in completions]
+        return [Rollout.sampled(until_stop(tokens, stops, ends)) for tokens in completions]
 
     def follow(self) -> None:
         """An endpoint does not follow the student."""

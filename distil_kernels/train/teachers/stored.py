@@ -20,8 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from distil_kernels.train.config import Config, as_text
 from distil_kernels.train.rollouts.packed_batch import PackedBatch
 from distil_kernels.train.rollouts.prompt_group import Rollout
-from distil_kernels.train.rollouts.python_tool import Python
-from distil_kernels.train.rollouts.sampling import Sampling
+from distil_kernels.train.rollouts.sampling import Ends, Sampling
 from distil_kernels.train.run.inputs import inputs
 from distil_kernels.train.teachers.base import HiddenTarget, Target
 from distil_kernels.train.teachers.store import Store, sequence_key, topk_of
@@ -108,8 +107,8 @@ class StoredTeacher:
         rows = {name: part.to(self._device) for name, part in rows.items()}
         return topk_of(rows) if self._head is None else HiddenTarget(rows["states"], *self._head)
 
-    def roll_out(
-        self, prompts: Sequence[list[int]], prompt_index: Sequence[int], sampling: Sampling, tool: Python | None
+    def generate(
+        self, prompts: Sequence[list[int]], prompt_index: Sequence[int], sampling: Sampling, ends: Ends | None = None
     ) -> list[Rollout]:
         raise NotImplementedError("a store answers no question")
 

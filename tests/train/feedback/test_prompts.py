@@ -6,14 +6,14 @@ import pytest
 from tiny import CHAT, byte_tokenizer
 
 from distil_kernels.train.config import Config
-from distil_kernels.train.feedback.prompts import Prompts
+from distil_kernels.train.feedback.prompts import Example, Prompts
 from distil_kernels.train.tasks import Feedback, Problem
 
 TOKENIZER = byte_tokenizer()
 EXAMPLE = Problem("1, 2", "2", "2", "")
 PROBLEM = Problem("3, 9", "9", "9", "")
 FEEDBACK = Feedback(0.0, "The correct answer is 9.", "9")
-EXAMPLES = [(EXAMPLE, Feedback(1.0, "The correct answer is 2.", "2"))]
+EXAMPLES = [Example(EXAMPLE, Feedback(1.0, "The correct answer is 2.", "2"))]
 
 
 def text(ids: list[int] | None) -> str:

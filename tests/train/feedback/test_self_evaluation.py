@@ -13,7 +13,7 @@ from distil_kernels.train.__main__ import main
 from distil_kernels.train.command_line import parse
 from distil_kernels.train.config import Config
 from distil_kernels.train.feedback.kinds import self_evaluation_feedback
-from distil_kernels.train.feedback.prompts import JUDGE, Prompts
+from distil_kernels.train.feedback.prompts import JUDGE, Example, Prompts
 from distil_kernels.train.feedback.self_evaluation import SelfEvaluation
 from distil_kernels.train.rollouts.prompt_group import PromptGroup, Rollout
 from distil_kernels.train.run.json_lines import read_lines
@@ -22,7 +22,7 @@ from distil_kernels.train.trainer import Trainer
 
 TOKENIZER = byte_tokenizer()
 YES = Feedback(1.0, "Yes, the correct answer is 2.", "")
-EXAMPLES = [(Problem("1, 2", "2", "2", ""), YES), (Problem("5, 3", "5", "5", ""), YES)]
+EXAMPLES = [Example(Problem("1, 2", "2", "2", ""), YES), Example(Problem("5, 3", "5", "5", ""), YES)]
 PROBLEM = Problem("3, 9", "9", "9", "")
 
 

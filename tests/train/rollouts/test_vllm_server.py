@@ -16,7 +16,7 @@ import pytest
 import torch
 from runs import metrics, micro_batch, set_scores, states, train, trainer
 from safetensors.torch import load_file
-from tool_model import STOP, TOKENIZER, ids
+from tool_model import STOP, ids, python, started
 from transformers import AutoModelForCausalLM
 from vllm_process import vllm_server
 
@@ -25,8 +25,8 @@ from distil_kernels.train.config import Config
 from distil_kernels.train.metrics import token_means
 from distil_kernels.train.models import loading, smollm2
 from distil_kernels.train.objective import UpdateState
+from distil_kernels.train.rollouts.episodes import roll_out
 from distil_kernels.train.rollouts.prompt_group import Rollout
-from distil_kernels.train.rollouts.python_tool import Python, roll_out
 from distil_kernels.train.rollouts.sampling import Generate, Sampling, generate
 from distil_kernels.train.rollouts.vllm_server import (
     RolloutServer,
@@ -176,7 +176,7 @@ def test_log_probs_go_with_their_tokens_through_tool_calls(lm: Any) -> None:
         return [Rollout.sampled(rollout.tokens, [-float(token) for token in rollout.tokens]) for rollout in rollouts]
 
     prompts = [ids(f"{letter}:") for letter in "abca"]
-    rollouts = roll_out(server, prompts, range(4), Sampling(20, STOP, temperature=0.0), Python(TOKENIZER, 2, 3))
+    rollouts = roll_out(server, prompts, range(4), Sampling(20, STOP, temperature=0.0), started(python(2, 3), 4))
     assert not all(all(rollout.by_model) for rollout in rollouts)
     for rollout in rollouts:
         expected = [-float(t) if own else 0.0 for t, own in zip(rollout.tokens, rollout.by_model, strict=True)]

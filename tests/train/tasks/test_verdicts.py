@@ -35,11 +35,11 @@ def test_answers_that_are_run_are_judged_at_once_and_in_order() -> None:
         time.sleep(0.02)
         return Feedback(float(answer), answer, "")
 
-    groups = [(PROBLEM, ["1", "0"]), (PROBLEM, []), (PROBLEM, ["0", "0", "1"])]
+    answers = [(Runs(), PROBLEM, answer) for answer in ("1", "0", "0", "0", "1")]
     for may_thread, number in ((True, cores()), (False, 1)):
         threads.clear()
-        feedback = verified(verify, Runs(), groups, may_thread)
-        assert [[said.text for said in group] for group in feedback] == [["1", "0"], [], ["0", "0", "1"]]
+        feedback = verified(verify, answers, may_thread)
+        assert [said.text for said in feedback] == ["1", "0", "0", "0", "1"]
         assert len(threads) == number
 
 
@@ -50,8 +50,9 @@ def test_an_answer_without_a_verdict_is_left_out_and_counted() -> None:
         return Feedback(float(answer), "right", "a")
 
     with pytest.warns(UserWarning, match="2 of 5 answers have no verdict"):
-        first, second = verified(verify, Runs(), [(PROBLEM, ["1", "dies", "0", "1"]), (PROBLEM, ["dies"])], True)
-    assert [said.has_verdict for said in first] == [True, False, True, True] and second == [first[1]] == [NO_VERDICT]
+        found = verified(verify, [(Runs(), PROBLEM, answer) for answer in ("1", "dies", "0", "1", "dies")], True)
+    assert [said.has_verdict for said in found] == [True, False, True, True, False]
+    assert found[1] == found[4] == NO_VERDICT
 
 
 def test_expressions_that_no_process_lived_to_compare_have_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +60,7 @@ def test_expressions_that_no_process_lived_to_compare_have_no_verdict(monkeypatc
     monkeypatch.setattr(expressions._WORKER, "ask", lambda *texts: asked.append(texts) or "")
     problem, task = Problem("?", "5", "5", "?"), make_task("math", seed=0)
     with pytest.warns(UserWarning, match="1 of 2 answers have no verdict"):
-        ((first, second),) = verified(correction_feedback, task, [(problem, ["10/2", "5"])], False)
+        first, second = verified(correction_feedback, [(task, problem, "10/2"), (task, problem, "5")], False)
     assert first == NO_VERDICT and second.score == 1.0 and len(asked) == 3
 
 

@@ -203,7 +203,7 @@ def test_the_end_of_an_answer_is_a_token(endpoint: str, expert: tuple[Any, Any])
     prompt = tokenizer(text).input_ids
     other = teacher(expert, endpoint, "samples", teacher_samples=6, teacher_temperature=0.01)
     sampling = Sampling(40, [tokenizer.eos_token_id], temperature=0.0)
-    (rollout,) = other.roll_out([prompt], [0], sampling, tool=None)
+    (rollout,) = other.generate([prompt], [0], sampling)
     answer = rollout.tokens
     assert 0 < len(answer) < 40 and "yes" in tokenizer.decode(answer).lower()
     found = other.target(packed([prompt + answer], [0], [[1]]))

@@ -1,4 +1,4 @@
-"""A tool in rollouts: a tiny model that was taught to call it; what is put in is read and never learnt."""
+"""Python as an environment: a tiny model that was taught to call it; what is put in is read and never learnt."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from runs import give_rollouts, metrics, micro_batch, packed, train, trainer
-from tool_model import KNOWN, STOP, TOKENIZER, ids, shown
+from tool_model import KNOWN, STOP, TOKENIZER, ids, python, shown, started
 
 from distil_kernels.testing import credit_by_definition
 from distil_kernels.train.__main__ import main
+from distil_kernels.train.environments.python import CLOSE, Python
 from distil_kernels.train.feedback.prompts import Prompts
 from distil_kernels.train.metrics import token_means
 from distil_kernels.train.models.reading import Reader, reader
 from distil_kernels.train.objective import distil_loss, policy_loss
+from distil_kernels.train.rollouts.episodes import Episodes, Texts, roll_out
 from distil_kernels.train.rollouts.prompt_group import Rollout
-from distil_kernels.train.rollouts.python_tool import CLOSE, Python, roll_out
 from distil_kernels.train.rollouts.sampling import Sampling, generate
 from distil_kernels.train.run.json_lines import read_lines
 from distil_kernels.train.tasks import Problem
@@ -27,10 +28,10 @@ from distil_kernels.train.teachers.base import HiddenTarget
 
 def greedy(lm: Reader, prompts: str, limit: int, max_calls: int = 2) -> list[str]:
     """Completions of some of KNOWN."""
-    tool = Python(TOKENIZER, max_calls, 3)
+    tool = python(max_calls, 3)
     read = [ids(f"{letter}:") for letter in prompts]
     sampling = Sampling(limit, STOP, temperature=0.0)
-    rollouts = roll_out(partial(generate, lm), read, range(len(read)), sampling, tool)
+    rollouts = roll_out(partial(generate, lm), read, range(len(read)), sampling, started(tool, len(read)))
     assert all(sum(rollout.by_model) <= limit for rollout in rollouts)
     assert all(len(rollout.tokens) <= limit + tool.longest for rollout in rollouts)
     return [shown(rollout.tokens, rollout.by_model) for rollout in rollouts]
@@ -70,12 +71,12 @@ def test_each_row_has_its_own_length_left(lm: Reader) -> None:
 
 def test_a_token_that_ends_the_answer_ends_it_even_where_it_closes_a_call(lm: Reader) -> None:
     sampling = Sampling(60, [*STOP, *ids(">")], temperature=0.0)
-    done = roll_out(partial(generate, lm), [ids("a:<tool>6*7")], [0], sampling, Python(TOKENIZER, 2, 3))
-    assert done == [Rollout.sampled(ids(CLOSE))]
+    done = roll_out(partial(generate, lm), [ids("a:<tool>6*7")], [0], sampling, started(python(2, 3), 1))
+    assert [done[0].tokens, done[0].by_model] == [ids(CLOSE), [True] * len(CLOSE)]
 
 
 def test_without_a_tool_a_call_is_text(lm: Reader) -> None:
-    done = roll_out(partial(generate, lm), [ids("a:")], [0], Sampling(60, STOP, temperature=0.0), None)
+    done = roll_out(partial(generate, lm), [ids("a:")], [0], Sampling(60, STOP, temperature=0.0))
     assert done == [Rollout.sampled(ids(KNOWN["a:"]))]
 
 
@@ -83,7 +84,7 @@ def test_without_a_tool_a_call_is_text(lm: Reader) -> None:
     ("call", "result"),
     [
         ("<tool> 17 * 23 </tool>", "391"),
-        ("a</tool> <result>1</result> <tool>sqrt(16)</tool>.", "4.0"),  # the token that closes may hold more
+        ("a</tool> <result>1</result> <tool>sqrt(16)</tool>", "4.0"),
         ("<tool>'a\\n  b'</tool>", "a b"),  # one line, which does not end an answer
         ("<tool>1/0</tool>", "ZeroDivisionError: division by zero"),
         ("<tool>)</tool>", "SyntaxError: unmatched ')'"),
@@ -96,22 +97,32 @@ def test_without_a_tool_a_call_is_text(lm: Reader) -> None:
     ],
 )
 def test_results(call: str, result: str) -> None:
-    assert TOKENIZER.decode(Python(TOKENIZER, 1, 99).result(ids(call))) == f" <result>{result}</result>"
-    trimmed = TOKENIZER.decode(Python(TOKENIZER, 1, 2).result(ids(call)))
-    assert trimmed == f" <result>{result[:2]}</result>"
+    for limit in (99, 2):
+        (episode,) = started(python(1, limit), 1)
+        observed = episode.answer(ids(call), at_stop_token=False, has_room=True)
+        assert TOKENIZER.decode(observed) == f" <result>{result[:limit]}</result>"
+
+
+def test_the_token_that_closes_may_hold_more() -> None:
+    words = ["<tool>6", "*7</to", "ol>.", " x"]
+    texts = Texts(lambda tokens: "".join(words[token] for token in tokens), ids, Python.frame)
+    (episode,) = started(Episodes(Python, "python", texts, 1, 9), 1)
+    assert not episode.episodes.ends_turn([0, 1]) and episode.episodes.ends_turn([0, 1, 2])
+    assert TOKENIZER.decode(episode.answer([0, 1, 2], at_stop_token=False, has_room=True)) == " <result>42</result>"
+    assert episode.outcome().turns == (("<tool>6*7</tool>", "42"),)
 
 
 def test_prompts_show_the_tool_and_answers_are_without_calls() -> None:
     problem = Problem("3, 9", "9", "9", "")
-    prompts = Prompts(TOKENIZER, [], tool=True)
+    prompts = Prompts(TOKENIZER, [], shown=Python.example)
     read = TOKENIZER.decode(prompts.student(problem))
     assert read.startswith("Q: 17 * 23?") and read.endswith("</tool> <result>391</result> 391\n\nQ: 3, 9\nA:")
-    assert prompts.answer(ids(" <tool>1\n")) == " <tool>1"
-    assert prompts.answer(ids("x <tool>1</tool>, <result>1</result>y <tool>2</tool>\n")) == "x , y "
-    chat = Prompts(TOKENIZER, [], layout="chat", end_ids=[0], tool=True)
+    answer = Python().answer
+    assert answer([" <tool>1"]) == " <tool>1"
+    assert answer(["x <tool>1</tool>", ", <result>1</result>y <tool>2</tool>"]) == "x , y "
+    assert answer(["<tool>1\n</tool> <result>1</result>", "9"]) == " 9"
+    chat = Prompts(TOKENIZER, [], layout="chat", end_ids=[0], shown=Python.example)
     assert TOKENIZER.decode(chat.student(problem)).count("<assistant><tool>17 * 23</tool>") == 1
-    assert chat.answer(ids("<tool>1\n</tool> <result>1</result>9")) == " 9"
-    assert Prompts(TOKENIZER, []).answer(ids("<tool>1</tool>")) == "<tool>1</tool>"
 
 
 COMPLETIONS = [[20, 30, 40, 50, 60], [21, 31], [22, 32, 42, 52], [23, 33, 43]]
@@ -146,7 +157,7 @@ def test_rows_that_were_put_in_are_not_read(tiny_model: Path, tmp_path: Path, ob
         run.average.follow()
         lengths = [5, 2, 4, 3]
         seen = run.average.state_dict()["reached"]
-        assert seen.tolist() == [True] * 5 + [False] * (len(seen) - 5) and len(seen) == 4 + run.data.tool.longest
+        assert seen.tolist() == [True] * 5 + [False] * (len(seen) - 5) and len(seen) == 4 + run.tutor.episodes.longest
         assert torch.isfinite(run.average.values(lengths)).all()
     assert packed([[1]], [0, 0], [[2], [3, 4]]).judged == (None, 3)  # no mask where every token counts
 
@@ -216,7 +227,7 @@ def test_a_run(caller: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     own = [r for r in records if r["kind"] == "held_out" and (r["step"], r["problem"]) == (step, problem)]
     where = ["--step", str(step), "--problem", str(problem), "--rollout", str(own.index(sample))]
     assert main(["inspect", str(whole), *where]) == 0
-    assert capsys.readouterr().out.count("put in by a tool") == len(sample["tool_positions"])
+    assert capsys.readouterr().out.count("observed, not learnt") == len(sample["tool_positions"])
     assert main(["report", str(whole)]) == 0
     number = sum(len(record["tool_positions"]) for record in calls if record["kind"] == "held_out")
     assert (whole / "report.html").read_text().count('<span class="t given"') == number
