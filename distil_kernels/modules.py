@@ -159,4 +159,5 @@ class ClippedPolicyLoss(_Loss):
     _function = staticmethod(policy.fused_policy_loss)
 
     def _without_rows(self, hidden: torch.Tensor, weight: torch.Tensor, options: dict[str, Any]) -> None:
-        type(self)._function(hidden, weight, tokens=hidden[:, 0].long(), advantages=hidden[:, 0], **options)
+        type(self)._function(hidden, weight, tokens=hidden[:, 0].long(), advantages=hidden[:, 0],
+                             reference_logprobs=hidden[:, 0], **options)  # fmt: skip

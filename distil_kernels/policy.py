@@ -1,10 +1,11 @@
 """The policy-gradient loss: reinforcement learning without a teacher, straight from hidden states and the head.
 
-    fused_policy_loss   -min(r A, clip(r) A) - entropy_weight H(S)           3 products (2 with a frozen head)
+    fused_policy_loss   -min(r A, clip(r) A) - entropy_weight H(S) + reference_weight (q - log q - 1)
+                        3 products (2 with a frozen head)
 
-r = S[y] / S_old[y]. The weight of grad log S[y] follows from the row itself, so the gradient is formed in the forward
-pass, as in `losses`. Source of the clipped loss: PPO (arXiv 1707.06347); two bounds as in DAPO (arXiv
-2503.14476). Left out: ratios of whole sequences, and a penalty to a reference model.
+r = S[y] / S_old[y], q = R[y] / S[y] of a reference policy R. The weight of grad log S[y] follows from the row itself,
+so the gradient is formed in the forward pass, as in `losses`. Source of the clipped loss: PPO (arXiv 1707.06347); two
+bounds as in DAPO (arXiv 2503.14476); the penalty is GRPO's (arXiv 2402.03300). Left out: ratios of whole sequences.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ class PolicyLoss(NamedTuple):
     entropy: Tensor
     """[...], detached: H(S)."""
     clipped: Tensor
-    """[...] bool: the ratio is where the token gets no gradient."""
+    """[...] bool: the ratio is where the token gets no gradient from its advantage."""
+    reference: Tensor | None
+    """[...], detached: q - log q - 1; None without a reference."""
 
 
 @on_many_devices
@@ -48,6 +51,8 @@ def fused_policy_loss(
     clip_low: float | None = 0.2,
     clip_high: float | None = 0.2,
     entropy_weight: float = 0.0,
+    reference_logprobs: Tensor | None = None,
+    reference_weight: float | None = None,
     student_bias: Tensor | None = None,
     vocab_size: int | None = None,
     vocab_group: ProcessGroup | None = None,
@@ -74,6 +79,9 @@ def fused_policy_loss(
         clip_low, clip_high: the ratio stops at 1 - clip_low for negative and at 1 + clip_high for positive
             advantages; None for no bound.
         entropy_weight: of an entropy bonus.
+        reference_logprobs: [...] float, log R[y] of a reference policy: adds reference_weight * (q - log q - 1) with
+            q = R[y] / S[y], as in `fused_distil_loss`.
+        reference_weight: default 1.
         token_weight: [...] float, multiplies each token's loss.
         normalizer: denominator, as that of the mean in `fused_forward_ce`.
         Others, and what is raised: as in `fused_forward_ce`.
@@ -96,18 +104,26 @@ def fused_policy_loss(
     if clip_high is not None:
         checks.between("clip_high", clip_high, 0.0, float("inf"))
     checks.between("entropy_weight", entropy_weight, -float("inf"), float("inf"))
+    checks.rows("reference_logprobs", reference_logprobs, student_hidden, "float")
+    if reference_weight is not None:
+        checks.between("reference_weight", reference_weight, -float("inf"), float("inf"))
+        if reference_logprobs is None:
+            checks.value_error("reference_weight is given and reference_logprobs is None, expected both")
     normalizer = checks.normalizer(normalizer, student_hidden)
     result = call.policy_loss(
         Policy(
             None if clip_low is None else float(clip_low),
             None if clip_high is None else float(clip_high),
             float(entropy_weight),
+            1.0 if reference_weight is None else float(reference_weight),
         ),
         call.denominator(normalizer),
         tokens=tokens.reshape(-1),
         advantages=advantages.detach().reshape(-1),
         old_logprobs=None if old_logprobs is None else old_logprobs.detach().reshape(-1),
+        reference_logprobs=None if reference_logprobs is None else reference_logprobs.detach().reshape(-1),
         plan=plan,
     )
-    rows = result.statistics[Statistic.LOGPROB], result.statistics[Statistic.ENTROPY], result.clipped
-    return PolicyLoss(result.total, *(row.detach().reshape(student_hidden.shape[:-1]) for row in rows))
+    rows = result.statistics[Statistic.LOGPROB], result.statistics[Statistic.ENTROPY], result.clipped, result.penalty
+    logprob, entropy, clipped, penalty = (row.detach().reshape(student_hidden.shape[:-1]) for row in rows)
+    return PolicyLoss(result.total, logprob, entropy, clipped, None if reference_logprobs is None else penalty)

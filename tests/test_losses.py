@@ -186,24 +186,30 @@ def test_gradcheck(cost, generator):
     assert torch.autograd.gradcheck(loss, list(inputs.leaves.values()))
 
 
-def policy_by_definition(inputs, advantages, old, low, high, entropy_weight, weights):
+def policy_by_definition(inputs, advantages, old, low, high, entropy_weight, weights, reference=None):
     logprob, entropy = oracle(inputs).logprob, oracle(inputs).entropy
     dtype = logprob.dtype
     ratio = (logprob - (logprob.detach() if old is None else old.to(dtype))).exp()
     advantages = advantages.to(dtype)
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
-    return ((-surrogate - entropy_weight * entropy) * weights.to(dtype)).sum()
+    rows = -surrogate - entropy_weight * entropy
+    if reference is not None:
+        ratio = (reference.to(dtype) - logprob).exp()
+        rows = rows + 0.3 * (ratio - ratio.log() - 1)
+    return (rows * weights.to(dtype)).sum()
 
 
 @pytest.mark.parametrize("entropy_weight", [0.0, 0.1])
-@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize(("old", "has_reference"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_policy_loss(backend, old, entropy_weight, generator):
+def test_policy_loss(backend, old, has_reference, entropy_weight, generator):
     inputs = make_inputs(37, 131, 16, bias=True, generator=generator, temperature=0.8, logit_softcap=5.0)
     advantages, weights = torch.randn(37, generator=generator), torch.rand(37, generator=generator)
     own = oracle(inputs).logprob.detach()
     old_logprobs = own + 0.5 * torch.randn(37, generator=generator) if old else None
+    reference = own + 0.5 * torch.randn(37, generator=generator) if has_reference else None
     options = {name: value for name, value in inputs.options.items() if not name.startswith("teacher")}
+    options |= {"reference_logprobs": reference, "reference_weight": 0.3} if has_reference else {}
     out = fused_policy_loss(
         inputs.student_hidden, inputs.student_weight, tokens=inputs.tokens, advantages=advantages,
         old_logprobs=old_logprobs, clip_low=0.2, clip_high=0.3, entropy_weight=entropy_weight, token_weight=weights,
@@ -211,7 +217,7 @@ def test_policy_loss(backend, old, entropy_weight, generator):
     )  # fmt: skip
 
     def compute(copy):
-        value = policy_by_definition(copy, advantages, old_logprobs, 0.2, 0.3, entropy_weight, weights)
+        value = policy_by_definition(copy, advantages, old_logprobs, 0.2, 0.3, entropy_weight, weights, reference)
         return {"value": value.detach()} | gradients(value, copy)
 
     assert_right({"value": out.loss.detach()} | gradients(out.loss, inputs), inputs, compute)
@@ -220,6 +226,10 @@ def test_policy_loss(backend, old, entropy_weight, generator):
     ratio = torch.ones(37) if old_logprobs is None else (own - old_logprobs).exp()
     clipped = ((ratio > 1.3) & (advantages > 0)) | ((ratio < 0.8) & (advantages < 0))
     assert torch.equal(out.clipped, clipped) and bool(clipped.any()) == old
+    if reference is not None:
+        ratio = (reference - own).exp()
+        torch.testing.assert_close(out.reference, ratio - ratio.log() - 1, rtol=1e-4, atol=1e-5)
+    assert (out.reference is not None) == has_reference
 
 
 def test_policy_loss_without_bounds_is_reinforce(generator):
@@ -307,7 +317,7 @@ def test_opcheck_policy_loss(generator):
     torch.library.opcheck(
         torch.ops.distil_kernels.policy_loss,
         (inputs.student_hidden, inputs.student_weight, None, inputs.tokens % 17, None, None, torch.tensor(3.0),
-         -torch.ones(6), None, numbers, None),
+         -torch.ones(6), None, torch.zeros(6), numbers, None),
         {"spec": text, "vocab_size": 17, "chunk_rows": 4, "staging_rows": 0},
     )  # fmt: skip
 
@@ -319,6 +329,8 @@ def test_bad_arguments_are_named(generator):
         fused_policy_loss(*heads, tokens=inputs.tokens, advantages=torch.ones(5))
     with pytest.raises(ValueError, match=r"\[fused_policy_loss\] clip_low is 1.5"):
         fused_policy_loss(*heads, tokens=inputs.tokens, advantages=torch.ones(6), clip_low=1.5)
+    with pytest.raises(ValueError, match=r"reference_weight is given and reference_logprobs is None, expected both"):
+        fused_policy_loss(*heads, tokens=inputs.tokens, advantages=torch.ones(6), reference_weight=0.1)
     with pytest.raises(ValueError, match=r"\[fused_policy_loss\] entropy_weight is nan"):
         fused_policy_loss(*heads, tokens=inputs.tokens, advantages=torch.ones(6), entropy_weight=math.nan)
     with pytest.raises(ValueError, match=r"\[fused_distil_loss\] jsd_weight is 1.0"):

@@ -199,16 +199,17 @@ class Call:
         tokens: Tensor,
         advantages: Tensor,
         old_logprobs: Tensor | None,
+        reference_logprobs: Tensor | None,
         plan: str | Plan,
     ) -> PolicyRows:
         """Computes the clipped policy-gradient loss of tokens [N], and its rows; there is no teacher."""
         chosen = choose_plan(self._shape(scalar=True, logprob_grad=True), plan)
         rule = self._denominator_rule(denominator)
-        total, statistics, surrogate, clipped, *_ = self._compute(
+        total, statistics, surrogate, clipped, penalty, *_ = self._compute(
             custom_ops.policy_loss, chosen, *self._student, tokens, self._counted, self.row_weight(), rule.inside,
-            advantages, old_logprobs, cost=Cost(Statistic.ENTROPY), policy=policy,
+            advantages, old_logprobs, reference_logprobs, cost=Cost(Statistic.ENTROPY), policy=policy,
         )  # fmt: skip
-        return PolicyRows(rule.divided(total), statistics, surrogate, clipped)
+        return PolicyRows(rule.divided(total), statistics, surrogate, clipped, penalty)
 
     def differentiable_statistics(self, tokens: Tensor | None, cost: Cost, plan: str | Plan) -> Tensor:
         """Computes statistics [NUM_STATISTICS, N]; gradients flow through the cost, and LOGPROB if there are tokens."""

@@ -180,6 +180,7 @@ def policy_loss(
     denominator: Optional[Tensor],
     advantages: Tensor,
     old_logprobs: Optional[Tensor],
+    reference_logprobs: Optional[Tensor],
     numbers: Optional[Tensor],
     anchor: Optional[Tensor],
     *,
@@ -187,7 +188,7 @@ def policy_loss(
     vocab_size: int,
     chunk_rows: int,
     staging_rows: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `PolicyRows`, then gradients of hidden, weight and bias."""
     record = Spec.decode(spec, numbers)
     inputs = driver.Inputs.of(
@@ -195,9 +196,9 @@ def policy_loss(
         None, None, None, tokens, counted,
         row_weight=row_weight, denominator=denominator,
     )  # fmt: skip
-    result = driver.policy_loss(inputs, inputs.plan, advantages, old_logprobs)
+    result = driver.policy_loss(inputs, inputs.plan, advantages, old_logprobs, reference_logprobs)
     gradients = _declared(result.gradients, student_hidden, student_weight, staging_rows)
-    return (result.loss, result.statistics, result.surrogate, result.clipped, *gradients)
+    return (result.loss, result.statistics, result.surrogate, result.clipped, result.penalty, *gradients)
 
 
 class PolicyRows(NamedTuple):
@@ -207,6 +208,7 @@ class PolicyRows(NamedTuple):
     statistics: Tensor  # [NUM_STATISTICS, N]
     surrogate: Tensor  # [N]
     clipped: Tensor  # [N] bool
+    penalty: Tensor  # [N]
 
 
 @policy_loss.register_fake
@@ -219,6 +221,7 @@ def _(
         student_hidden.new_empty(NUM_STATISTICS, num_rows, dtype=dtype),
         student_hidden.new_empty(num_rows, dtype=dtype),
         student_hidden.new_empty(num_rows, dtype=torch.bool),
+        student_hidden.new_empty(num_rows, dtype=dtype),
         *_fake_gradients(student_hidden, student_weight, Spec.decode(spec), staging_rows),
     )
 

@@ -39,6 +39,7 @@ from distil_kernels.engine.credit import CreditChunk, CreditScan, reverse_chunks
 from distil_kernels.engine.gradients import NO_GRADIENTS, Gradients, GradientSums, Needs, Rows, new_rows
 from distil_kernels.engine.kept_gradient import KeptGradient, count_kept, new_kept
 from distil_kernels.engine.plan import Plan
+from distil_kernels.engine.policy import penalty
 from distil_kernels.engine.spec import Spec
 from distil_kernels.engine.terms import NO_TENSORS, NUM_TERMS, NUM_WITH_LABELS, TermRows, TermTensors, per_row
 from distil_kernels.engine.vocab_shards import VocabShards, agree
@@ -268,6 +269,7 @@ class PolicyResult(NamedTuple):
     statistics: Tensor  # [NUM_STATISTICS, N]
     surrogate: Tensor  # [N]
     clipped: Tensor  # [N] bool
+    penalty: Tensor  # [N]
     gradients: Gradients
 
 
@@ -428,8 +430,11 @@ def scalar_loss(inputs: Inputs, plan: Plan) -> ScalarResult:
     )
 
 
-def policy_loss(inputs: Inputs, plan: Plan, advantages: Tensor, old_logprobs: Tensor | None) -> PolicyResult:
-    """Computes the sum over rows of row_weight * (surrogate - entropy_weight * entropy) over the denominator.
+def policy_loss(
+    inputs: Inputs, plan: Plan, advantages: Tensor, old_logprobs: Tensor | None, reference_logprobs: Tensor | None
+) -> PolicyResult:
+    """Computes the sum over rows of row_weight * (surrogate - entropy_weight * entropy + reference_weight * penalty)
+    over the denominator.
 
     The cost of the inputs is the entropy. A row's weights follow from its own log-prob, so one pass is enough for any
     rows in any order.
@@ -437,22 +442,28 @@ def policy_loss(inputs: Inputs, plan: Plan, advantages: Tensor, old_logprobs: Te
     Args:
         advantages: [N].
         old_logprobs: [N]; None for the present ones, held constant.
+        reference_logprobs: [N]; None for no penalty.
     """
-    assert inputs.spec.policy is not None
-    statistics, surrogate, clipped, sums = _policy_pass(inputs, plan, advantages, old_logprobs)
-    rows_loss = surrogate - inputs.spec.policy.entropy_weight * statistics[Statistic.ENTROPY]
+    policy = inputs.spec.policy
+    assert policy is not None
+    *rows, sums = _policy_pass(inputs, plan, advantages, old_logprobs, reference_logprobs)
+    statistics, surrogate, clipped, penalties = rows
+    rows_loss = surrogate - policy.entropy_weight * statistics[Statistic.ENTROPY]
+    if reference_logprobs is not None:
+        rows_loss = rows_loss + policy.reference_weight * penalties
     total = inputs.divided((inputs.row_weight * rows_loss).sum())
-    return PolicyResult(total, statistics, surrogate, clipped, sums.result())
+    return PolicyResult(total, statistics, surrogate, clipped, penalties, sums.result())
 
 
 def _policy_pass(
-    inputs: Inputs, plan: Plan, advantages: Tensor, old_logprobs: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, GradientSums]:
-    """Returns statistics, surrogate, where it is clipped, and the sums, whose last products are not yet computed."""
+    inputs: Inputs, plan: Plan, advantages: Tensor, old_logprobs: Tensor | None, reference_logprobs: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, GradientSums]:
+    """Returns statistics, surrogate, where it is clipped, penalty, and the sums, whose last products are not yet
+    computed."""
     policy = inputs.spec.policy
     assert policy is not None
     statistics = inputs.new_statistics()
-    surrogate = torch.zeros_like(inputs.row_weight)
+    surrogate, penalties = torch.zeros_like(inputs.row_weight), torch.zeros_like(inputs.row_weight)
     clipped = torch.zeros_like(inputs.row_weight, dtype=torch.bool)
     workspace, sums = inputs.workspace(plan.chunk_rows), inputs.new_sums(plan)
     for rows in inputs.chunks(plan.chunk_rows):
@@ -463,6 +474,9 @@ def _policy_pass(
         logprob = chunk_statistics[Statistic.LOGPROB]
         surrogate[rows], derivative = policy.surrogate(logprob, advantages[rows], old)
         clipped[rows] = (derivative == 0) & (surrogate[rows] != 0)
+        if reference_logprobs is not None:
+            penalties[rows], pull = penalty(logprob, reference_logprobs[rows])
+            derivative = derivative + policy.reference_weight * pull
 
         # The gradient comes through the entropy and through the log-prob.
         if any(inputs.spec.needs):
@@ -470,7 +484,7 @@ def _policy_pass(
             cost_weight = -policy.entropy_weight * weight
             residual = workspace.row_grad(chunk, chunk_statistics, cost_weight, weight * derivative, out)
             sums.add(rows, out, residual)
-    return statistics, surrogate, clipped, sums
+    return statistics, surrogate, clipped, penalties, sums
 
 
 def _in_one_pass(inputs: Inputs, plan: Plan) -> tuple[Tensor, Tensor, GradientSums]:

@@ -1,6 +1,8 @@
-"""The clipped surrogate of a policy-gradient loss (PPO, arXiv 1707.06347; two bounds as in DAPO, arXiv 2503.14476).
+"""The clipped surrogate of a policy-gradient loss (PPO, arXiv 1707.06347; two bounds as in DAPO, arXiv 2503.14476), and
+the penalty to a reference policy (GRPO's estimator k3, arXiv 2402.03300).
 
 surrogate = -min(ratio A, clip(ratio) A),     ratio = S[y] / S_old[y]
+penalty   = q - log q - 1,                    q = R[y] / S[y]
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ class Policy(NamedTuple):
     """For positive advantages the ratio is clipped at 1 + clip_high; None for no bound."""
     entropy_weight: float
     """Weight of the entropy bonus."""
+    reference_weight: float = 0.0
+    """Weight of the penalty of `fused_policy_loss`; `Terms` has its own."""
 
     def surrogate(self, logprob: Tensor, advantages: Tensor, old_logprobs: Tensor | None) -> tuple[Tensor, Tensor]:
         """Returns the surrogate [R] and its derivative by the log-prob.
@@ -36,3 +40,9 @@ class Policy(NamedTuple):
         clipped = ((ratio > high) & (advantages > 0)) | ((ratio < low) & (advantages < 0))
         loss = -torch.where(clipped, ratio.clamp(low, min(high, torch.finfo(ratio.dtype).max)), ratio) * advantages
         return loss, torch.where(clipped, 0.0, loss)
+
+
+def penalty(logprob: Tensor, reference_logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the penalty [R] to a reference policy and its derivative by the log-prob."""
+    log_ratio = reference_logprobs.to(logprob.dtype) - logprob
+    return log_ratio.expm1() - log_ratio, -log_ratio.expm1()

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from distil_kernels.backends import NUM_STATISTICS, LogitTransform, RowTerms, Statistic, TermWeight
 from distil_kernels.engine.allocation import to_device
-from distil_kernels.engine.policy import Policy
+from distil_kernels.engine.policy import Policy, penalty
 from distil_kernels.engine.vocab_shards import VocabShards
 
 NO_LABEL = -100
@@ -174,8 +174,7 @@ class TermRows:
             values[Term.POLICY], derivative = self._surrogate(logprob, rows)
             values[Term.CLIPPED] = (derivative == 0) & (values[Term.POLICY] != 0)
         if self.reference_logprobs is not None:
-            log_ratio = self.reference_logprobs[rows].to(logprob.dtype) - logprob
-            values[Term.REFERENCE] = log_ratio.expm1() - log_ratio
+            values[Term.REFERENCE], _ = penalty(logprob, self.reference_logprobs[rows])
         if self.labels is not None:
             smoothing = self.settings.label_smoothing
             loss = -(1.0 - smoothing) * statistics[_LABEL_LOGPROB]
@@ -207,8 +206,8 @@ class TermRows:
         if self.advantages is not None:
             logprob_weight = settings.policy_weight * self._surrogate(logprob, rows)[1]
         if self.reference_logprobs is not None:
-            log_ratio = self.reference_logprobs[rows].to(logprob.dtype) - logprob
-            logprob_weight = logprob_weight - settings.reference_weight * log_ratio.expm1()
+            _, derivative = penalty(logprob, self.reference_logprobs[rows])
+            logprob_weight = logprob_weight + settings.reference_weight * derivative
 
         weights = weight.new_zeros(len(TermWeight), weight.shape[0])
         weights[TermWeight.STUDENT] = 2.0 * settings.z_loss_weight * _lse(statistics)

@@ -44,7 +44,10 @@ from distil_kernels.train.teachers.hidden_states import HiddenTeacher
 from distil_kernels.train.teachers.in_process import InProcessTeacher, copied, other_model
 from distil_kernels.train.teachers.remote import RemoteTeacher
 from distil_kernels.train.teachers.stored import StoredTeacher
+from distil_kernels.train.teachers.trust_region import TrustRegionTeacher
 
+STARTS = ("frozen", "trust_region")
+"""Teachers that hold the model of the start, which the reference is too."""
 CHARACTERS_PER_TOKEN = 16
 """What is read of a judge's text for each token of a prompt's limit: four times what a token has on average."""
 
@@ -145,7 +148,7 @@ def build_models(config: Config, accelerator: Accelerator, processes: Processes)
 
     # Before new adapters: the fingerprint is of the start weights. A checkpoint of adapters does not contain them, nor
     # does one of a run whose frozen teacher they are.
-    is_kept = config.teacher == "frozen" or config.trains_adapters or config.reference_weight > 0
+    is_kept = config.teacher in STARTS or config.trains_adapters or config.reference_weight > 0
     fingerprint = checkpoint.fingerprint(model) if is_kept else []
     if config.lora_rank:
         model = with_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets)
@@ -156,7 +159,7 @@ def build_models(config: Config, accelerator: Accelerator, processes: Processes)
     fingerprint += checkpoint.fingerprint(other) if config.teacher == "local" else []
     end_ids = loading.end_ids(model, tokenizer)  # with those of a local teacher
 
-    has_reference = config.reference_weight > 0 and config.teacher != "frozen"  # who is the model of the start too
+    has_reference = config.reference_weight > 0 and config.teacher not in STARTS
     start = copied(model, copies_all=True) if is_sharded and has_reference and not config.lora_rank else None
 
     # Before the optimizer, which must see the shares of the parameters.
@@ -176,6 +179,9 @@ def build_models(config: Config, accelerator: Accelerator, processes: Processes)
         teacher = RemoteTeacher(config, tokenizer, student.vocab_size, student.weight.device)
     elif config.teacher == "stored":
         teacher = StoredTeacher(config, tokenizer, student.vocab_size, student.weight.device)
+    elif config.teacher == "trust_region":
+        with accelerator.autocast():
+            teacher = TrustRegionTeacher(student, config.ema_rate, config.reading, not config.lora_continue)
     else:
         with accelerator.autocast():
             teacher = InProcessTeacher(

@@ -159,14 +159,17 @@ class Config:
     """Price of a million tokens that the expert writes."""
 
     # Teacher
-    teacher: Literal["frozen", "ema", "live", "local", "remote", "samples", "hidden", "stored"] = "frozen"
+    teacher: Literal["frozen", "ema", "live", "trust_region", "local", "remote", "samples", "hidden", "stored"] = (
+        "frozen"
+    )
     """Whose distribution is learnt: the student's at the start (frozen), a slow average's (ema), its present one
-    (live), teacher_model's (local), that of teacher_url by its top log-probs (remote), by sampled tokens
-    (samples) or by hidden states (hidden), or what record_teacher wrote of one (stored)."""
+    (live), that of logits between the start's and the present ones (trust_region), teacher_model's (local), that of
+    teacher_url by its top log-probs (remote), by sampled tokens (samples) or by hidden states (hidden), or what
+    record_teacher wrote of one (stored)."""
     teacher_temperature: float = _number(1.0, POSITIVE)
     """Temperature of the teacher, also of its answers at evaluations; of the draws of teacher samples."""
     ema_rate: float = _number(0.05, SHARE)
-    """Share of the student that enters the ema teacher each step."""
+    """Share of the student that enters the ema teacher each step; share of its logits in those of trust_region."""
     teacher_model: str = ""
     """Teachers local and hidden: path or hub name of a causal LM whose tokens are the student's (hidden: of which the
     head alone is read). Teachers remote and samples: the endpoint's name for the model, where it has several."""
@@ -208,8 +211,8 @@ class Config:
     """Weight of a problem's distillation: 1, or sqrt(p (1 - p)) of its share p of right answers (SC-SDPO), which leaves
     out problems that all or none are right of. (Biased, as distil_on.)"""
     reference_weight: float = _number(0.0, AT_LEAST_0)
-    """Beside a teacher: weight of a penalty to the model of the start, q - log q - 1 with q its probability of the
-    token over the student's (k3 of GRPO). 0 for none; it reads the batch once more."""
+    """Weight of a penalty to the model of the start, q - log q - 1 with q its probability of the token over the
+    student's (k3 of GRPO). 0 for none; it reads the batch once more."""
     mask_truncated: bool = False
     """Nothing is learnt from completions that max_new_tokens cut off. (Biased towards short answers' costs.)"""
     skip_first_tokens: int = _number(0, AT_LEAST_0)
@@ -415,7 +418,7 @@ class Config:
         if self.objective == "policy_gradient":  # no teacher beside whom they would be
             names = (
                 "reward_weight", "reward_on", "distil_weight", "distil_weight_end", "distil_on", "question_weight",
-                "reference_weight", "skip_first_tokens",
+                "skip_first_tokens",
             )  # fmt: skip
             self._expect("objective policy_gradient", {name: (getattr(Config, name),) for name in names})
         if not self.reward_weight:
@@ -471,6 +474,8 @@ class Config:
             )
         if self.teacher == "stored":
             self._expect("teacher stored", {"rollouts": ("none",)})
+        if self.teacher == "trust_region":
+            self._expect("teacher trust_region", {"shard": (False,)})
         if names_tokens:
             self.check_partial_teacher(f"teacher {self.teacher}", keeps_temperature=self.teacher == "remote")
         if self.rollout_url:

@@ -48,6 +48,13 @@ def _peak_of_process() -> float:
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # bytes on macOS
 
 
+def update_means(first: Sequence[Sums], last: Sequence[Sums]) -> dict[str, float]:
+    """Means over the tokens in the first update on a batch, and in the last one how far the student has gone."""
+    of_last = token_means(last)
+    gone = {name: value for name, value in of_last.items() if name in ("drift", "ratio", "ratio_tail")}
+    return token_means(first) | gone
+
+
 def token_means(sums: Sequence[Sums]) -> dict[str, float]:
     """Means over the tokens of all micro-batches of the values in SUMMED that the objective has; 0 without tokens.
 

@@ -28,8 +28,12 @@ from distil_kernels.train.teachers.base import Target, TopKTarget
 
 SUMMED = (
     "cost", "ce", "kl", "reverse_kl", "entropy", "teacher_entropy", "agree", "abs_credit", "tail", "unmapped", "drift",
-    "mismatch", "reference",
+    "mismatch", "reference", "ratio", "ratio_tail",
 )  # fmt: skip
+
+
+POLICY_CLIP = 0.2
+"""Of the ratio of a policy gradient, at either side of 1 (PPO)."""
 
 
 class Sums(NamedTuple):
@@ -113,7 +117,7 @@ def distil_loss(
     if state.reference_logprobs is not None:
         assert out.terms is not None and out.terms.reference is not None
         values["reference"] = batch.learns.apply(out.terms.reference)
-    values |= _off_policy(state, behaviour, out.stats.logprob, batch.learns)
+    values |= _off_policy(state, behaviour, out.stats.logprob, batch.learns, config)
     if state.is_first:
         average.observe(out.cost_to_go, batch.lengths, batch.learns.values)
     state.finish_update(out.stats.logprob)
@@ -139,8 +143,7 @@ def policy_loss(
 ) -> tuple[Tensor, Sums]:
     """The policy-gradient loss [] of a batch, and its sums; arguments as of `distil_loss`.
 
-    All tokens of the model count in rollouts with a verdict, also without feedback. The ratio to another policy is
-    clipped by the op's defaults.
+    All tokens of the model count in rollouts with a verdict, also without feedback.
     """
     state = state or UpdateState()
     behaviour = state.behaviour_logprobs(batch)
@@ -151,8 +154,12 @@ def policy_loss(
         student_bias=student.bias, vocab_size=student.vocab_size, temperature=config.temperature,
         logit_softcap=student.logit_softcap, student_logit_scale=student.logit_scale, normalizer=normalizer,
         backend=config.backend, plan=config.plan, token_mask=batch.judged.values, old_logprobs=behaviour,
+        clip_low=POLICY_CLIP, clip_high=POLICY_CLIP, reference_logprobs=state.reference_logprobs,
+        reference_weight=None if state.reference_logprobs is None else config.reference_weight,
     )  # fmt: skip
-    values = {"entropy": out.entropy, **_off_policy(state, behaviour, out.logprob, batch.judged)}
+    values = {"entropy": out.entropy, **_off_policy(state, behaviour, out.logprob, batch.judged, config)}
+    if out.reference is not None:
+        values["reference"] = batch.judged.apply(out.reference)
     state.finish_update(out.logprob)
     return out.loss, _sums(batch.judged.num_tokens, values)
 
@@ -201,16 +208,30 @@ def fused_loss(
     )  # fmt: skip
 
 
-def _off_policy(state: UpdateState, behaviour: Tensor | None, logprobs: Tensor, counts: TokenMask) -> dict[str, Tensor]:
+def _off_policy(
+    state: UpdateState, behaviour: Tensor | None, logprobs: Tensor, counts: TokenMask, config: Config
+) -> dict[str, Tensor]:
     """How far the policy that sampled is from the student, [N], by its name in SUMMED.
 
     `mismatch` is the absolute difference of log-probs in the first update, to a server; `drift` is the difference
-    later, to an older student too.
+    later, to an older student too. `ratio` is that of the probabilities, and `ratio_tail` 1 where it is beyond the
+    bounds of `ratio_bounds`: a mean near 1 may hide how many are.
     """
     if behaviour is None:
         return {}
     difference = counts.apply(behaviour - logprobs)
-    return {"mismatch": difference.abs()} if state.is_first else {"drift": difference}
+    ratio, (low, high) = (-difference).exp(), ratio_bounds(config)
+    is_beyond = ((ratio < low) | (ratio > high)).to(ratio.dtype)
+    values = {"ratio": counts.apply(ratio), "ratio_tail": is_beyond}
+    return values | ({"mismatch": difference.abs()} if state.is_first else {"drift": difference})
+
+
+def ratio_bounds(config: Config) -> tuple[float, float]:
+    """Returns the bounds of an importance ratio beyond which it counts as far: those of the policy gradient's clip, or
+    with a teacher alone `importance_clip` and its inverse."""
+    if config.objective == "policy_gradient" or config.reward_weight or config.importance_clip is None:
+        return 1.0 - POLICY_CLIP, 1.0 + POLICY_CLIP
+    return 1.0 / max(1.0, config.importance_clip), max(1.0, config.importance_clip)
 
 
 def _sums(num_tokens: int, values: dict[str, Tensor], sequence_teacher_logprob: Tensor | None = None) -> Sums:

@@ -26,7 +26,7 @@ def check_recording(config: Config, payload: str) -> None:
     """Raises ValueError where a teacher cannot be recorded with these options."""
     if config.rollouts != "none":
         raise ValueError("[rollouts] record_teacher writes what is learnt without rollouts: expected none (preset kd)")
-    if config.teacher in ("live", "ema", "stored"):
+    if config.teacher in ("live", "ema", "trust_region", "stored"):
         raise ValueError(f"[teacher] record_teacher takes one that stays as it is, got {config.teacher}")
     if payload == "hidden" and config.teacher in ("remote", "samples"):
         raise ValueError(f"[payload] teacher {config.teacher} gives log-probs: expected topk, got hidden")

@@ -35,7 +35,7 @@ from distil_kernels.train.config import Config
 from distil_kernels.train.diagnostics.held_out_logprob import change_metrics, held_out_logprob
 from distil_kernels.train.diagnostics.reward_alignment import alignment_metrics, inner_products
 from distil_kernels.train.diagnostics.token_table import token_columns
-from distil_kernels.train.metrics import PhaseTimer, peak_memory, rollout_metrics, rollout_records, token_means
+from distil_kernels.train.metrics import PhaseTimer, peak_memory, rollout_metrics, rollout_records, update_means
 from distil_kernels.train.models.sharding import full_tensor
 from distil_kernels.train.models.state import load_optimizer_state, model_state, optimizer_state
 from distil_kernels.train.objective import Sums, UpdateState, distil_loss, policy_loss
@@ -147,8 +147,7 @@ class Trainer:
             "step": self.step,
             "loss": sum(losses),
             **rollout_metrics(batch, self.tutor.prompts, self.sampling.stop_ids, teacher_logprobs),
-            **token_means(last_sums),  # for the drift, which the first update does not have
-            **token_means(first_sums),
+            **update_means(first_sums, last_sums),
             **alignment_metrics([sums.inner_products for sums in first_sums]),
             **change_metrics(logprob_before, logprob_after),
             "length": num_tokens / num_rollouts,

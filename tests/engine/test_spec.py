@@ -19,7 +19,7 @@ SPECS = {
         cost=Cost(Statistic.JSD, 0.1), student=LogitScaling(0.1 + 0.2, 5e-324), teacher=LogitScaling(1 / 3, None, 0.1),
         gradient_threshold=math.nextafter(1.0, 0.0),
         credit=Credit("sequence", "values", 4, 0.9, 10**12, True, 1e300, -0.0, math.pi),
-        policy=Policy(None, 0.28, -1e-17),
+        policy=Policy(None, 0.28, -1e-17, 0.3),
     ),
     "infinite": Spec("cpu", "", "recompute", "", student=LogitScaling(math.inf), gradient_threshold=-math.inf),
 }  # fmt: skip
@@ -48,4 +48,4 @@ def test_floats_apart(name):
 def test_fields_are_printed_by_name():
     text = SPECS["everything"].encode()
     assert '"plan": "gradient_in_forward"' in text
-    assert '"policy": {"clip_low": null, "clip_high": 0.28, "entropy_weight": -1e-17}' in text
+    assert '"policy": {"clip_low": null, "clip_high": 0.28, "entropy_weight": -1e-17, "reference_weight": 0.3}' in text

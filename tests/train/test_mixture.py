@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from runs import metrics, micro_batch, set_scores, train, trainer
 
 from distil_kernels.train.config import Config
-from distil_kernels.train.metrics import PhaseTimer
+from distil_kernels.train.metrics import PhaseTimer, token_means
 from distil_kernels.train.mixture import of_outcome, outcome_weights
 from distil_kernels.train.objective import UpdateState
 from distil_kernels.train.rollouts.packed_batch import PackedBatch, TokenMask
@@ -77,6 +78,39 @@ def test_gradient_by_definition(tiny_model: Path, tmp_path: Path, settings: dict
     total.backward()
     for name, parameter in run.student.model.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=2e-3, atol=3e-6)
+
+
+def test_a_policy_gradient_is_held_to_the_start(tiny_model: Path, tmp_path: Path) -> None:
+    """GRPO with its penalty, by definition, as the student has moved from the start."""
+    run = trainer(tiny_model, tmp_path / "run", objective="policy_gradient", teacher="live", reference_weight=0.2,
+                  normalize_advantages=False)  # fmt: skip
+    start = copy.deepcopy(run.student.model)
+    with torch.no_grad():
+        for parameter in run.student.model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    batch = next(run.batches)
+    run.roll_out(batch)
+    for index, group in enumerate(batch):
+        set_scores(group, *SCORES[2 * index : 2 * index + 2])
+    _, sums = micro_batch(run, batch, 8.0)
+    found = {name: p.grad.clone() for name, p in run.student.model.named_parameters()}
+    run.student.model.zero_grad()
+    total, penalties = torch.zeros((), dtype=torch.float64), []
+    for index, group in enumerate(batch):
+        pair = SCORES[2 * index : 2 * index + 2]
+        for rollout, score in zip(group.rollouts, pair, strict=True):
+            place = torch.tensor(rollout.tokens)[:, None]
+            chosen = logprobs(run, group.prompt, rollout.tokens).gather(1, place)[:, 0]
+            with torch.no_grad():
+                reference = logprobs_of(start, group.prompt, rollout.tokens).gather(1, place)[:, 0]
+            log_ratio = reference - chosen
+            penalties += (log_ratio.expm1() - log_ratio).tolist()
+            total = total - (score - sum(pair) / 2) * chosen.sum() / 8
+            total = total + 0.2 * (log_ratio.expm1() - log_ratio).sum() / 8
+    total.backward()
+    for name, parameter in run.student.model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=2e-3, atol=3e-6)
+    assert token_means([sums])["reference"] == pytest.approx(sum(penalties) / len(penalties), rel=1e-3)
 
 
 def logprobs_of(model, prompt: list[int], completion: list[int]) -> torch.Tensor:

@@ -28,7 +28,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,6 +69,10 @@ class Reader(CausalLM):
     def shares_prompts(self) -> bool:
         """Whether a prompt may be read once for all its completions."""
         return "shared" in self.ways
+
+    def new_cache(self) -> Any:
+        """Returns an empty cache of prompts that are read once."""
+        return DynamicCache(config=self.model.config)
 
     @contextmanager
     def opened(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ expanding to the rollouts only indexes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,13 +31,17 @@ class Context(NamedTuple):
     cache: DynamicCache
 
 
-def read(lm: CausalLM, prompts: Sequence[list[int]], prompt_index: Sequence[int]) -> Context:
-    """Reads each of the U different prompts once and expands to B rows; row b continues prompts[prompt_index[b]]."""
+def read(lm: CausalLM, prompts: Sequence[list[int]], prompt_index: Sequence[int], cache: Any = None) -> Context:
+    """Reads each of the U different prompts once and expands to B rows; row b continues prompts[prompt_index[b]].
+
+    Args:
+        cache: an empty one; None for that of transformers.
+    """
     device = lm.weight.device
     shared = common_prefix(prompts)
 
     # The prefix that all prompts share, once for all.
-    cache = DynamicCache(config=lm.model.config)
+    cache = DynamicCache(config=lm.model.config) if cache is None else cache
     if shared:
         lm.hidden(torch.tensor([prompts[0][:shared]], device=device), cache=cache)
         cache.batch_repeat_interleave(len(prompts))

@@ -172,6 +172,10 @@ def charts(metrics: Sequence[Record]) -> list[Chart]:
         line_chart("Entropy, nats a token", [training("entropy", "student"), training("teacher_entropy", "teacher")]),
         line_chart("Answer length, tokens", [training("length", "training rollouts")]),
         line_chart("Share of rollouts cut at the limit", [training("truncated", "training rollouts")], high=1.0),
+        line_chart(
+            "Importance ratios of the last update: mean, and share beyond the clip",
+            list(filter(_is_known, [training("ratio", "mean"), training("ratio_tail", "share beyond")])),
+        ),
         line_chart("Gradient norm before clipping", [training("grad_norm", "norm")]),
         line_chart("Learning rate", [training("learning_rate", "AdamW")]),
         line_chart("Seconds of a step, by what it does", list(filter(_is_known, phases))),

@@ -103,7 +103,7 @@ def _sampled(
 ) -> list[list[int]]:
     """The completions of a model that reads each prompt once; rows that are finished leave the batch."""
     stops, device = set(sampling.stop_ids), lm.weight.device
-    context = read(lm, prompts, prompt_index)
+    context = read(lm, prompts, prompt_index, lm.new_cache())
     mask, cache, latest = context.mask, context.cache, context.ids[:, -1]
     completions: list[list[int]] = [[] for _ in prompt_index]
     rows = list(range(len(completions)))  # those that are not finished

@@ -86,7 +86,9 @@ class InProcessTeacher:
             trained = {name: weight for name, weight in student.model.named_parameters() if weight.requires_grad}
             self._average = {name: (averages[name], weight) for name, weight in trained.items()}
 
-    answers = True
+    @property
+    def answers(self) -> bool:
+        return True
 
     @property
     def moves(self) -> bool:

@@ -85,7 +85,11 @@ def test_the_second_gradient_by_definition(tiny_model: Path, tmp_path: Path, obj
     for name, parameter in run.student.model.named_parameters():
         scale = float(parameter.grad.abs().max())
         torch.testing.assert_close(second[name], parameter.grad, rtol=2e-3, atol=2e-4 * scale)
-    assert run.record["drift"] == pytest.approx(sum(drift) / len(drift), rel=1e-3, abs=1e-5)  # type: ignore
+    record, low, high = run.record, *((0.8, 1.2) if objective == "policy_gradient" else (1 / 1.05, 1.05))  # type: ignore
+    assert record["drift"] == pytest.approx(sum(drift) / len(drift), rel=1e-3, abs=1e-5)
+    assert record["ratio"] == pytest.approx(sum(ratios) / len(ratios), rel=1e-3)
+    tail = sum(not low <= ratio <= high for ratio in ratios) / len(ratios)
+    assert record["ratio_tail"] == pytest.approx(tail, abs=1e-6) and (objective == "policy_gradient" or tail > 0)
 
 
 @pytest.mark.parametrize("teacher", ["frozen", "ema", "live"])
