@@ -95,7 +95,8 @@ SCALAR = {
     "jsd": _of_costs(fused_jsd),
     "policy": lambda rows, heads, mask, **options: fused_policy_loss(
         *heads[:2], tokens=rows.tokens, advantages=rows.floats, old_logprobs=rows.floats, entropy_weight=0.1,
-        reference_logprobs=rows.floats - 9.0, reference_weight=1e-3, token_mask=mask, token_weight=rows.token_weight, **options,
+        reference_logprobs=rows.floats - 9.0, reference_weight=1e-3, token_mask=mask,
+        token_weight=rows.token_weight, **options,
     ),
     "distil": _distil,
     "distil, no span": lambda *arguments, **options: _distil(*arguments, credit_span="none", **options),

@@ -171,6 +171,37 @@ def test_groups_without_spread_teach_by_the_teacher_alone(tiny_model: Path, tmp_
         torch.testing.assert_close(beside, without, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("settings", "score"),
+    [
+        ({"objective": "policy_gradient", "teacher": "live"}, 0.0),
+        ({"objective": "policy_gradient", "teacher": "live"}, 1.0),
+        ({"question_weight": "spread"}, 0.0),
+        ({"question_weight": "spread", "reward_weight": 1.0}, 1.0),
+        ({"distil_on": "failed", "reward_on": "succeeded", "reward_weight": 1.0}, 1.0),
+        ({"distil_on": "succeeded"}, 0.0),
+    ],
+)
+def test_batches_that_teach_nothing_move_nothing(
+    tiny_model: Path, tmp_path: Path, settings: dict, score: float
+) -> None:
+    """All wrong or all right, a whole step: no weight moves, and every number of the record is one."""
+    run = trainer(tiny_model, tmp_path / "run", weight_decay=0.0, **settings)
+    roll_out = run.roll_out
+
+    def scored(groups, *rest) -> None:
+        roll_out(groups, *rest)
+        for group in groups:
+            set_scores(group, *[score] * len(group.rollouts))
+
+    run.roll_out = scored  # type: ignore[method-assign]
+    before = [parameter.clone() for parameter in run.student.model.parameters()]
+    record = run.train_step()
+    assert record["grad_norm"] == 0.0 and record["accuracy"] == score and record["equal_score_groups"] == 1.0
+    assert all(torch.equal(*pair) for pair in zip(before, run.student.model.parameters(), strict=True))
+    assert all(math.isfinite(record[name]) for name in ("loss", "entropy", "length"))
+
+
 def test_a_run_records_the_penalty(tiny_model: Path, tmp_path: Path) -> None:
     directory = train(
         tiny_model, tmp_path, "run", "--reference_weight", "0.1", "--teacher", "ema", "--reward_weight", "1",
