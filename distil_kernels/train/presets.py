@@ -19,7 +19,9 @@ class Setting(NamedTuple):
     """Where it is from."""
 
 
-_DISTIL, _SDPO, _ADVISD = "DistIL, arXiv 2606.05152", "SDPO's defaults", "AdviSD, arXiv 2609.38142"
+_DISTIL, _ADVISD = "DistIL, arXiv 2606.05152", "AdviSD, arXiv 2609.38142"
+_SDPO = "SDPO's configuration"
+_REVERSE_KL = "SDPO as DistIL's paper has it; SDPO's configuration has jsd, jsd_weight 0.5"
 _SETTINGS: dict[str, dict[str, Setting]] = {
     "distil": {
         "objective": Setting("forward_ce", _DISTIL),
@@ -28,14 +30,15 @@ _SETTINGS: dict[str, dict[str, Setting]] = {
         "teacher": Setting("frozen", "ours"),
     },
     "sdpo": {
-        "objective": Setting("reverse_kl", _SDPO),
+        "objective": Setting("reverse_kl", _REVERSE_KL),
         "credit_span": Setting("none", _SDPO),
         "teacher": Setting("ema", _SDPO),
         "ema_rate": Setting(0.05, _SDPO),
+        "importance_clip": Setting(2.0, _SDPO),
     },
     "opsd": {
         "objective": Setting("jsd", "OPSD, as DistIL's paper names it"),
-        "jsd_weight": Setting(0.5, "ours"),
+        "jsd_weight": Setting(0.5, "OPSD's configuration"),
         "credit_span": Setting("none", "OPSD"),
         "teacher": Setting("frozen", "ours"),
     },
@@ -44,10 +47,11 @@ _SETTINGS: dict[str, dict[str, Setting]] = {
         "teacher": Setting("live", "ours: a teacher that is not asked"),
     },
     "srpo": {
-        "objective": Setting("reverse_kl", _SDPO),
+        "objective": Setting("reverse_kl", _REVERSE_KL),
         "credit_span": Setting("none", _SDPO),
         "teacher": Setting("ema", _SDPO),
         "ema_rate": Setting(0.05, _SDPO),
+        "importance_clip": Setting(2.0, _SDPO),
         "distil_on": Setting("failed", "SRPO, arXiv 2604.02288: wrong rollouts to distillation"),
         "reward_on": Setting("succeeded", "SRPO: right ones to GRPO"),
         "reward_weight": Setting(1.0, "ours"),

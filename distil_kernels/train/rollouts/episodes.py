@@ -151,7 +151,7 @@ class Episodes:
         """
         try:
             with time_limit(self.seconds):
-                return getattr(environment, method)(*arguments)
+                return getattr(type(environment), method)(environment, *arguments)  # an attribute may have its name
         except TookTooLong:
             raise JudgeFailed(f"[environment] {self.name} took longer than {self.seconds:g} s in {method}") from None
         except JudgeFailed:
