@@ -62,6 +62,11 @@ def test_options_that_do_not_go_together(options: dict, message: str) -> None:
         Config(**options).check()
 
 
+def test_a_tool_is_an_environment() -> None:
+    names = [Config(**options).environment_name for options in ({"tools": "python"}, {"environment": "python"}, {})]
+    assert names == ["python", "python", ""]
+
+
 @pytest.fixture(scope="module")
 def customer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that asks for prices, and mostly goes on to an answer."""
