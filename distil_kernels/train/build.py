@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distil_kernels.train.batches import Batches
 from distil_kernels.train.config import Config
-from distil_kernels.train.environments import environment_class
+from distil_kernels.train.environments import ENVIRONMENTS, environment_class
 from distil_kernels.train.evaluate import Evaluator
 from distil_kernels.train.feedback.expert import expert_kind
 from distil_kernels.train.feedback.kinds import FeedbackKind, feedback_kind
@@ -258,9 +258,10 @@ def make_episodes(config: Config, models: Models) -> Episodes | None:
         return None
     environment, prompts = environment_class(config.environment_name), make_prompts(config, models, [])
     frame = environment.frame if environment.stop else prompts.frame(models.end_ids)
+    is_ours = config.environment_name in ENVIRONMENTS  # and does not hang
     episodes = Episodes(
         environment, config.environment_name, Texts(prompts.answer, prompts.ids, frame), config.max_tool_calls,
-        config.max_tool_tokens, math.inf if config.judge_seconds is None else config.judge_seconds,
+        config.max_tool_tokens, math.inf if is_ours or config.judge_seconds is None else config.judge_seconds,
     )  # fmt: skip
     episodes.made()  # whose errors come before the first rollout
     return episodes

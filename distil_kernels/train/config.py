@@ -138,8 +138,8 @@ class Config:
     """What a model's reasoning begins and ends with: such sections are stripped from the feedback and demonstrations
     that the teacher reads (a sibling's right answer, say); empty keeps them."""
     judge_seconds: float | None = _number(120.0, POSITIVE)
-    """Time limit of a module:function for an answer, or of an environment's step: there is no verdict then. Of a
-    function's text no more is read than 16 characters for each of max_prompt_tokens."""
+    """Time limit of a module:function for an answer, or of a user's environment for a step: there is no verdict then.
+    Of a function's text no more is read than 16 characters for each of max_prompt_tokens."""
     max_critique_tokens: int = _number(48, AT_LEAST_1)
     """Length limit of a critique (feedback self_evaluation and expert)."""
     expert_url: str = ""

@@ -99,3 +99,13 @@ def test_phases_memory_and_speed_have_charts() -> None:
     assert [series.label for series in drawn["Seconds of a step, by what it does"].series] == ["rollout", "backward"]
     assert [series.label for series in drawn["Peak memory, GiB"].series] == ["process"]
     assert "Tokens a second" in drawn
+
+
+def test_importance_ratios_have_a_chart_where_there_are_some() -> None:
+    def titles(**values: float) -> dict[str, list[str]]:
+        drawn = charts([{"kind": "step", "step": number, "kl": 1.0, **values} for number in (1, 2)])
+        return {chart.title: [series.label for series in chart.series] for chart in drawn}
+
+    title = "Importance ratios of the last update: mean, and share beyond the clip"
+    assert title not in titles()
+    assert titles(ratio=1.01, ratio_tail=0.07)[title] == ["mean", "share beyond"]
