@@ -183,6 +183,8 @@ class Episode:
         self._turns: list[Turn] = []
         self._rewards: list[float] = []
         self._has_verdict = environment is not None
+        self._is_cut = False
+        """The length limit has cut the last turn off."""
         self.is_over = environment is None
         """The environment has nothing more to say."""
 
@@ -201,6 +203,7 @@ class Episode:
         is_inside = bool(episodes.stop) and not at_stop_token and may_observe and episodes.ends_turn(tokens)
         if is_inside:
             text = text[: text.rindex(episodes.stop) + len(episodes.stop)]
+        self._is_cut = not (at_stop_token or is_inside)
         self.step(text)
         # Of a turn inside an answer the answer's end is the end.
         self.is_over |= bool(episodes.stop) and at_stop_token
@@ -236,6 +239,7 @@ class Episode:
         Raises:
             RuntimeError: its rewards do not add up to a score.
         """
+        is_finished = self.is_over and not self._is_cut
         reward = sum(self._rewards) if self._rewards else None
         if reward is not None and not -ROUNDING <= reward <= 1.0 + ROUNDING:
             raise RuntimeError(
@@ -243,12 +247,12 @@ class Episode:
             )
         reward = None if reward is None else min(1.0, max(0.0, reward))
         if not self._has_verdict:
-            return Outcome(tuple(self._turns), math.nan, self.is_over, "", "")
+            return Outcome(tuple(self._turns), math.nan, is_finished, "", "")
         episodes, environment = self.episodes, self.environment
         answer = episodes.call(environment, "answer", [turn.text for turn in self._turns])
         feedback = episodes.call(environment, "feedback", list(self._turns), reward)
         texts = episodes.text(answer, "answer"), episodes.text(feedback, "feedback")
-        return Outcome(tuple(self._turns), reward, self.is_over, *texts)
+        return Outcome(tuple(self._turns), reward, is_finished, *texts)
 
 
 def _is_reward(value: Any) -> bool:

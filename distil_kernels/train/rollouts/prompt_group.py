@@ -19,7 +19,7 @@ class Outcome(NamedTuple):
     reward: float | None
     """The sum of the rewards; None where the task's verifier scores the answer, NaN without a verdict."""
     is_finished: bool
-    """The environment has ended it, or the answer has ended."""
+    """The environment or the answer's own end has ended it, and no limit."""
     answer: str
     """The text that a verifier reads."""
     feedback: str

@@ -217,6 +217,8 @@ def test_a_run(caller: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
             assert (record["ce"][index] == 0) == (index in record["tool_positions"])
         assert all(record[name][index] == 0 for name in ("kl", "credit") for index in record["tool_positions"])
     for step in (record for record in metrics(whole) if record["kind"] == "step"):
+        cut = [r["tokens"][-1] not in STOP for r in records if r["kind"] == "training" and r["step"] == step["step"]]
+        assert step["truncated"] == pytest.approx(sum(cut) / len(cut)) and step["num_unfinished"] == sum(cut)
         own = [r for r in records if r["kind"] == "training" and r["step"] == step["step"]]
         assert step["length"] == pytest.approx(sum(len(r["tokens"]) - len(r["tool_positions"]) for r in own) / len(own))
     capsys.readouterr()

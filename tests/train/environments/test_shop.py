@@ -123,8 +123,10 @@ def test_a_run(customer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         own = [r for r in records if r["kind"] == "training" and r["step"] == step["step"]]
         assert step["turns"] == pytest.approx(sum(len(r["turns"]) for r in own) / len(own))
         assert step["length"] == pytest.approx(sum(len(r["tokens"]) - len(r["tool_positions"]) for r in own) / len(own))
-        unfinished = [r for r in own if r["turns"][-1][1] not in ("right", "wrong")]
-        assert step["num_unfinished"] == len(unfinished)
+        cut = [TOKENIZER.decode(r["tokens"][-1:]) != "\n" for r in own]
+        endless = [r["turns"][-1][1] not in ("right", "wrong") for r in own]
+        assert step["num_unfinished"] == sum(one or other for one, other in zip(cut, endless, strict=True))
+        assert step["truncated"] == pytest.approx(sum(cut) / len(cut))
     capsys.readouterr()
     assert main(["eval", str(whole)]) == 0
     again = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -261,6 +261,8 @@ def test_limits() -> None:
     assert len(endless.outcome.turns) == 3 and not endless.outcome.is_finished and endless.outcome.reward is None
     cut = run(episodes_of(Echo), " ha", limit=3)
     assert cut.outcome.turns == ((" ha", "ha"),) and all(cut.by_model) and cut.is_truncated([10])
+    ended = run(episodes_of(Echo), " x", limit=2)  # the environment has heard enough, of what was cut off
+    assert ended.outcome.reward == 0.25 and not ended.outcome.is_finished and ended.is_truncated([10])
     full = run(episodes_of(Echo), " a\n", limit=3)  # no token is left for another turn
     assert full.outcome.turns == ((" a", "a"),) and all(full.by_model) and not full.outcome.is_finished
     assert len(run(episodes_of(Echo), " a\n", " b\n", " c\n").tokens) <= 9 + episodes_of(Echo).longest
