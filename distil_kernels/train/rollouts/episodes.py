@@ -121,9 +121,14 @@ class Episodes:
     def worked(self, record: Problem) -> Outcome:
         """Returns the outcome of the environment's own solution of a problem."""
         episode = self.start(record, self.posed(record).question)
-        for text in self.call(episode.environment, "solution", record):
+        solution = self.call(episode.environment, "solution", record)
+        if not isinstance(solution, (list, tuple)) or not solution:
+            raise RuntimeError(
+                f"[environment] {self.name}.solution gave {reprlib.repr(solution)}, expected a list of turns"
+            )
+        for text in solution:
             if not episode.is_over:
-                episode.step(text)
+                episode.step(self.text(text, "solution"))
         outcome, (before, after) = episode.outcome(), self.texts.frame
         if not self.stop:
             return outcome
@@ -176,7 +181,11 @@ class Episodes:
 
 
 class Episode:
-    """An environment with one rollout under way; None for one that did not begin in time."""
+    """An environment with one rollout under way.
+
+    Args:
+        environment: which has begun; None for one that did not in time.
+    """
 
     def __init__(self, episodes: Episodes, environment: Environment | None) -> None:
         self.episodes, self.environment = episodes, environment

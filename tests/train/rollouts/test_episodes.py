@@ -281,6 +281,13 @@ def test_a_worked_example_is_an_episode() -> None:
     assert taught == "Q: a\nFeedback: fine\nA: half\n\nQ: half\nA: x\n\nQ: a\nFeedback: no\nA:"
 
 
+@pytest.mark.parametrize(("gives", "expected"), [("x", "a list of turns"), ([], "a list of turns"), ([3], "a text")])
+def test_a_solution_is_some_turns(gives: object, expected: str) -> None:
+    wrong = type("Wrong", (Echo,), {"solution": lambda self, record: gives})
+    with pytest.raises(RuntimeError, match=rf"\[environment\] mine:World.solution gave .*, expected {expected}"):
+        episodes_of(wrong).worked(RECORD)
+
+
 class Fault(Echo):
     """Gives what it is made to give."""
 
