@@ -103,6 +103,7 @@ def fused_distil_loss(
     normalize_by_remaining: bool = False,
     baseline: str | Tensor | None = None,
     group_size: int | None = None,
+    teacher_ratio_clip: float | None = None,
     credit_clip: float | None = None,
     credit_scale: float = 1.0,
     behaviour_logprobs: Tensor | None = None,
@@ -129,7 +130,7 @@ def fused_distil_loss(
     """DistIL's sequence-level loss on sampled sequences: sum of token costs, credited back to earlier tokens.
 
     The gradient is sum_t [ w_t grad cost_t + a_t grad log S[y_t] ] / normalizer with
-    a_t = credit_scale * (G_t - b_t) and G_t the discounted cost-to-go (`engine.credit`). With the
+    a_t = credit_scale * q_t * (G_t - b_t), q_t = 1 and G_t the discounted cost-to-go (`engine.credit`). With the
     defaults it is the unbiased gradient of E_{y ~ S}[sum_t cost_t] when the teacher's feedback does not depend on y.
 
     Args:
@@ -157,7 +158,10 @@ def fused_distil_loss(
             is (n - 1) / n of what it should be); or [N] values, unbiased where they do not depend on the row's own
             rollout.
         group_size: rollouts per prompt, consecutive in the packing; needed by "leave_one_out" (at least 2).
-        credit_clip: bound of |a_t|, after baseline and scale; biased.
+        teacher_ratio_clip: q_t is min(teacher_ratio_clip, T[y_t] / S[y_t]), without gradient: a token is credited as
+            often as the teacher would choose it, and one that the teacher rules out, an early end say, gains nothing
+            by the costs that it saves (docs/theory.md); biased. Of a token that a top-K teacher does not name it is 0.
+        credit_clip: bound of |a_t|, after baseline and factors; biased.
         credit_scale: multiplies the credit; 1 is the exact gradient.
         behaviour_logprobs: [N] float, for rollouts older than the student: log-probs of `tokens` under the policy that
             sampled them, at its temperature. Both terms of row t in the gradient (and `credit`) are multiplied by
@@ -215,8 +219,8 @@ def fused_distil_loss(
     normalizer = checks.normalizer(normalizer, student_hidden)
     checks.threshold("gradient_threshold", gradient_threshold)
     credit = checks.credit(
-        student_hidden, credit_span, baseline, group_size, discount, horizon, normalize_by_remaining, credit_clip,
-        credit_scale, importance_clip, behaviour_logprobs,
+        student_hidden, credit_span, baseline, group_size, discount, horizon, normalize_by_remaining,
+        teacher_ratio_clip, credit_clip, credit_scale, importance_clip, behaviour_logprobs,
     )  # fmt: skip
     for name, tensor in (("tokens", tokens), ("cu_seqlens", cu_seqlens)):
         if tensor is None and credit_span != "none":

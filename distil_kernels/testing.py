@@ -276,10 +276,10 @@ def credit_by_definition(
     group_size: int = 1,
     by_remaining: bool = False,
     clip: float | None = None,
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
     counted: Tensor | None = None,
 ) -> Tensor:
-    """Returns the credit a_t [N] by loops over tokens, sequences and siblings."""
+    """Returns the credit a_t [N] by loops over tokens, sequences and siblings; `scale` is a number or [N]."""
     counted = torch.ones(len(costs), dtype=torch.bool) if counted is None else counted
     starts = [sum(lengths[:b]) for b in range(len(lengths))]
 
@@ -309,7 +309,7 @@ def credit_by_definition(
             elif baseline == "position_mean":
                 alive = [j for j, n in enumerate(lengths) if position < n and counted[starts[j] + position]]
                 value = value - sum(to_go(j, position) for j in alive) / len(alive)
-            value = scale * value
+            value = (scale[row] if isinstance(scale, Tensor) else scale) * value
             weights[row] = value if clip is None else max(-clip, min(clip, float(value)))
     return weights
 

@@ -116,6 +116,7 @@ def fused_topk_distil_loss(
     normalize_by_remaining: bool = False,
     baseline: str | Tensor | None = None,
     group_size: int | None = None,
+    teacher_ratio_clip: float | None = None,
     credit_clip: float | None = None,
     credit_scale: float = 1.0,
     behaviour_logprobs: Tensor | None = None,
@@ -164,8 +165,8 @@ def fused_topk_distil_loss(
     checks.packed(student_hidden, cu_seqlens)
     checks.rows("tokens", tokens, student_hidden, "int64", optional=False)
     credit = checks.credit(
-        student_hidden, credit_span, baseline, group_size, discount, horizon, normalize_by_remaining, credit_clip,
-        credit_scale, importance_clip, behaviour_logprobs,
+        student_hidden, credit_span, baseline, group_size, discount, horizon, normalize_by_remaining,
+        teacher_ratio_clip, credit_clip, credit_scale, importance_clip, behaviour_logprobs,
     )  # fmt: skip
     terms = checked_terms(
         checks, student_hidden, tokens, cu_seqlens, distil_weight=distil_weight, advantages=advantages,

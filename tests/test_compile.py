@@ -127,7 +127,7 @@ SCHEDULES = {
     ).loss,
     "fused_distil_loss": lambda x, n: fused_distil_loss(
         *x.heads, tokens=x.tokens, cu_seqlens=x.options["cu_seqlens"], discount=n.discount, horizon=n.horizon,
-        credit_clip=n.normalizer, group_size=n.horizon - 1,
+        teacher_ratio_clip=n.scale, credit_clip=n.normalizer, group_size=n.horizon - 1,
         credit_scale=n.discount, normalizer=n.normalizer, **n.both, advantages=x.teacher_hidden[:, 0], labels=x.tokens,
         distil_weight=n.scale, policy_weight=n.scale, clip_high=n.discount, label_weight=n.scale,
         label_smoothing=n.discount, z_loss_weight=n.discount, entropy_weight=n.discount,
@@ -223,7 +223,7 @@ def test_autocast_is_the_half_precision_product(name, generator):
 @pytest.mark.parametrize("plan", ["gradient_in_forward", "recompute"])
 def test_opcheck_scalar_loss(plan, generator):
     i = make_inputs(6, 20, 8, generator=generator)
-    credit = Credit(discount=0.9, horizon=2, by_remaining=True, clip=5.0, importance_clip=2.0)
+    credit = Credit(discount=0.9, horizon=2, by_remaining=True, teacher_ratio_clip=1.0, clip=5.0, importance_clip=2.0)
     terms = Terms(Policy(0.2, None, 0.1), 1.0, 1.0, 0.5, 0.1, 1e-3)
     spec = Spec("cpu", "", plan, "", Needs(hidden=True, weight=True, bias=False), credit=credit, terms=terms)
     text, numbers = spec.encode_apart()

@@ -32,24 +32,28 @@ def chunk_bytes(request, monkeypatch):
 
 def run(inputs, *, lengths=LENGTHS, normalizer=None, token_mask=None, token_weight=None, cost="ce", span="future",
         discount=1.0, horizon=None, by_remaining=False, baseline=None, group_size=None, clip=None, scale=1.0,
-        behaviour=None, importance_clip=None, **options):  # fmt: skip
+        teacher_clip=None, behaviour=None, importance_clip=None, **options):  # fmt: skip
     return fused_distil_loss(
         *inputs.heads, tokens=inputs.tokens, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0), **inputs.options,
         normalizer=normalizer, token_mask=token_mask, token_weight=token_weight, cost=cost, credit_span=span,
         discount=discount, horizon=horizon, normalize_by_remaining=by_remaining, baseline=baseline,
-        group_size=group_size, credit_clip=clip, credit_scale=scale,
+        group_size=group_size, teacher_ratio_clip=teacher_clip, credit_clip=clip, credit_scale=scale,
         behaviour_logprobs=behaviour, importance_clip=importance_clip, **options,
     )  # fmt: skip
 
 
 def definition(inputs, *, lengths=LENGTHS, normalizer=None, token_mask=None, token_weight=None, cost="ce",
-               span="future", group_size=None, behaviour=None, importance_clip=None, **credit):  # fmt: skip
+               span="future", group_size=None, teacher_clip=None, behaviour=None, importance_clip=None,
+               **credit):  # fmt: skip
     """Value, credit and gradients by loops and autograd, in the dtype of the inputs."""
     stats = oracle(inputs)
     counted = torch.ones_like(stats.ce, dtype=torch.bool) if token_mask is None else token_mask
     weight = counted * (1.0 if token_weight is None else token_weight.to(stats.ce.dtype))
     costs = weight * getattr(stats, cost)
     weights = to_go = torch.zeros_like(costs)
+    if teacher_clip is not None:
+        teacher_ratio = (stats.teacher_logprob - stats.logprob).detach().exp().clamp(max=teacher_clip)
+        credit["scale"] = credit.get("scale", 1.0) * teacher_ratio
     if span != "none":
         plain = {name: value for name, value in credit.items() if name in ("discount", "horizon", "by_remaining")}
         to_go = credit_by_definition(costs.detach(), lengths, span=span, counted=counted, **plain)
@@ -154,6 +158,20 @@ def test_normalisation_and_clip(by_remaining, horizon, clip, baseline, plan, chu
         token_weight=torch.rand(num_rows, generator=generator),
     )  # fmt: skip
     assert clip is None or ours.credit.abs().max() <= clip
+
+
+@pytest.mark.parametrize("plan", ["auto", "recompute"])
+@pytest.mark.parametrize(("teacher_clip", "clip"), [(1.0, None), (1.0, 0.5), (0.3, None), (math.inf, 2.0)])
+def test_teacher_ratio(teacher_clip, clip, plan, chunk_bytes, generator):
+    """Ratios on both sides of their bound."""
+    inputs = make_inputs(sum(LENGTHS), 331, 16, generator=generator)
+    ratio = (oracle(inputs).teacher_logprob - oracle(inputs).logprob).exp()
+    assert bool((ratio < 0.3).any()) and bool((ratio > 1.0).any())
+    mask = torch.rand(sum(LENGTHS), generator=generator) < 0.8
+    check(
+        inputs, plan=plan, teacher_clip=min(teacher_clip, 1e9), clip=clip, discount=0.9, scale=0.7,
+        baseline="leave_one_out", group_size=3, token_mask=mask,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("discount", [0.0, 1e-30])

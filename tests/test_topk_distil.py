@@ -32,6 +32,7 @@ def entropy_of_buckets(logprobs: torch.Tensor) -> torch.Tensor:
         ({"baseline": "position_mean", "cost": "kl", "temperature": 0.7}, True),
         ({"credit_span": "sequence", "logit_softcap": 3.0, "credit_clip": 1.5}, True),
         ({"normalize_by_remaining": True, "credit_scale": 0.3, "normalizer": 2.0}, False),
+        ({"teacher_ratio_clip": 1.0, "credit_clip": 2.0, "discount": 0.9}, True),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else ("masked" if value else "all"),
 )
@@ -60,6 +61,13 @@ def test_gradient_by_definition(num_named, options, masked, generator, monkeypat
     )
     if options.get("cost") == "kl":
         rows = rows - entropy_of_buckets(logprobs)
+    logits = hidden @ weight.T + bias
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    logprob = (logits / temperature).log_softmax(-1).gather(1, inputs.tokens[:, None])[:, 0]
+    scale: float | torch.Tensor = options.get("credit_scale", 1.0)
+    if "teacher_ratio_clip" in options:  # 0 of a token that is not named
+        probs = torch.where(ids == inputs.tokens[:, None], logprobs.exp(), 0.0).sum(1)
+        scale = (probs / logprob.detach().exp()).clamp(max=options["teacher_ratio_clip"])
     span = options.get("credit_span", "future")
     credit = torch.zeros(N, dtype=torch.float64)
     if span != "none":
@@ -67,11 +75,8 @@ def test_gradient_by_definition(num_named, options, masked, generator, monkeypat
             rows.detach(), LENGTHS, span=span, discount=options.get("discount", 1.0), horizon=options.get("horizon"),
             baseline=options.get("baseline"), group_size=options.get("group_size", 1), counted=counted,
             by_remaining=options.get("normalize_by_remaining", False), clip=options.get("credit_clip"),
-            scale=options.get("credit_scale", 1.0),
+            scale=scale,
         )  # fmt: skip
-    logits = hidden @ weight.T + bias
-    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    logprob = (logits / temperature).log_softmax(-1).gather(1, inputs.tokens[:, None])[:, 0]
     denominator = options.get("normalizer", len(LENGTHS))
     cost = torch.where(counted, rows, 0.0)
     exact = torch.autograd.grad((cost + credit * logprob).sum() / denominator, [hidden, weight, bias])

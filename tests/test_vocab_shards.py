@@ -245,6 +245,7 @@ SEQUENCE_CASES = {
     "sequence": {"span": "sequence", "baseline": "leave_one_out", "group_size": 2},
     "masked": {"token_mask": torch.arange(N) % 4 != 2, "cost": "kl"},
     "frozen": {"frozen": True, "cost": "reverse_kl", "horizon": 3},
+    "teacher ratio": {"teacher_clip": 1.0, "clip": 0.5},
     "older": {"behaviour": True, "importance_clip": 2.0},
 }
 
@@ -260,7 +261,10 @@ def test_distil_loss(members, case, generator):
     plan = settings.pop("plan", "auto")
     exact = sequence_definition(inputs.to(torch.float64), lengths=LENGTHS, **settings)
     base = baselines(inputs, lambda copy: sequence_definition(copy, lengths=LENGTHS, **settings))
-    names = {"span": "credit_span", "behaviour": "behaviour_logprobs"}
+    names = {
+        "span": "credit_span", "behaviour": "behaviour_logprobs", "teacher_clip": "teacher_ratio_clip",
+        "clip": "credit_clip",
+    }  # fmt: skip
     options = {names.get(name, name): value for name, value in settings.items()}
     options |= {"tokens": inputs.tokens, "cu_seqlens": CU_SEQLENS, "plan": plan}
     results = members.results(run, "fused_distil_loss", inputs, CUTS["alike"], CUTS["alike"], options)

@@ -250,6 +250,7 @@ class ArgumentChecks:
         discount: float,
         horizon: int | None,
         normalize_by_remaining: bool,
+        teacher_ratio_clip: float | None,
         credit_clip: float | None,
         credit_scale: float,
         importance_clip: float | None,
@@ -260,6 +261,7 @@ class ArgumentChecks:
         self.between("discount", discount, 0.0, 1.0)
         self.count("horizon", horizon)
         self.flag("normalize_by_remaining", normalize_by_remaining)
+        self.positive("teacher_ratio_clip", teacher_ratio_clip)
         self.positive("credit_clip", credit_clip)
         self.between("credit_scale", credit_scale, 0.0, math.inf)
         for name, value, exact in (
@@ -288,6 +290,7 @@ class ArgumentChecks:
             discount=float(discount),
             horizon=horizon,
             by_remaining=normalize_by_remaining,
+            teacher_ratio_clip=None if teacher_ratio_clip is None else float(teacher_ratio_clip),
             clip=None if credit_clip is None else float(credit_clip),
             scale=float(credit_scale),
             importance_clip=None if importance_clip is None else float(importance_clip),

@@ -2,8 +2,9 @@
 
 The sequence-level gradient gives grad log S[y_t] the weight
 
-    a_t = scale * (G_t - b_t),     G_t = sum_{t < i <= t + horizon} discount^(i - t) cost_i     span "future"
+    a_t = q_t scale (G_t - b_t),   G_t = sum_{t < i <= t + horizon} discount^(i - t) cost_i     span "future"
                                    G_t = sum_i cost_i                                           span "sequence"
+                                   q_t = min(teacher_ratio_clip, T[y_t] / S[y_t]), or 1
 
 Rows are processed from the last position to the first, so G_t is known by a running carry per sequence when the rows
 of position t come up, and everything that a baseline over rollouts needs (the same position of its siblings) is in
@@ -13,7 +14,7 @@ It needs no second pass.
 
 Left out: whole-batch normalisation, which needs every row first.
 Source: the future-credit term of DistIL's gradient (arXiv 2606.05152); all its settings are ours. Baselines that do not
-know the row's own rollout leave the expected gradient alone; discount, horizon, normalisation, clip and scale bias it.
+know the row's own rollout leave the expected gradient alone; discount, horizon, normalisation, clips and scale bias it.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ class Credit(NamedTuple):
     """Costs more tokens ahead than this do not count; None for no limit."""
     by_remaining: bool = False
     """Whether G_t is divided by sum_{t < i <= t + horizon} discount^(i - t), over the rows that count."""
+    teacher_ratio_clip: float | None = None
+    """Bound of the ratio T / S of the token by which a_t is multiplied; None: it is not."""
     clip: float | None = None
     """Bound of |a_t|; None for no bound."""
     scale: float = 1.0
@@ -223,14 +226,20 @@ class CreditScan:
         if chunk is None:
             credit = torch.zeros_like(statistics[:2])
         else:
-            credit = self.weights(weighted_cost(statistics, cost, row_weight), chunk)
+            ratio = self._teacher_ratio(statistics)
+            credit = self.weights(weighted_cost(statistics, cost, row_weight), chunk, ratio)
         if self._behaviour_logprobs is not None:
             ratio = self._importance(statistics[Statistic.LOGPROB], self._behaviour_logprobs[rows])
             row_weight, credit = row_weight * ratio, torch.stack([credit[0] * ratio, credit[1]])
         return row_weight, credit
 
-    def weights(self, costs: Tensor, chunk: CreditChunk) -> Tensor:
-        """Returns a_t and G_t [2, R] of a chunk's rows from their costs [R] (already times the token weight)."""
+    def weights(self, costs: Tensor, chunk: CreditChunk, ratio: Tensor | float = 1.0) -> Tensor:
+        """Returns a_t and G_t [2, R] of a chunk's rows.
+
+        Args:
+            costs: [R], already times the token weight.
+            ratio: [R], a further factor of a_t.
+        """
         credit = self._credit
         cells = (chunk.positions, chunk.sequences)
 
@@ -243,15 +252,24 @@ class CreditScan:
                 tokens = self._tokens_to_go(torch.ones_like(costs), chunk)
                 to_go = to_go / tokens.clamp(min=torch.finfo(costs.dtype).tiny)
 
-        # Baseline, scale and clip of the cells that hold a row.
+        # Baseline, factors and clip of the cells that hold a row.
         cost_to_go = weights = to_go[cells]
         if credit.baseline is not None:
             weights = cost_to_go - self._baseline(to_go, cells, chunk)
-        weights = credit.scale * weights
+        weights = credit.scale * ratio * weights
         if credit.clip is not None:
             bound = min(credit.clip, torch.finfo(weights.dtype).max)
             weights = weights.clamp(-bound, bound)
         return torch.stack([weights, cost_to_go])
+
+    def _teacher_ratio(self, statistics: Tensor) -> Tensor | float:
+        """Returns the bounded ratio [R] of each token's probability under the teacher and under the student."""
+        bound = self._credit.teacher_ratio_clip
+        if bound is None:
+            return 1.0
+        ratio = (statistics[Statistic.TEACHER_LOGPROB] - statistics[Statistic.LOGPROB]).exp()
+        ratio = ratio.clamp(max=min(bound, torch.finfo(ratio.dtype).max))
+        return ratio.nan_to_num(nan=0.0)  # of a token that a top-K teacher did not name
 
     def _importance(self, logprobs: Tensor, behaviour_logprobs: Tensor) -> Tensor:
         """Returns the bounded ratio [R] of each token's probability under the student and under the older policy."""

@@ -40,14 +40,21 @@ class PositionAverage:
         rows = torch.stack([cost_to_go.to(torch.float64) * counts, counts])
         self._batch.index_add_(1, self._positions(lengths), rows)
 
-    def follow(self) -> None:
-        """Moves the average by what was observed, after an optimizer step."""
+    def follow(self) -> float:
+        """Moves the average by what was observed, after an optimizer step.
+
+        Returns:
+            The largest mean cost-to-go of a position that at least half of the batch's rollouts reached.
+        """
         self._processes.sum(self._batch)
         total, number = self._batch
+        mean = total / number.clamp(min=1.0)
         rate = (1.0 - (1.0 - self._rate) * self._reached.double()) * (number > 0)
-        self._average += rate * (total / number.clamp(min=1.0) - self._average)
+        self._average += rate * (mean - self._average)
         self._reached |= number > 0
+        largest = float(mean[2.0 * number >= number.max()].max())
         self._batch.zero_()
+        return largest
 
     def forget(self) -> None:
         """Drops what was observed, after a step that was skipped."""

@@ -37,6 +37,8 @@ AT_LEAST_0 = Range(0, math.inf, "at least 0")
 AT_LEAST_1 = Range(1, math.inf, "at least 1")
 AT_LEAST_2 = Range(2, math.inf, "at least 2")
 SHARE = Range(0.0, 1.0, "0.0 to 1.0")
+SAFE_CREDIT_CLIP = 0.5
+"""Nats. The credits of two tokens differ by at most twice this; a token that the teacher rules out falls by one nat."""
 INNER_SHARE = Range(1e-6, 1 - 1e-6, "a number between 0 and 1")
 
 
@@ -353,6 +355,17 @@ class Config:
         """Whether adapters are trained, and not the weights."""
         return self.lora_rank > 0 or self.lora_continue
 
+    @property
+    def has_credit(self) -> bool:
+        """Whether tokens answer for the costs that follow them."""
+        return self.credit_span != "none" and self.objective != "policy_gradient"
+
+    @property
+    def pays_for_early_ends(self) -> bool:
+        """Whether an end that the teacher rules out can gain by the costs that it saves."""
+        is_bounded = self.credit_clip is not None and self.credit_clip <= SAFE_CREDIT_CLIP
+        return self.has_credit and self.objective == "forward_ce" and not is_bounded
+
     def with_absolute_paths(self) -> Config:
         """Returns the same settings with existing paths as absolute ones, which a resume from elsewhere finds."""
 
@@ -370,7 +383,7 @@ class Config:
 
     def remarks(self) -> list[str]:
         """Returns sentences about these options that a person should read before the run."""
-        if self.credit_span == "none" or self.objective == "policy_gradient":
+        if not self.has_credit:
             return []
         remarks = []
         feedback_kind = FEEDBACK.get(self.feedback)  # None: a user's function, of which nothing is known

@@ -123,8 +123,9 @@ class Trainer:
         num_skipped_updates = sum(not math.isfinite(norm) for _, norm in updates)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         self.scheduler.step()
+        cost_to_come = math.nan
         if math.isfinite(grad_norm):
-            self.average.follow()
+            cost_to_come = config.credit_scale * self.average.follow()
         else:
             self.average.forget()
         logprob_after = self._held_out_logprob(timer)
@@ -148,6 +149,7 @@ class Trainer:
             "loss": sum(losses),
             **rollout_metrics(batch, self.tutor.prompts, self.sampling.stop_ids, teacher_logprobs),
             **update_means(first_sums, last_sums),
+            **({"cost_to_come": cost_to_come} if config.has_credit else {}),
             **alignment_metrics([sums.inner_products for sums in first_sums]),
             **change_metrics(logprob_before, logprob_after),
             "length": num_tokens / num_rollouts,

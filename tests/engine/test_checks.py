@@ -163,6 +163,11 @@ def test_tokens_of_padding_rows_are_none():
         ),
         ({"importance_clip": 2.0}, ValueError, "importance_clip is 2.0 without behaviour_logprobs"),
         ({"behaviour_logprobs": torch.zeros(3)}, ValueError, "behaviour_logprobs has shape"),
+        (
+            {"teacher_ratio_clip": 0.0},
+            ValueError,
+            "teacher_ratio_clip is 0.0, expected a finite number above 0",
+        ),
         ({"credit_clip": 0.0}, ValueError, "credit_clip is 0.0, expected a finite number above 0"),
         ({"baseline": "leave_one_out"}, ValueError, "group_size is None"),
         ({"baseline": "leave_one_out", "group_size": 2}, ValueError, "expected a multiple of group_size 2"),

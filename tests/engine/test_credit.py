@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import product
 
@@ -138,6 +139,7 @@ def test_token_wise_gradient_is_another(generator):
         {"discount": 0.5},
         {"horizon": 1},
         {"normalize_by_remaining": True},
+        {"teacher_ratio_clip": 1.0},
         {"credit_clip": 0.3},
         {"credit_scale": 0.5},
     ],
@@ -239,3 +241,47 @@ def test_token_ratio_does_not_mend_the_states(generator):
     behaviour = tree.logits.clone()
     behaviour[0] = -tree.logits[0] + torch.tensor([1.0, 0.0, -1.0])
     assert_biased(expected_from(tree, behaviour), tree.exact())
+
+
+# Early ends
+
+
+def tree_with_early_ends(generator: torch.Generator, num_steps: int) -> tuple[Tree, list[bool]]:
+    """Costs several nats to come wherever it goes on; and the states whose teacher rules the end out."""
+    tree = Tree(generator, num_steps=num_steps)
+    tree.logits[0] = 0.0
+    tree.logits[1:, 1] -= 5.0  # the teacher is sure of what the student hardly samples
+    tree.by_prefix[1:, 1] += 20.0
+    goes_on = [len(prefix) < num_steps - 1 for prefix in tree.prefixes]
+    tree.by_prefix[goes_on, STOP] = -1000.0
+    return tree, goes_on
+
+
+@pytest.mark.parametrize("clip", [0.1, 0.3, 0.5])
+@pytest.mark.parametrize(("num_steps", "baseline"), [(3, None), (2, "leave_one_out")])
+def test_a_bound_keeps_the_gradient_near_the_teacher(clip, num_steps, baseline, generator):
+    """S (1 - 2 clip) - T <= gradient / (how often the state is reached) <= S (1 + 2 clip) - T for every token, so a
+    token that the teacher rules out never gains with a bound of half a nat; without one an end does.
+    """
+    tree, goes_on = tree_with_early_ends(generator, num_steps)
+    settings = {} if baseline is None else {"num_rollouts": 2, "baseline": baseline, "group_size": 2}
+    student, teacher = tree.logits.softmax(-1), tree.by_prefix.softmax(-1)
+    paths = [[(tree.prefixes.index(s[:t]), token) for t, token in enumerate(s)] for s in tree.prefixes]
+    reached = torch.tensor([math.prod(float(student[at]) for at in path) for path in paths]).double()
+
+    gradient = tree.expected_gradient(**settings, credit_clip=clip) / reached[:, None]
+    assert bool((gradient >= student * (1 - 2 * clip) - teacher - 1e-6).all())
+    assert bool((gradient <= student * (1 + 2 * clip) - teacher + 1e-6).all())
+    assert tree.expected_gradient(**settings)[0, STOP] < 0 <= gradient[goes_on, STOP].min() + 1e-6
+
+
+@pytest.mark.parametrize("settings", [{}, {"credit_clip": 1.0}])
+def test_a_token_that_the_teacher_rules_out_has_no_credit(settings, generator):
+    """With the teacher's ratio its logit falls by S (1 - m), m the mean credit of the others, here below 1."""
+    tree, _ = tree_with_early_ends(generator, 2)
+    settings = settings | {"baseline": "leave_one_out", "group_size": 2, "teacher_ratio_clip": 1.0}
+    for rollout in tree.rollouts:
+        credit = tree.loss(tree.logits, (rollout, rollout), **settings).credit
+        assert rollout[0] != STOP or credit[0] == 0
+    assert tree.expected_gradient(2, baseline="leave_one_out", group_size=2)[0, STOP] < 0
+    assert tree.expected_gradient(2, **settings)[0, STOP] > 0
