@@ -113,6 +113,7 @@ def distil_loss(student: CausalLM, teacher: CausalLM, rollouts: list[Rollout], r
         tokens=torch.tensor([token for completion in completions for token in completion], device=hidden.device),
         cu_seqlens=torch.tensor([0, *map(len, completions)]).cumsum(0),
         cost="kl", discount=0.9, baseline="leave_one_out", group_size=rollouts_per_problem,
+        teacher_ratio_clip=1.0, credit_clip=0.25,  # an end that the teacher rules out gains nothing by what it saves
     )  # fmt: skip
 
 

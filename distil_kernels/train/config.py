@@ -235,8 +235,13 @@ class Config:
     batches."""
     baseline_rate: float = _number(0.1, SHARE)
     """Share of a batch's mean that enters the moving average."""
-    credit_clip: float | None = _number(None, POSITIVE)
-    """Bound of a token's weight. (Biased.)"""
+    teacher_ratio_clip: float | None = _number(1.0, POSITIVE)
+    """The weight is multiplied by the token's probability under teacher over student, at most this: a token that the
+    teacher rules out, an early end say, gains nothing by the costs that it saves. None multiplies by 1. (Biased.)"""
+    credit_clip: float | None = _number(0.25, POSITIVE)
+    """Bound of the weight, in nats: up to .5 it takes no token further from the teacher than by a factor of 1 / (1 - 2
+    credit_clip), and keeps its noise below the local gradient. (Biased; none and teacher_ratio_clip none are the full
+    gradient.)"""
     credit_scale: float = _number(1.0, AT_LEAST_0)
     """Factor on the credit; 1 is the full sequence-level gradient."""
 
@@ -363,7 +368,7 @@ class Config:
     @property
     def pays_for_early_ends(self) -> bool:
         """Whether an end that the teacher rules out can gain by the costs that it saves."""
-        is_bounded = self.credit_clip is not None and self.credit_clip <= SAFE_CREDIT_CLIP
+        is_bounded = self.teacher_ratio_clip or (self.credit_clip and self.credit_clip <= SAFE_CREDIT_CLIP)
         return self.has_credit and self.objective == "forward_ce" and not is_bounded
 
     def with_absolute_paths(self) -> Config:

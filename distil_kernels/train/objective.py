@@ -195,6 +195,7 @@ def fused_loss(
         normalize_by_remaining=config.normalize_by_remaining,
         baseline=baseline,
         group_size=batch.group_size,
+        teacher_ratio_clip=config.teacher_ratio_clip,
         credit_clip=config.credit_clip,
         credit_scale=config.credit_scale,
     )

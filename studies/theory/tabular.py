@@ -121,6 +121,28 @@ def library_gradient(problem: SequenceProblem, logits: Tensor, objective: Object
     return gradient
 
 
+def bounded_gradient(
+    problem: SequenceProblem, logits: Tensor, teacher_ratio_clip: float | None, credit_clip: float | None
+) -> Tensor:
+    """The expected gradient [states, V] of cross-entropy with bounded future credit, against one sibling's costs."""
+    teacher = problem.teacher_logits.softmax(-1)[problem.teacher_states]
+    student = logits.log_softmax(-1)[problem.student_states]
+    chosen = one_hot(problem.tokens, logits.shape[1]).to(logits.dtype)
+    costs = -(teacher * student).sum(-1)
+    to_come = costs.flip(1).cumsum(1).flip(1) - costs
+    credit = to_come[:, None] - to_come  # [M, M, L]: of a rollout against each sibling
+    if teacher_ratio_clip is not None:
+        ratio = ((teacher * chosen).sum(-1) / (student.exp() * chosen).sum(-1)).clamp(max=teacher_ratio_clip)
+        credit = ratio[:, None] * credit
+    if credit_clip is not None:
+        credit = credit.clamp(-credit_clip, credit_clip)
+    probs = rollout_logprobs(problem, logits).exp() * problem.context_probs
+    expected_credit = torch.einsum("mkl,k->ml", credit, probs)
+    rows = student.exp() - teacher + expected_credit[..., None] * (chosen - student.exp())
+    gradient = torch.zeros_like(logits)
+    return gradient.index_add_(0, problem.student_states.flatten(), (probs[:, None, None] * rows).flatten(0, 1))
+
+
 def descend(
     problem: SequenceProblem, objectives: Sequence[Objective], step_size: float, num_steps: int, record_every: int
 ) -> Tensor:

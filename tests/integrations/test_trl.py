@@ -150,7 +150,15 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     "options",
     [
         {},
-        {"cost": "ce", "discount": 1.0, "horizon": 2, "baseline": None, "distillation_weight": 0.25},
+        {
+            "cost": "ce",
+            "discount": 1.0,
+            "horizon": 2,
+            "baseline": None,
+            "distillation_weight": 0.25,
+            "teacher_ratio_clip": None,
+            "credit_clip": None,
+        },
         {"cost": "reverse_kl", "credit_span": "none"},
         {"cost": "jsd", "jsd_weight": 0.3, "credit_span": "sequence", "discount": 1.0, "credit_scale": 0.5},
     ],
@@ -202,8 +210,14 @@ def test_distil_trainer_has_the_gradient_of_the_mathematics(options: dict[str, A
                 to_come[:, position] += args.discount ** (later - position) * fixed[:, later]
     pairs = to_come.unflatten(0, (-1, 2))
     credit = (pairs - pairs.flip(1)).flatten(0, 1) if args.baseline else to_come
-    chosen = student.gather(-1, inputs["completion_ids"][..., None]).squeeze(-1)
-    surrogate = cost + mask * (args.credit_scale * credit).detach() * (chosen - chosen.detach())
+    ids = inputs["completion_ids"][..., None]
+    chosen, wanted = (each.gather(-1, ids).squeeze(-1) for each in (student, teacher))
+    credit = args.credit_scale * credit.detach()
+    if args.teacher_ratio_clip is not None:
+        credit = credit * (wanted - chosen).detach().exp().clamp(max=args.teacher_ratio_clip)
+    if args.credit_clip is not None:
+        credit = credit.clamp(-args.credit_clip, args.credit_clip)
+    surrogate = cost + mask * credit * (chosen - chosen.detach())
     expected = surrogate.sum() / len(mask)
     if args.distillation_weight < 1:
         ratio = (chosen - chosen.detach()).exp()

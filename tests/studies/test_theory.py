@@ -1,6 +1,7 @@
 """The numbers of docs/theory.md, and the mathematics behind them checked by other means: autograd, finite differences,
 plain loops, the Fisher matrix, an adversary."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -8,8 +9,9 @@ from itertools import product
 
 import pytest
 import torch
+from torch.nn.functional import one_hot
 
-from distil_kernels import fused_forward_ce
+from distil_kernels import fused_distil_loss, fused_forward_ce
 from studies.theory import bandit, regret, success, tabular
 from studies.theory import results as theory_results
 
@@ -111,6 +113,43 @@ def test_aliased_numbers(results):
     assert reward["token-wise"][-1] == pytest.approx(0.250, abs=5e-4)
     assert left["sequence-level"][-1] == pytest.approx(0.898, abs=5e-4)
     assert reward["sequence-level"][-1] == pytest.approx(0.726, abs=5e-4)
+
+
+BOUNDED = {
+    (None, None): 0.898, (None, 1.0): 0.707, (None, 0.5): 0.618, (None, 0.25): 0.562,
+    (1.0, None): 0.903, (1.0, 1.0): 0.707, (1.0, 0.5): 0.618, (1.0, 0.25): 0.562,
+}  # fmt: skip
+"""pi(L) of the aliased problem by teacher_ratio_clip and credit_clip."""
+
+
+@pytest.mark.parametrize("bounds", BOUNDED, ids=str)
+def test_bounded_credit_numbers(bounds):
+    problem = tabular.aliased_problem()
+    logits = problem.start_logits
+    for _ in range(400):
+        logits = logits - tabular.bounded_gradient(problem, logits, *bounds)
+    assert float(logits.softmax(-1)[0, 0]) == pytest.approx(BOUNDED[bounds], abs=5e-4)
+
+
+@pytest.mark.parametrize("bounds", [(None, 0.3), (0.7, None), (1.0, 0.2)], ids=str)
+def test_bounded_gradient_is_the_library_s(bounds, generator):
+    """Over all pairs of rollouts, each the other's baseline."""
+    problem = tabular.aliased_problem()
+    logits = torch.randn(problem.start_logits.shape, generator=generator, dtype=torch.float64)
+    soft = torch.randn(problem.teacher_logits.shape, generator=generator, dtype=torch.float64)
+    problem = dataclasses.replace(problem, teacher_logits=soft)
+    probs = tabular.rollout_logprobs(problem, logits).exp()
+    table, expected = logits.clone().requires_grad_(), torch.zeros_like(logits)
+    for pair in map(list, product(range(len(probs)), repeat=2)):
+        states = one_hot(problem.student_states[pair].flatten(), 3).double()
+        teacher = one_hot(problem.teacher_states[pair].flatten(), 3).double()
+        loss = fused_distil_loss(
+            states, table.T, teacher, soft.T, tokens=problem.tokens[pair].flatten(), cu_seqlens=torch.tensor([0, 3, 6]),
+            baseline="leave_one_out", group_size=2, teacher_ratio_clip=bounds[0], credit_clip=bounds[1],
+            detach_hidden=True,
+        ).loss  # fmt: skip
+        expected += probs[pair].prod() * torch.autograd.grad(loss, table)[0]
+    torch.testing.assert_close(tabular.bounded_gradient(problem, logits, *bounds), expected)
 
 
 def test_branch_numbers(results):

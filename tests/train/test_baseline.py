@@ -40,8 +40,8 @@ def test_rows_that_do_not_count_are_not_noticed() -> None:
     average, without = (PositionAverage(3, RATE, torch.device("cpu")) for _ in range(2))
     average.observe(torch.tensor([4.0, 0.0, 6.0, 0.0]), [3, 1], torch.tensor([True, False, True, False]))
     without.observe(torch.tensor([4.0]), [1])
-    without.follow()
-    average.follow()
+    assert without.follow() == 4.0
+    assert average.follow() == 6.0  # position 2 is reached by half of the rollouts
     assert average.values([3]).tolist() == [4.0, 0.0, 6.0] and not average.state_dict()["reached"][1]
     assert average.values([1]).equal(without.values([1]))
 

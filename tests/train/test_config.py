@@ -84,7 +84,11 @@ def test_none_is_no_limit(tmp_path: Path, none: str) -> None:
     arguments = [part for name in names for part in (f"--{name}", none)]
     config, _ = parse(["--config", str(file), *arguments])
     assert [getattr(config, name) for name in names] == [None] * 5
-    for text in (config.to_json(), resolved(config), f"importance_clip: {none}\noff_policy: true\n"):
+    for text in (
+        config.to_json(),
+        resolved(config),
+        f"importance_clip: {none}\ncredit_clip: {none}\noff_policy: true\n",
+    ):
         file.write_text(text)
         assert parse(["--config", str(file)])[0] == config
 

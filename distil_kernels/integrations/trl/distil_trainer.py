@@ -18,8 +18,8 @@ from distil_kernels.integrations.trl.switch import SDPO_FUNCTIONS, Replaced
 from distil_kernels.integrations.trl.unformed_logits import UnformedLogits
 
 LOSS_OPTIONS = (
-    "cost", "jsd_weight", "credit_span", "discount", "horizon", "normalize_by_remaining", "baseline", "credit_clip",
-    "credit_scale",
+    "cost", "jsd_weight", "credit_span", "discount", "horizon", "normalize_by_remaining", "baseline",
+    "teacher_ratio_clip", "credit_clip", "credit_scale",
 )  # fmt: skip
 """Fields of DistILConfig that are arguments of `fused_distil_loss`."""
 OF_ANOTHER_LOSS = (
@@ -66,7 +66,14 @@ class DistILConfig(SDPOConfig):
             "'position_mean' over the batch's, or None."
         },
     )
-    credit_clip: float | None = field(default=None, metadata={"help": "Bound of a token's credit; biased."})
+    teacher_ratio_clip: float | None = field(
+        default=1.0,
+        metadata={
+            "help": "The credit is multiplied by the token's probability under teacher over student, at most this; "
+            "None multiplies by 1. Biased: an end that the teacher rules out gains nothing by the costs that it saves."
+        },
+    )
+    credit_clip: float | None = field(default=0.25, metadata={"help": "Bound of a token's credit; biased."})
     credit_scale: float = field(default=1.0, metadata={"help": "Factor on the credit; 1 is the exact gradient."})
 
     def __post_init__(self) -> None:

@@ -55,13 +55,28 @@ def test_a_sound_run_is_left_alone() -> None:
         ),
         ("entropy", "collapsed entropy: 0.01 nats", {"entropy": 0.01}, {}),
         ("length", "answers run into the limit: 60% of the last 5 steps' have 16 tokens", {"truncated": 0.6}, {}),
-        ("length", "pays for stopping early; a discount", {"length": 2.2}, {}),
+        ("length", "shrinking answers: 2.2 tokens, 8.0 at the start", {"length": 2.2}, {}),
     ],
 )
 def test_each_fault_is_named(kind: str, text: str, last: dict, settings: dict) -> None:
     found = said(steps({}, last), **settings)
     assert set(found) == {kind} and text in found[kind]
     assert said(steps({}, last)[WINDOW - 1 : -1], **settings) == {}  # too early to say
+
+
+FULL_CREDIT = {"teacher_ratio_clip": None, "credit_clip": None}
+
+
+def test_early_ends_are_told_before_answers_shrink() -> None:
+    """From the first step on, where nothing bounds what an end gains by what it saves."""
+    first = steps({"cost_to_come": 1.4}, {})[:1]
+    assert "saves up to 1.4 nats" in said(first, **FULL_CREDIT)["early ends"]
+    assert "credit_clip" in said(first, **FULL_CREDIT | {"credit_clip": 0.6})["early ends"]
+    assert said(steps({"cost_to_come": 0.9}, {})[:1], **FULL_CREDIT) == {}
+    for bound in ({}, {"credit_clip": 0.5}, {"teacher_ratio_clip": 1.0}, {"credit_span": "none"}):
+        assert said(first, **(FULL_CREDIT | bound if bound else bound)) == {}
+    assert said(first, **FULL_CREDIT, objective="reverse_kl") == {}  # of another local gradient
+    assert "keeps the credit from paying" in said(steps({}, {"length": 2.2}), **FULL_CREDIT)["length"]
 
 
 def test_a_teacher_that_is_no_use() -> None:

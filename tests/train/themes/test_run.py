@@ -97,7 +97,7 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(
 def test_credit_settings_reach_the_loss(tiny_model: Path, tmp_path: Path, baseline: str) -> None:
     run = trainer(
         tiny_model, tmp_path / "run", baseline=baseline, discount=0.8, horizon=2, normalize_by_remaining=True,
-        credit_clip=0.6, credit_scale=0.1,
+        teacher_ratio_clip=0.8, credit_clip=0.6, credit_scale=0.1,
     )  # fmt: skip
     batch = next(run.batches)
     give_rollouts(run, batch, [sampled([20, 30, 40, 50], [21, 31]) for _ in batch])
@@ -108,9 +108,10 @@ def test_credit_settings_reach_the_loss(tiny_model: Path, tmp_path: Path, baseli
     target = HiddenTarget(hidden.flip(0), *run.teacher.head)
     out = fused_loss(run.student, hidden, target, pack(batch), run.config, run.average)
     given = {"none": None, "moving_average": run.average.values(lengths)}.get(baseline, baseline)
+    ratio = (out.stats.teacher_logprob - out.stats.logprob).exp().clamp(max=0.8)
     expected = credit_by_definition(
         out.stats.ce, lengths, baseline=given, group_size=2, by_remaining=True, clip=0.6, discount=0.8, horizon=2,
-        scale=0.1,
+        scale=0.1 * ratio,
     )  # fmt: skip
     torch.testing.assert_close(out.credit, expected)
 
