@@ -30,6 +30,8 @@ QUICK = [
     "--eval_problems", "4", "--eval_every", "2", "--learning_rate", "1e-3", "--warmup_steps", "1", "--cost", "ce",
 ]  # fmt: skip
 
+FULL_CREDIT: dict[str, Any] = {"teacher_ratio_clip": None, "credit_clip": None}
+"""Options of the sequence-level gradient as it is defined, which the defaults bound."""
 
 TIMES = ("seconds", "tokens_per_second", "peak_")
 

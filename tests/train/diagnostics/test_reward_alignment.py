@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import give_rollouts, micro_batch, pack, sampled, set_scores, trainer
+from runs import FULL_CREDIT, give_rollouts, micro_batch, pack, sampled, set_scores, trainer
 
 from distil_kernels.train.diagnostics.reward_alignment import NAMES, alignment_metrics
 from distil_kernels.train.models.reading import reader
@@ -65,7 +65,7 @@ def batch_of(run, scores) -> list:
 def test_figures_are_those_of_plain_autograd(tiny_model: Path, tmp_path: Path, size: int) -> None:
     run = trainer(
         tiny_model, tmp_path / "run", alignment_every=1, cost="ce", baseline="none", discount=0.9, credit_span="future",
-        teacher="frozen",
+        teacher="frozen", **FULL_CREDIT,
     )  # fmt: skip
     batch = batch_of(run, (1.0, 0.0))
     parts = [micro_batch(run, batch[i : i + size], 8.0)[1] for i in range(0, len(batch), size)]

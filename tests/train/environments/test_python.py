@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import give_rollouts, metrics, micro_batch, packed, train, trainer
+from runs import FULL_CREDIT, give_rollouts, metrics, micro_batch, packed, train, trainer
 from tool_model import KNOWN, STOP, TOKENIZER, ids, python, shown, started
 
 from distil_kernels.testing import credit_by_definition
@@ -165,7 +165,7 @@ def test_rows_that_were_put_in_are_not_read(tiny_model: Path, tmp_path: Path, ob
 
 
 def test_gradient_and_means_by_definition(tiny_model: Path, tmp_path: Path) -> None:
-    run = trainer(tiny_model, tmp_path / "run", teacher="live", tools="python", prompts_per_step=2)
+    run = trainer(tiny_model, tmp_path / "run", teacher="live", tools="python", prompts_per_step=2, **FULL_CREDIT)
     batch = next(run.batches)
     rollouts = [Rollout(*pair) for pair in zip(COMPLETIONS, BY_MODEL, strict=True)]
     give_rollouts(run, batch, [rollouts[:2], rollouts[2:]])

@@ -9,6 +9,7 @@ from itertools import combinations_with_replacement
 
 import pytest
 import torch
+from runs import FULL_CREDIT
 from tiny import byte_tokenizer, llama_config
 from transformers import AutoModelForCausalLM
 
@@ -138,7 +139,7 @@ def test_the_expected_gradient_is_that_of_the_expected_cost(
     rollouts = every_rollout(letters(environment))
     assert len({tuple(rollout.tokens) for rollout in rollouts}) == len(rollouts)
     assert {len(rollout.outcome.turns) for rollout in rollouts} == {1, 2}
-    config = Config(cost=cost, credit_span=credit_span, discount=1.0, baseline="none")
+    config = Config(cost=cost, credit_span=credit_span, discount=1.0, baseline="none", **FULL_CREDIT)
     average = PositionAverage(LIMIT + 9, 0.1, torch.device("cpu"))
     total, expected_cost, found = 0.0, torch.zeros((), dtype=torch.float64), None
     for rollout in rollouts:
