@@ -97,10 +97,24 @@ class CausalLM:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns logits [..., V] of hidden states [..., D], in plain torch: for checks, not for training."""
-        weight = _gathered(self.weight)[: self.vocab_size].to(hidden.dtype)
-        bias = None if self.bias is None else _gathered(self.bias)[: self.vocab_size].to(hidden.dtype)
-        head_output = nn.functional.linear(hidden, weight, bias)
+        group = self.vocab_group
+        if group is None:
+            weight = _gathered(self.weight)[: self.vocab_size].to(hidden.dtype)
+            bias = None if self.bias is None else _gathered(self.bias)[: self.vocab_size].to(hidden.dtype)
+            head_output = nn.functional.linear(hidden, weight, bias)
+        else:
+            head_output = self._gathered_output(hidden)[..., : self.vocab_size]
         return _transformed(head_output, self.logit_scale, self.logit_softcap)
+
+    def _gathered_output(self, hidden: Tensor) -> Tensor:
+        """Returns the head's output [..., rows] by a head in shards, each of which makes its part."""
+        from torch.distributed.tensor import DTensor, Replicate  # late: few have a head in shards
+
+        weight: Any = self.weight
+        states = DTensor.from_local(hidden, weight.device_mesh, [Replicate()], run_check=False)
+        bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        output: Any = nn.functional.linear(states, weight.to(hidden.dtype), bias)
+        return output.full_tensor()
 
 
 def _gathered(tensor: Tensor) -> Tensor:
@@ -204,7 +218,7 @@ def output_head(model: Any) -> nn.Linear:
             f"[split] the output head of {name} has an adapter ({type(head).__name__}), which is not supported: leave "
             "the head out of target_modules (modules_to_save trains all of it)"
         )
-    if type(head) is not nn.Linear:
+    if getattr(type(head), "forward", None) is not nn.Linear.forward:  # FSDP makes a subclass that has it
         raise ValueError(
             f"[split] the output head of {name} is {head and type(head).__name__}, expected a plain torch.nn.Linear "
             "from get_output_embeddings()"

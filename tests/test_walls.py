@@ -47,7 +47,7 @@ TRAIN = [
     {"run"},
     {"baseline", "rollouts"},
     {"feedback", "teachers"},
-    {"batches", "mixture", "objective"},
+    {"batches", "mixture", "objective", "shared_rows"},
     {"evaluate", "metrics"},
     {"diagnostics", "report"},
     {"build"},

@@ -31,6 +31,7 @@ from distil_kernels.train.models.activation_checkpointing import checkpoint_laye
 from distil_kernels.train.models.lora import with_adapters
 from distil_kernels.train.models.reading import Reader, reader
 from distil_kernels.train.models.sharding import shard, split_sharded, unsharded
+from distil_kernels.train.models.tensor_parallel import cut
 from distil_kernels.train.rollouts.episodes import Episodes, Texts
 from distil_kernels.train.rollouts.sampling import Sampling
 from distil_kernels.train.run import checkpoint
@@ -65,6 +66,10 @@ class Models:
     end_ids: list[int]
     """Tokens that end any answer of the student."""
     trained: list[nn.Parameter]
+    partial: list[nn.Parameter]
+    """Those of whose gradients each member of a tensor-parallel group has a part."""
+    notes: list[str]
+    """What a person should know of the models before the run."""
     fingerprint: list[int]
     """Of the start weights that no checkpoint has: of a frozen or local teacher, and below adapters."""
 
@@ -134,7 +139,7 @@ def build(config: Config, directory: Path) -> Parts:
     models = build_models(config, accelerator, processes)
     data = build_data(config, models, task, kind, processes)
     # The processes begin alike, new adapters included. From here on each has its stream of random numbers.
-    if not processes.is_main:
+    if processes.index:
         set_seed(processes.seed(config.seed))
     return Parts(accelerator, processes, directory, models, data)
 
@@ -154,17 +159,22 @@ def build_models(config: Config, accelerator: Accelerator, processes: Processes)
         model = with_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets)
 
     # Before sharding: a teacher that starts as a copy of the student needs all of its weights.
-    is_sharded = config.shard and processes.count > 1
-    other = other_model(config, model, tokenizer, accelerator, is_sharded)
+    is_sharded, is_cut = config.shard and processes.count > 1, processes.mesh is not None
+    other = other_model(config, model, tokenizer, accelerator, is_sharded or is_cut)
     fingerprint += checkpoint.fingerprint(other) if config.teacher == "local" else []
     end_ids = loading.end_ids(model, tokenizer)  # with those of a local teacher
 
     has_reference = config.reference_weight > 0 and config.teacher not in STARTS
-    start = copied(model, copies_all=True) if is_sharded and has_reference and not config.lora_rank else None
+    copies_start = (is_sharded or is_cut) and has_reference and not config.lora_rank
+    start = copied(model, copies_all=True) if copies_start else None
 
     # Before the optimizer, which must see the shares of the parameters.
+    parts, notes, partial = [part for part in (model, other, start) if part], list[str](), list[nn.Parameter]()
     if is_sharded:
-        shard([part for part in (model, other, start) if part], accelerator)
+        shard(parts, accelerator)
+    if processes.mesh is not None:
+        done = [cut(part, processes.mesh["tensor"]) for part in parts]
+        notes, partial = list(dict.fromkeys(note for each in done for note in each.notes)), done[0].partial
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # evaluation_mode: the model is placed and its forward set for autocast, without DistributedDataParallel.
     prepared = accelerator.prepare_model(model, evaluation_mode=True)
@@ -196,7 +206,7 @@ def build_models(config: Config, accelerator: Accelerator, processes: Processes)
     # After the teacher, whose copy of the student needs no checkpointing.
     if config.gradient_checkpointing:
         checkpoint_layers(student.model)
-    return Models(config, student, teacher, reference, tokenizer, end_ids, trained, fingerprint)
+    return Models(config, student, teacher, reference, tokenizer, end_ids, trained, partial, notes, fingerprint)
 
 
 def build_data(config: Config, models: Models, task: Task, kind: FeedbackKind, processes: Processes) -> Data:
@@ -205,10 +215,10 @@ def build_data(config: Config, models: Models, task: Task, kind: FeedbackKind, p
     examples = answered_problems(task, config.num_examples)
     prompts = make_prompts(config, models, [_worked(problem, kind, task, episodes) for problem in examples], episodes)
     longest = config.max_new_tokens + (episodes.longest if episodes else 0)
-    notes = _check_positions(config, models, longest)
+    notes = [*models.notes, *_check_positions(config, models, longest)]
     if isinstance(models.teacher, (RemoteTeacher, HiddenTeacher, StoredTeacher)):
         notes.append(models.teacher.note)
-    tutor = Tutor.of(kind, task, prompts, config.max_critique_tokens, episodes)
+    tutor = Tutor.of(kind, task, prompts, config.max_critique_tokens, episodes, processes)
     example_keys = {problem.key for problem in examples}
     batches = Batches(tutor, example_keys, config.prompts_per_step, processes, config.rollouts == "none")
 

@@ -55,7 +55,7 @@ def evaluate(arguments: list[str]) -> Work:
         if path is None:
             raise ValueError(f"[eval] {target} has no checkpoint yet")
         config = dataclasses.replace(run_config(Path(target)), **{name: getattr(config, name) for name in given})
-        config = dataclasses.replace(config, tracker="none", shard=False)
+        config = dataclasses.replace(config, tracker="none", shard=False, tensor_parallel=1)
         config.check()
         parts = build(config, Path(target))
         step = parts.models.restore(path)["step"]
@@ -71,6 +71,7 @@ def evaluate(arguments: list[str]) -> Work:
             teacher_store="",
             tracker="none",
             shard=False,
+            tensor_parallel=1,
         )
         parts, step = build(config, Path()), 0
     return partial(_print_evaluation, parts, config.task, target, step)

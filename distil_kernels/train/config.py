@@ -308,6 +308,9 @@ class Config:
     shard: bool = False
     """Share weights, gradients, optimiser and teacher out among the processes (FSDP2), each of which else has all. With
     gradients the student then reads padded rows."""
+    tensor_parallel: int = _number(1, AT_LEAST_1)
+    """Processes that hold one copy of the models together (transformers' tp_plan; the vocabulary in shards) and read
+    the same rows. So many processes take a share of the batch: with 4 processes, 2 makes 2 shares."""
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
     """Back end of the loss."""
     plan: Literal["auto", "gradient_in_forward", "recompute", "frozen_head"] = "auto"
@@ -508,6 +511,14 @@ class Config:
                 "top_k": (None,),
             }
             self._expect("rollout_url", expected)
+        if self.tensor_parallel > 1:
+            expected = {
+                "shard": (False,), "lora_rank": (0,), "lora_continue": (False,), "rollout_url": ("",),
+                "teacher": IN_PROCESS, "environment": ("",),
+            }  # fmt: skip
+            self._expect("tensor_parallel", expected)
+            if self.feedback == "expert":
+                raise ValueError("[feedback] tensor_parallel takes any but expert, which each process would ask")
         if self.baseline == "position_mean":
             self._expect("baseline position_mean, of the whole batch,", {"micro_batch_prompts": (None,)})
         if self.shard and self.reading not in ("auto", "padded"):
@@ -606,3 +617,5 @@ def as_text(value: Any) -> str:
 
 OTHER_MODELS = ("local", "remote", "samples", "hidden", "stored")
 """Teachers that know more than the student without having read more."""
+IN_PROCESS = ("frozen", "ema", "live", "local")
+"""Teachers whose weights are in the processes of the run."""

@@ -184,10 +184,10 @@ class Evaluator:
     ) -> bool:
         """Gives each group `count` rollouts, `size` groups at once; False if `stop` became true."""
         for begin in range(0, len(groups), size):
-            if stop():
+            if self._processes.once(stop):
                 return False
             self.tutor.collect(groups[begin : begin + size], count, by, sampling)
-        return not stop()
+        return not self._processes.once(stop)
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

@@ -24,6 +24,7 @@ from distil_kernels.train.baseline import PositionAverage
 from distil_kernels.train.config import Config
 from distil_kernels.train.mixture import Mixture, group_advantages
 from distil_kernels.train.rollouts.packed_batch import PackedBatch, TokenMask
+from distil_kernels.train.shared_rows import SharedRows
 from distil_kernels.train.teachers.base import Target, TopKTarget
 
 SUMMED = (
@@ -67,6 +68,8 @@ class UpdateState:
     """Weight of the distillation in this step."""
     reference_logprobs: Tensor | None = None
     """[N], log-probs of the tokens under the reference; None without a penalty."""
+    shared: SharedRows | None = None
+    """Rows that are exchanged: N, and the loss, are then of all processes, and the sums of this one."""
 
     @property
     def is_first(self) -> bool:
@@ -104,6 +107,9 @@ def distil_loss(
     """
     state = state or UpdateState()
     behaviour = state.behaviour_logprobs(batch)
+    own_batch, own = batch, slice(None)
+    if state.shared is not None:
+        batch, own = state.shared
     mixture = Mixture.of(config, batch, state.distil_weight, behaviour, state.reference_logprobs)
     out = fused_loss(
         student, student_hidden, target, batch, config, average, normalizer=normalizer, plan=config.plan,
@@ -119,18 +125,20 @@ def distil_loss(
         values["reference"] = batch.learns.apply(out.terms.reference)
     values |= _off_policy(state, behaviour, out.stats.logprob, batch.learns, config)
     if state.is_first:
-        average.observe(out.cost_to_go, batch.lengths, batch.learns.values)
+        average.observe(out.cost_to_go[own], own_batch.lengths, own_batch.learns.values)
     state.finish_update(out.stats.logprob)
 
     # A token that a top-K teacher does not name has no log-prob, and so the completion has none.
     if isinstance(target, TopKTarget):
         values |= {"tail": batch.learns.apply(target.tail), "unmapped": batch.learns.apply(target.unmapped)}
-        return out.loss, _sums(batch.learns.num_tokens, values)
-    teacher_logprob = out.stats.teacher_logprob.to(torch.float64)
-    lengths = batch.cu_seqlens.diff()
+    values = {name: value[own] for name, value in values.items()}
+    if isinstance(target, TopKTarget):
+        return out.loss, _sums(own_batch.learns.num_tokens, values)
+    teacher_logprob = out.stats.teacher_logprob[own].to(torch.float64)
+    lengths = own_batch.cu_seqlens.diff()
     sequence = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(teacher_logprob.device)
     by_sequence = teacher_logprob.new_zeros(len(lengths)).index_add_(0, sequence, teacher_logprob)
-    return out.loss, _sums(batch.learns.num_tokens, values, by_sequence)
+    return out.loss, _sums(own_batch.learns.num_tokens, values, by_sequence)
 
 
 def policy_loss(
@@ -147,6 +155,9 @@ def policy_loss(
     """
     state = state or UpdateState()
     behaviour = state.behaviour_logprobs(batch)
+    own_batch, own = batch, slice(None)
+    if state.shared is not None:
+        batch, own = state.shared
     advantages = group_advantages(batch.scores, batch.group_size, config.normalize_advantages)
     out = fused_policy_loss(
         student_hidden, student.weight, tokens=batch.tokens,
@@ -156,12 +167,14 @@ def policy_loss(
         backend=config.backend, plan=config.plan, token_mask=batch.judged.values, old_logprobs=behaviour,
         clip_low=POLICY_CLIP, clip_high=POLICY_CLIP, reference_logprobs=state.reference_logprobs,
         reference_weight=None if state.reference_logprobs is None else config.reference_weight,
+        vocab_group=student.vocab_group,
     )  # fmt: skip
     values = {"entropy": out.entropy, **_off_policy(state, behaviour, out.logprob, batch.judged, config)}
     if out.reference is not None:
         values["reference"] = batch.judged.apply(out.reference)
     state.finish_update(out.logprob)
-    return out.loss, _sums(batch.judged.num_tokens, values)
+    values = {name: value[own] for name, value in values.items()}
+    return out.loss, _sums(own_batch.judged.num_tokens, values)
 
 
 def fused_loss(
@@ -198,6 +211,7 @@ def fused_loss(
         teacher_ratio_clip=config.teacher_ratio_clip,
         credit_clip=config.credit_clip,
         credit_scale=config.credit_scale,
+        vocab_group=student.vocab_group,
     )
     if isinstance(target, TopKTarget):
         return fused_topk_distil_loss(student_hidden, student.weight, target.ids, target.logprobs, **options)

@@ -45,8 +45,8 @@ class Recording:
     """A store that is being made of the parts of a run."""
 
     def __init__(self, config: Config, parts: Parts, folder: Path, payload: str, dtype: str) -> None:
-        if parts.processes.count > 1:
-            raise ValueError(f"[STORE] record_teacher writes from one process, got {parts.processes.count}")
+        if parts.processes.are_several:
+            raise ValueError(f"[STORE] record_teacher writes from one process, got {parts.accelerator.num_processes}")
         self._config, self._parts, self._dtype = config, parts, DTYPES[dtype]
         self._is_hidden = payload == "hidden"
         teacher, student = parts.models.teacher, parts.models.student

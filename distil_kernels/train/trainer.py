@@ -29,6 +29,7 @@ import torch
 from accelerate.utils import set_seed
 from rich.console import Console
 
+from distil_kernels.hf import CausalLM
 from distil_kernels.train.baseline import PositionAverage
 from distil_kernels.train.build import Parts
 from distil_kernels.train.config import Config
@@ -36,10 +37,11 @@ from distil_kernels.train.diagnostics.held_out_logprob import change_metrics, he
 from distil_kernels.train.diagnostics.reward_alignment import alignment_metrics, inner_products
 from distil_kernels.train.diagnostics.token_table import token_columns
 from distil_kernels.train.metrics import PhaseTimer, peak_memory, rollout_metrics, rollout_records, update_means
-from distil_kernels.train.models.sharding import full_tensor
+from distil_kernels.train.models.exchanged_rows import all_rows
+from distil_kernels.train.models.sharding import head_in_shards, rows_exchanged
 from distil_kernels.train.models.state import load_optimizer_state, model_state, optimizer_state
 from distil_kernels.train.objective import Sums, UpdateState, distil_loss, policy_loss
-from distil_kernels.train.optimizer import make_optimizer, make_scheduler, rate_share
+from distil_kernels.train.optimizer import clip_gradients, make_optimizer, make_scheduler, rate_share
 from distil_kernels.train.report import console as output
 from distil_kernels.train.report.pages import Pages
 from distil_kernels.train.rollouts.packed_batch import PackedBatch
@@ -53,6 +55,8 @@ from distil_kernels.train.run.inputs import differences
 from distil_kernels.train.run.interrupt import Interrupt
 from distil_kernels.train.run.json_lines import drop_after, last_evaluation
 from distil_kernels.train.run.log import RunLog
+from distil_kernels.train.shared_rows import SharedRows, target_of_all
+from distil_kernels.train.teachers.base import Target
 
 MAX_SKIPPED_STEPS = 5
 """Steps in a row with a gradient that is not finite, after which the run stops."""
@@ -113,7 +117,11 @@ class Trainer:
         parts = [share[begin : begin + size] for begin in range(0, len(share), size)]
         device = self.student.weight.device
         micro_batches = [
-            (PackedBatch.of(part, device, config.skip_first_tokens, self._leaves_out), UpdateState()) for part in parts
+            (
+                self._packed(part),
+                UpdateState(shared=SharedRows.of(part, self._packed, self.student, self.teacher, self.processes)),
+            )
+            for part in parts
         ]
 
         # One update, or several on the same rollouts.
@@ -194,15 +202,15 @@ class Trainer:
 
         If the norm is not finite, it is so in all processes, and no step is taken.
         """
-        # Add up the gradients of the micro-batches. The loss reads the teacher's head in forward and backward.
+        # Add up the gradients of the micro-batches.
         alone = nullcontext() if self.config.shard else self.processes.all_or_none()  # FSDP has the processes talk
-        with self.teacher.head_opened(), alone:
+        with alone:
             results = [self.micro_batch(batch, normalizer, timer, state) for batch, state in micro_batches]
         with timer.phase("exchange"):  # includes waiting for the other processes
+            self.processes.sum_of_members(self.models.partial)
             self.processes.sum_gradients(self.models.trained)
         with timer.phase("optimizer"):
-            norm = self.accelerator.clip_grad_norm_(self.models.trained, self.config.max_grad_norm)
-            grad_norm = float(full_tensor(norm))
+            grad_norm = clip_gradients(self.models.trained, self.config.max_grad_norm)
             self.is_between_steps = False
             if math.isfinite(grad_norm):
                 self.optimizer.step()
@@ -214,7 +222,7 @@ class Trainer:
         self, batch: PackedBatch, normalizer: float, timer: PhaseTimer, state: UpdateState
     ) -> tuple[torch.Tensor, Sums]:
         """Forward and backward of one micro-batch: loss and sums. Its gradients are added to those before."""
-        config, student, is_first = self.config, self.student, state.is_first
+        config, student = self.config, self.student
         # The teacher's distribution at every token. A teacher that does not move is asked once.
         target = state.target
         if target is None and config.objective != "policy_gradient":
@@ -227,23 +235,43 @@ class Trainer:
         if self.models.reference is not None and state.reference_logprobs is None:
             with timer.phase("reference"):
                 state.reference_logprobs = self.models.reference.token_logprobs(batch, config)
+                if state.shared is not None:
+                    state.reference_logprobs = all_rows(state.reference_logprobs, head_in_shards(student).group)
 
-        # The student's hidden states, and the loss by the kernels.
-        with self.accelerator.autocast():
-            with timer.phase("student"):
-                hidden = student.states(batch.prompts, batch.prompt_index, batch.completions)
-                hidden = hidden.to(student.weight.dtype)
-            with timer.phase("loss"):
-                if target is None:
-                    loss, sums = policy_loss(student, hidden, batch, config, normalizer, state)
-                else:
-                    loss, sums = distil_loss(student, hidden, target, batch, config, self.average, normalizer, state)
-                    if is_first and config.alignment_every and (self.step + 1) % config.alignment_every == 0:
-                        products = inner_products(student, hidden, target, batch, config, self.average)
-                        sums = sums._replace(inner_products=products)
-        with timer.phase("backward"):
-            self.accelerator.backward(loss)
-        return loss.detach(), sums
+        # The student's hidden states, and the loss by the kernels, which reads the heads in forward and backward.
+        heads = self.teacher.head_opened() if state.shared is None else rows_exchanged(student)
+        with heads:
+            with self.accelerator.autocast():
+                with timer.phase("student"):
+                    hidden = student.states(batch.prompts, batch.prompt_index, batch.completions)
+                    hidden = hidden.to(student.weight.dtype)
+                with timer.phase("loss"):
+                    loss, sums = self._loss(hidden, target, batch, normalizer, state)
+            with timer.phase("backward"):
+                self.accelerator.backward(loss)
+        # A loss of all rows is the same in all processes, which are asked for their parts of the step's.
+        return loss.detach() / (1 if state.shared is None else self.processes.count), sums
+
+    def _loss(
+        self, hidden: torch.Tensor, target: Target | None, batch: PackedBatch, normalizer: float, state: UpdateState
+    ) -> tuple[torch.Tensor, Sums]:
+        """The loss of a micro-batch, or of all processes' where their rows are exchanged, and this one's sums."""
+        config, is_first, all_of_it = self.config, state.is_first, batch
+        student: CausalLM = self.student
+        if state.shared is not None:
+            all_of_it, student = state.shared.batch, head_in_shards(student)
+            hidden = all_rows(hidden, student.vocab_group)
+            target = None if target is None else target_of_all(target, self.teacher, student.vocab_group)
+        if target is None:
+            return policy_loss(student, hidden, batch, config, normalizer, state)
+        loss, sums = distil_loss(student, hidden, target, batch, config, self.average, normalizer, state)
+        if is_first and config.alignment_every and (self.step + 1) % config.alignment_every == 0:
+            products = inner_products(student, hidden, target, all_of_it, config, self.average)
+            sums = sums._replace(inner_products=products)
+        return loss, sums
+
+    def _packed(self, groups: Sequence[PromptGroup]) -> PackedBatch:
+        return PackedBatch.of(groups, self.student.weight.device, self.config.skip_first_tokens, self._leaves_out)
 
     def _spent(self) -> dict[str, float]:
         """What feedback has cost all processes since the last record."""
@@ -314,12 +342,12 @@ class Trainer:
     def _evaluate(self, interrupt: Interrupt) -> None:
         """Evaluates and records student and teacher, unless it is interrupted."""
         start = time.perf_counter()
-        # Opened here, because the main process alone reads the models for the rollouts that it shows.
+        # Opened here, because those of the first share alone read the models for the rollouts that are shown.
         with self.student.opened(), self.teacher.opened():
             result = self.evaluator.evaluate(self.student, self.teacher, lambda: interrupt.requested)
             seconds = time.perf_counter() - start
             with self.processes.all_or_none():
-                rollouts = self._held_out_rollouts() if result is not None and self.processes.is_main else []
+                rollouts = self._held_out_rollouts() if result is not None and self.processes.index == 0 else []
         spent = self._spent()
         if result is not None:
             self.log.add(
@@ -386,7 +414,7 @@ class Trainer:
         Args:
             place: where the run was when that step was complete.
         """
-        is_common = self.processes.count == 1 or isinstance(error, FailedTogether)
+        is_common = not self.processes.are_several or isinstance(error, FailedTogether)
         cannot_be_saved = isinstance(error, (WriteError, FloatingPointError)) or self.num_skipped_steps > 0
         if not (is_common and self.is_between_steps and self.saved_step < self.step > 0) or cannot_be_saved:
             return

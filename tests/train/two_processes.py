@@ -1,4 +1,4 @@
-"""Two processes on the CPU that find each other as torchrun's do, forked from a server with the trainer imported."""
+"""Processes on the CPU that find each other as torchrun's do, two or more, forked from a server with the trainer."""
 
 from __future__ import annotations
 
@@ -16,23 +16,25 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["distil_kernels.train.trainer"])
 
 
-def together(function: Callable[..., int | None], *arguments: Any) -> list[int | None]:
-    """Runs function(rank, *arguments) in two processes; returns their exit statuses, None read as 0."""
+def together(function: Callable[..., int | None], *arguments: Any, number: int = 2) -> list[int | None]:
+    """Runs function(rank, *arguments) in some processes; returns their exit statuses, None read as 0."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    both = [PROCESSES.Process(target=_one, args=(rank, port, function, arguments)) for rank in range(2)]
-    for process in both:
+    processes = [
+        PROCESSES.Process(target=_one, args=(rank, number, port, function, arguments)) for rank in range(number)
+    ]
+    for process in processes:
         process.start()
-    for process in both:
-        process.join(180)  # one that waits for the other would wait for ever
+    for process in processes:
+        process.join(180)  # one that waits for another would wait for ever
         process.kill()
         process.join()
-    return [process.exitcode for process in both]
+    return [process.exitcode for process in processes]
 
 
-def _one(rank: int, port: int, function: Callable[..., int | None], arguments: tuple[Any, ...]) -> None:
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+def _one(rank: int, number: int, port: int, function: Callable[..., int | None], arguments: tuple[Any, ...]) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
     torch.set_num_threads(1)
     try:

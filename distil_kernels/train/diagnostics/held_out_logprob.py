@@ -39,7 +39,7 @@ def held_out_logprob(student: Reader, groups: Sequence[PromptGroup], prompts: Pr
         out = token_logprobs(
             hidden.to(student.weight.dtype), student.weight, tokens=tokens, student_bias=student.bias,
             vocab_size=student.vocab_size, temperature=config.temperature, logit_softcap=student.logit_softcap,
-            student_logit_scale=student.logit_scale, backend=config.backend,
+            student_logit_scale=student.logit_scale, backend=config.backend, vocab_group=student.vocab_group,
         )  # fmt: skip
         total += out.logprob.sum().item()
     return total / len(answered)

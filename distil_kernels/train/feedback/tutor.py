@@ -17,6 +17,7 @@ from distil_kernels.train.models.reading import Reader
 from distil_kernels.train.rollouts.episodes import Episodes, roll_out
 from distil_kernels.train.rollouts.prompt_group import Outcome, PromptGroup, Rollout
 from distil_kernels.train.rollouts.sampling import Generate, Sampling
+from distil_kernels.train.run.distributed import ALONE, Processes
 from distil_kernels.train.tasks import Problem, Task
 from distil_kernels.train.tasks.sandbox import JudgeFailed
 from distil_kernels.train.tasks.verdicts import verified
@@ -36,13 +37,20 @@ class Tutor:
     """As of `FeedbackKind`."""
     episodes: Episodes | None = None
     """Of the environment that rollouts are made in."""
+    processes: Processes = ALONE
+    """Of which the members that hold a model together hear one verdict."""
 
     @staticmethod
     def of(
-        kind: FeedbackKind, task: Task, prompts: Prompts, max_critique_tokens: int, episodes: Episodes | None = None
+        kind: FeedbackKind,
+        task: Task,
+        prompts: Prompts,
+        max_critique_tokens: int,
+        episodes: Episodes | None = None,
+        processes: Processes = ALONE,
     ) -> Tutor:
         respond = kind.respond(prompts, max_critique_tokens)
-        return Tutor(task, prompts, kind.verifier, respond, kind.verifies_any_text, kind.is_read, episodes)
+        return Tutor(task, prompts, kind.verifier, respond, kind.verifies_any_text, kind.is_read, episodes, processes)
 
     def spent(self) -> dict[str, float]:
         """What the feedback has cost since the last call, by the names of metrics.jsonl; empty if it costs nothing."""
@@ -107,7 +115,7 @@ class Tutor:
         answers = [(judged(self.task, rollout.outcome), problem, rollout.answer) for problem, rollout in answered]
         # Programs are waited for; other judges may use signals, which are the main thread's.
         may_thread = self.verifies_any_text and hasattr(self.task, "trace")
-        feedback = verified(self.verifier, answers, may_thread)
+        feedback = self.processes.once(lambda: verified(self.verifier, answers, may_thread))
         for (_, rollout), response in zip(answered, feedback, strict=True):
             rollout.feedback = response
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedTokenizerBase
 
 from distil_kernels import token_logprobs
@@ -31,7 +32,15 @@ from distil_kernels.train.config import Config
 from distil_kernels.train.models import loading
 from distil_kernels.train.models.heads import named_end_ids
 from distil_kernels.train.models.reading import Reader, reader
-from distil_kernels.train.models.sharding import local_shard, split_sharded, unsharded, unsharded_heads
+from distil_kernels.train.models.sharding import (
+    can_exchange_rows,
+    full_tensor,
+    head_in_shards,
+    local_shard,
+    split_sharded,
+    unsharded,
+    unsharded_heads,
+)
 from distil_kernels.train.models.state import load_model_state, model_state
 from distil_kernels.train.rollouts.packed_batch import PackedBatch
 from distil_kernels.train.rollouts.prompt_group import Rollout
@@ -68,13 +77,18 @@ class InProcessTeacher:
     ) -> None:
         self.kind, self._rate, self._student = kind, rate, student
         self._adapters_off = kind == "frozen" and hasattr(student.model, "disable_adapter") and starts_without
+        self._resized: CausalLM | None = None
+        """A sharded model with its head cut where the student's is, if it has another number of rows."""
         if kind == "live" or self._adapters_off:
             self.lm = student
         elif kind == "local":
             assert other is not None
             other = other.requires_grad_(False).eval().to(student.weight.device)
             with unsharded(other):
-                self.lm = reader(with_head_like(split_sharded(other), student), reading, autocast=student.autocast)
+                lm = split_sharded(other)
+                self.lm = reader(with_head_like(lm, student), reading, autocast=student.autocast)
+                if can_exchange_rows(student) and len(lm.weight) != len(student.weight):
+                    self._resized = with_head_like(lm, head_in_shards(student))
         else:
             start = other or copied(student.model)
             with unsharded(start):
@@ -106,6 +120,13 @@ class InProcessTeacher:
     def head_opened(self) -> contextlib.AbstractContextManager[None]:
         return unsharded_heads(self.lm.model)
 
+    def in_shards(self, target: HiddenTarget) -> HiddenTarget:
+        """The target with a head of a sharded model as it lies, in shards of the vocabulary."""
+        if target.weight is None:
+            return target
+        head = self._resized or head_in_shards(self.lm)
+        return target._replace(weight=head.weight, bias=head.bias)
+
     @torch.no_grad()
     def target(self, batch: PackedBatch) -> HiddenTarget:
         """The hidden states that predict the completions' tokens, and the head."""
@@ -122,7 +143,7 @@ class InProcessTeacher:
                 states, self.lm.weight.to(states.dtype), tokens=batch.tokens, student_bias=self.lm.bias,
                 vocab_size=self.lm.vocab_size, token_mask=batch.learns.either(batch.judged).values,
                 temperature=config.temperature, logit_softcap=self.lm.logit_softcap,
-                student_logit_scale=self.lm.logit_scale, backend=config.backend,
+                student_logit_scale=self.lm.logit_scale, backend=config.backend, vocab_group=self.lm.vocab_group,
             ).logprob  # fmt: skip
 
     def generate(
@@ -164,9 +185,9 @@ def copied(student: nn.Module, copies_all: bool = False) -> nn.Module:
 
 
 def other_model(
-    config: Config, student: Any, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, is_sharded: bool
+    config: Config, student: Any, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, is_in_parts: bool
 ) -> Any:
-    """The argument `other` of `InProcessTeacher`, made before student and teacher are sharded.
+    """The argument `other` of `InProcessTeacher`, made before student and teacher are sharded or cut.
 
     Raises:
         ValueError: teacher_model cannot be loaded, or its token ids mean other tokens.
@@ -183,7 +204,7 @@ def other_model(
         ends = {*loading.end_ids(student, tokenizer), *named_end_ids(config.teacher_model)}
         student.generation_config.eos_token_id = sorted(ends)
     copies = config.teacher == "ema" or (config.teacher == "frozen" and not config.lora_rank)
-    return copied(student, copies_all=True) if is_sharded and copies else None
+    return copied(student, copies_all=True) if is_in_parts and copies else None
 
 
 def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
@@ -203,17 +224,35 @@ def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedToken
 
 def with_head_like(lm: CausalLM, student: CausalLM) -> CausalLM:
     """The teacher with the student's vocabulary: further rows of its head are cut off, missing ones have probability
-    0."""
+    0.
+
+    In shards its head is cut where the student's is, or rows of it would be exchanged in every call.
+    """
     rows, wanted = lm.vocab_size, student.vocab_size
-    weight, bias = lm.weight[:rows], lm.bias if lm.bias is None else lm.bias[:rows]
-    if rows < wanted:
-        if not math.isinf(lm.logit_softcap):
-            raise ValueError(
-                f"[teacher_model] its head has {rows} rows, expected the student's {wanted} or more: capped logits "
-                "cannot say that a token is absent"
-            )
-        weight = nn.functional.pad(weight, (0, 0, 0, wanted - rows))
-        absent = max(ABSENT / lm.logit_scale, torch.finfo(weight.dtype).min)
-        bias = nn.functional.pad(weight.new_zeros(rows) if bias is None else bias, (0, wanted - rows), value=absent)
-    bias = bias if bias is None else bias[:wanted]
-    return dataclasses.replace(lm, weight=weight[:wanted], bias=bias, vocab_size=wanted)
+    size = len(student.weight) if student.vocab_group else wanted
+    if len(lm.weight) == size and rows >= wanted:
+        return dataclasses.replace(lm, vocab_size=wanted)
+    with torch.no_grad():
+        kept = min(rows, wanted)
+        weight, bias = full_tensor(lm.weight)[:kept], None if lm.bias is None else full_tensor(lm.bias)[:kept]
+        if rows < wanted:
+            if not math.isinf(lm.logit_softcap):
+                raise ValueError(
+                    f"[teacher_model] its head has {rows} rows, expected the student's {wanted} or more: capped logits "
+                    "cannot say that a token is absent"
+                )
+            absent = max(ABSENT / lm.logit_scale, torch.finfo(weight.dtype).min)
+            bias = nn.functional.pad(weight.new_zeros(rows) if bias is None else bias, (0, size - rows), value=absent)
+        if kept < size:
+            weight = nn.functional.pad(weight, (0, 0, 0, size - kept))
+        if bias is not None and len(bias) < size:
+            bias = nn.functional.pad(bias, (0, size - len(bias)))
+        weight, bias = (_cut_like(each, student.weight) for each in (weight, bias))
+    return dataclasses.replace(lm, weight=weight, bias=bias, vocab_size=wanted)
+
+
+def _cut_like(tensor: Tensor | None, head: Tensor) -> Any:
+    """A tensor in shards where a head is."""
+    if tensor is None or not isinstance(head, DTensor):
+        return tensor
+    return distribute_tensor(tensor, head.device_mesh, head.placements, src_data_rank=None)

@@ -18,11 +18,16 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from two_processes import together
 
+from distil_kernels.train import shared_rows
 from distil_kernels.train.__main__ import main
+from distil_kernels.train.models.exchanged_rows import Sizes
 from distil_kernels.train.models.sharding import local_shard, shard
+from distil_kernels.train.rollouts.packed_batch import PackedBatch
 from distil_kernels.train.rollouts.prompt_group import PromptGroup
 from distil_kernels.train.run.checkpoint import load_state, restore_generators
 from distil_kernels.train.run.json_lines import read_lines
+from distil_kernels.train.teachers.base import HiddenTarget, TopKTarget
+from distil_kernels.train.teachers.in_process import InProcessTeacher
 from distil_kernels.train.trainer import Trainer
 
 pytestmark = pytest.mark.slow
@@ -38,6 +43,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "no teacher": {"teacher": "live", "objective": "policy_gradient"},
     "adapters, start as teacher": {"teacher": "frozen", "lora_rank": 2},
     "adapters, ema teacher": {"teacher": "ema", "lora_rank": 2},
+    "named tokens": {"teacher": "frozen"},
+    "a teacher's head that each has": {"teacher": "frozen", "reward_weight": 0.5, "reference_weight": 0.2},
 }
 RUN = [*EXTRA, "--prompts_per_step", "4", "--micro_batch_prompts", "1", "--held_out_every", "2"]
 
@@ -53,25 +60,59 @@ def untied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def gradients(rank: int, models: Sequence[Path], directory: Path, names: Sequence[str], is_sharded: bool) -> None:
+def named_tokens(teacher: InProcessTeacher, batch: PackedBatch) -> TopKTarget:
+    """What teachers behind an endpoint answer."""
+    with torch.no_grad(), teacher.opened():
+        states = teacher.lm.states(batch.teacher_prompts, batch.teacher_prompt_index, batch.completions)
+        logprobs, ids = teacher.lm.logits(states).log_softmax(-1).topk(5)
+    return TopKTarget(ids, logprobs, torch.zeros(len(ids)))
+
+
+def whole_head(teacher: InProcessTeacher, batch: PackedBatch) -> HiddenTarget:
+    """What a teacher of hidden states answers."""
+    with torch.no_grad(), teacher.opened():
+        states = teacher.lm.states(batch.teacher_prompts, batch.teacher_prompt_index, batch.completions)
+        return HiddenTarget(states, teacher.lm.weight.detach().clone(), None)
+
+
+ANSWERS = {"named tokens": named_tokens, "a teacher's head that each has": whole_head}
+
+
+def gradients(
+    rank: int, models: Sequence[Path], directory: Path, names: Sequence[str], is_sharded: bool, exchanges: bool = False
+) -> None:
+    asked: list[Sizes] = []
+
+    def is_leaner(sizes: Sizes) -> bool:
+        asked.append(sizes)
+        return exchanges
+
+    shared_rows.exchange_is_leaner = is_leaner
+    target, in_shards = InProcessTeacher.target, InProcessTeacher.in_shards
     for name in names:
+        InProcessTeacher.target = ANSWERS.get(name, target)  # type: ignore[method-assign, assignment]
+        if name in ANSWERS:
+            InProcessTeacher.in_shards = lambda self, target: target  # type: ignore[method-assign]
         settings = {"prompts_per_step": 4, "shard": is_sharded, **METHODS[name]}
         if settings["teacher"] == "local":
             settings["teacher_model"] = str(models[1])
         torch.save(two_steps(models[0], directory / f"{name} {rank}", **settings), directory / f"{name} {rank}.pt")
+        InProcessTeacher.target, InProcessTeacher.in_shards = target, in_shards  # type: ignore[method-assign]
+    assert bool(asked) == is_sharded
 
 
-@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("exchanges", [True, False], ids=["rows exchanged", "heads gathered"])
+@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
 def test_gradients_are_those_of_one_process(
-    tiny_model: Path, untied_model: Path, tmp_path: Path, is_tied: bool
+    tiny_model: Path, untied_model: Path, tmp_path: Path, is_tied: bool, exchanges: bool
 ) -> None:
     alone, two = tmp_path / "alone", tmp_path / "two"
     alone.mkdir()
     two.mkdir()
     models = [tiny_model, untied_model] if is_tied else [untied_model, tiny_model]
-    names = list(METHODS) if is_tied else ["frozen teacher", "another model as teacher", "adapters, ema teacher"]
+    names = list(METHODS) if is_tied and exchanges else ["another model as teacher", "adapters, ema teacher"]
     gradients(0, models, alone, names, False)
-    assert together(gradients, models, two, names, True) == [0, 0]
+    assert together(gradients, models, two, names, True, exchanges) == [0, 0]
     for name in names:
         expected, *found = (torch.load(path / f"{name} {rank}.pt") for path, rank in ((alone, 0), (two, 0), (two, 1)))
         assert len(expected) == len(found[0]) and expected[0]["gradient"].abs().max() > 0
@@ -86,6 +127,7 @@ def test_gradients_are_those_of_one_process(
 
 def bfloat16_gradient(rank: int, model: Path, directory: Path, is_sharded: bool) -> None:
     AcceleratorState._reset_state()  # a process has one precision
+    shared_rows.exchange_is_leaner = lambda sizes: True
     try:
         settings = {"prompts_per_step": 4, "precision": "bfloat16", "teacher": "ema", "shard": is_sharded}
         first, _ = two_steps(model, directory / f"bfloat16 {rank}", **settings)
@@ -193,8 +235,9 @@ def test_adapters_resume_to_the_last_bit(tiny_model: Path, tmp_path: Path) -> No
     assert any(value.abs().max() > 0 for name, value in saved.items() if "lora_B" in name)
 
 
-def memory(rank: int, model: Path, directory: Path) -> None:
+def memory(rank: int, model: Path, directory: Path, exchanges: bool) -> None:
     """What a process holds: between steps of what kind how much, and in the backward pass which weights."""
+    shared_rows.exchange_is_leaner = lambda sizes: exchanges
     run = trainer(model, directory / f"{rank}", shard=True, teacher="ema", baseline="none")
     named = dict(run.student.model.named_parameters())
     backward, in_backward = run.accelerator.backward, []
@@ -227,14 +270,15 @@ def memory(rank: int, model: Path, directory: Path) -> None:
     torch.save((held, in_backward, sum(alive.values())), directory / f"{rank}.pt")
 
 
-def test_each_holds_half(tiny_model: Path, tmp_path: Path) -> None:
-    assert together(memory, tiny_model, tmp_path) == [0, 0]
+@pytest.mark.parametrize("exchanges", [True, False], ids=["rows exchanged", "heads gathered"])
+def test_each_holds_half(tiny_model: Path, tmp_path: Path, exchanges: bool) -> None:
+    assert together(memory, tiny_model, tmp_path, exchanges) == [0, 0]
     for rank in range(2):
         held, in_backward, alive = torch.load(tmp_path / f"{rank}.pt")
         half = held["whole"] / 2
         assert [held[name] for name in ("weights", "moments", "teacher", "gradients")] == [half, 2 * half, half, half]
-        # All but what is no layer's: embeddings (the head, here) and the last norm.
-        assert in_backward == [{"model.embed_tokens.weight", "model.norm.weight"}]
+        # All but what is no layer's: the last norm, and embeddings (the head, here) unless they stay in shards.
+        assert in_backward == [{"model.norm.weight"} | (set() if exchanges else {"model.embed_tokens.weight"})]
         # No gathered weights are left, of student or teacher.
         assert 16 * half <= alive < 1.1 * 16 * half
 
