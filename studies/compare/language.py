@@ -20,15 +20,17 @@ from distil_kernels.train.presets import PRESETS
 from studies.compare import grid
 from studies.compare.grid import REFERENCE, Result, Results, Setting
 
+_FULL_CREDIT: dict[str, Any] = {"teacher_ratio_clip": None, "credit_clip": None}
 OPTIONS: dict[str, dict[str, Any]] = {
-    "distil": PRESETS["distil"],
-    "distil_kl": {},
+    "distil": PRESETS["distil"] | _FULL_CREDIT,
+    "distil_kl": _FULL_CREDIT,
     "ce": PRESETS["distil"] | {"credit_span": "none"},
     "reverse_kl": PRESETS["sdpo"] | {"teacher": "frozen"},
     "jsd": PRESETS["opsd"],
     "policy_gradient": PRESETS["grpo"],
 }
-"""The trainer's options of `experiment.OBJECTIVES` here; distil_kl is the trainer's default. Teachers are frozen."""
+"""The trainer's options of `experiment.OBJECTIVES` here. Teachers are frozen, and the credit is whole,
+which the trainer's defaults bound."""
 
 
 @dataclass(frozen=True)
