@@ -1,5 +1,5 @@
-"""`python -m distil_kernels.train COMMAND ...`: train (the default), eval, inspect, report, check or record_teacher;
-see --help."""
+"""`python -m distil_kernels.train COMMAND ...`: train (the default), eval, inspect, report, check, record_teacher or
+untie; see --help."""
 
 from __future__ import annotations
 
@@ -151,6 +151,7 @@ COMMANDS = {
     "report": commands.report,
     "check": commands.check,
     "record_teacher": commands.record_teacher,
+    "untie": commands.untie,
 }
 
 

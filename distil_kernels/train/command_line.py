@@ -53,7 +53,7 @@ def parse(arguments: list[str]) -> tuple[Config, set[str]]:
     parser = option_parser(
         "python -m distil_kernels.train",
         "Trains a causal LM by distilling itself under feedback (DistIL), with the whole vocabulary. "
-        "Other commands, each with a --help: eval, inspect, report, check, record_teacher.",
+        "Other commands, each with a --help: eval, inspect, report, check, record_teacher, untie.",
     )
     config, given, _ = read_options(parser, arguments)
     return config, given

@@ -1,4 +1,4 @@
-"""The commands eval, inspect, report, check and record_teacher. None of them changes a run."""
+"""The commands eval, inspect, report, check, record_teacher and untie. None of them changes a run."""
 
 from __future__ import annotations
 
@@ -191,6 +191,17 @@ def record_teacher(arguments: list[str]) -> Work:
         return 0
 
     return run
+
+
+def untie(arguments: list[str]) -> Work:
+    """Writes a copy of a model whose head is a tensor of its own, as a vLLM server on a CPU needs it."""
+    parser = Parser(prog=f"{PROG} untie", description=untie.__doc__, allow_abbrev=False)
+    parser.add_argument("model", metavar="MODEL", help="path or hub name of a causal LM")
+    parser.add_argument("directory", metavar="DIRECTORY", help="where the copy is written, with its tokenizer")
+    options = parser.parse_args(arguments)
+    from distil_kernels.train.rollouts.vllm_server import write_served
+
+    return partial(write_served, options.model, Path(options.directory))
 
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:

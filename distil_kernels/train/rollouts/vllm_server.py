@@ -15,8 +15,8 @@ a resumed run repeats an uninterrupted one as far as the server repeats itself.
 
 The server must be able to read the files, which are removed afterwards. A server that cannot read them has no weights
 from then on (0.32), and must be started again. A tied head is written a second time, under its own name: vLLM's CPU
-back end (0.32) packs the head when it starts, and renews it only if the served model's head is not tied. This makes
-such a copy to serve: `python -m distil_kernels.train.rollouts.vllm_server MODEL DIRECTORY`.
+back end (0.32) packs the head when it starts, and renews it only if the served model's head is not tied. The
+command `untie` makes such a copy to serve.
 
 Left out: adapters (to merge them and take them off again would change the weights' last bits) and vLLM's transfers by
 NCCL or CUDA's shared memory, which need no files but GPUs.
@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -189,9 +188,3 @@ def write_served(name: str, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": False}, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit("usage: python -m distil_kernels.train.rollouts.vllm_server MODEL DIRECTORY")
-    write_served(sys.argv[1], Path(sys.argv[2]))

@@ -119,7 +119,7 @@ def _server(first: float, last: float) -> Iterator[tuple[str, str]]:
     if last > min(_OTHER_WEIGHTS, 5.0 * first + 0.01):
         text = (
             f"the rollout server's log-probs differ by {last:.2g} nats a token from the student's, {first:.2g} in the "
-            "first step: it does not have the student's weights (a tied head on vLLM's CPU back end needs a copy, see "
-            "train/rollouts/vllm_server.py), or another temperature"
+            "first step: it does not have the student's weights (a tied head on vLLM's CPU back end needs a copy: the "
+            "command untie), or another temperature"
         )
         yield "server", text

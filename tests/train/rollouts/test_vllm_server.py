@@ -32,7 +32,6 @@ from distil_kernels.train.rollouts.vllm_server import (
     RolloutServer,
     completion,
     completion_options,
-    write_served,
     write_weights,
 )
 from distil_kernels.train.run.distributed import ALONE
@@ -99,7 +98,7 @@ def test_weights_have_the_head_on_its_own(tiny_model: Path, tmp_path: Path) -> N
     expected = model.state_dict()
     assert files.keys() == expected.keys() and "lm_head.weight" in files
     assert all(torch.equal(files[name], value) for name, value in expected.items())
-    write_served(str(tiny_model), tmp_path / "served")
+    assert main(["untie", str(tiny_model), str(tmp_path / "served")]) == 0
     served, tokenizer = loading.load(str(tmp_path / "served"))
     tokens = torch.tensor([tokenizer("12, 45").input_ids])
     assert not served.config.tie_word_embeddings
