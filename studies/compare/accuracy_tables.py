@@ -170,7 +170,7 @@ def _variants(scale: small.Scale, results: Results, budget: Budget) -> Table:
 def _asked_length(objective: str) -> str:
     """The length by `stopping` for credit that is a discounted sum; the teacher is unsure of its four signs alone."""
     options = (OBJECTIVES | CREDITS)[objective].options or {}
-    if "horizon" in options or "normalize_by_remaining" in options:
+    if any(name in options for name in ("horizon", "normalize_by_remaining", "credit_clip", "teacher_ratio_clip")):
         return ""
     sign_entropy = log(len(SIGNS)) if options["cost"] == "ce" else 0.0
     return _number(expected_length(early_ends([0.0, sign_entropy] * 4 + [0.0, 0.0], options["discount"])), 2)

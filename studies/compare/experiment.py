@@ -39,9 +39,7 @@ OBJECTIVES = {
     "distil": Objective("CE + credit (DistIL)", _CREDIT),
     "ce": Objective("CE", {"cost": "ce"} | _NO_CREDIT),
     "distil_undiscounted": Objective("CE + credit, undiscounted", _CREDIT | {"discount": 1.0}),
-    "distil_bounded": Objective("CE + bounded credit", _CREDIT | _BOUNDED),
     "distil_kl": Objective("KL + credit", _CREDIT | {"cost": "kl"}),
-    "distil_kl_bounded": Objective("KL + bounded credit", _CREDIT | _BOUNDED | {"cost": "kl"}),
     "reverse_kl": Objective("reverse KL (SDPO)", {"cost": "reverse_kl"} | _NO_CREDIT),
     "jsd": Objective("JSD (OPSD)", {"cost": "jsd"} | _NO_CREDIT),
     "policy_gradient": Objective("policy gradient (GRPO)", None),
@@ -54,14 +52,9 @@ CREDITS = {
     "discount_half": Objective("discount .5", _CREDIT | {"discount": 0.5}),
     "horizon": Objective("discount 1, horizon 1", _CREDIT | {"discount": 1.0, "horizon": 1}),
     "by_remaining": Objective("discount 1, by remaining", _CREDIT | {"discount": 1.0, "normalize_by_remaining": True}),
-    "clip_half": Objective("discount .9, clip .5", _CREDIT | {"credit_clip": 0.5}),
-    "clip_quarter": Objective("discount .9, clip .25", _CREDIT | {"credit_clip": 0.25}),
+    "credit_clip": Objective("discount .9, within .25", _CREDIT | {"credit_clip": 0.25}),
     "teacher_ratio": Objective("discount .9, teacher's ratio", _CREDIT | {"teacher_ratio_clip": 1.0}),
-    "undiscounted_ratio": Objective(
-        "discount 1, teacher's ratio", _CREDIT | {"discount": 1.0, "teacher_ratio_clip": 1.0}
-    ),
-    "undiscounted_bounded": Objective("discount 1, ratio and clip .25", _CREDIT | _BOUNDED | {"discount": 1.0}),
-    "tenth": Objective("discount .9, a tenth", _CREDIT | {"credit_scale": 0.1}),
+    "bounded": Objective("discount .9, both bounds", _CREDIT | _BOUNDED),
     "kl_undiscounted": Objective("cost KL, discount 1", _CREDIT | {"cost": "kl", "discount": 1.0}),
 }
 """Variants of `distil` that explain the length of answers; they do not compete."""

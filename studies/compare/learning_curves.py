@@ -18,6 +18,7 @@ from studies.presentation import BLUE, GREEN, GREY, ORANGE, PURPLE, RC_PARAMS, S
 
 STYLES = [
     (BLUE, "-"), (SKY, "--"), (PURPLE, ":"), ("black", "-."), (ORANGE, "--"), (GREEN, "-."), (GREY, ":"),
+    (BLUE, ":"), (ORANGE, "-"), (GREEN, "-"),
 ]  # fmt: skip
 
 
@@ -73,7 +74,7 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 def _objectives(scale: Scale, results: Results, ylabel: str) -> Figure:
     figure, task_axes = _task_panels(len(scale.tasks))
-    styles = dict(zip(OBJECTIVES, STYLES, strict=True))
+    styles = dict(zip(OBJECTIVES, STYLES[: len(OBJECTIVES)], strict=True))
     for axes, budget in zip(task_axes, scale.tasks, strict=True):
         for setting in (setting for setting in budget.settings if setting[1] == "frozen"):
             rate = chosen_rate(scale, results, budget, setting)

@@ -250,7 +250,7 @@ def tree_with_early_ends(generator: torch.Generator, num_steps: int) -> tuple[Tr
     """Costs several nats to come wherever it goes on; and the states whose teacher rules the end out."""
     tree = Tree(generator, num_steps=num_steps)
     tree.logits[0] = 0.0
-    tree.logits[1:, 1] -= 5.0  # the teacher is sure of what the student hardly samples
+    tree.logits[1:] = torch.tensor([0.0, -2.0, 0.0])  # the teacher is sure of what the student hardly samples
     tree.by_prefix[1:, 1] += 20.0
     goes_on = [len(prefix) < num_steps - 1 for prefix in tree.prefixes]
     tree.by_prefix[goes_on, STOP] = -1000.0

@@ -19,7 +19,8 @@ def test_every_objective_is_the_trainers_own() -> None:
     for options in language.OPTIONS.values():
         Config(**options).check()
     default, distil = Config(**language.OPTIONS["distil_kl"]), Config(**language.OPTIONS["distil"])
-    assert default == Config() and (distil.cost, distil.credit_span) == ("ce", "future")
+    whole = {"teacher_ratio_clip": None, "credit_clip": None}
+    assert default == Config(**whole) and (distil.cost, distil.credit_span) == ("ce", "future")
     assert {Config(**options).teacher for options in language.OPTIONS.values()} == {"frozen", "live"}  # grpo has none
     assert Config(**language.OPTIONS["ce"]).credit_span == "none"
 

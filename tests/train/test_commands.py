@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from html.parser import HTMLParser
@@ -66,6 +67,8 @@ def test_samples_hold_the_numbers_of_plain_torch(run: Path, tiny_model: Path) ->
     samples = [r for r in read_lines(run / "rollouts.jsonl") if r["kind"] == "held_out" and r["step"] == 0]
     assert len(samples) == 2 * 3
     costs: dict[int, list[list[float]]] = {0: [], 1: []}
+    chosen: dict[int, list[list[tuple[float, float]]]] = {0: [], 1: []}
+    """Log-probs of the tokens under the teacher and under the student."""
     for sample in samples:
         done = sample["tokens"]
         assert sample["texts"] == [tokenizer.decode([token]) for token in done]
@@ -85,12 +88,18 @@ def test_samples_hold_the_numbers_of_plain_torch(run: Path, tiny_model: Path) ->
             assert [entry[1] for entry in top] == pytest.approx(best.values.tolist(), abs=1e-4)
             assert [entry[2] for entry in top] == pytest.approx(own[position].exp()[best.indices].tolist(), abs=1e-4)
         costs[sample["problem"]].append(kl.tolist())
+        chosen[sample["problem"]].append(
+            [(float(taught[t, token]), float(own[t, token])) for t, token in enumerate(done)]
+        )
     for problem, group in costs.items():
         to_go = [[sum(0.9 ** (i - t) * ce[i] for i in range(t + 1, len(ce))) for t in range(len(ce))] for ce in group]
         own_samples = [sample for sample in samples if sample["problem"] == problem]
         for index, sample in enumerate(own_samples):
             others = [g for other, g in enumerate(to_go) if other != index]
             expected = [g - sum(o[t] if t < len(o) else 0.0 for o in others) / 2 for t, g in enumerate(to_go[index])]
+            # Of a token that the teacher finds less likely than the student only a part, and no more than the bound.
+            ratios = [math.exp(min(0.0, t - s)) for t, s in chosen[problem][index]]
+            expected = [max(-0.25, min(0.25, r * value)) for r, value in zip(ratios, expected, strict=True)]
             assert sample["credit"] == pytest.approx(expected, abs=1e-3)
 
 

@@ -22,7 +22,7 @@ from urllib.request import Request, urlopen
 import pytest
 import torch
 from llama_cpp import llama_server
-from runs import QUICK, metrics, micro_batch, pack, packed, train, trainer
+from runs import FULL_CREDIT, QUICK, metrics, micro_batch, pack, packed, train, trainer
 from tiny import llama_config
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -252,7 +252,7 @@ def test_forms_of_an_answer(endpoint: str, expert: tuple[Any, Any], relay: Calla
 def test_loss_and_gradient_are_those_of_our_own_models_top_k(
     endpoint: str, expert: tuple[Any, Any], small: Path, tmp_path: Path
 ) -> None:
-    run = trainer(small, tmp_path / "run", teacher="remote", teacher_url=endpoint, teacher_top=10)
+    run = trainer(small, tmp_path / "run", teacher="remote", teacher_url=endpoint, teacher_top=10, **FULL_CREDIT)
     groups = next(run.batches)[:2]
     run.roll_out(groups)
     batch = pack(groups)
