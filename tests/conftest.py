@@ -52,16 +52,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 LEAST_CASES = 4
 """A test that is not slow keeps as many cases, however small the share."""
+SLOW_TESTS = 0.5
+"""Share of the slow tests that a share of the cases is drawn of."""
 
 
 def _keep_a_share(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves in `items` some cases of each test, drawn by the seed."""
+    """Leaves in `items` some cases of each test, of the slow tests of a random part of them, drawn by the seed."""
     by_test: dict[tuple[Path, str], list[pytest.Item]] = {}
     for item in items:
         by_test.setdefault((item.path, item.nodeid.partition("[")[0]), []).append(item)
     drawn, kept = random.Random(config.option.seed), set()
     for cases in by_test.values():
-        least = 1 if cases[0].get_closest_marker("slow") else LEAST_CASES
+        is_slow = cases[0].get_closest_marker("slow") is not None
+        if is_slow and drawn.random() >= SLOW_TESTS:
+            continue
+        least = 1 if is_slow else LEAST_CASES
         number = min(len(cases), max(least, math.ceil(config.option.share * len(cases))))
         kept |= set(drawn.sample(cases, number))
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
