@@ -9,6 +9,7 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from rich.console import Console
 
@@ -121,6 +122,28 @@ def assert_equal(ours: Any, theirs: Any) -> None:
             assert_equal(our, their)
     else:
         assert ours == theirs
+
+
+def assert_same_steps(found: list[dict[str, Any]], expected: list[dict[str, Any]], name: str) -> None:
+    """The gradient and the other values of each step, but for what is added up in another order."""
+    assert len(found) == len(expected)
+    for own, wanted in zip(found, expected, strict=True):
+        scale = float(wanted["gradient"].abs().max())
+        assert scale > 0
+        torch.testing.assert_close(own["gradient"], wanted["gradient"], rtol=1e-3, atol=1e-5 * scale, msg=name)
+        own, wanted = ({key: each[key] for key in each if key != "gradient"} for each in (own, wanted))
+        assert own == {key: pytest.approx(wanted[key], rel=1e-4, abs=1e-6) for key in wanted}, name
+
+
+def assert_close_records(ours: Path, theirs: Path) -> None:
+    """Two runs with the same rollouts, and records that differ by rounding."""
+    rollouts = [read_lines(run / "rollouts.jsonl") for run in (ours, theirs)]
+    assert [record["tokens"] for record in rollouts[0]] == [record["tokens"] for record in rollouts[1]]
+    for found, wanted in zip(metrics(ours), metrics(theirs), strict=True):
+        assert found == {
+            name: pytest.approx(value, rel=1e-3, abs=1e-5) if isinstance(value, float) else value
+            for name, value in wanted.items()
+        }
 
 
 EXTRA = ["--teacher", "ema", "--ema_rate", "0.3", "--baseline", "moving_average", "--eval_problems", "3"]

@@ -15,6 +15,8 @@ from distil_kernels.train.metrics import PhaseTimer, token_means
 from distil_kernels.train.mixture import of_outcome, outcome_weights
 from distil_kernels.train.objective import UpdateState
 from distil_kernels.train.rollouts.packed_batch import PackedBatch, TokenMask
+from distil_kernels.train.rollouts.prompt_group import PromptGroup
+from distil_kernels.train.trainer import Trainer
 
 
 def logprobs(run, prompt: list[int], completion: list[int]) -> torch.Tensor:
@@ -24,6 +26,18 @@ def logprobs(run, prompt: list[int], completion: list[int]) -> torch.Tensor:
 
 
 SCORES = [1.0, 0.0, 0.25, 1.0, 0.0, 0.0, 1.0, 1.0]  # two rollouts of each of four problems
+
+
+def moved_and_scored(run: Trainer) -> list[PromptGroup]:
+    """Moves the student from the reference, and returns a batch of its rollouts with the SCORES."""
+    with torch.no_grad():
+        for parameter in run.student.model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    batch = next(run.batches)
+    run.roll_out(batch)
+    for index, group in enumerate(batch):
+        set_scores(group, *SCORES[2 * index : 2 * index + 2])
+    return batch
 
 
 @pytest.mark.parametrize(
@@ -40,13 +54,7 @@ SCORES = [1.0, 0.0, 0.25, 1.0, 0.0, 0.0, 1.0, 1.0]  # two rollouts of each of fo
 def test_gradient_by_definition(tiny_model: Path, tmp_path: Path, settings: dict) -> None:
     run = trainer(tiny_model, tmp_path / "run", objective="reverse_kl", credit_span="none", teacher="frozen",
                   normalize_advantages=False, **settings)  # fmt: skip
-    with torch.no_grad():  # the student has moved from the reference
-        for parameter in run.student.model.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
-    batch = next(run.batches)
-    run.roll_out(batch)
-    for index, group in enumerate(batch):
-        set_scores(group, *SCORES[2 * index : 2 * index + 2])
+    batch = moved_and_scored(run)
     packed = PackedBatch.of(batch, torch.device("cpu"), run.config.skip_first_tokens, run._leaves_out)
     run.micro_batch(packed, 8.0, PhaseTimer(), UpdateState())
     found = {name: p.grad.clone() for name, p in run.student.model.named_parameters()}
@@ -85,13 +93,7 @@ def test_a_policy_gradient_is_held_to_the_start(tiny_model: Path, tmp_path: Path
     run = trainer(tiny_model, tmp_path / "run", objective="policy_gradient", teacher="live", reference_weight=0.2,
                   normalize_advantages=False)  # fmt: skip
     start = copy.deepcopy(run.student.model)
-    with torch.no_grad():
-        for parameter in run.student.model.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
-    batch = next(run.batches)
-    run.roll_out(batch)
-    for index, group in enumerate(batch):
-        set_scores(group, *SCORES[2 * index : 2 * index + 2])
+    batch = moved_and_scored(run)
     _, sums = micro_batch(run, batch, 8.0)
     found = {name: p.grad.clone() for name, p in run.student.model.named_parameters()}
     run.student.model.zero_grad()

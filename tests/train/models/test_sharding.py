@@ -12,7 +12,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import AutoPeftModelForCausalLM
-from runs import EXTRA, assert_same, metrics, refused, run_interrupted, run_main, start, trainer, two_steps
+from runs import (
+    EXTRA,
+    assert_close_records,
+    assert_same,
+    assert_same_steps,
+    refused,
+    run_interrupted,
+    run_main,
+    start,
+    trainer,
+    two_steps,
+)
 from tiny import byte_tokenizer, llama_config
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
@@ -25,7 +36,6 @@ from distil_kernels.train.models.sharding import local_shard, shard
 from distil_kernels.train.rollouts.packed_batch import PackedBatch
 from distil_kernels.train.rollouts.prompt_group import PromptGroup
 from distil_kernels.train.run.checkpoint import load_state, restore_generators
-from distil_kernels.train.run.json_lines import read_lines
 from distil_kernels.train.teachers.base import HiddenTarget, TopKTarget
 from distil_kernels.train.teachers.in_process import InProcessTeacher
 from distil_kernels.train.trainer import Trainer
@@ -115,14 +125,8 @@ def test_gradients_are_those_of_one_process(
     assert together(gradients, models, two, names, True, exchanges) == [0, 0]
     for name in names:
         expected, *found = (torch.load(path / f"{name} {rank}.pt") for path, rank in ((alone, 0), (two, 0), (two, 1)))
-        assert len(expected) == len(found[0]) and expected[0]["gradient"].abs().max() > 0
-        for step, wanted in enumerate(expected):
-            gradient = wanted.pop("gradient")
-            scale = float(gradient.abs().max())
-            for steps in found:
-                own = steps[step].pop("gradient")
-                torch.testing.assert_close(own, gradient, rtol=1e-3, atol=1e-5 * scale, msg=name)
-                assert steps[step] == {key: pytest.approx(wanted[key], rel=1e-4, abs=1e-6) for key in wanted}, name
+        for steps in found:
+            assert_same_steps(steps, expected, name)
 
 
 def bfloat16_gradient(rank: int, model: Path, directory: Path, is_sharded: bool) -> None:
@@ -172,13 +176,7 @@ def sharded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_and_its_checkpoint_are_those_of_whole_models(sharded: Path, tiny_model: Path, tmp_path: Path) -> None:
     assert together(run_main, [*start(tiny_model, tmp_path, "run", 4), *RUN]) == [0, 0]
     whole = tmp_path / "run"
-    rollouts = [read_lines(run / "rollouts.jsonl") for run in (sharded, whole)]
-    assert [record["tokens"] for record in rollouts[0]] == [record["tokens"] for record in rollouts[1]]
-    for found, wanted in zip(metrics(sharded), metrics(whole), strict=True):
-        assert found == {
-            name: pytest.approx(value, rel=1e-3, abs=1e-5) if isinstance(value, float) else value
-            for name, value in wanted.items()
-        }
+    assert_close_records(sharded, whole)
     ours, theirs = sharded / "checkpoint", whole / "checkpoint"
     assert sorted(path.name for path in ours.iterdir()) == sorted(path.name for path in theirs.iterdir())
     assert (ours / "config.json").read_text() == (theirs / "config.json").read_text()

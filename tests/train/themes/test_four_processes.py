@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from runs import EXTRA, assert_same, metrics, run_main, start, two_steps
+from runs import EXTRA, assert_close_records, assert_same, assert_same_steps, run_main, start, two_steps
 from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM
 from two_processes import together
 
 from distil_kernels.train import shared_rows
 from distil_kernels.train.__main__ import main
-from distil_kernels.train.run.json_lines import read_lines
 
 pytestmark = pytest.mark.slow
 
@@ -60,21 +59,12 @@ def four(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_gradients_are_those_of_one_process(model: Path, four: Path, tmp_path: Path, way: str) -> None:
     expected = two_steps(model, tmp_path / "alone", **SETTINGS)
     for rank in range(4):
-        for found, wanted in zip(torch.load(four / f"{way} {rank}.pt"), expected, strict=True):
-            scale = float(wanted["gradient"].abs().max())
-            torch.testing.assert_close(found.pop("gradient"), wanted["gradient"], rtol=1e-3, atol=1e-5 * scale)
-            assert found == {name: pytest.approx(wanted[name], rel=1e-4, abs=1e-6) for name in found}
+        assert_same_steps(torch.load(four / f"{way} {rank}.pt"), expected, way)
 
 
 def assert_close_runs(ours: Path, theirs: Path) -> None:
     """The same rollouts, and records, weights and configurations that differ by rounding."""
-    rollouts = [read_lines(run / "rollouts.jsonl") for run in (ours, theirs)]
-    assert [record["tokens"] for record in rollouts[0]] == [record["tokens"] for record in rollouts[1]]
-    for found, wanted in zip(metrics(ours), metrics(theirs), strict=True):
-        assert found == {
-            name: pytest.approx(value, rel=1e-3, abs=1e-5) if isinstance(value, float) else value
-            for name, value in wanted.items()
-        }
+    assert_close_records(ours, theirs)
     checkpoints = [run / "checkpoint" for run in (ours, theirs)]
     files = [sorted(path.name for path in checkpoint.iterdir()) for checkpoint in checkpoints]
     configs = [(checkpoint / "config.json").read_text() for checkpoint in checkpoints]
